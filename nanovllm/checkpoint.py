@@ -1,0 +1,227 @@
+"""What a Hugging Face checkpoint says of itself, read without torch.
+
+Every service needs some of it: the launcher to refuse what cannot run, the ingress for the
+vocabulary's size, the tokenizer for the end-of-sequence ids, the worker for the shapes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+DEMO_CHECKPOINT = Path(__file__).resolve().parent / "launch" / "demo" / "checkpoint"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be served; the message says why in one line."""
+
+
+class RopeConfig(msgspec.Struct, frozen=True, kw_only=True, rename={"type": "rope_type"}):
+    """Rotary embedding, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
+
+    Field names are those of config.json; a field that its `type` does not use is None.
+    """
+
+    type: str = "default"
+    rope_theta: float = 10_000.0
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    partial_rotary_factor: float | None = None
+
+
+class _RawConfig(msgspec.Struct, kw_only=True):
+    """config.json as written; only what is needed here."""
+
+    model_type: str = ""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    hidden_act: str = "silu"
+    use_sliding_window: bool = False
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    torch_dtype: str | None = None
+    dtype: str | None = None
+    eos_token_id: int | list[int] | None = None
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of a dense Qwen3 model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    rope: RopeConfig
+    dtype: str
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path) -> ModelConfig:
+        """Reads `directory/config.json`.
+
+        Raises:
+            CheckpointError: if it is missing, malformed, or not a dense Qwen3.
+        """
+        path = directory / "config.json"
+        try:
+            raw = msgspec.json.decode(path.read_bytes(), type=_RawConfig)
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory} has no config.json: not a checkpoint") from None
+        except msgspec.ValidationError as error:
+            if (found := _model_type(path)) != "qwen3":
+                raise CheckpointError(_wrong_architecture(directory, found)) from None
+            raise CheckpointError(f"{path}: {error}") from None
+        except msgspec.DecodeError as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        if raw.model_type != "qwen3":
+            raise CheckpointError(_wrong_architecture(directory, raw.model_type))
+        if raw.hidden_act != "silu":
+            raise CheckpointError(f"{path}: hidden_act {raw.hidden_act!r}; only 'silu' is served")
+        if raw.use_sliding_window:
+            raise CheckpointError(f"{path}: use_sliding_window is not served")
+        heads = raw.num_attention_heads
+        kv_heads = heads if raw.num_key_value_heads is None else raw.num_key_value_heads
+        sizes = (raw.vocab_size, raw.hidden_size, raw.intermediate_size, raw.num_hidden_layers)
+        if min(*sizes, heads, kv_heads, raw.head_dim) < 1 or heads % kv_heads:
+            raise CheckpointError(
+                f"{path}: sizes must be positive, and num_attention_heads ({heads}) a multiple"
+                f" of num_key_value_heads ({kv_heads})"
+            )
+        return cls(
+            vocab_size=raw.vocab_size,
+            hidden_size=raw.hidden_size,
+            intermediate_size=raw.intermediate_size,
+            num_hidden_layers=raw.num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=raw.head_dim,
+            rms_norm_eps=raw.rms_norm_eps,
+            max_position_embeddings=raw.max_position_embeddings,
+            tie_word_embeddings=raw.tie_word_embeddings,
+            attention_bias=raw.attention_bias,
+            rope=_rope(raw, path),
+            dtype=raw.dtype or raw.torch_dtype or "float32",
+        )
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """Raises CheckpointError where the model cannot be cut into `size` ranks."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % size:
+            raise CheckpointError(
+                f"--tp {size} does not divide the model's {heads} attention heads"
+            )
+        if self.intermediate_size % size:
+            raise CheckpointError(
+                f"--tp {size} does not divide intermediate_size {self.intermediate_size}"
+            )
+        if kv_heads % size and size % kv_heads:
+            raise CheckpointError(
+                f"--tp {size} and the model's {kv_heads} key/value heads: one must divide the other"
+            )
+
+
+def resolve_model(name: str) -> Path:
+    """The checkpoint directory that `name` stands for.
+
+    Args:
+        name: a directory, a hub id (`owner/name`, downloaded with a progress bar unless it is
+            in the cache), or "" for the demo checkpoint.
+
+    Raises:
+        CheckpointError: if there is no such model.
+    """
+    if not name:
+        return DEMO_CHECKPOINT
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    looks_like_hub_id = len(name.split("/")) == 2 and not name.startswith((".", "/", "~"))
+    if path.exists() or not looks_like_hub_id:
+        raise CheckpointError(f"no such model: {name} is neither a directory nor a hub id")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(
+            f"no such model: {name} is not a directory, and the hub did not give it ({reason})"
+        ) from None
+
+
+def eos_token_ids(directory: Path) -> list[int] | None:
+    """End-of-sequence ids: generation_config.json's, else config.json's, else None.
+
+    None means that the tokenizer's own end-of-sequence token is the one.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=_EosOnly).eos_token_id
+        except msgspec.DecodeError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return None
+
+
+class _EosOnly(msgspec.Struct):
+    eos_token_id: int | list[int] | None = None
+
+
+class _TypeOnly(msgspec.Struct):
+    model_type: str = ""
+
+
+def _model_type(path: Path) -> str:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_TypeOnly).model_type
+    except msgspec.DecodeError:
+        return ""
+
+
+def _wrong_architecture(directory: Path, found: str) -> str:
+    return f"{directory} is a {found or 'nameless'!r} model; only dense 'qwen3' is served"
+
+
+def _rope(raw: _RawConfig, path: Path) -> RopeConfig:
+    values: dict[str, Any] = dict(raw.rope_parameters or raw.rope_scaling or {})
+    if "type" in values:  # the oldest spelling of rope_type
+        values.setdefault("rope_type", values.pop("type"))
+    values.setdefault("rope_theta", 10_000.0 if raw.rope_theta is None else raw.rope_theta)
+    values.setdefault("original_max_position_embeddings", None)
+    try:
+        return msgspec.convert(values, RopeConfig)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path}: rope parameters: {error}") from None

@@ -1,0 +1,54 @@
+"""Who is connected to a ROUTER, and who has gone.
+
+ZeroMQ tells a ROUTER's owner nothing of a peer that leaves. Its socket monitor does, but names the
+file descriptor alone; a received frame names both (ZMQ_SRCFD), so the two can be joined.
+
+A descriptor is used again as soon as it is closed. What keeps old and new apart is the order in
+which ZeroMQ's I/O thread writes: the end of the old connection and the start of the new one are in
+the monitor before the first frame of the new one is in the socket. So a batch of frames is read
+first, then the monitor is drained (`closed`), and only then are the frames looked at (`opened`).
+"""
+
+from __future__ import annotations
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+WATCHED_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+
+
+def readable(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a receive would succeed now."""
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+
+class Connections:
+    """The live connections of one bound ROUTER socket, by descriptor and by routing id."""
+
+    def __init__(self, router: zmq.Socket[bytes]) -> None:
+        self.monitor = router.get_monitor_socket(WATCHED_EVENTS)
+        self._live: set[int] = set()
+        self._routing_id: dict[int, bytes] = {}
+
+    def closed(self) -> list[bytes]:
+        """Drains the monitor: the routing ids of connections that ended since the last call."""
+        gone: list[bytes] = []
+        while readable(self.monitor):
+            event = parse_monitor_message(self.monitor.recv_multipart())
+            descriptor = event["value"]
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._live.add(descriptor)
+            else:
+                self._live.discard(descriptor)
+                routing_id = self._routing_id.pop(descriptor, None)
+                if routing_id is not None:
+                    gone.append(routing_id)
+        return gone
+
+    def opened(self, routing_id: bytes, frame: zmq.Frame) -> bool:
+        """Notes that `frame` came from `routing_id`; False if that connection has ended since."""
+        descriptor = frame.get(zmq.SRCFD)
+        if not isinstance(descriptor, int) or descriptor not in self._live:
+            return False
+        self._routing_id[descriptor] = routing_id
+        return True

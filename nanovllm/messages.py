@@ -1,0 +1,423 @@
+"""What the services say to one another: one struct a message, one union a direction of a link.
+
+They are `array_like`: the fields travel as an array, in the order written here. Token ids and
+other arrays travel as raw little-endian int32 (`pack`, `unpack`). A link carries lists of these.
+
+A request is known inside by its `uid` (the ingress's incarnation in the upper 32 bits, a counter
+in the lower) and its `attempt`: the ingress submits it again, with the next attempt, when a
+service died that held it. A newer attempt replaces an older one everywhere; of an older one
+nothing is believed. Offsets count from the first output token, so that what arrives twice is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+
+
+def pack(values: Iterable[int] | NDArray[np.int32]) -> bytes:
+    """Integers as little-endian int32."""
+    if isinstance(values, np.ndarray):
+        return values.astype("<i4", copy=False).tobytes()
+    return np.fromiter(values, dtype="<i4").tobytes()
+
+
+def unpack(raw: bytes) -> NDArray[np.int32]:
+    """The int32 that `pack` wrote, as a read-only array. Raises ValueError on a torn one."""
+    return np.frombuffer(raw, dtype="<i4")
+
+
+def uid_epoch(uid: int) -> int:
+    """The incarnation of the ingress that drew this uid."""
+    return uid >> 32
+
+
+class Message(msgspec.Struct, array_like=True, gc=False):
+    """Base of everything that travels between services."""
+
+
+# What a request asks for ------------------------------------------------------------------------
+
+
+class Sampling(Message):
+    """How the next token is drawn. Ranges are PROTOCOL's; `logprobs` None is off."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    logprobs: int | None
+
+
+class ChatMessage(Message):
+    role: str
+    content: str
+
+
+class TokenLogprobs(Message):
+    """Of one output token: itself first, then the likeliest. int32[k+1] and float32[k+1]."""
+
+    token_ids: bytes
+    values: bytes
+
+
+# ingress <-> tokenizer --------------------------------------------------------------------------
+
+
+class Tokenize(Message, tag="tokenize"):
+    """A raw request. Exactly one of `text`, `token_ids` and `chat` is given.
+
+    `output` (int32) are the output tokens so far, delivered by earlier attempts or brought by the
+    client; the first `resumed` of them are the client's own.
+    """
+
+    uid: int
+    attempt: int
+    text: str | None
+    token_ids: bytes | None
+    chat: list[ChatMessage] | None
+    chat_template_kwargs: dict[str, Any]
+    sampling: Sampling
+    max_tokens: int
+    stop: list[str]
+    stop_token_ids: bytes
+    ignore_eos: bool
+    cache_salt: str
+    output: bytes
+    resumed: int
+
+
+class Cancel(Message, tag="cancel"):
+    """The request is over before it was handed on; a tokenizer may skip it."""
+
+    uid: int
+
+
+class HandedOn(Message, tag="handed_on"):
+    uid: int
+    attempt: int
+
+
+class Refused(Message, tag="refused"):
+    """The request cannot be served; `code` is one of PROTOCOL's."""
+
+    uid: int
+    attempt: int
+    code: Literal["invalid_request", "context_length_exceeded", "internal"]
+    message: str
+
+
+IngressToTokenizer = Tokenize | Cancel
+TokenizerToIngress = HandedOn | Refused
+
+
+# tokenizer -> scheduler -------------------------------------------------------------------------
+
+
+class Submit(Message, tag="submit"):
+    """A request in token ids.
+
+    `max_tokens` is clipped so that prompt plus output fits `max_model_len`; `stop_token_ids`
+    (int32) hold the end-of-sequence ids too, unless the request ignores them. `prompt` and
+    `output` are int32.
+    """
+
+    uid: int
+    attempt: int
+    prompt: bytes
+    output: bytes
+    resumed: int
+    sampling: Sampling
+    max_tokens: int
+    stop: list[str]
+    stop_token_ids: bytes
+    cache_salt: str
+
+
+TokenizerToScheduler = Submit
+
+
+# ingress <-> scheduler --------------------------------------------------------------------------
+
+
+class End(Message, tag="end"):
+    """Nobody needs this request any more: finished and delivered, aborted, or cut by a stop."""
+
+    uid: int
+
+
+class Admitted(Message, tag="admitted"):
+    """The scheduler has this attempt. The ingress answers with `End` if it is not its latest."""
+
+    uid: int
+    attempt: int
+
+
+class EngineState(Message, tag="engine_state"):
+    """Whether a request can be started now: a worker group is there."""
+
+    ready: bool
+
+
+IngressToScheduler = End
+SchedulerToIngress = Admitted | EngineState
+
+
+# scheduler -> detokenizer -----------------------------------------------------------------------
+
+
+class Begin(Message, tag="begin"):
+    """The whole of an attempt as the scheduler has it: what a detokenizer starts from.
+
+    It may come again within the attempt (a reborn detokenizer, a link made anew, `cached_tokens`
+    known by now): then the fields replace those held, and tokens already held are cut.
+    `output` (int32) starts at offset 0; the first `resumed` tokens came from the client, so what
+    they release is not sent. `token_logprobs` belong to the last tokens of `output`; those before
+    them have been delivered by an earlier attempt.
+    """
+
+    uid: int
+    attempt: int
+    output: bytes
+    resumed: int
+    stop: list[str]
+    prompt_tokens: int
+    cached_tokens: int
+    token_logprobs: list[TokenLogprobs]
+
+
+class NewTokens(Message, tag="new_tokens"):
+    """One step's new token of each of n requests: one array a column, so that a step of many
+    sequences costs the scheduler a few array operations.
+
+    `uids` int64[n], the others int32[n]; `offsets` is the token's index in the output.
+    `logprob_rows` (int32) names the rows that `logprobs` belong to.
+    """
+
+    uids: bytes
+    attempts: bytes
+    offsets: bytes
+    token_ids: bytes
+    logprob_rows: bytes
+    logprobs: list[TokenLogprobs]
+
+
+class Finished(Message, tag="finished"):
+    """The output ended with its `completion_tokens`-th token. Comes after those tokens."""
+
+    uid: int
+    attempt: int
+    reason: FinishReason
+    completion_tokens: int
+
+
+SchedulerToDetokenizer = Begin | NewTokens | Finished | End
+
+
+# detokenizer -> ingress -------------------------------------------------------------------------
+
+
+class Usage(Message):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Ending(Message):
+    reason: FinishReason
+    usage: Usage
+
+
+class Delta(Message, tag="delta"):
+    """Output from `token_offset` (tokens) and `text_offset` (characters of the released text).
+
+    `logprobs` is empty unless asked for, else one entry a token. `ending` is there on the last.
+    """
+
+    uid: int
+    attempt: int
+    token_offset: int
+    text_offset: int
+    token_ids: bytes
+    text: str
+    logprobs: list[TokenLogprobs]
+    ending: Ending | None
+
+
+DetokenizerToIngress = Delta
+
+
+# scheduler <-> gpu_worker rank 0, and rank 0 -> the other ranks ----------------------------------
+
+
+class GroupReady(Message, tag="group_ready"):
+    """The worker group is loaded and drained; it waits for a `Reset`. Repeated until one comes."""
+
+    num_blocks: int
+    block_size: int
+
+
+class Reset(Message, tag="reset"):
+    """All slots are empty from here on; the next plan is number `number`."""
+
+    number: int
+
+
+class Admission(Message):
+    """A sequence takes a slot.
+
+    `tokens` (int32) are prompt and output so far; `blocks` (int32) the slot's block table so far;
+    the KV of the first `computed` tokens is in them already (prefix cache).
+    """
+
+    slot: int
+    tokens: bytes
+    blocks: bytes
+    computed: int
+    sampling: Sampling
+
+
+class StepPlan(Message, tag="step_plan"):
+    """One step; carries only what changed. Applied in this order, then run as one batch.
+
+    Attributes:
+        number: consecutive within the scheduler's incarnation, from `Reset.number` on.
+        release: int32[r], slots that are empty from here on.
+        admit: sequences that take a slot.
+        append: int32[a, 2], (slot, block): the block goes to the end of the slot's block table.
+        prefill: int32[p, 3], (slot, start, length): compute the slot's tokens
+            [start, start + length). The chunk that reaches the last token also samples.
+        decode: int32[d], slots that decode: the input is the slot's last sampled token, which
+            has not left the device; each samples.
+
+    The result's rows are those of `decode`, in order, then those of the prefill chunks that
+    sampled, in order. A sampled token's position (for its random stream) is its index in the
+    sequence, prompt included.
+    """
+
+    number: int
+    release: bytes
+    admit: list[Admission]
+    append: bytes
+    prefill: bytes
+    decode: bytes
+
+
+class RowLogprobs(Message):
+    row: int
+    logprobs: TokenLogprobs
+
+
+class StepResult(Message, tag="step_result"):
+    """What step `number` sampled: int32[rows]. `logprobs` for the rows that asked.
+
+    `busy_us` is the time since the group's start for which the device had work, and `at_us` the
+    time since the group's start, when this step ended; their differences give the device's load.
+    """
+
+    number: int
+    token_ids: bytes
+    logprobs: list[RowLogprobs]
+    busy_us: int
+    at_us: int
+
+
+SchedulerToWorker = Reset | StepPlan
+WorkerToScheduler = GroupReady | StepResult
+
+
+# services and commands <-> supervisor -------------------------------------------------------------
+
+
+class Loading(Message, tag="loading"):
+    """Progress towards being ready: `done` of `total` of `stage` (bytes, tensors, …)."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Ready(Message, tag="ready"):
+    """The service can work. `detail` is a few words for the log, or empty."""
+
+    detail: str
+
+
+class IngressStats(Message, tag="ingress"):
+    sessions: int
+    requests: int
+    finished: int
+
+
+class TokenizerStats(Message, tag="tokenizer"):
+    queued: int
+    tokenized: int
+
+
+class SchedulerStats(Message, tag="scheduler"):
+    """`records` counts every request known, the finished that await their `End` among them."""
+
+    running: int
+    waiting: int
+    records: int
+    blocks_used: int
+    blocks_total: int
+    prompt_tokens: int
+    cached_tokens: int
+    steps: int
+    generated: int
+    preemptions: int
+
+
+class WorkerStats(Message, tag="gpu_worker"):
+    slots_used: int
+    steps: int
+    busy_s: float
+
+
+class DetokenizerStats(Message, tag="detokenizer"):
+    requests: int
+    tokens: int
+
+
+Stats = IngressStats | TokenizerStats | SchedulerStats | WorkerStats | DetokenizerStats
+
+
+class Report(Message, tag="report"):
+    """Once a second from each service: CPU seconds used since its start, and its counts."""
+
+    cpu_s: float
+    stats: Stats
+
+
+class StatusRequest(Message, tag="status_request"):
+    """A command asks for `Status`."""
+
+
+class ServiceStatus(Message):
+    """`stats` is None until the first report."""
+
+    role: str
+    index: int
+    pid: int
+    state: Literal["starting", "loading", "ready", "ended"]
+    uptime_s: float
+    cpu_s: float
+    stats: Stats | None
+
+
+class Status(Message, tag="status"):
+    model: str
+    endpoint: str
+    services: list[ServiceStatus]
+
+
+ToSupervisor = Loading | Ready | Report | StatusRequest
+FromSupervisor = Status

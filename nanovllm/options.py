@@ -1,0 +1,92 @@
+"""Command lines made from `Settings`: click options, and back into an argument list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from msgspec import inspect
+
+from nanovllm.settings import Settings, SettingsError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_ALIASES = {"tensor_parallel_size": ("--tp",)}
+
+
+def settings_options(*, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """Adds an option for every field of `Settings` (less `without`) to a click command."""
+
+    def decorate(command: Command) -> Command:
+        for field in reversed(_fields()):
+            if field.name not in without:
+                command = _option(field)(command)
+        return command
+
+    return decorate
+
+
+def settings_from(values: dict[str, Any]) -> Settings:
+    """Settings from what click parsed; an option that is None keeps its default.
+
+    Raises:
+        click.UsageError: a value out of range, naming its option.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return msgspec.convert(given, Settings)
+    except msgspec.ValidationError as error:
+        raise click.UsageError(_naming_the_option(str(error))) from None
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def settings_argv(settings: Settings) -> list[str]:
+    """The arguments that give `settings` again."""
+    argv: list[str] = []
+    for field in _fields():
+        value = getattr(settings, field.name)
+        if isinstance(value, bool):
+            argv += [_flag(field.name)] if value else []
+        else:
+            argv += [_flag(field.name), str(value)]
+    return argv
+
+
+def _fields() -> tuple[inspect.Field, ...]:
+    described = inspect.type_info(Settings)
+    if not isinstance(described, inspect.StructType):
+        raise TypeError("Settings is a struct")
+    return described.fields
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _option(field: inspect.Field) -> Callable[[Command], Command]:
+    described = field.type
+    help_text = ""
+    if isinstance(described, inspect.Metadata):
+        help_text = (described.extra_json_schema or {}).get("description", "")
+        described = described.type
+    default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    names = (_flag(field.name), *_ALIASES.get(field.name, ()))
+    if isinstance(described, inspect.BoolType):
+        return click.option(*names, field.name, is_flag=True, default=None, help=help_text)
+    kind: Any = str
+    if isinstance(described, inspect.LiteralType):
+        kind = click.Choice([str(value) for value in described.values])
+    elif isinstance(described, inspect.IntType):
+        kind = int
+    elif isinstance(described, inspect.FloatType):
+        kind = float
+    shown = f"{help_text}  [default: {default}]" if default not in ("", None) else help_text
+    return click.option(*names, field.name, type=kind, default=None, help=shown)
+
+
+def _naming_the_option(message: str) -> str:
+    what, _, where = message.partition(" - at `$.")
+    return f"{_flag(where.rstrip('`'))}: {what}" if where else message

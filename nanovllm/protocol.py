@@ -1,0 +1,129 @@
+"""The public wire protocol (docs/protocol.md) as structs: what clients and the ingress say.
+
+Messages are MessagePack maps whose `type` names the struct. The ingress decodes what clients send
+into these, with every range of the protocol checked while decoding; clients decode what the
+ingress sends.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+NonEmptyStr = Annotated[str, Meta(min_length=1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+
+ErrorCode = Literal[
+    "invalid_request",
+    "context_length_exceeded",
+    "duplicate_id",
+    "overloaded",
+    "poisoned",
+    "internal",
+]
+FinishReason = Literal["stop", "length", "abort"]
+# One entry a token: [[token_id, logprob], …], the chosen token first.
+Logprobs = list[list[tuple[int, float]]]
+
+
+class Public(msgspec.Struct, kw_only=True, tag_field="type", omit_defaults=True):
+    """Base of the public messages."""
+
+
+# Client to ingress ------------------------------------------------------------------------------
+
+
+class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str
+
+
+class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    temperature: Annotated[float, Meta(ge=0, le=10)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    max_tokens: Annotated[int, Meta(ge=1)] = 64
+    stop: Annotated[list[NonEmptyStr], Meta(max_length=16)] = []
+    stop_token_ids: list[TokenId] = []
+    ignore_eos: bool = False
+    seed: Int64 | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class Generate(Public, tag="generate", forbid_unknown_fields=True):
+    id: NonEmptyStr  # at most 128 bytes of UTF-8: checked by the ingress
+    prompt: NonEmptyStr | None = None
+    prompt_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    sampling: Sampling = msgspec.field(default_factory=Sampling)
+    stream: bool = True
+    resume_token_ids: list[TokenId] = []
+    cache_salt: str | None = None
+
+
+class Abort(Public, tag="abort", forbid_unknown_fields=True):
+    id: str
+
+
+class Ping(Public, tag="ping", forbid_unknown_fields=True):
+    id: str | None = None
+
+
+ClientMessage = Generate | Abort | Ping
+
+
+# Ingress to client ------------------------------------------------------------------------------
+
+
+class Accepted(Public, tag="accepted"):
+    id: str
+    session: str
+    seed: int
+
+
+class Delta(Public, tag="delta", omit_defaults=False):
+    id: str
+    offset: int
+    token_ids: list[int]
+    text: str
+    logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Finish(Public, tag="finish", omit_defaults=False):
+    """`text`, `token_ids` and `seed` are there with `stream` false only."""
+
+    id: str
+    finish_reason: FinishReason
+    usage: Usage
+    text: str | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
+    seed: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class Error(Public, tag="error", omit_defaults=False):
+    id: str | None
+    code: ErrorCode
+    message: str
+
+
+class Pong(Public, tag="pong", omit_defaults=False):
+    id: str | None
+    session: str
+    version: str
+    model: str
+    ready: bool
+
+
+ServerMessage = Accepted | Delta | Finish | Error | Pong

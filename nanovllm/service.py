@@ -1,0 +1,221 @@
+"""What every service process has: its options, its identity, its link to the supervisor, its loop.
+
+A service is a core and the loop that feeds it. It keeps nothing that another cannot rebuild, so it
+ends by simply ending: on SIGTERM, when its lifeline breaks, or on an exception, which is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import msgspec
+import zmq
+
+from nanovllm.checkpoint import CheckpointError, ModelConfig, resolve_model
+from nanovllm.links import (
+    HEARTBEAT_S,
+    BoundLink,
+    ConnectedLink,
+    EndpointTaken,
+    Event,
+    Link,
+    Peer,
+    new_incarnation,
+)
+from nanovllm.messages import FromSupervisor, Loading, Ready, Report, Stats
+from nanovllm.options import settings_from, settings_options
+from nanovllm.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
+
+# The exit code of a service that cannot run as it was told to: nothing that a restart would mend.
+EXIT_MISCONFIGURED = 2
+LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"
+
+
+class Service:
+    """One service process.
+
+    Attributes:
+        settings: with `model` resolved to a directory and `max_model_len` cut to the model's.
+        config: the model's shape.
+        me: this process.
+        context: its ZeroMQ context.
+    """
+
+    def __init__(self, role: str, index: int, settings: Settings) -> None:
+        self.directory: Path = resolve_model(settings.model)
+        self.config = ModelConfig.from_checkpoint(self.directory)
+        self.settings = settled(settings, self.directory, self.config)
+        self.me = Peer(role, index, new_incarnation())
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._stats: Callable[[], Stats] | None = None
+        self._links: list[tuple[Link, Callable[[Event[Any]], None]]] = []
+        self._watchers: list[Callable[[], None]] = []
+        self._poller = zmq.Poller()
+        self._next_beat = 0.0
+        self._standing: Loading | Ready | None = None
+        self._control: ConnectedLink[FromSupervisor] = self.connect(
+            self.settings.control_endpoint, FromSupervisor, self._on_control
+        )
+
+    def connect(
+        self, endpoint: str, inbound: Any, handler: Callable[[Event[Any]], None]
+    ) -> ConnectedLink[Any]:
+        """Opens a link to a service that binds; `handler` is called with its events."""
+        link: ConnectedLink[Any] = ConnectedLink(self.context, endpoint, self.me, inbound)
+        self._add(link, handler)
+        return link
+
+    def bind(
+        self, endpoint: str, inbound: Any, handler: Callable[[Event[Any]], None]
+    ) -> BoundLink[Any]:
+        """Opens a link that others connect to; `handler` is called with its events.
+
+        Raises:
+            EndpointTaken, OSError: see `links.bind`.
+        """
+        link: BoundLink[Any] = BoundLink(self.context, endpoint, self.me, inbound)
+        self._add(link, handler)
+        return link
+
+    def watch(self, readable: int | zmq.Socket[bytes], handler: Callable[[], None]) -> None:
+        """Wakes up when a descriptor or socket is readable, and calls `handler` at each wake-up;
+        the handler reads what there is without blocking."""
+        self._poller.register(readable, zmq.POLLIN)
+        self._watchers.append(handler)
+
+    def loading(self, stage: str, done: int, total: int) -> None:
+        """Tells the supervisor how far it is; may be called before `run`, from the same thread."""
+        self._announce(Loading(stage, done, total))
+
+    def ready(self, detail: str = "") -> None:
+        """Tells the supervisor that the service can work."""
+        self._announce(Ready(detail))
+
+    def run(self, step: Callable[[float], float | None], stats: Callable[[], Stats]) -> NoReturn:
+        """Polls for ever: hands events to their handlers, then calls `step`.
+
+        Args:
+            step: called with the time (`time.monotonic`) after each wake-up; does the core's work
+                and sends what is to be sent. Returns in how many seconds it wants to be called
+                again even if nothing happens, or None.
+            stats: what the service reports to the supervisor once a second.
+        """
+        self._stats = stats
+        wait: float | None = 0.0
+        while True:
+            until_beat = max(0.0, self._next_beat - time.monotonic())
+            timeout = until_beat if wait is None else min(wait, until_beat)
+            self._poller.poll(int(timeout * 1000 + 0.999))
+            self._dispatch()
+            wait = step(time.monotonic())
+            self._beat()
+
+    def close(self) -> None:
+        for link, _ in self._links:
+            link.close()
+        self.context.term()
+
+    def _add(self, link: Link, handler: Callable[[Event[Any]], None]) -> None:
+        self._links.append((link, handler))
+        for socket in link.sockets:
+            self._poller.register(socket, zmq.POLLIN)
+
+    def _dispatch(self) -> None:
+        for link, handler in self._links:
+            for event in link.receive():
+                handler(event)
+        for watcher in self._watchers:
+            watcher()
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now < self._next_beat:
+            return
+        self._next_beat = now + HEARTBEAT_S
+        for link, _ in self._links:
+            link.heartbeat()
+        if self._stats is not None:
+            self._control.send([Report(time.process_time(), self._stats())])
+
+    def _announce(self, standing: Loading | Ready) -> None:
+        self._standing = standing
+        for event in self._control.receive():
+            self._on_control(event)
+        self._control.send([standing])
+
+    def _on_control(self, event: Event[FromSupervisor]) -> None:
+        if self._standing is not None:
+            self._control.send([self._standing])
+
+
+def settled(settings: Settings, directory: Path, config: ModelConfig) -> Settings:
+    """The settings as this model allows them: the directory, and no length beyond the model's."""
+    return msgspec.structs.replace(
+        settings,
+        model=str(directory),
+        max_model_len=min(settings.max_model_len, config.max_position_embeddings),
+    )
+
+
+def service_command(role: str, serve: Callable[[Service], NoReturn]) -> click.Command:
+    """The command line of a service: `python -m nanovllm.services.ROLE`.
+
+    Args:
+        role: the service's name.
+        serve: builds the core and its links, and runs.
+    """
+
+    @click.command(help=f"Runs one {role} on its own. The launcher does this for you.")
+    @click.option("--index", type=int, default=0, help="Which of its kind (the rank of a worker).")
+    @settings_options()
+    def command(index: int, **options: Any) -> None:
+        settings = settings_from(options)
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            format="%(levelname)s %(message)s",
+            stream=sys.stderr,
+        )
+        _live_and_die_with_the_launcher()
+        try:
+            service = Service(role, index, settings)
+            serve(service)
+        except (CheckpointError, SettingsError, EndpointTaken) as error:
+            log.error("%s", error)
+            sys.exit(EXIT_MISCONFIGURED)
+
+    return command
+
+
+def _live_and_die_with_the_launcher() -> None:
+    """Ignores the terminal's Ctrl-C (the launcher decides), ends on SIGTERM and a broken lifeline.
+
+    The lifeline is a pipe whose other end the launcher holds: it breaks when the launcher ends,
+    however it ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    descriptor = os.environ.get(LIFELINE_VARIABLE)
+    if descriptor is not None:
+        watch_lifeline(int(descriptor))
+
+
+def watch_lifeline(descriptor: int) -> None:
+    """Ends this process at once when the other end of the pipe `descriptor` is closed."""
+
+    def wait_for_the_end() -> None:
+        while os.read(descriptor, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait_for_the_end, name="lifeline", daemon=True).start()

@@ -1,0 +1,161 @@
+"""Every option of the engine, once: its name, type, range, default and help.
+
+The command lines of the launcher and of each service are made from this struct (`options.py`), and
+the launcher hands its settings on to the services as command lines.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
+# sockaddr_un.sun_path, less its terminating zero.
+LONGEST_IPC_PATH = 107
+
+
+class SettingsError(ValueError):
+    """Options that do not go together; the message names which to change."""
+
+
+def default_runtime_dir() -> str:
+    """Where the sockets of one running pipeline live, unless `--runtime-dir` says otherwise."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and os.path.isdir(base):
+        return os.path.join(base, "nanovllm")
+    return os.path.join(tempfile.gettempdir(), f"nanovllm-{os.getuid()}")
+
+
+def _option(help_text: str) -> Meta:
+    return Meta(description=help_text)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One pipeline's settings. Every field is an option: `max_num_seqs` is `--max-num-seqs`."""
+
+    model: Annotated[
+        str, _option("Checkpoint directory or hub id of a Qwen3 model; the demo if not given.")
+    ] = ""
+    ingress: Annotated[
+        str, _option("Where clients connect, besides ipc in the runtime directory; '' for nowhere.")
+    ] = DEFAULT_INGRESS
+    runtime_dir: Annotated[str, _option("Directory of this pipeline's sockets, mode 0700.")] = (
+        msgspec.field(default_factory=default_runtime_dir)
+    )
+
+    tensor_parallel_size: Annotated[
+        int, Meta(ge=1, le=8), _option("Ranks that share the model (also --tp).")
+    ] = 1
+    tokenizers: Annotated[int, Meta(ge=1, le=64), _option("Tokenizer processes.")] = 1
+    detokenizers: Annotated[int, Meta(ge=1, le=64), _option("Detokenizer processes.")] = 1
+
+    device: Annotated[
+        Literal["auto", "cuda", "cpu", "sim"],
+        _option("auto: cuda where there is one, else cpu. sim: no model, steps of a fixed time."),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        _option("auto: the checkpoint's on cuda, float32 on a cpu."),
+    ] = "auto"
+    attention: Annotated[
+        Literal["auto", "sdpa"], _option("Attention backend; auto takes the best that can run.")
+    ] = "auto"
+    enforce_eager: Annotated[bool, _option("Never use CUDA graphs.")] = False
+    gpu_memory_utilization: Annotated[
+        float, Meta(gt=0, le=1), _option("Share of the GPU's memory to take, KV cache included.")
+    ] = 0.9
+    sim_step_ms: Annotated[
+        float, Meta(gt=0, le=60_000), _option("Device time of a step on --device sim.")
+    ] = 2.0
+
+    max_model_len: Annotated[
+        int, Meta(ge=2), _option("Longest sequence, prompt and output, in tokens.")
+    ] = 4096
+    max_num_seqs: Annotated[
+        int, Meta(ge=1, le=65536), _option("Slots: sequences that run at the same time.")
+    ] = 512
+    max_num_batched_tokens: Annotated[
+        int, Meta(ge=1), _option("Token budget of a step, decodes and prefill together.")
+    ] = 16384
+    max_prefill_tokens: Annotated[
+        int, Meta(ge=1), _option("Most prefill tokens in a step that also decodes.")
+    ] = 2048
+    kvcache_block_size: Annotated[
+        int, Meta(ge=1, le=65536), _option("Tokens in a block of the KV cache.")
+    ] = 256
+    num_kvcache_blocks: Annotated[
+        int, Meta(ge=-1), _option("Blocks of the KV cache; -1: as many as memory allows.")
+    ] = -1
+    pipeline_depth: Annotated[
+        int, Meta(ge=1, le=8), _option("Step plans in flight; 1 waits for each result.")
+    ] = 2
+
+    max_message_bytes: Annotated[
+        int, Meta(ge=1024), _option("Largest frame that a client may send.")
+    ] = 8 << 20
+    max_pending_requests: Annotated[
+        int, Meta(ge=1), _option("Unfinished requests that the ingress holds at most.")
+    ] = 16384
+
+    scheduler_link: Annotated[
+        str, _option("Where the scheduler binds; default: ipc in the runtime directory.")
+    ] = ""
+    services_link: Annotated[
+        str, _option("Where the ingress binds for tokenizers and detokenizers; likewise.")
+    ] = ""
+    workers_link: Annotated[
+        str, _option("Where gpu_worker rank 0 binds for the other ranks; likewise.")
+    ] = ""
+    control_link: Annotated[
+        str, _option("Where the supervisor binds for services and commands; likewise.")
+    ] = ""
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], _option("What the services log.")
+    ] = "info"
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise SettingsError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least"
+                f" --max-num-seqs ({self.max_num_seqs}): each running sequence takes one token"
+                " of a step"
+            )
+
+    def in_runtime_dir(self, name: str) -> str:
+        """The ipc endpoint `name` in the runtime directory.
+
+        Raises SettingsError if its path is longer than a socket's may be.
+        """
+        path = str(Path(self.runtime_dir).absolute() / f"{name}.sock")
+        if len(os.fsencode(path)) > LONGEST_IPC_PATH:
+            raise SettingsError(
+                f"--runtime-dir is too long: {path} has more than {LONGEST_IPC_PATH} bytes"
+            )
+        return f"ipc://{path}"
+
+    @property
+    def client_endpoints(self) -> list[str]:
+        """Where the ingress binds for clients."""
+        local = self.in_runtime_dir("ingress")
+        return [self.ingress, local] if self.ingress else [local]
+
+    @property
+    def services_endpoint(self) -> str:
+        return self.services_link or self.in_runtime_dir("services")
+
+    @property
+    def scheduler_endpoint(self) -> str:
+        return self.scheduler_link or self.in_runtime_dir("scheduler")
+
+    @property
+    def workers_endpoint(self) -> str:
+        return self.workers_link or self.in_runtime_dir("workers")
+
+    @property
+    def control_endpoint(self) -> str:
+        return self.control_link or self.in_runtime_dir("control")

@@ -1,0 +1,43 @@
+"""The paged KV cache's size and allocation."""
+
+from __future__ import annotations
+
+import torch
+
+from nanovllm.checkpoint import ModelConfig
+from nanovllm.kernels.attention.interface import AttentionShape, LayerCache
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+
+
+def attention_shape(config: ModelConfig, tp: TensorParallel, block_size: int) -> AttentionShape:
+    """This rank's share of the heads. Key/value heads are replicated where TP exceeds them."""
+    return AttentionShape(
+        num_heads=config.num_attention_heads // tp.size,
+        num_kv_heads=max(1, config.num_key_value_heads // tp.size),
+        head_dim=config.head_dim,
+        block_size=block_size,
+    )
+
+
+def block_bytes(config: ModelConfig, shape: AttentionShape, dtype: torch.dtype) -> int:
+    """Bytes that one block takes on this rank, keys and values of all layers together."""
+    per_token = 2 * config.num_hidden_layers * shape.num_kv_heads * shape.head_dim
+    return per_token * shape.block_size * dtype.itemsize
+
+
+def allocate_kv_cache(
+    config: ModelConfig,
+    shape: AttentionShape,
+    num_blocks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[LayerCache]:
+    """Zeros for every layer; see `kernels.attention.interface` for the layout."""
+    size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    return [
+        LayerCache(
+            k=torch.zeros(size, dtype=dtype, device=device),
+            v=torch.zeros(size, dtype=dtype, device=device),
+        )
+        for _ in range(config.num_hidden_layers)
+    ]
