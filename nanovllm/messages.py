@@ -362,7 +362,8 @@ class TokenizerStats(Message, tag="tokenizer"):
 
 
 class SchedulerStats(Message, tag="scheduler"):
-    """`records` counts every request known, the finished that await their `End` among them."""
+    """`records` counts every request known, the finished that await their `End` among them;
+    `plan_bytes` is the size of the latest step plan."""
 
     running: int
     waiting: int
@@ -374,6 +375,7 @@ class SchedulerStats(Message, tag="scheduler"):
     steps: int
     generated: int
     preemptions: int
+    plan_bytes: int
 
 
 class WorkerStats(Message, tag="gpu_worker"):
@@ -391,8 +393,12 @@ Stats = IngressStats | TokenizerStats | SchedulerStats | WorkerStats | Detokeniz
 
 
 class Report(Message, tag="report"):
-    """Once a second from each service: CPU seconds used since its start, and its counts."""
+    """Once a second from each service: CPU seconds used since its start, and its counts.
 
+    `at_s` is the machine's monotonic clock when it was made, so that two give rates.
+    """
+
+    at_s: float
     cpu_s: float
     stats: Stats
 
@@ -402,13 +408,14 @@ class StatusRequest(Message, tag="status_request"):
 
 
 class ServiceStatus(Message):
-    """`stats` is None until the first report."""
+    """`at_s`, `cpu_s` and `stats` are those of its last report; `stats` None before the first."""
 
     role: str
     index: int
     pid: int
     state: Literal["starting", "loading", "ready", "ended"]
     uptime_s: float
+    at_s: float
     cpu_s: float
     stats: Stats | None
 

@@ -146,7 +146,7 @@ class Service:
         for link, _ in self._links:
             link.heartbeat()
         if self._stats is not None:
-            self._control.send([Report(time.process_time(), self._stats())])
+            self._control.send([Report(now, time.process_time(), self._stats())])
 
     def _announce(self, standing: Loading | Ready) -> None:
         self._standing = standing

@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo serve test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    launch the pipeline on the demo model and watch it answer"
+	@echo "make serve   serve the demo model until Ctrl-C (MODEL=… for another)"
+	@echo "make test    lint, type-check and run all tests"
+	@echo "make clean   remove the virtual environment and caches"
+
+$(READY): pyproject.toml
+	@echo "Setting up $(VENV) (a minute or two, once) …"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanovllm needs Python 3.11 or later: make PYTHON=python3.12 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python -m nanovllm.launch.demo
+
+serve: $(READY)
+	@exec $(BIN)/nanovllm-launch $(MODEL)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/node/node_modules

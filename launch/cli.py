@@ -1,0 +1,72 @@
+"""`nanovllm-launch`: checks what it was asked for, and runs the pipeline."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nanovllm.checkpoint import DEMO_CHECKPOINT, CheckpointError, ModelConfig, resolve_model
+from nanovllm.launch.runtime_dir import runtime_dir
+from nanovllm.launch.supervisor import ServiceDied, Supervisor
+from nanovllm.links import EndpointTaken
+from nanovllm.options import settings_from, settings_options
+from nanovllm.service import LIFELINE_VARIABLE, settled
+from nanovllm.settings import DEFAULT_INGRESS, Settings, SettingsError
+
+
+@click.command(
+    help="""Serve a Qwen3 model: ingress, tokenizers, scheduler, GPU workers and detokenizers,
+    each a process of its own.
+
+    MODEL is a checkpoint directory or a hub id; without it a small demo model is served, which
+    needs no GPU.
+
+    \b
+    Examples:
+      nanovllm-launch
+      nanovllm-launch Qwen/Qwen3-0.6B --tp 2
+      nanovllm-launch ./checkpoint --device cpu --max-model-len 2048
+    """,
+    context_settings={"max_content_width": 100},
+)
+@click.argument("model", default="")
+@settings_options(without=("model",))
+def main(model: str, **options: Any) -> None:
+    settings = settings_from({"model": model, **options})
+    logging.basicConfig(level=settings.log_level.upper(), format="%(message)s", stream=sys.stderr)
+    lifeline = os.environ.pop(LIFELINE_VARIABLE, None)
+    try:
+        directory = resolve_model(settings.model)
+        config = ModelConfig.from_checkpoint(directory)
+        if settings.device != "sim":
+            config.check_tensor_parallel(settings.tensor_parallel_size)
+        name = "the demo model" if directory == DEMO_CHECKPOINT else directory.name
+        settings = settled(settings, directory, config)
+        with runtime_dir(Path(settings.runtime_dir)):
+            Supervisor(
+                settings,
+                name,
+                announce=lambda: _announce(settings, name),
+                lifeline=None if lifeline is None else int(lifeline),
+            ).run()
+    except (CheckpointError, SettingsError, EndpointTaken, ServiceDied, OSError) as error:
+        click.echo(f"nanovllm-launch: {error}", err=True)
+        sys.exit(1)
+
+
+def _announce(settings: Settings, name: str) -> None:
+    endpoint = settings.client_endpoints[0]
+    where = "" if endpoint == DEFAULT_INGRESS else f" --endpoint {shlex.quote(endpoint)}"
+    click.echo(f"nanovllm serves {name} at {endpoint}")
+    click.echo(f"try:  nanovllm generate 'Once upon a time'{where}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The service processes as the supervisor sees them: start, output, end."""
+
+from __future__ import annotations
+
+import collections
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from nanovllm.links import Peer
+from nanovllm.messages import Loading, Ready, Report, ServiceStatus
+from nanovllm.options import settings_argv
+from nanovllm.service import LIFELINE_VARIABLE
+from nanovllm.settings import Settings
+
+# Lines of a service's output that are kept, to be shown should it end.
+LAST_LINES = 20
+
+
+class Lifeline:
+    """A pipe whose write end only this process holds: services end when it breaks."""
+
+    def __init__(self) -> None:
+        self.read_end, self._write_end = os.pipe()
+
+    def close(self) -> None:
+        os.close(self.read_end)
+        os.close(self._write_end)
+
+
+class ServiceProcess:
+    """One service process: `role` and `index`, its output, and what it last said of itself."""
+
+    def __init__(self, role: str, index: int, settings: Settings, lifeline: Lifeline) -> None:
+        self.role = role
+        self.index = index
+        self.loading: Loading | None = None
+        self.ready: Ready | None = None
+        self.last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
+        self._report: Report | None = None
+        self._started = time.monotonic()
+        self._partial = b""
+        command = [sys.executable, "-m", f"nanovllm.services.{role}", "--index", str(index)]
+        self.process = subprocess.Popen(
+            [*command, *settings_argv(settings)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, LIFELINE_VARIABLE: str(lifeline.read_end)},
+            pass_fds=[lifeline.read_end],
+            process_group=0,  # the terminal's Ctrl-C is for the supervisor
+        )
+        if self.process.stdout is None:
+            raise RuntimeError("a service's output is a pipe")
+        self.output = self.process.stdout.fileno()
+        os.set_blocking(self.output, False)
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.index}"
+
+    def is_peer(self, peer: Peer) -> bool:
+        return (peer.role, peer.index) == (self.role, self.index)
+
+    def note(self, said: Loading | Ready | Report) -> None:
+        """Takes what the service says of itself."""
+        if isinstance(said, Loading):
+            self.loading = said
+        elif isinstance(said, Ready):
+            self.ready = said
+        else:
+            self._report = said
+
+    def lines(self) -> Iterator[str]:
+        """The complete lines that it has written since; at its end, an incomplete one too."""
+        while chunk := self._read():
+            *whole, self._partial = (self._partial + chunk).split(b"\n")
+            for line in whole:
+                yield self._kept(line)
+        if self._partial and self.process.poll() is not None:
+            line, self._partial = self._partial, b""
+            yield self._kept(line)
+
+    def status(self) -> ServiceStatus:
+        if self.process.poll() is not None:
+            state = "ended"
+        elif self.ready:
+            state = "ready"
+        else:
+            state = "loading" if self.loading else "starting"
+        return ServiceStatus(
+            role=self.role,
+            index=self.index,
+            pid=self.process.pid,
+            state=state,  # type: ignore[arg-type]
+            uptime_s=time.monotonic() - self._started,
+            at_s=self._report.at_s if self._report else 0.0,
+            cpu_s=self._report.cpu_s if self._report else 0.0,
+            stats=self._report.stats if self._report else None,
+        )
+
+    def _read(self) -> bytes:
+        try:
+            return os.read(self.output, 65536)
+        except BlockingIOError:
+            return b""
+
+    def _kept(self, line: bytes) -> str:
+        text = line.decode(errors="replace").rstrip()
+        self.last_lines.append(text)
+        return text
+
+
+def end_all(services: list[ServiceProcess], grace_s: float) -> None:
+    """Ends every service: SIGTERM, and SIGKILL for those that live after `grace_s` seconds."""
+    for service in services:
+        service.process.terminate()
+    deadline = time.monotonic() + grace_s
+    for service in services:
+        try:
+            service.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            service.process.kill()
+            service.process.wait()

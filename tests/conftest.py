@@ -1,0 +1,31 @@
+"""What tests of the whole pipeline share: a running one, and the means to start others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines import Pipeline
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> Iterator[Pipeline]:
+    """A pipeline that serves the demo checkpoint, for the whole test run."""
+    with Pipeline() as running:
+        yield running
+
+
+@pytest.fixture
+def start_pipeline() -> Iterator[Callable[..., Pipeline]]:
+    """Starts pipelines with the given command-line arguments; ends them with the test."""
+    started: list[Pipeline] = []
+
+    def start(model: Path | str = "", *arguments: str) -> Pipeline:
+        started.append(Pipeline(model, *arguments).start())
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.stop()

@@ -1,0 +1,165 @@
+"""Links over real sockets: who is there, what is dropped, what a rebirth looks like."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from nanovllm.links import BoundLink, ConnectedLink, Down, EndpointTaken, Peer, Received, Up
+from nanovllm.messages import Admitted, End, SchedulerToIngress
+
+SCHEDULER = Peer("scheduler", 0, 101)
+INGRESS = Peer("ingress", 0, 202)
+TIMEOUT_S = 10.0
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    context: zmq.Context[Any] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "ipc":
+        return f"ipc://{tmp_path}/a.sock"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def bound(context: zmq.Context[Any], endpoint: str, me: Peer = SCHEDULER) -> BoundLink[End]:
+    return BoundLink(context, endpoint, me, End)
+
+
+def connected(
+    context: zmq.Context[Any], endpoint: str, me: Peer = INGRESS
+) -> ConnectedLink[Admitted]:
+    return ConnectedLink(context, endpoint, me, SchedulerToIngress)
+
+
+def events_until(wanted: Callable[[list[Any]], bool], *links: Any) -> list[list[Any]]:
+    """Polls the links until the events of the first satisfy `wanted`; the events of each."""
+    seen: list[list[Any]] = [[] for _ in links]
+    poller = zmq.Poller()
+    for link in links:
+        for polled in link.sockets:
+            poller.register(polled, zmq.POLLIN)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not wanted(seen[0]):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"events so far: {seen}")
+        poller.poll(50)
+        for events, link in zip(seen, links, strict=True):
+            events.extend(link.receive())
+    return seen
+
+
+def has(kind: type) -> Callable[[list[Any]], bool]:
+    return lambda events: any(isinstance(event, kind) for event in events)
+
+
+def test_each_side_learns_of_the_other_and_messages_pass(
+    context: zmq.Context[Any], endpoint: str
+) -> None:
+    binder, connector = bound(context, endpoint), connected(context, endpoint)
+    assert not connector.send([End(1)]), "nobody has welcomed it yet"
+    up, at_binder = events_until(has(Up), connector, binder)
+    assert up == [Up(SCHEDULER, reborn=True)]
+    assert at_binder == [Up(INGRESS, reborn=True)]
+    assert connector.send([End(1), End(2)])
+    got, _ = events_until(lambda events: len(events) == 2, binder, connector)
+    assert [event.message for event in got] == [End(1), End(2)]
+    assert binder.send(INGRESS, [Admitted(7, 1)])
+    (answer,), _ = events_until(has(Received), connector, binder)
+    assert answer == Received(SCHEDULER, Admitted(7, 1))
+
+
+def test_a_peer_that_closes_is_noticed_while_nothing_is_sent(
+    context: zmq.Context[Any], endpoint: str
+) -> None:
+    binder, connector = bound(context, endpoint), connected(context, endpoint)
+    events_until(has(Up), connector, binder)
+    binder.receive()
+    connector.close()
+    (gone,) = events_until(has(Down), binder)
+    assert gone[-1] == Down(INGRESS)
+    assert binder.peers == []
+    assert not binder.send(INGRESS, [Admitted(1, 1)])
+
+
+def test_a_reborn_binder_is_told_apart_and_gets_nothing_meant_for_the_old(
+    context: zmq.Context[Any], endpoint: str
+) -> None:
+    life: zmq.Context[Any] = zmq.Context()
+    binder, connector = bound(life, endpoint), connected(context, endpoint)
+    events_until(has(Up), connector, binder)
+    connector.send([End(1)])
+    binder.close()
+    life.term()
+    events_until(has(Down), connector)
+    assert not connector.send([End(2)]), "what cannot be sent is not queued beside the socket"
+    reborn = bound(context, endpoint, Peer("scheduler", 0, 103))
+    up, at_binder = events_until(has(Up), connector, reborn)
+    assert up == [Up(Peer("scheduler", 0, 103), reborn=True)]
+    assert at_binder == [Up(INGRESS, reborn=True)]
+    connector.send([End(3)])
+    got, _ = events_until(has(Received), reborn, connector)
+    assert [event.message for event in got] == [End(3)]
+
+
+def test_a_reborn_connector_replaces_its_former_life(
+    context: zmq.Context[Any], endpoint: str
+) -> None:
+    binder, old = bound(context, endpoint), connected(context, endpoint)
+    events_until(has(Up), old, binder)
+    binder.receive()
+    second_life = Peer("ingress", 0, 203)
+    new = connected(context, endpoint, second_life)
+    seen, _ = events_until(has(Up), binder, new)
+    assert seen == [Down(INGRESS), Up(second_life, reborn=True)]
+    assert binder.peers == [second_life]
+
+
+def test_what_comes_before_a_hello_or_for_another_life_is_dropped(
+    context: zmq.Context[Any], endpoint: str
+) -> None:
+    binder = bound(context, endpoint)
+    stranger = context.socket(zmq.DEALER)
+    stranger.connect(endpoint)
+    for frames in (
+        [b"x"],
+        [b"\x00" * 16, b"\xc1"],
+        [b"\x65" + b"\x00" * 7 + b"\x09" + b"\x00" * 7, b"\x91\x92\xa3end\x01"],
+        [b"a", b"b", b"c"],
+    ):
+        stranger.send_multipart(frames)
+    connector = connected(context, endpoint)
+    events_until(has(Up), connector, binder)
+    connector.send([End(5)])
+    seen, _ = events_until(has(Received), binder, connector)
+    assert [event.message for event in seen if isinstance(event, Received)] == [End(5)]
+    stranger.close(linger=0)
+
+
+def test_a_live_ipc_endpoint_cannot_be_stolen(context: zmq.Context[Any], tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/a.sock"
+    first = bound(context, endpoint)
+    with pytest.raises(EndpointTaken, match="taken by another process"):
+        bound(context, endpoint, Peer("scheduler", 0, 104))
+    first.close()
+    assert list(tmp_path.iterdir()) == []
+    bound(context, endpoint, Peer("scheduler", 0, 105)).close()
+
+
+def test_a_taken_port_is_named(context: zmq.Context[Any]) -> None:
+    holder = context.socket(zmq.ROUTER)
+    port = holder.bind_to_random_port("tcp://127.0.0.1")
+    with pytest.raises(EndpointTaken, match=f"127.0.0.1:{port}"):
+        bound(context, f"tcp://127.0.0.1:{port}")

@@ -1,0 +1,75 @@
+"""Options: made from one struct, and back again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from nanovllm.options import settings_argv, settings_from, settings_options
+from nanovllm.settings import Settings, SettingsError
+
+
+def parse(*argv: str) -> Settings:
+    parsed: list[Settings] = []
+
+    @click.command()
+    @settings_options()
+    def command(**options: Any) -> None:
+        parsed.append(settings_from(options))
+
+    result = CliRunner().invoke(command, list(argv), standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return parsed[0]
+
+
+def test_every_field_is_an_option_and_survives_the_round_trip() -> None:
+    defaults = Settings()
+    changed: dict[str, Any] = {}
+    for name, value in msgspec.structs.asdict(defaults).items():
+        if isinstance(value, bool):
+            changed[name] = not value
+        elif isinstance(value, float):
+            changed[name] = value / 2
+        elif isinstance(value, int):
+            changed[name] = max(2, value - 1)
+    changed |= {"device": "sim", "dtype": "float16", "model": "some/where", "ingress": ""}
+    settings = Settings(**changed)
+    assert parse(*settings_argv(settings)) == settings
+    assert parse(*settings_argv(defaults)) == defaults
+
+
+def test_nano_vllms_names_and_defaults() -> None:
+    settings = Settings()
+    assert settings.max_num_batched_tokens == 16384
+    assert settings.max_num_seqs == 512
+    assert settings.max_model_len == 4096
+    assert settings.gpu_memory_utilization == 0.9
+    assert settings.tensor_parallel_size == 1
+    assert settings.enforce_eager is False
+    assert settings.kvcache_block_size == 256
+    assert settings.num_kvcache_blocks == -1
+    assert parse("--tp", "4").tensor_parallel_size == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--tp", "9"], "--tensor-parallel-size"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization"),
+        (["--max-num-batched-tokens", "16"], "--max-num-batched-tokens"),
+    ],
+)
+def test_a_value_out_of_range_names_its_option(argv: list[str], named: str) -> None:
+    with pytest.raises(click.UsageError, match=named):
+        parse(*argv)
+
+
+def test_a_runtime_dir_too_long_for_a_socket_is_refused() -> None:
+    with pytest.raises(SettingsError, match="--runtime-dir is too long"):
+        _ = Settings(runtime_dir="/tmp/" + "x" * 100).scheduler_endpoint
