@@ -6,17 +6,13 @@ import torch
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.interface import AttentionShape, LayerCache
-from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel, local_heads
 
 
 def attention_shape(config: ModelConfig, tp: TensorParallel, block_size: int) -> AttentionShape:
-    """This rank's share of the heads. Key/value heads are replicated where TP exceeds them."""
-    return AttentionShape(
-        num_heads=config.num_attention_heads // tp.size,
-        num_kv_heads=max(1, config.num_key_value_heads // tp.size),
-        head_dim=config.head_dim,
-        block_size=block_size,
-    )
+    """What this rank's attention backend is built for."""
+    heads = local_heads(config, tp)
+    return AttentionShape(heads.num, heads.num_kv, config.head_dim, block_size)
 
 
 def block_bytes(config: ModelConfig, shape: AttentionShape, dtype: torch.dtype) -> int:

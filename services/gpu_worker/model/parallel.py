@@ -1,13 +1,16 @@
-"""Tensor parallelism: who this rank is, and the collectives that a forward pass needs."""
+"""Tensor parallelism: who this rank is, its heads, and the collectives of a forward pass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nanovllm.checkpoint import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,9 @@ class TensorParallel:
         """All ranks' `x` [rows, columns] side by side: [rows, size * columns]."""
         if self.group is None:
             return x
-        rows, columns = x.shape
-        gathered = x.new_empty(self.size, rows, columns)
-        dist.all_gather_into_tensor(gathered.view(-1), x.contiguous().view(-1), group=self.group)
-        return gathered.transpose(0, 1).reshape(rows, self.size * columns)
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x, group=self.group)
+        return torch.cat(parts, dim=-1)
 
     def minimum(self, value: int, device: torch.device) -> int:
         """The least of all ranks' `value`, on the host (not for the step's path: it waits)."""
@@ -75,3 +77,23 @@ class TensorParallel:
         least = torch.tensor(value, dtype=torch.int64, device=device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.group)
         return int(least.item())
+
+
+class LocalHeads(NamedTuple):
+    """A rank's attention heads: query heads [first, first + num), and as much for key/value."""
+
+    first: int
+    num: int
+    first_kv: int
+    num_kv: int
+
+
+def local_heads(config: ModelConfig, tp: TensorParallel) -> LocalHeads:
+    """Heads spread over the ranks; key/value heads are replicated where TP exceeds them."""
+    num = config.num_attention_heads // tp.size
+    return LocalHeads(
+        first=tp.rank * num,
+        num=num,
+        first_kv=tp.rank * config.num_key_value_heads // tp.size,
+        num_kv=max(1, config.num_key_value_heads // tp.size),
+    )

@@ -1,0 +1,174 @@
+"""The reference backend: plain torch, on a CPU and anywhere else.
+
+Decodes gather their context through the block table and attend together, in groups of similar
+length, padded and masked; prefills attend one sequence at a time. Query heads that share a
+key/value head are never given copies of it. On CUDA, preparing a batch waits for the device (to
+leave out what goes nowhere), so that it serves there as a reference, not for speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanovllm.kernels.attention.interface import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionMetadata,
+    AttentionShape,
+    LayerCache,
+)
+
+# Most elements of keys that a group of decodes gathers at once: 16 MiB in float32.
+GATHER_ELEMENTS = 1 << 22
+# Query rows that attend at once after a cached prefix; bounds their mask's memory.
+QUERY_TILE = 512
+
+
+class SdpaBackend(AttentionBackend):
+    """See the module."""
+
+    def prepare(self, metadata: AttentionMetadata) -> AttentionBatch:
+        return _SdpaBatch(self.shape, metadata)
+
+
+class _Decodes(NamedTuple):
+    """Decodes that attend together.
+
+    Attributes:
+        rows: int64 [g], their query rows.
+        blocks: int32 [g * blocks each], the blocks to gather.
+        context: the longest context among them.
+        mask: bool [g, 1, 1, context], or None if all are that long.
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    context: int
+    mask: Tensor | None
+
+
+class _Prefill(NamedTuple):
+    """One sequence's query rows [start, end), and the blocks of its context."""
+
+    start: int
+    end: int
+    context: int
+    blocks: Tensor
+
+
+class _SdpaBatch(AttentionBatch):
+    def __init__(self, shape: AttentionShape, metadata: AttentionMetadata) -> None:
+        self.shape = shape
+        slots = metadata.slot_mapping
+        self.stored_rows = (slots >= 0).nonzero().squeeze(1)
+        self.slots = slots[self.stored_rows]
+        lengths = metadata.context_lens[: metadata.num_decodes]
+        self.decodes = [
+            self._gather_group(rows, metadata) for rows in group_by_length(lengths, shape)
+        ]
+        ends = list(accumulate(metadata.query_lens.tolist()))
+        self.prefills = [
+            _Prefill(
+                start=ends[i] - int(metadata.query_lens[i]),
+                end=ends[i],
+                context=int(metadata.context_lens[i]),
+                blocks=metadata.block_tables[i, : self._blocks(int(metadata.context_lens[i]))],
+            )
+            for i in range(metadata.num_decodes, len(ends))
+        ]
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.shape.block_size)
+
+    def _gather_group(self, rows: NDArray[np.int64], metadata: AttentionMetadata) -> _Decodes:
+        device = metadata.block_tables.device
+        lengths = metadata.context_lens[rows]
+        context = int(lengths.max())
+        row_ids = torch.from_numpy(rows).to(device)
+        tables = metadata.block_tables[:, : self._blocks(context)]
+        mask = None
+        if lengths.min() < context:
+            positions = torch.arange(context, dtype=torch.int32, device=device)
+            mask = (positions < metadata.cache_seqlens[row_ids, None])[:, None, None]
+        return _Decodes(row_ids, tables.index_select(0, row_ids).view(-1), context, mask)
+
+    def store(self, k: Tensor, v: Tensor, cache: LayerCache) -> None:
+        for new, held in ((k, cache.k), (v, cache.v)):
+            held.view(-1, *held.shape[2:])[self.slots] = new[self.stored_rows]
+
+    def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
+        out = torch.empty_like(q)
+        for group in self.decodes:
+            out[group.rows] = self._decode(q[group.rows], group, cache)
+        for sequence in self.prefills:
+            rows = slice(sequence.start, sequence.end)
+            self._prefill(q[rows], sequence, cache, out[rows])
+        return out
+
+    def _decode(self, q: Tensor, group: _Decodes, cache: LayerCache) -> Tensor:
+        """q and the result: [g, num_heads, head_dim]."""
+        # The query heads of one key/value head stand where SDPA expects query positions.
+        grouped = q.view(len(group.rows), self.shape.num_kv_heads, -1, self.shape.head_dim)
+        k, v = (
+            held.index_select(0, group.blocks)
+            .view(len(group.rows), -1, *held.shape[2:])[:, : group.context]
+            .transpose(1, 2)
+            for held in cache
+        )
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.mask)
+        return out.reshape(q.shape)
+
+    def _prefill(self, q: Tensor, sequence: _Prefill, cache: LayerCache, out: Tensor) -> None:
+        """q and out: [q_len, num_heads, head_dim]."""
+        kv_heads = self.shape.num_kv_heads
+        per_kv_head = self.shape.num_heads // kv_heads
+        # [num_kv_heads, query heads of each, tokens, head_dim]; keys and values are expanded
+        # along the second without a copy.
+        grouped = q.view(len(q), kv_heads, per_kv_head, -1).permute(1, 2, 0, 3)
+        k, v = (
+            held.index_select(0, sequence.blocks)
+            .flatten(0, 1)[: sequence.context]
+            .transpose(0, 1)[:, None]
+            .expand(-1, per_kv_head, -1, -1)
+            for held in cache
+        )
+        result = out.view(len(q), kv_heads, per_kv_head, -1).permute(1, 2, 0, 3)
+        before = sequence.context - len(q)
+        if before == 0:
+            result.copy_(F.scaled_dot_product_attention(grouped, k, v, is_causal=True))
+            return
+        for start in range(0, len(q), QUERY_TILE):
+            end = min(start + QUERY_TILE, len(q))
+            seen = before + end
+            mask = torch.ones(end - start, seen, dtype=torch.bool, device=q.device)
+            result[:, :, start:end] = F.scaled_dot_product_attention(
+                grouped[:, :, start:end],
+                k[:, :, :seen],
+                v[:, :, :seen],
+                attn_mask=mask.tril(before + start),
+            )
+
+
+def group_by_length(
+    lengths: NDArray[np.int32], shape: AttentionShape
+) -> Iterator[NDArray[np.int64]]:
+    """Indices of `lengths` [n] in groups whose lengths are within a factor of two, and whose
+    padded keys have at most GATHER_ELEMENTS elements (or that are single)."""
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        padded = -(-longest // shape.block_size) * shape.block_size
+        most = max(1, GATHER_ELEMENTS // (padded * shape.num_kv_heads * shape.head_dim))
+        candidates = lengths[order[start : start + most]]
+        size = int(np.count_nonzero(candidates * 2 >= longest))
+        yield order[start : start + size]
+        start += size

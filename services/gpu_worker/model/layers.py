@@ -1,0 +1,164 @@
+"""The layers of a dense Qwen3, each holding this rank's shard of its weights.
+
+A layer's `checkpoint_tensors` says where each tensor of the checkpoint belongs; the loader needs
+nothing else. Layers are built with uninitialized weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+
+
+class Factory(NamedTuple):
+    """Where and as what a model's weights are made."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class CheckpointTensor(NamedTuple):
+    """Where this rank's part of a tensor of the checkpoint goes.
+
+    Attributes:
+        name: its name in the checkpoint.
+        shape: its whole shape.
+        target: the view to fill; as large as the part.
+        dim: the dimension along which the part is cut out, or None for the whole tensor.
+        start: the part's first index along `dim`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    target: Tensor
+    dim: int | None = None
+    start: int = 0
+
+
+class RMSNorm:
+    """x / rms(x) * weight, over the last dimension."""
+
+    def __init__(self, size: int, eps: float, factory: Factory) -> None:
+        self.weight = factory.empty(size)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
+        yield CheckpointTensor(f"{name}.weight", tuple(self.weight.shape), self.weight)
+
+
+class Projection(NamedTuple):
+    """One projection of a ColumnParallelLinear: rows of its weight.
+
+    Attributes:
+        name: in the checkpoint, under the layer's prefix.
+        size: rows of the whole projection.
+        local_size: rows of this rank's part.
+        start: the first of them.
+    """
+
+    name: str
+    size: int
+    local_size: int
+    start: int
+
+
+class ColumnParallelLinear:
+    """Projections of the same input, as one matrix; each rank has some outputs of each."""
+
+    def __init__(
+        self, projections: list[Projection], inputs: int, bias: bool, factory: Factory
+    ) -> None:
+        outputs = sum(projection.local_size for projection in projections)
+        self.projections = projections
+        self.weight = factory.empty(outputs, inputs)
+        self.bias = factory.empty(outputs) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
+        sizes = [projection.local_size for projection in self.projections]
+        for kind, held in (("weight", self.weight), ("bias", self.bias)):
+            if held is None:
+                continue
+            for projection, target in zip(self.projections, torch.split(held, sizes), strict=True):
+                yield CheckpointTensor(
+                    name=f"{prefix}.{projection.name}.{kind}",
+                    shape=(projection.size, *held.shape[1:]),
+                    target=target,
+                    dim=0,
+                    start=projection.start,
+                )
+
+
+class RowParallelLinear:
+    """A projection whose inputs are spread over the ranks; its output is their sum."""
+
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, tp: TensorParallel, factory: Factory
+    ) -> None:
+        self.inputs = inputs
+        self.tp = tp
+        self.weight = factory.empty(outputs, inputs // tp.size)
+        self.bias = factory.empty(outputs) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        total = self.tp.all_reduce(F.linear(x, self.weight))
+        return total if self.bias is None else total + self.bias
+
+    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
+        outputs, local = self.weight.shape
+        yield CheckpointTensor(
+            f"{name}.weight", (outputs, self.inputs), self.weight, 1, self.tp.rank * local
+        )
+        if self.bias is not None:
+            yield CheckpointTensor(f"{name}.bias", (outputs,), self.bias)
+
+
+class VocabParallelMatrix:
+    """A row for each token id, as embedding, as head, or both: rank r has the ids from
+    r * shard up to (r + 1) * shard. Where TP does not divide the vocabulary, the last shards are
+    padded with zeros."""
+
+    def __init__(self, vocab_size: int, width: int, tp: TensorParallel, factory: Factory) -> None:
+        self.vocab_size = vocab_size
+        self.tp = tp
+        self.shard = -(-vocab_size // tp.size)
+        self.start = tp.rank * self.shard
+        self.rows = max(0, min(self.shard, vocab_size - self.start))
+        self.weight = factory.empty(self.shard, width)
+        self.weight[self.rows :].zero_()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids int64 [T], each in the vocabulary. Returns [T, width]."""
+        if self.tp.size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.start
+        elsewhere = (local < 0) | (local >= self.shard)
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.tp.all_reduce(rows.masked_fill(elsewhere[:, None], 0))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, width]. Returns float32 [rows, vocab_size], the same on every rank."""
+        gathered = self.tp.all_gather(F.linear(hidden, self.weight))
+        return gathered[:, : self.vocab_size].float()
+
+    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
+        shape = (self.vocab_size, self.weight.shape[1])
+        yield CheckpointTensor(
+            f"{name}.weight", shape, self.weight[: self.rows], 0, min(self.start, self.vocab_size)
+        )

@@ -1,0 +1,110 @@
+"""Reads a checkpoint's safetensors straight into a rank's shard of the model.
+
+Only the slices that the rank holds are read, and each is converted as it is copied to its place,
+so that the weights are never in memory twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+
+from nanovllm.checkpoint import CheckpointError
+from nanovllm.services.gpu_worker.model.layers import CheckpointTensor
+from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+
+Progress = Callable[[int, int], None]
+"""Is told bytes done and bytes in total, as they lie in this rank's memory."""
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def load_checkpoint(model: Qwen3ForCausalLM, directory: Path, progress: Progress) -> None:
+    """Fills all of the model's weights from `directory`.
+
+    Args:
+        progress: called at the start and after each tensor.
+
+    Raises:
+        CheckpointError: if files or tensors are missing, unexpected, unreadable or of the wrong
+            shape or type; the message names them.
+    """
+    wanted = {tensor.name: tensor for tensor in model.checkpoint_tensors()}
+    files = _files_of_tensors(directory)
+    _check_names(directory, set(files), set(wanted), model.config.tie_word_embeddings)
+    total = sum(tensor.target.nbytes for tensor in wanted.values())
+    done = 0
+    progress(done, total)
+    for path in sorted(set(files.values())):
+        present = [tensor for name, tensor in wanted.items() if files[name] == path]
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for tensor in present:
+                    _load(tensor, opened.get_slice(tensor.name), path)
+                    done += tensor.target.nbytes
+                    progress(done, total)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _files_of_tensors(directory: Path) -> dict[str, Path]:
+    """Tensor names of the checkpoint, and the file that each is in."""
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if index.exists():
+        try:
+            weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+        except msgspec.DecodeError as error:
+            raise CheckpointError(f"{index}: {error}") from None
+        return {name: directory / file for name, file in weight_map.items()}
+    if not single.exists():
+        raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    try:
+        with safe_open(single, framework="pt") as opened:
+            return dict.fromkeys(opened.keys(), single)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {single}: {error}") from error
+
+
+def _check_names(directory: Path, found: set[str], wanted: set[str], tied: bool) -> None:
+    if missing := wanted - found:
+        raise CheckpointError(f"{directory} lacks {_listed(missing)}")
+    # A tied model's head is its embedding, whether or not the checkpoint repeats it.
+    ignored = {"lm_head.weight"} if tied else set()
+    if unexpected := found - wanted - ignored:
+        raise CheckpointError(
+            f"{directory} has tensors that its config.json does not call for: {_listed(unexpected)}"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return ", ".join([first, *others[:2]]) + (f" and {len(others) - 2} more" * (len(others) > 2))
+
+
+def _load(tensor: CheckpointTensor, source: Any, path: Path) -> None:
+    """Copies this rank's part; `source` is the safetensors slice of the whole tensor."""
+    shape = tuple(source.get_shape())
+    if shape != tensor.shape:
+        raise CheckpointError(
+            f"{path}: {tensor.name} has shape {list(shape)}; config.json says {list(tensor.shape)}"
+        )
+    if (dtype := source.get_dtype()) not in FLOATS:
+        raise CheckpointError(
+            f"{path}: {tensor.name} is {dtype}; only {', '.join(FLOATS)} are served"
+        )
+    if tensor.dim is None:
+        part = source[:]
+    else:
+        end = tensor.start + tensor.target.shape[tensor.dim]
+        part = source[tensor.start : end] if tensor.dim == 0 else source[:, tensor.start : end]
+    tensor.target.copy_(part)

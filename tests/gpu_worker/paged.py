@@ -1,0 +1,114 @@
+"""Drives a model over a paged cache in any ragged schedule, as a runner would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.checkpoint import ModelConfig
+from nanovllm.kernels.attention.interface import AttentionMetadata
+from nanovllm.kernels.attention.sdpa import SdpaBackend
+from nanovllm.services.gpu_worker.model.kv_cache import allocate_kv_cache, attention_shape
+from nanovllm.services.gpu_worker.model.loader import load_checkpoint
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+
+CPU = torch.device("cpu")
+
+
+def load_model(
+    directory: Path, tp: TensorParallel | None = None, dtype: torch.dtype = torch.float32
+) -> Qwen3ForCausalLM:
+    config = ModelConfig.from_checkpoint(directory)
+    model = Qwen3ForCausalLM(config, tp or TensorParallel(), dtype, CPU)
+    load_checkpoint(model, directory, lambda done, total: None)
+    return model
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def batch_metadata(
+    block_tables: Tensor, block_size: int, lengths: list[int], contexts: list[int]
+) -> AttentionMetadata:
+    """Of sequences with `lengths` query tokens at the end of `contexts`; those with one first."""
+    slots = []
+    for table, length, context in zip(block_tables.tolist(), lengths, contexts, strict=True):
+        for position in range(context - length, context):
+            block, offset = divmod(position, block_size)
+            slots.append(table[block] * block_size + offset)
+    decodes = 0
+    while decodes < len(lengths) and lengths[decodes] == 1:
+        decodes += 1
+    return AttentionMetadata(
+        num_decodes=decodes,
+        query_lens=np.array(lengths, dtype=np.int32),
+        context_lens=np.array(contexts, dtype=np.int32),
+        cu_seqlens_q=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        cache_seqlens=torch.tensor(contexts, dtype=torch.int32),
+        block_tables=block_tables,
+        slot_mapping=torch.tensor(slots),
+    )
+
+
+class PagedSequences:
+    """Sequences with blocks taken at random, of which any may advance in a step."""
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        sequences: list[list[int]],
+        block_size: int,
+        tp: TensorParallel | None = None,
+    ) -> None:
+        self.model = model
+        self.sequences = sequences
+        self.block_size = block_size
+        self.computed = [0] * len(sequences)
+        shape = attention_shape(model.config, tp or TensorParallel(), block_size)
+        most = -(-max(map(len, sequences)) // block_size)
+        blocks = most * len(sequences)
+        self.cache = allocate_kv_cache(model.config, shape, blocks, torch.float32, CPU)
+        order = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))
+        self.block_tables = order.to(torch.int32).view(len(sequences), most)
+        self.backend = SdpaBackend(shape)
+
+    def step(self, chunks: dict[int, int]) -> dict[int, Tensor]:
+        """Computes so many more tokens of each given sequence, in one batch.
+
+        Returns the logits [tokens, vocab] of each.
+        """
+        order = sorted(chunks, key=lambda index: chunks[index] != 1)
+        lengths = [chunks[index] for index in order]
+        starts = [self.computed[index] for index in order]
+        contexts = [start + length for start, length in zip(starts, lengths, strict=True)]
+        tokens: list[int] = []
+        positions: list[int] = []
+        for index, start, end in zip(order, starts, contexts, strict=True):
+            tokens += self.sequences[index][start:end]
+            positions += range(start, end)
+            self.computed[index] = end
+        tables = self.block_tables[order]
+        attention = self.backend.prepare(batch_metadata(tables, self.block_size, lengths, contexts))
+        with torch.inference_mode():
+            hidden = self.model.forward(
+                torch.tensor(tokens), torch.tensor(positions), attention, self.cache
+            )
+            logits = self.model.logits(hidden)
+        return dict(zip(order, torch.split(logits, lengths), strict=True))
+
+    def run(self, chunk: int) -> list[Tensor]:
+        """All tokens, every sequence `chunk` a step while it lasts. Returns logits by sequence."""
+        parts: list[list[Tensor]] = [[] for _ in self.sequences]
+        while left := {
+            index: min(chunk, len(tokens) - self.computed[index])
+            for index, tokens in enumerate(self.sequences)
+            if len(tokens) > self.computed[index]
+        }:
+            for index, logits in self.step(left).items():
+                parts[index].append(logits)
+        return [torch.cat(part) for part in parts]

@@ -1,0 +1,173 @@
+"""Loading: every rank gets its own slices, and a checkpoint at fault is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanovllm.checkpoint import CheckpointError, ModelConfig
+from nanovllm.services.gpu_worker.model.loader import load_checkpoint
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from tests.checkpoints import write_checkpoint
+from tests.gpu_worker.paged import CPU, load_model
+
+
+def all_tensors(directory: Path) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for file in directory.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    "shape", [{"tie_word_embeddings": True}, {"attention_bias": True}], ids=["tied", "bias"]
+)
+def test_the_ranks_parts_make_up_the_checkpoint(
+    size: int, shards: int, shape: dict[str, Any], tmp_path: Path
+) -> None:
+    directory = write_checkpoint(tmp_path, shards=shards, **shape)
+    parts: dict[str, list[Tensor]] = {}
+    dims: dict[str, int | None] = {}
+    for rank in range(size):
+        model = load_model(directory, TensorParallel(rank, size))
+        for tensor in model.checkpoint_tensors():
+            parts.setdefault(tensor.name, []).append(tensor.target)
+            dims[tensor.name] = tensor.dim
+    whole = all_tensors(directory)
+    assert set(parts) == set(whole)
+    for name, pieces in parts.items():
+        dim = dims[name]
+        if dim is None:
+            assert all(torch.equal(piece, whole[name]) for piece in pieces)
+            continue
+        if name.split(".")[-2] in ("k_proj", "v_proj"):
+            # Two key/value heads: where there are more ranks, neighbours hold the same one.
+            copies = max(1, size // 2)
+            groups = [pieces[i : i + copies] for i in range(0, size, copies)]
+            assert all(torch.equal(piece, group[0]) for group in groups for piece in group)
+            pieces = pieces[::copies]
+        assert torch.equal(torch.cat(pieces, dim), whole[name])
+
+
+def test_a_padded_vocabulary_shard_ends_in_zeros(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, vocab_size=515)
+    model = load_model(directory, TensorParallel(3, 4))
+    assert model.embedding.weight.shape[0] == 129
+    assert model.embedding.rows == 515 - 3 * 129
+    assert not model.embedding.weight[model.embedding.rows :].any()
+
+
+def test_a_vocabulary_smaller_than_the_ranks_leaves_the_last_empty(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, vocab_size=9)
+    model = load_model(directory, TensorParallel(7, 8))
+    assert model.embedding.rows == 0
+    assert not model.embedding.weight.any()
+
+
+def test_weights_are_converted_and_progress_reaches_its_total(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, shards=3)
+    config = ModelConfig.from_checkpoint(directory)
+    model = Qwen3ForCausalLM(config, TensorParallel(), torch.bfloat16, CPU)
+    seen: list[tuple[int, int]] = []
+    load_checkpoint(model, directory, lambda done, total: seen.append((done, total)))
+    tensors = list(model.checkpoint_tensors())
+    total = sum(tensor.target.nbytes for tensor in tensors)
+    assert seen[0] == (0, total)
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert {of for _, of in seen} == {total}
+    stored = all_tensors(directory)
+    for tensor in tensors:
+        assert torch.equal(tensor.target, stored[tensor.name].to(torch.bfloat16))
+
+
+def test_a_tied_checkpoint_may_repeat_its_head(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, tie_word_embeddings=True)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file)
+    load_model(directory)
+
+
+def _drop(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def _drop_many(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if "layers.1" in name]:
+        del tensors[name]
+
+
+def _add(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.7.extra"] = torch.zeros(1)
+
+
+def _reshape(tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"] = torch.zeros(3)
+
+
+def _quantize(tensors: dict[str, Tensor]) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_drop, r"lacks model\.layers\.1\.mlp\.up_proj\.weight$"),
+        (_drop_many, r"lacks model\.layers\.1\.input_layernorm\.weight, .* and 8 more$"),
+        (_add, r"does not call for: model\.layers\.7\.extra$"),
+        (_reshape, r"model\.norm\.weight has shape \[3\]; config\.json says \[64\]"),
+        (_quantize, r"model\.layers\.0\.mlp\.up_proj\.weight is I8; only BF16"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_wrong_tensor_is_named(damage: Any, reason: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    damage(tensors)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=reason):
+        load_model(directory)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, shards=3)
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        load_model(directory)
+
+
+def test_a_torn_file_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
+        load_model(directory)
+
+
+def test_a_checkpoint_without_weights_says_what_is_looked_for(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        load_model(directory)
+
+
+def test_a_malformed_index_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, shards=3)
+    index = directory / "model.safetensors.index.json"
+    index.write_bytes(msgspec.json.encode({"weight_map": [1]}))
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        load_model(directory)
