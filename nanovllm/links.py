@@ -101,8 +101,9 @@ _welcome_decoder = msgspec.msgpack.Decoder(_Welcome)
 
 
 def new_incarnation() -> int:
-    """A number that no earlier life of any service has had: 32 random bits, not 0."""
-    return secrets.randbelow(2**32 - 1) + 1
+    """A number that no earlier life of any service has had: random, not 0, and of 31 bits, so that
+    a uid that begins with it is an int64."""
+    return secrets.randbelow(2**31 - 1) + 1
 
 
 def bind(socket: zmq.Socket[bytes], endpoint: str) -> Callable[[], None]:

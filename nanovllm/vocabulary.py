@@ -1,0 +1,117 @@
+"""What the tokens of a byte-level BPE vocabulary stand for, read from tokenizer.json alone.
+
+In such a vocabulary each token is a run of bytes, and the decoding of a token list is those bytes,
+joined and read as UTF-8, with U+FFFD for what is none. Nothing else of the file is needed to
+decode, and reading it so takes a tenth of the time that building the tokenizer does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from nanovllm.checkpoint import CheckpointError
+
+
+class Vocabulary(msgspec.Struct, frozen=True):
+    """The tokens of one tokenizer.
+
+    Attributes:
+        text: of each token id the bytes that it adds to the decoded text; none of special tokens,
+            which add nothing, as does an id that the vocabulary does not have.
+        longest_entry: the bytes of the longest token, special ones included.
+    """
+
+    text: dict[int, bytes]
+    longest_entry: int
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path) -> Vocabulary:
+        """Reads `directory/tokenizer.json`.
+
+        Raises:
+            CheckpointError: if it is missing, malformed, or not byte-level.
+        """
+        path = directory / "tokenizer.json"
+        try:
+            file = msgspec.json.decode(path.read_bytes(), type=_TokenizerFile)
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory} has no tokenizer.json") from None
+        except msgspec.DecodeError as error:
+            raise CheckpointError(f"{path}: not a byte-level BPE tokenizer: {error}") from None
+        if not file.decoder.is_byte_level:
+            raise CheckpointError(
+                f"{path}: the decoder is {file.decoder.type!r}; only byte-level BPE is served"
+            )
+        # An added token takes the place of the model's with the same id.
+        tokens = {token_id: token for token, token_id in file.model.vocab.items()}
+        tokens.update((added.id, added.content) for added in file.added_tokens)
+        text = {token_id: token_bytes(token) for token_id, token in tokens.items()}
+        longest = max(map(len, text.values()), default=0)
+        special = {added.content for added in file.added_tokens if added.special}
+        for token_id, token in tokens.items():
+            if token in special:
+                del text[token_id]
+        return cls(text=text, longest_entry=longest)
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes that a token's name in tokenizer.json stands for.
+
+    Each character stands for a byte, by GPT-2's table; a token with any other character (an added
+    one) stands for itself.
+    """
+    try:
+        return token.translate(_BYTE_OF).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()
+
+
+class _ByteTable(dict[int, int]):
+    """GPT-2's table from characters to bytes: printable Latin-1 characters stand for themselves,
+    and the characters from U+0100 on for the other bytes, in order."""
+
+    OTHER: Final = 0xFFFF
+
+    def __init__(self) -> None:
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        super().__init__((byte, byte) for byte in printable)
+        rest = [byte for byte in range(256) if byte not in self]
+        self.update((0x100 + place, byte) for place, byte in enumerate(rest))
+
+    def __missing__(self, character: int) -> int:
+        return self.OTHER
+
+
+_BYTE_OF: Final = _ByteTable()
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+    special: bool = False
+
+
+class _Decoder(msgspec.Struct):
+    type: str
+    decoders: list[_Decoder] = []
+
+    @property
+    def is_byte_level(self) -> bool:
+        return self.type == "ByteLevel" or (
+            len(self.decoders) == 1 and self.decoders[0].is_byte_level
+        )
+
+
+class _Model(msgspec.Struct):
+    vocab: dict[str, int]
+
+
+class _TokenizerFile(msgspec.Struct):
+    """tokenizer.json; only what is needed here."""
+
+    model: _Model
+    decoder: _Decoder
+    added_tokens: list[_AddedToken] = []

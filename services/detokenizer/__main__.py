@@ -1,0 +1,58 @@
+"""The detokenizer process: `python -m nanovllm.services.detokenizer`."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from nanovllm.links import ConnectedLink, Event, Received, Up
+from nanovllm.messages import SchedulerToDetokenizer
+from nanovllm.service import Service, service_command
+from nanovllm.services.detokenizer.core import Detokenizer
+from nanovllm.vocabulary import Vocabulary
+
+# How soon to try again when the ingress does not keep up.
+RETRY_S = 0.01
+
+
+class DetokenizerLoop:
+    """Feeds the core from the scheduler, and the ingress from the core."""
+
+    def __init__(self, service: Service, core: Detokenizer) -> None:
+        self._core = core
+        settings = service.settings
+        # The ingress sends nothing but its welcome.
+        self._ingress: ConnectedLink[NoReturn] = service.connect(
+            settings.services_endpoint, None, self._on_ingress
+        )
+        service.connect(settings.scheduler_endpoint, SchedulerToDetokenizer, self._on_scheduler)
+
+    def step(self, now: float) -> float | None:
+        """Sends what is new. Of what cannot be sent nothing is kept but the offset reached."""
+        if self._ingress.peer is None:
+            return None
+        while deltas := self._core.deltas():
+            if not self._ingress.send(deltas):
+                return RETRY_S
+            self._core.sent(deltas)
+        return None
+
+    def _on_ingress(self, event: Event[NoReturn]) -> None:
+        if isinstance(event, Up):
+            self._core.ingress_up(event.peer.incarnation)
+
+    def _on_scheduler(self, event: Event[SchedulerToDetokenizer]) -> None:
+        if isinstance(event, Received):
+            self._core.take(event.message)
+        elif isinstance(event, Up) and event.reborn:
+            self._core.scheduler_reborn()
+
+
+def serve(service: Service) -> NoReturn:
+    core = Detokenizer(Vocabulary.from_checkpoint(service.directory))
+    loop = DetokenizerLoop(service, core)
+    service.ready()
+    service.run(loop.step, core.stats)
+
+
+if __name__ == "__main__":
+    service_command("detokenizer", serve)()

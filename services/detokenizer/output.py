@@ -1,0 +1,170 @@
+"""One attempt's output: tokens in, deltas out."""
+
+from __future__ import annotations
+
+from nanovllm.messages import Begin, Delta, Ending, FinishReason, TokenLogprobs, Usage, unpack
+from nanovllm.services.detokenizer.text import StopFinder, TextDecoder
+from nanovllm.vocabulary import Vocabulary
+
+TOKEN_BYTES = 4  # an int32
+
+
+class Output:
+    """The output of one attempt, decoded so far, and how much of it was sent.
+
+    All of it is kept until the request's end, to be sent again to an ingress that connects anew.
+
+    Attributes:
+        attempt: whose output this is.
+        count: output tokens held; tokens after the end of the output are not.
+    """
+
+    __slots__ = (
+        "_cached_tokens",
+        "_decoder",
+        "_finish",
+        "_logprobs",
+        "_logprobs_from",
+        "_pieces",
+        "_prompt_tokens",
+        "_reason",
+        "_resumed",
+        "_resumed_chars",
+        "_sent_chars",
+        "_sent_pieces",
+        "_sent_tokens",
+        "_stops",
+        "_tokens",
+        "_uid",
+        "attempt",
+        "count",
+    )
+
+    def __init__(self, begin: Begin, vocabulary: Vocabulary) -> None:
+        self._uid = begin.uid
+        self.attempt = begin.attempt
+        self._decoder = TextDecoder(vocabulary.text)
+        self._stops = StopFinder(begin.stop) if begin.stop else None
+        self._tokens = bytearray()
+        self.count = 0
+        self._pieces: list[str] = []
+        # Those of the tokens from `_logprobs_from` on; earlier ones have been delivered.
+        self._logprobs: list[TokenLogprobs] = []
+        self._logprobs_from = 0
+        self._reason: FinishReason | None = None
+        self._finish: tuple[FinishReason, int] | None = None
+
+        resumed = min(begin.resumed, len(begin.output) // TOKEN_BYTES)
+        known = begin.output[: resumed * TOKEN_BYTES]
+        for place, token_id in enumerate(unpack(known).tolist()):
+            if not self.ended:
+                self.push(token_id, known[place * TOKEN_BYTES : (place + 1) * TOKEN_BYTES])
+        # All resumed tokens count as output, also where a stop string in them ended it.
+        self._tokens[:] = known
+        self.count = resumed
+        self._resumed = resumed
+        self._resumed_chars = sum(map(len, self._pieces))
+        self._pieces.clear()
+        self.rewind()
+        self.update(begin)
+
+    @property
+    def ended(self) -> bool:
+        return self._reason is not None
+
+    @property
+    def unsent(self) -> bool:
+        """Whether there is something that was not sent, if the end was not."""
+        return self.ended or self.count > self._sent_tokens
+
+    def update(self, begin: Begin) -> None:
+        """What the scheduler has of this attempt: it may be more than is held, or less."""
+        self._prompt_tokens = begin.prompt_tokens
+        self._cached_tokens = begin.cached_tokens
+        held = self.count
+        raw = begin.output[held * TOKEN_BYTES :]
+        without_logprobs = len(begin.output) // TOKEN_BYTES - len(begin.token_logprobs)
+        for place, token_id in enumerate(unpack(raw).tolist()):
+            if self.ended:
+                return
+            of_token = held + place - without_logprobs
+            self.push(
+                token_id,
+                raw[place * TOKEN_BYTES : (place + 1) * TOKEN_BYTES],
+                begin.token_logprobs[of_token] if of_token >= 0 else None,
+            )
+        self._end_if_complete()
+
+    def push(self, token_id: int, raw: bytes, logprobs: TokenLogprobs | None = None) -> None:
+        """The next token of an output that has not ended, also as its four bytes.
+
+        Once a token comes with logprobs, all later ones do.
+        """
+        if logprobs is not None:
+            if not self._logprobs:
+                self._logprobs_from = self.count
+            self._logprobs.append(logprobs)
+        self._tokens += raw
+        self.count += 1
+        text = self._decoder.step(token_id)
+        if self._stops is not None:
+            text = self._stops.feed(text)
+            if self._stops.found:
+                self._reason = "stop"
+        if text:
+            self._pieces.append(text)
+
+    def finish(self, reason: FinishReason, completion_tokens: int) -> None:
+        """The output ends with its `completion_tokens`-th token, unless a stop string ended it."""
+        self._finish = (reason, completion_tokens)
+        self._end_if_complete()
+
+    def delta(self) -> Delta:
+        """All that was not sent yet."""
+        start = self._sent_tokens
+        logprobs: list[TokenLogprobs] = []
+        if self._logprobs:
+            start = max(start, self._logprobs_from)
+            logprobs = self._logprobs[start - self._logprobs_from :]
+        return Delta(
+            self._uid,
+            self.attempt,
+            start,
+            self._sent_chars,
+            bytes(self._tokens[start * TOKEN_BYTES :]),
+            "".join(self._pieces[self._sent_pieces :]),
+            logprobs,
+            None if self._reason is None else Ending(self._reason, self._usage()),
+        )
+
+    def sent(self, delta: Delta) -> None:
+        """`delta`, made of what is held now, was sent."""
+        self._sent_tokens = self.count
+        self._sent_pieces = len(self._pieces)
+        self._sent_chars += len(delta.text)
+
+    def rewind(self) -> None:
+        """What was sent may be lost: all but the client's own tokens is to be sent again."""
+        self._sent_tokens = self._resumed
+        self._sent_pieces = 0
+        self._sent_chars = self._resumed_chars
+
+    def _end_if_complete(self) -> None:
+        if self._finish is None or self.ended:
+            return
+        reason, completion_tokens = self._finish
+        if self.count < completion_tokens:
+            return  # the missing tokens come with the next `Begin`
+        self._reason = reason
+        rest = self._decoder.rest()
+        if self._stops is not None:
+            rest = self._stops.feed(rest)
+            if self._stops.found:
+                self._reason = "stop"
+            else:
+                rest += self._stops.rest()
+        if rest:
+            self._pieces.append(rest)
+
+    def _usage(self) -> Usage:
+        return Usage(self._prompt_tokens, self.count, self._cached_tokens)

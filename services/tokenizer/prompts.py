@@ -1,0 +1,151 @@
+"""A raw request into one in token ids, or the reason why it cannot be served."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from nanovllm.checkpoint import eos_token_ids
+from nanovllm.messages import Refused, Submit, Tokenize, pack, unpack
+from nanovllm.services.tokenizer.chat import ChatTemplate, ChatTemplateError
+from nanovllm.services.tokenizer.files import (
+    TokenizerConfig,
+    load_tokenizer,
+    read_chat_template,
+)
+from nanovllm.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+
+class _Refusal(Exception):
+    def __init__(
+        self, code: Literal["invalid_request", "context_length_exceeded"], message: str
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PromptEncoder:
+    """Encodes one request at a time; keeps nothing of it.
+
+    Args:
+        tokenizer: the checkpoint's.
+        chat_template: None where the checkpoint has none.
+        eos: end-of-sequence ids.
+        longest_entry: bytes of the vocabulary's longest token.
+        max_model_len: tokens that prompt and output may have together.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        eos: list[int],
+        longest_entry: int,
+        max_model_len: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._eos = eos
+        self._most_bytes = max_model_len * longest_entry
+        self._max_model_len = max_model_len
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path, max_model_len: int) -> PromptEncoder:
+        """Raises CheckpointError if the tokenizer's files cannot be used."""
+        config = TokenizerConfig.from_checkpoint(directory)
+        tokenizer = load_tokenizer(directory)
+        special_tokens = config.special_tokens()
+        eos = eos_token_ids(directory)
+        if eos is None:
+            own = tokenizer.token_to_id(special_tokens.get("eos_token", ""))
+            eos = [] if own is None else [own]
+        source = read_chat_template(directory, config)
+        return cls(
+            tokenizer,
+            None if source is None else ChatTemplate(source, special_tokens),
+            eos,
+            Vocabulary.from_checkpoint(directory).longest_entry,
+            max_model_len,
+        )
+
+    def encode(self, request: Tokenize) -> Submit | Refused:
+        try:
+            return self._encode(request)
+        except _Refusal as refusal:
+            return Refused(request.uid, request.attempt, refusal.code, str(refusal))
+        except Exception:  # whatever a prompt brings about ends this request, and no other
+            log.exception("request %x could not be tokenized", request.uid)
+            message = "the prompt could not be tokenized"
+            return Refused(request.uid, request.attempt, "internal", message)
+
+    def _encode(self, request: Tokenize) -> Submit:
+        prompt = self._prompt(request)
+        length, held = len(unpack(prompt)), len(unpack(request.output))
+        if length == 0:
+            raise _Refusal("invalid_request", "the prompt is empty: it has no token")
+        if length >= self._max_model_len:
+            raise _Refusal(
+                "context_length_exceeded",
+                f"the prompt has {length} tokens, and must be shorter than max_model_len"
+                f" ({self._max_model_len})",
+            )
+        room = self._max_model_len - length
+        if held > room:
+            raise _Refusal(
+                "context_length_exceeded",
+                f"the prompt has {length} tokens and resume_token_ids {held}; together they must"
+                f" not exceed max_model_len ({self._max_model_len})",
+            )
+        return Submit(
+            uid=request.uid,
+            attempt=request.attempt,
+            prompt=prompt,
+            output=request.output,
+            resumed=request.resumed,
+            sampling=request.sampling,
+            max_tokens=min(request.max_tokens, room),
+            stop=request.stop,
+            stop_token_ids=self._stop_token_ids(request),
+            cache_salt=request.cache_salt,
+        )
+
+    def _prompt(self, request: Tokenize) -> bytes:
+        """The prompt's token ids, as int32."""
+        if request.token_ids is not None:
+            return request.token_ids
+        if request.text is not None:
+            return self._tokenize(request.text, add_special_tokens=True)
+        if request.chat is None:
+            raise _Refusal("invalid_request", "the request has no prompt")
+        if self._chat_template is None:
+            raise _Refusal("invalid_request", "messages: this model has no chat template")
+        try:
+            text = self._chat_template.render(request.chat, request.chat_template_kwargs)
+        except ChatTemplateError as error:
+            log.info("request %x refused: %s", request.uid, error)
+            raise _Refusal("invalid_request", str(error)) from None
+        return self._tokenize(text, add_special_tokens=False)
+
+    def _tokenize(self, text: str, *, add_special_tokens: bool) -> bytes:
+        size = len(text.encode())
+        if size > self._most_bytes:
+            raise _Refusal(
+                "context_length_exceeded",
+                f"the prompt has {size} bytes, and must be shorter than max_model_len"
+                f" ({self._max_model_len} tokens, which hold {self._most_bytes} bytes at most)",
+            )
+        # As `encode`, but without offsets into the text: half the time for a long one.
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        return pack(encoding.ids)
+
+    def _stop_token_ids(self, request: Tokenize) -> bytes:
+        if request.ignore_eos:
+            return request.stop_token_ids
+        return pack(sorted({*unpack(request.stop_token_ids).tolist(), *self._eos}))

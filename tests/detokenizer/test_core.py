@@ -1,0 +1,318 @@
+"""The detokenizer's core: any batching, replays, resumed outputs, ends."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.messages import (
+    Begin,
+    Delta,
+    End,
+    Ending,
+    Finished,
+    FinishReason,
+    NewTokens,
+    TokenLogprobs,
+    Usage,
+    pack,
+    unpack,
+)
+from nanovllm.services.detokenizer.core import DELTAS_A_FRAME, Detokenizer
+from nanovllm.vocabulary import Vocabulary
+from tests.bpe import tiny_tokenizer
+from tests.detokenizer.test_text import TEXT, ids_of_bytes, token_lists
+
+tokenizer = tiny_tokenizer()
+VOCABULARY = Vocabulary(text=TEXT, longest_entry=13)
+EPOCH = 7
+UID = EPOCH << 32 | 1
+
+
+def begin(
+    output: list[int] | None = None,
+    *,
+    uid: int = UID,
+    attempt: int = 1,
+    resumed: int = 0,
+    stop: Iterable[str] = (),
+    cached_tokens: int = 0,
+    logprobs: Iterable[TokenLogprobs] = (),
+) -> Begin:
+    return Begin(
+        uid, attempt, pack(output or []), resumed, list(stop), 10, cached_tokens, list(logprobs)
+    )
+
+
+def rows(
+    *tokens: tuple[int, int, int, int], logprobs: dict[int, TokenLogprobs] | None = None
+) -> NewTokens:
+    """Of (uid, attempt, offset, token id) each."""
+    uids, attempts, offsets, token_ids = zip(*tokens, strict=True)
+    by_row = logprobs or {}
+    return NewTokens(
+        np.array(uids, "<i8").tobytes(),
+        pack(attempts),
+        pack(offsets),
+        pack(token_ids),
+        pack(by_row),
+        list(by_row.values()),
+    )
+
+
+class Ingress:
+    """Takes deltas as the ingress does: cuts what it has, and lets no gap pass."""
+
+    def __init__(self, tokens: int = 0, chars: int = 0) -> None:
+        self.first_token, self.first_char = tokens, chars
+        self.tokens: list[int] = []
+        self.text = ""
+        self.logprobs: list[TokenLogprobs] = []
+        self.ending: Ending | None = None
+
+    def take(self, delta: Delta) -> None:
+        tokens = unpack(delta.token_ids).tolist()
+        have = self.first_token + len(self.tokens)
+        assert delta.token_offset <= have
+        assert not delta.logprobs or len(delta.logprobs) == len(tokens)
+        self.tokens += tokens[have - delta.token_offset :]
+        self.logprobs += delta.logprobs[have - delta.token_offset :]
+        have = self.first_char + len(self.text)
+        assert delta.text_offset <= have
+        self.text += delta.text[have - delta.text_offset :]
+        self.ending = delta.ending
+
+
+def flush(core: Detokenizer) -> list[Delta]:
+    deltas = core.deltas()
+    core.sent(deltas)
+    return deltas
+
+
+def only(core: Detokenizer) -> Delta:
+    (delta,) = flush(core)
+    return delta
+
+
+def ended(reason: FinishReason, completion_tokens: int, cached_tokens: int = 0) -> Ending:
+    return Ending(reason, Usage(10, completion_tokens, cached_tokens))
+
+
+def reference(token_ids: list[int], stops: list[str]) -> tuple[str, int, FinishReason]:
+    """Text, tokens and reason: decoded prefix by prefix until one holds a stop string."""
+    for count in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(token_ids[:count], skip_special_tokens=True)
+        if starts := [text.find(stop) for stop in stops if stop in text]:
+            return text[: min(starts)], count, "stop"
+    return tokenizer.decode(token_ids, skip_special_tokens=True), len(token_ids), "length"
+
+
+@st.composite
+def outputs_and_stops(draw: st.DrawFn) -> tuple[list[int], list[str]]:
+    """A token list, and stop strings of which some are in its text.
+
+    None holds U+FFFD, which the reference sees in every incomplete character.
+    """
+    token_ids = draw(token_lists)
+    text = tokenizer.decode(token_ids)
+    stops = draw(st.lists(st.text(min_size=1, max_size=3), max_size=2))
+    for _ in range(draw(st.integers(0, 2)) if text else 0):
+        start = draw(st.integers(0, len(text) - 1))
+        stops.append(text[start : start + draw(st.integers(1, 4))])
+    return token_ids, [stop for stop in stops if "\ufffd" not in stop]
+
+
+@given(outputs_and_stops(), st.randoms(use_true_random=False))
+def test_joined_deltas_are_the_decoding_cut_before_the_stop(
+    given_output: tuple[list[int], list[str]], choices: random.Random
+) -> None:
+    token_ids, stops = given_output
+    core, ingress = Detokenizer(VOCABULARY), Ingress()
+    core.take(begin(stop=stops))
+    for offset, token_id in enumerate(token_ids):
+        core.take(rows((UID, 1, offset, token_id)))
+        if choices.random() < 0.5:
+            for delta in core.deltas():
+                ingress.take(delta)
+                if choices.random() < 0.7:  # else the sender does not know that it was sent
+                    core.sent([delta])
+    core.take(Finished(UID, 1, "length", len(token_ids)))
+    for delta in flush(core):
+        ingress.take(delta)
+    text, count, reason = reference(token_ids, stops)
+    assert ingress.text == text
+    assert ingress.tokens == token_ids[:count]
+    assert ingress.ending == ended(reason, count)
+    assert core.deltas() == []
+
+
+@given(outputs_and_stops(), st.data())
+def test_resuming_anywhere_goes_on_exactly(
+    given_output: tuple[list[int], list[str]], data: st.DataObject
+) -> None:
+    token_ids, stops = given_output
+    _, count, reason = reference(token_ids, stops)
+    resumed = data.draw(st.integers(0, count))
+    held = data.draw(st.integers(resumed, len(token_ids)))
+
+    straight, client = Detokenizer(VOCABULARY), Ingress()
+    straight.take(begin(stop=stops))
+    for offset, token_id in enumerate(token_ids[:resumed]):
+        straight.take(rows((UID, 1, offset, token_id)))
+    for delta in flush(straight):
+        client.take(delta)
+    before = client.text
+    for offset, token_id in enumerate(token_ids[resumed:], start=resumed):
+        straight.take(rows((UID, 1, offset, token_id)))
+    straight.take(Finished(UID, 1, "length", len(token_ids)))
+    for delta in flush(straight):
+        client.take(delta)
+
+    again, rest = Detokenizer(VOCABULARY), Ingress(resumed, len(before))
+    again.take(begin(token_ids[:held], resumed=resumed, stop=stops))
+    for offset, token_id in enumerate(token_ids[held:], start=held):
+        again.take(rows((UID, 1, offset, token_id)))
+    again.take(Finished(UID, 1, "length", len(token_ids)))
+    delta = only(again)
+    assert (delta.token_offset, delta.text_offset) == (resumed, len(before))
+    rest.take(delta)
+    assert before + rest.text == client.text
+    assert rest.tokens == token_ids[resumed:count]
+    assert rest.ending == client.ending == ended(reason, count)
+
+
+def test_resumed_tokens_beyond_a_stop_string_all_count() -> None:
+    core = Detokenizer(VOCABULARY)
+    core.take(begin(ids_of_bytes(b"one END two"), resumed=11, stop=["END"]))
+    assert only(core) == Delta(UID, 1, 11, 4, b"", "", [], ended("stop", 11))
+    core.take(rows((UID, 1, 11, 5)))
+    core.take(Finished(UID, 1, "length", 12))
+    assert core.deltas() == []
+
+
+def test_text_that_may_become_a_stop_string_waits() -> None:
+    core = Detokenizer(VOCABULARY)
+    core.take(begin(ids_of_bytes(b"a EN"), stop=["END"]))
+    assert only(core).text == "a "
+    core.take(rows((UID, 1, 4, ids_of_bytes(b"T")[0])))
+    assert only(core) == Delta(UID, 1, 4, 2, pack(ids_of_bytes(b"T")), "ENT", [], None)
+
+
+def test_the_end_releases_what_waited() -> None:
+    core = Detokenizer(VOCABULARY)
+    core.take(begin(ids_of_bytes(b"a EN" + b"\xf0\x9f"), stop=["END"]))
+    core.take(Finished(UID, 1, "stop", 6))
+    delta = only(core)
+    assert (delta.text, delta.ending) == ("a EN\ufffd", ended("stop", 6))
+
+
+def test_a_stop_string_completed_by_the_end_of_an_incomplete_character() -> None:
+    core = Detokenizer(VOCABULARY)
+    core.take(begin(ids_of_bytes(b"ab\xf0\x9f"), stop=["b\ufffd"]))
+    assert only(core).text == "a"
+    core.take(Finished(UID, 1, "length", 4))
+    assert only(core) == Delta(UID, 1, 4, 1, b"", "", [], ended("stop", 4))
+
+
+def test_what_arrives_twice_is_cut_and_gaps_wait_for_begin() -> None:
+    core = Detokenizer(VOCABULARY)
+    token_ids = ids_of_bytes(b"hello")
+    core.take(begin())
+    core.take(rows((UID, 1, 0, token_ids[0]), (UID, 1, 0, token_ids[0])))
+    core.take(rows((UID, 1, 2, token_ids[2])))
+    core.take(Finished(UID, 1, "length", 5))
+    delta = only(core)
+    assert (delta.text, delta.ending) == ("h", None)
+    core.take(begin(token_ids[:3], cached_tokens=8))
+    core.take(begin(token_ids[:2], cached_tokens=8))
+    assert only(core).text == "el"
+    core.take(begin(token_ids, cached_tokens=8))
+    delta = only(core)
+    assert (delta.token_offset, delta.text_offset) == (3, 3)
+    assert (delta.text, delta.ending) == ("lo", ended("length", 5, cached_tokens=8))
+
+
+def test_only_the_newest_attempt_counts() -> None:
+    core = Detokenizer(VOCABULARY)
+    core.take(begin(ids_of_bytes(b"old"), attempt=2))
+    core.take(begin(ids_of_bytes(b"older"), attempt=1))
+    core.take(rows((UID, 1, 3, 5), (UID + 1, 2, 0, 5)))
+    core.take(Finished(UID, 1, "length", 3))
+    assert only(core).text == "old"
+    core.take(begin(ids_of_bytes(b"new"), attempt=3, resumed=1))
+    core.take(rows((UID, 2, 3, 5)))
+    delta = only(core)
+    assert (delta.attempt, delta.token_offset, delta.text_offset, delta.text) == (3, 1, 1, "ew")
+    assert core.stats().requests == 1
+
+
+def test_a_new_attempt_without_news_takes_back_what_was_unsent() -> None:
+    core = Detokenizer(VOCABULARY)
+    core.take(begin(ids_of_bytes(b"ab"), attempt=1))
+    core.take(begin(ids_of_bytes(b"ab"), attempt=2, resumed=2))
+    assert core.deltas() == []
+
+
+def test_an_ingress_that_connects_anew_gets_all_again() -> None:
+    core = Detokenizer(VOCABULARY)
+    core.take(begin(ids_of_bytes(b"ab"), resumed=1))
+    core.take(Finished(UID, 1, "length", 2))
+    first = only(core)
+    core.ingress_up(EPOCH)
+    assert only(core) == first
+    core.ingress_up(EPOCH + 1)
+    assert core.stats().requests == 0
+    assert core.deltas() == []
+
+
+def test_ends_free_everything() -> None:
+    core = Detokenizer(VOCABULARY)
+    core.take(begin(ids_of_bytes(b"ab")))
+    core.take(End(UID))
+    core.take(End(UID))
+    assert core.deltas() == []
+    core.take(begin(ids_of_bytes(b"ab")))
+    core.scheduler_reborn()
+    assert core.deltas() == []
+    assert core.stats().requests == 0
+
+
+def test_many_requests_take_several_frames() -> None:
+    core = Detokenizer(VOCABULARY)
+    count = DELTAS_A_FRAME + 1
+    for uid in range(count):
+        core.take(begin(ids_of_bytes(b"a"), uid=uid))
+    assert [len(flush(core)) for _ in range(3)] == [DELTAS_A_FRAME, 1, 0]
+
+
+def logprobs_of(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(pack([token_id]), np.float32(-token_id).tobytes())
+
+
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
+def test_logprobs_keep_to_their_tokens(resumed: int, earlier: int, later: int) -> None:
+    """`earlier` tokens after the resumed ones were delivered by an earlier attempt."""
+    total = resumed + earlier + later
+    token_ids = list(range(1, total + 1))
+    core = Detokenizer(VOCABULARY)
+    fresh = [logprobs_of(t) for t in token_ids[resumed + earlier :]]
+    core.take(begin(token_ids, resumed=resumed, logprobs=fresh))
+    core.take(rows((UID, 1, total, 50), logprobs={0: logprobs_of(50)}))
+    delta = only(core)
+    assert delta.token_offset == resumed + earlier
+    assert delta.logprobs == [*fresh, logprobs_of(50)]
+    assert unpack(delta.token_ids).tolist() == [*token_ids[resumed + earlier :], 50]
+
+
+def test_logprobs_of_some_rows() -> None:
+    core = Detokenizer(VOCABULARY)
+    core.take(begin())
+    core.take(begin(uid=UID + 1))
+    core.take(rows((UID, 1, 0, 3), (UID + 1, 1, 0, 4), logprobs={1: logprobs_of(4)}))
+    without, with_them = flush(core)
+    assert without.logprobs == []
+    assert with_them.logprobs == [logprobs_of(4)]

@@ -1,0 +1,154 @@
+"""The launcher as a process: it comes up, explains mistakes, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nanovllm.checkpoint import DEMO_CHECKPOINT
+from tests.pipelines import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
+
+SIM = ("--device", "sim", "--sim-step-ms", "1")
+ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer")
+
+
+@pytest.fixture
+def sim() -> Iterator[Pipeline]:
+    with Pipeline("", *SIM) as running:
+        yield running
+
+
+def services(pipeline: Pipeline) -> list[psutil.Process]:
+    if pipeline.process is None:
+        raise RuntimeError("not launched")
+    return psutil.Process(pipeline.process.pid).children(recursive=True)
+
+
+def role_of(process: psutil.Process) -> str:
+    return next(word.split(".")[-1] for word in process.cmdline() if ".services." in word)
+
+
+def gone(processes: list[psutil.Process], within_s: float) -> bool:
+    return not psutil.wait_procs(processes, timeout=within_s)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_and_leaves_nothing(sim: Pipeline, number: signal.Signals) -> None:
+    running = services(sim)
+    assert sorted(role_of(process) for process in running) == sorted(ROLES)
+    assert sim.process is not None
+    sim.process.send_signal(number)
+    assert sim.process.wait(END_TIMEOUT_S) == 0
+    assert gone(running, 0)
+    assert not sim.runtime_dir.exists()
+
+
+def test_a_killed_launcher_takes_its_services_along(sim: Pipeline) -> None:
+    running = services(sim)
+    assert sim.process is not None
+    sim.process.kill()
+    assert gone(running, 2.0)
+    again = Pipeline("", *SIM, "--runtime-dir", str(sim.runtime_dir))
+    again.runtime_dir = sim.runtime_dir
+    again.start().stop()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_death_of_a_service_ends_the_launch_with_its_name(sim: Pipeline, role: str) -> None:
+    running = services(sim)
+    next(process for process in running if role_of(process) == role).kill()
+    assert sim.process is not None
+    assert sim.process.wait(END_TIMEOUT_S) == 1
+    assert gone(running, 0)
+    sim.wait_for(f"nanovllm-launch: {role} 0 was killed by SIGKILL", END_TIMEOUT_S)
+
+
+def test_services_log_with_their_names_in_front(sim: Pipeline) -> None:
+    sim.stop()
+    logged = [line for line in sim.output if line.startswith("gpu_worker 0 | ")]
+    assert logged
+
+
+def refused(*arguments: str) -> str:
+    """Launches what must be refused; the error's line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nanovllm.launch.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=READY_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def config(directory: Path, **changes: object) -> Path:
+    shape = json.loads((DEMO_CHECKPOINT / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**shape, **changes}))
+    return directory
+
+
+def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
+    private = ("--runtime-dir", str(tmp_path / "run"), "--ingress", "")
+    assert "no such model: ./nothing" in refused("./nothing", *private)
+    llama = config(tmp_path, model_type="llama")
+    assert "only dense 'qwen3' is served" in refused(str(llama), *private)
+    assert "--tp 3 does not divide" in refused("--tp", "3", *private)
+    assert "--device" in refused("--device", "abacus", *private)
+    small = ("--kvcache-block-size", "16", "--num-kvcache-blocks", "8", *SIM)
+    assert "not enough memory for one sequence" in refused(*small, *private)
+
+
+def test_a_taken_endpoint_and_a_taken_runtime_dir_are_named(
+    sim: Pipeline, start_pipeline: Callable[..., Pipeline]
+) -> None:
+    line = refused("--runtime-dir", str(sim.runtime_dir), "--ingress", "", *SIM)
+    assert f"--runtime-dir {sim.runtime_dir} is in use" in line
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        endpoint = f"tcp://127.0.0.1:{held.getsockname()[1]}"
+        other = str(sim.runtime_dir) + "-2"
+        line = refused("--runtime-dir", other, "--ingress", endpoint, *SIM)
+        assert f"{endpoint} is taken by another process" in line
+        assert not os.path.exists(other)
+
+
+def test_every_service_can_be_started_alone_and_explains_itself() -> None:
+    for role in ROLES:
+        module = f"nanovllm.services.{role}"
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        assert "--scheduler-link" in done.stdout
+
+
+def test_services_that_need_no_torch_do_not_load_it() -> None:
+    for role in ROLES:
+        code = f"import sys, nanovllm.services.{role}.__main__; sys.exit('torch' in sys.modules)"
+        loaded = subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode
+        assert loaded == 0, f"{role} loads torch when it starts"
+
+
+def test_ctrl_c_while_it_starts_ends_it_too() -> None:
+    pipeline = Pipeline("", "--device", "cpu")
+    process = pipeline.launch()
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while not (running := psutil.Process(process.pid).children()):
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGINT)
+    assert process.wait(END_TIMEOUT_S) == 0
+    assert gone(running, 0)

@@ -1,0 +1,141 @@
+"""Greedy output through the ingress equals transformers' own Qwen3, token for token, in float32.
+
+Random checkpoints of several shapes, served by real pipelines: prompts of 1 to several hundred
+tokens, alone and 32 at once, with tensor parallelism, two block sizes, prefix-cache hits, chunked
+prefill under a small budget, and preemption.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoint import DEMO_CHECKPOINT
+from tests.checkpoints import read_model, write_checkpoint
+from tests.pipelines import Pipeline
+
+# Where transformers' two likeliest logits are nearer than this, either is right.
+TIE = 1e-4
+NEW_TOKENS = 24
+
+
+class Case(NamedTuple):
+    name: str
+    shape: dict[str, Any]
+    shards: int
+    arguments: str
+    preempts: bool = False
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 1024,
+}
+CASES = [
+    Case(
+        "tied, 4 query heads a KV head, blocks of 16",
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 24}
+        | {"tie_word_embeddings": True, "vocab_size": 2048},
+        1,
+        "--kvcache-block-size 16",
+    ),
+    Case(
+        "untied, 3 shards, tp 2, blocks of 256",
+        {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
+        | {"tie_word_embeddings": False, "vocab_size": 2048},
+        3,
+        "--tp 2 --kvcache-block-size 256",
+    ),
+    Case(
+        "one KV head on 4 ranks, a vocabulary that they do not divide",
+        {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 32}
+        | {"tie_word_embeddings": False, "vocab_size": 2051},
+        3,
+        "--tp 4 --kvcache-block-size 16",
+    ),
+    Case(
+        "small budget, few blocks",
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        | {"tie_word_embeddings": True, "vocab_size": 2048},
+        1,
+        "--kvcache-block-size 16 --num-kvcache-blocks 48 --max-model-len 640 --max-num-seqs 32"
+        " --max-num-batched-tokens 80 --max-prefill-tokens 48",
+        preempts=True,
+    ),
+]
+
+
+def prompts_for(vocabulary: int, block_size: int) -> list[list[int]]:
+    """32 prompts: ragged lengths, some whole numbers of blocks, several with common beginnings."""
+    draw = random.Random(7)
+    lengths = [1, 2, 15, 16, 17, 32, 33, 64, 100, 255, 256, 257, 300, 400, 512]
+    prompts = [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
+    shared = [draw.randrange(vocabulary) for _ in range(4 * min(block_size, 64))]
+    while len(prompts) < 32:
+        tail = [draw.randrange(vocabulary) for _ in range(draw.choice([0, 0, 1, 7, 16, 40]))]
+        prompts.append(shared + tail)
+    return prompts
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_greedy_output_equals_transformers(
+    case: Case, tmp_path: Path, start_pipeline: Callable[..., Pipeline]
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    write_checkpoint(
+        checkpoint, shards=case.shards, tokenizer=DEMO_CHECKPOINT, **SMALL, **case.shape
+    )
+    arguments = case.arguments.split()
+    pipeline = start_pipeline(checkpoint, "--device", "cpu", *arguments)
+    block_size = int(arguments[arguments.index("--kvcache-block-size") + 1])
+    prompts = prompts_for(case.shape["vocab_size"], block_size)
+    model = read_model(checkpoint)
+    expected = [generate(model, prompt) for prompt in prompts]
+    greedy = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    with LLM(endpoint=pipeline.endpoint) as llm:
+        together = llm.generate(prompts, greedy, use_tqdm=False)
+        again = llm.generate(prompts, greedy, use_tqdm=False)
+        alone = [llm.generate([p], greedy, use_tqdm=False)[0] for p in prompts[::6]]
+    for outputs, subset in ((together, 1), (again, 1), (alone, 6)):
+        for prompt, want, output in zip(
+            prompts[::subset], expected[::subset], outputs, strict=True
+        ):
+            check(model, prompt, want, output["token_ids"])
+    scheduler = pipeline.scheduler_stats()
+    assert scheduler.cached_tokens > 0, "the second time, prompts are in the prefix cache"
+    if case.preempts:
+        assert scheduler.preemptions > 0
+
+
+def generate(model: Any, prompt: list[int]) -> list[int]:
+    """transformers' own greedy continuation."""
+    with torch.inference_mode():
+        ids = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return [int(token) for token in ids[0, len(prompt) :]]
+
+
+def check(model: Any, prompt: list[int], want: list[int], got: list[int]) -> None:
+    """`got` is `want`, up to where transformers itself could have gone either way."""
+    assert len(got) == len(want)
+    for at, (wanted, token) in enumerate(zip(want, got, strict=True)):
+        if wanted != token:
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + want[:at]])).logits[0, -1]
+            first, second = logits.topk(2).values.tolist()
+            assert first - second < TIE, f"token {at} of {len(prompt)}-token prompt differs"
+            return

@@ -1,0 +1,340 @@
+"""Requests into token ids, against transformers' own tokenizer and chat templates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from nanovllm.checkpoint import CheckpointError
+from nanovllm.messages import ChatMessage, Refused, Sampling, Submit, Tokenize, pack, unpack
+from nanovllm.services.tokenizer.chat import RESERVED
+from nanovllm.services.tokenizer.prompts import PromptEncoder
+from tests.bpe import EOS, write_checkpoint_files, write_tokenizer
+
+MAX_MODEL_LEN = 128
+LONGEST_ENTRY = 13
+SAMPLING = Sampling(1.0, 1.0, 0, 0.0, 7, None)
+
+
+def request(**fields: Any) -> Tokenize:
+    values: dict[str, Any] = {
+        "uid": 7 << 32 | 1,
+        "attempt": 3,
+        "text": None,
+        "token_ids": None,
+        "chat": None,
+        "chat_template_kwargs": {},
+        "sampling": SAMPLING,
+        "max_tokens": 16,
+        "stop": [],
+        "stop_token_ids": b"",
+        "ignore_eos": False,
+        "cache_salt": "",
+        "output": b"",
+        "resumed": 0,
+        **fields,
+    }
+    return Tokenize(**values)
+
+
+def chat(*turns: tuple[str, str]) -> list[ChatMessage]:
+    return [ChatMessage(role, content) for role, content in turns]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint_files(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def encoder(directory: Path) -> PromptEncoder:
+    return PromptEncoder.from_checkpoint(directory, MAX_MODEL_LEN)
+
+
+@pytest.fixture(scope="module")
+def theirs(directory: Path) -> Any:
+    return AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.fixture
+def refused(encoder: PromptEncoder) -> Callable[..., tuple[str, str]]:
+    def refuse(**fields: Any) -> tuple[str, str]:
+        result = encoder.encode(request(**fields))
+        assert isinstance(result, Refused)
+        assert (result.uid, result.attempt) == (7 << 32 | 1, 3)
+        return result.code, result.message
+
+    return refuse
+
+
+def submitted(encoder: PromptEncoder, **fields: Any) -> Submit:
+    result = encoder.encode(request(**fields))
+    assert isinstance(result, Submit), result
+    return result
+
+
+def prompt_of(submit: Submit) -> list[int]:
+    ids: list[int] = unpack(submit.prompt).tolist()
+    return ids
+
+
+texts = st.one_of(
+    st.text(min_size=1, max_size=12),
+    st.lists(
+        st.sampled_from(["the dog", " 日本語", EOS, "<think>", "e\u0301", " "]), min_size=1
+    ).map(lambda parts: "".join(parts)[:30]),
+)
+
+
+@given(texts)
+def test_text_has_the_ids_that_transformers_gives(
+    encoder: PromptEncoder, theirs: Any, text: str
+) -> None:
+    result = encoder.encode(request(text=text))
+    expected = theirs(text)["input_ids"]
+    assert isinstance(result, Refused if len(expected) >= MAX_MODEL_LEN else Submit)
+    if isinstance(result, Submit):
+        assert prompt_of(result) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"add_bos_token": True, "bos_token": "<|im_start|>"},
+        {"add_eos_token": True, "bos_token": None},
+        {"chat_template": [{"name": "default", "template": "{{ bos_token }}{{ messages }}"}]},
+        {"eos_token": {"__type": "AddedToken", "content": EOS, "special": True}},
+    ],
+)
+def test_tokenizer_config_means_what_it_means_to_transformers(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    write_checkpoint_files(tmp_path)
+    write_tokenizer(tmp_path, **config)
+    encoder, theirs = (
+        PromptEncoder.from_checkpoint(tmp_path, 400),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    assert prompt_of(submitted(encoder, text="the dog")) == theirs("the dog")["input_ids"]
+    messages = [{"role": "user", "content": "the dog"}]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert prompt_of(submitted(encoder, chat=chat(("user", "the dog")))) == rendered
+
+
+def test_tokens_around_the_text(tmp_path: Path) -> None:
+    write_checkpoint_files(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    eos = tokenizer.token_to_id(EOS)
+    tokenizer.post_processor = TemplateProcessing(single=["$A", EOS], special_tokens=[(EOS, eos)])
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = PromptEncoder.from_checkpoint(tmp_path, 400)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = prompt_of(submitted(encoder, text="the quick brown fox"))
+    assert prompt == theirs("the quick brown fox")["input_ids"]
+    assert len(prompt) > 3
+    assert prompt[-1] == eos
+    chatted = prompt_of(submitted(encoder, chat=chat(("user", "dog"))))
+    messages = [{"role": "user", "content": "dog"}]
+    assert chatted == theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert chatted[-1] != eos
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"enable_thinking": False},
+        {"tools": [{"name": "é", "parameters": {}}]},
+        {"eos_token": "!", "unused": [1, None, {"a": 2.5}]},
+    ],
+)
+def test_chat_is_rendered_as_transformers_does(
+    encoder: PromptEncoder, theirs: Any, arguments: dict[str, Any]
+) -> None:
+    turns = [("system", "be <|im_end|> kind"), ("user", "{{ 7 * 7 }} 日本")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, **arguments)
+    submit = submitted(encoder, chat=chat(*turns), chat_template_kwargs=arguments)
+    assert prompt_of(submit) == expected["input_ids"]
+
+
+def test_a_template_in_its_own_file_comes_first(directory: Path, tmp_path: Path) -> None:
+    write_checkpoint_files(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+    submit = submitted(encoder, chat=chat(("user", "dog")))
+    assert submit.prompt == submitted(encoder, text="dog!").prompt
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_what_steers_the_rendering_cannot_be_set(
+    refused: Callable[..., tuple[str, str]], name: str
+) -> None:
+    code, message = refused(chat=chat(("user", "x")), chat_template_kwargs={name: []})
+    assert code == "invalid_request"
+    assert name in message
+
+
+def test_a_template_that_refuses_gives_its_reason(
+    refused: Callable[..., tuple[str, str]],
+) -> None:
+    code, message = refused(chat=chat(("critic", "x")))
+    assert code == "invalid_request"
+    assert "no critics here" in message
+
+
+def _nested(depth: int) -> list[Any]:
+    nested: list[Any] = []
+    for _ in range(depth):
+        nested = [nested]
+    return nested
+
+
+@pytest.mark.parametrize("tools", ["text", 5, [5], [{"a": _nested(3000)}]])
+def test_arguments_that_a_template_cannot_take(
+    refused: Callable[..., tuple[str, str]], tools: Any
+) -> None:
+    code, _ = refused(chat=chat(("user", "x")), chat_template_kwargs={"tools": tools})
+    assert code == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ undefined.attribute }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% for i in range(999999999) %}x{% endfor %}",
+        "{{ messages[9].content }}",
+    ],
+)
+def test_broken_templates_refuse_each_request(tmp_path: Path, template: str) -> None:
+    write_checkpoint_files(tmp_path)
+    write_tokenizer(tmp_path, chat_template=template)
+    encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+    for _ in range(2):
+        result = encoder.encode(request(chat=chat(("user", "x"))))
+        assert isinstance(result, Refused)
+        assert result.code == "invalid_request"
+    assert submitted(encoder, text="still here").prompt
+
+
+def test_no_template(tmp_path: Path) -> None:
+    write_checkpoint_files(tmp_path)
+    write_tokenizer(tmp_path, chat_template=None)
+    encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+    result = encoder.encode(request(chat=chat(("user", "x"))))
+    assert isinstance(result, Refused)
+    assert "no chat template" in result.message
+
+
+def test_empty_prompts_are_refused(refused: Callable[..., tuple[str, str]]) -> None:
+    for prompt in ({"text": ""}, {"token_ids": b""}, {}):
+        assert refused(**prompt)[0] == "invalid_request"
+
+
+def test_the_prompt_must_be_shorter_than_max_model_len(
+    encoder: PromptEncoder, refused: Callable[..., tuple[str, str]]
+) -> None:
+    submit = submitted(encoder, token_ids=pack(range(MAX_MODEL_LEN - 1)))
+    assert submit.max_tokens == 1
+    code, message = refused(token_ids=pack(range(MAX_MODEL_LEN)))
+    assert code == "context_length_exceeded"
+    assert "128 tokens" in message
+    assert "max_model_len (128)" in message
+    assert refused(text="日" * MAX_MODEL_LEN)[0] == "context_length_exceeded"
+
+
+def test_hopelessly_long_text_is_not_tokenized() -> None:
+    # A tokenizer that raises on any text.
+    encoder = PromptEncoder(
+        Tokenizer(WordLevel({}, unk_token="?")), None, [], LONGEST_ENTRY, MAX_MODEL_LEN
+    )
+    most = LONGEST_ENTRY * MAX_MODEL_LEN
+    result = encoder.encode(request(text="é" * (most // 2 + 1)))
+    assert isinstance(result, Refused)
+    assert result.code == "context_length_exceeded"
+    # One that might fit does reach it; and what it raises ends this request alone.
+    result = encoder.encode(request(text="é" * (most // 2)))
+    assert isinstance(result, Refused)
+    assert (result.code, result.message) == ("internal", "the prompt could not be tokenized")
+
+
+def test_hopelessly_long_chats_are_refused(refused: Callable[..., tuple[str, str]]) -> None:
+    code, message = refused(chat=chat(("user", "x" * 2000)))
+    assert code == "context_length_exceeded"
+    assert "bytes" in message
+
+
+def test_prompt_and_output_must_fit(
+    encoder: PromptEncoder, refused: Callable[..., tuple[str, str]]
+) -> None:
+    prompt = pack(range(MAX_MODEL_LEN - 4))
+    submit = submitted(encoder, token_ids=prompt, output=pack([1, 2, 3, 4]), resumed=2)
+    assert (submit.output, submit.resumed, submit.max_tokens) == (pack([1, 2, 3, 4]), 2, 4)
+    code, message = refused(token_ids=prompt, output=pack(range(5)))
+    assert code == "context_length_exceeded"
+    assert "resume_token_ids 5" in message
+
+
+def test_everything_else_passes_through(encoder: PromptEncoder, theirs: Any) -> None:
+    submit = submitted(
+        encoder, token_ids=pack([5, 6]), stop=["x"], stop_token_ids=pack([9]), cache_salt="s"
+    )
+    eos = theirs.convert_tokens_to_ids(EOS)
+    assert submit == Submit(
+        uid=7 << 32 | 1,
+        attempt=3,
+        prompt=pack([5, 6]),
+        output=b"",
+        resumed=0,
+        sampling=SAMPLING,
+        max_tokens=16,
+        stop=["x"],
+        stop_token_ids=pack([9, eos]),
+        cache_salt="s",
+    )
+    ignoring = submitted(encoder, token_ids=pack([5]), stop_token_ids=pack([9]), ignore_eos=True)
+    assert ignoring.stop_token_ids == pack([9])
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 4}, {"eos_token_id": [3, 2]}, [2, 3]),
+        ({"eos_token_id": 4}, {}, [4]),
+        ({"eos_token_id": None}, {}, [EOS]),
+    ],
+)
+def test_where_the_end_of_sequence_comes_from(
+    tmp_path: Path, theirs: Any, config: Any, generation: Any, expected: list[Any]
+) -> None:
+    write_checkpoint_files(tmp_path, **config)
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+    submit = submitted(encoder, token_ids=pack([5]))
+    ids = [theirs.convert_tokens_to_ids(e) if isinstance(e, str) else e for e in expected]
+    assert unpack(submit.stop_token_ids).tolist() == ids
+
+
+def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
+    write_checkpoint_files(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
