@@ -36,9 +36,10 @@ M = TypeVar("M")
 # Messages that one wake-up reads from one link at most, so that no link starves another.
 BATCH = 256
 HIGH_WATER_MARK = 4096
-# A peer that is stopped, or whose cable is pulled, is noticed after this long.
-ZMTP_HEARTBEAT_MS = 500
-ZMTP_TIMEOUT_MS = 1500
+# A peer that is stopped, or whose cable is pulled, is noticed after this long. A busy one is not
+# taken for it: ZeroMQ's own thread answers.
+ZMTP_HEARTBEAT_MS = 1000
+ZMTP_TIMEOUT_MS = 5000
 HEARTBEAT_S = 1.0
 
 # To which incarnation, from which incarnation.
@@ -288,7 +289,11 @@ class BoundLink(Generic[M]):
         _set_options(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._connections = Connections(self._socket)
-        self._release = bind(self._socket, endpoint)
+        try:
+            self._release = bind(self._socket, endpoint)
+        except OSError:
+            self._close_sockets()
+            raise
 
     @property
     def sockets(self) -> tuple[zmq.Socket[bytes], ...]:
@@ -323,10 +328,13 @@ class BoundLink(Generic[M]):
         """Nothing to do: the side that connects says hello."""
 
     def close(self) -> None:
+        self._close_sockets()
+        self._release()
+
+    def _close_sockets(self) -> None:
         self._socket.disable_monitor()
         self._connections.monitor.close(linger=0)
         self._socket.close(linger=200)
-        self._release()
 
     def _send(self, routing_id: bytes, header: bytes, payload: bytes) -> bool:
         try:

@@ -11,7 +11,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from nanovllm.launch.status import Control
+from nanovllm.messages import SchedulerStats, Status
 
 READY_TIMEOUT_S = 90
 END_TIMEOUT_S = 20
@@ -87,6 +91,27 @@ class Pipeline:
             raise TimeoutError(f"the launcher did not end:\n{self.transcript}") from None
         finally:
             shutil.rmtree(self.runtime_dir, ignore_errors=True)
+
+    def status(self) -> Status:
+        """What the services have last reported, once each has."""
+        with Control(str(self.runtime_dir)) as control:
+            while True:
+                status = control.status()
+                if all(service.stats is not None for service in status.services):
+                    return status
+
+    def scheduler_stats_once(
+        self, wanted: Callable[[SchedulerStats], bool], timeout_s: float = 15.0
+    ) -> SchedulerStats:
+        """The first of the scheduler's reports from now on for which `wanted` holds."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for service in self.status().services:
+                if isinstance(service.stats, SchedulerStats):
+                    if wanted(service.stats):
+                        return service.stats
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"the scheduler still reports {service.stats}")
 
     @property
     def transcript(self) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from tests.gpu_worker.paged import CPU, PagedSequences, load_model
@@ -27,8 +29,9 @@ def run_rank(rank: int, root: Path, cases: int) -> None:
     for size in SIZES:
         if rank >= size:
             continue
-        rendezvous = f"file://{root}/rendezvous{size}"
-        tp = TensorParallel.connect(rank, size, rendezvous, CPU, timeout_s=60)
+        store = FileStore(f"{root}/rendezvous{size}", size)
+        store.set_timeout(timedelta(seconds=60))
+        tp = TensorParallel.connect(rank, size, store, CPU)
         if (least := tp.minimum(100 - rank, CPU)) != 101 - size:
             raise RuntimeError(f"the minimum over {size} ranks is {least}")
         for case in range(cases):

@@ -109,10 +109,11 @@ def test_greedy_output_equals_transformers(
             prompts[::subset], expected[::subset], outputs, strict=True
         ):
             check(model, prompt, want, output["token_ids"])
-    scheduler = pipeline.scheduler_stats()
-    assert scheduler.cached_tokens > 0, "the second time, prompts are in the prefix cache"
+    idle = pipeline.scheduler_stats_once(lambda stats: stats.records == 0)
+    assert idle.cached_tokens > 0, "the second time, prompts are in the prefix cache"
+    assert idle.blocks_used == 0
     if case.preempts:
-        assert scheduler.preemptions > 0
+        assert idle.preemptions > 0
 
 
 def generate(model: Any, prompt: list[int]) -> list[int]:

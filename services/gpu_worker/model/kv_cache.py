@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from nanovllm.checkpoint import ModelConfig
@@ -31,9 +34,14 @@ def allocate_kv_cache(
     """Zeros for every layer; see `kernels.attention.interface` for the layout."""
     size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
     return [
-        LayerCache(
-            k=torch.zeros(size, dtype=dtype, device=device),
-            v=torch.zeros(size, dtype=dtype, device=device),
-        )
+        LayerCache(k=_zeros(size, dtype, device), v=_zeros(size, dtype, device))
         for _ in range(config.num_hidden_layers)
     ]
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    # NumPy's zeros are the system's, and take memory only where they are written.
+    untouched = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(untouched).view(dtype).view(size)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from nanovllm.checkpoint import ModelConfig
 
@@ -25,29 +27,28 @@ class TensorParallel:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def connect(
-        cls, rank: int, size: int, rendezvous: str, device: torch.device, timeout_s: float
-    ) -> TensorParallel:
+    def connect(cls, rank: int, size: int, store: Store, device: torch.device) -> TensorParallel:
         """Joins the group: NCCL on CUDA, gloo on a CPU. Blocks until all ranks are there.
 
         Args:
-            rendezvous: a URL that is the same for all ranks: `tcp://host:port` (rank 0 listens
-                there) or `file:///path` (of a file that does not exist yet).
+            store: where the ranks find one another; its timeout is that of joining and of each
+                collective.
             device: this rank's device, which collectives run on.
-            timeout_s: for joining, and for each collective.
 
         Raises:
             torch.distributed.DistError: if the others do not come in time.
         """
-        if size == 1:
-            return cls()
+        if sys.platform == "linux":
+            # Else gloo binds to whatever the host's name resolves to, if it does.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        on_cuda = device.type == "cuda"
         dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=rendezvous,
+            backend="nccl" if on_cuda else "gloo",
+            store=store,
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=device if device.type == "cuda" else None,
+            timeout=store.timeout,
+            device_id=device if on_cuda else None,
         )
         return cls(rank, size, dist.group.WORLD)
 

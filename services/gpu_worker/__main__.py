@@ -1,0 +1,40 @@
+"""`python -m nanovllm.services.gpu_worker`"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+from nanovllm.service import service_command
+from nanovllm.services.gpu_worker.group import GroupBroken
+from nanovllm.services.gpu_worker.loop import serve
+
+log = logging.getLogger(__name__)
+
+
+def main() -> NoReturn:
+    """Runs the command, and ends the process without waiting for anyone.
+
+    The interpreter's own way out would run the destructors of torch and its process group while
+    the device thread is inside a collective, which may hang or crash. There is nothing to save.
+    """
+    code = 1
+    try:
+        service_command("gpu_worker", serve).main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except GroupBroken as error:
+        log.error("%s", error)
+    except BaseException:
+        log.exception("gpu_worker ends")
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

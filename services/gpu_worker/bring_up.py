@@ -1,0 +1,167 @@
+"""From settings to a loaded executor: device, process group, weights, KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanovllm.checkpoint import CheckpointError, ModelConfig
+from nanovllm.kernels.attention.sdpa import SdpaBackend
+from nanovllm.messages import Admission, Sampling, StepPlan, pack
+from nanovllm.services.gpu_worker import memory
+from nanovllm.services.gpu_worker.executor import Executor
+from nanovllm.services.gpu_worker.model.kv_cache import (
+    allocate_kv_cache,
+    attention_shape,
+    block_bytes,
+)
+from nanovllm.services.gpu_worker.model.loader import Progress, load_checkpoint
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from nanovllm.settings import Settings, SettingsError
+
+
+class Loaded(NamedTuple):
+    executor: Executor
+    num_blocks: int
+    description: str
+
+
+def choose_device(settings: Settings, rank: int) -> torch.device:
+    """This rank's device, made the calling thread's own: on a CPU, with its share of the cores.
+
+    Raises SettingsError if there is none for it.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    size = settings.tensor_parallel_size
+    if settings.device == "cpu" or (settings.device == "auto" and not found):
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+        return torch.device("cpu")
+    if found < size:
+        raise SettingsError(f"--tp {size} takes as many GPUs, and there are {found} (--device)")
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(settings: Settings, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights and cache. Raises CheckpointError if the checkpoint's is unknown."""
+    name = settings.dtype
+    if name == "auto" and device.type == "cpu":
+        return torch.float32
+    try:
+        return _DTYPES[config.dtype if name == "auto" else name]
+    except KeyError:
+        raise CheckpointError(f"dtype {config.dtype!r} is not served; give a --dtype") from None
+
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@torch.inference_mode()
+def load(
+    directory: Path,
+    config: ModelConfig,
+    settings: Settings,
+    device: torch.device,
+    tp: TensorParallel,
+    progress: Progress,
+) -> Loaded:
+    """Loads the model, and sizes the KV cache; the same number of blocks on every rank.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+        SettingsError: if there is not enough memory.
+    """
+    dtype = choose_dtype(settings, config, device)
+    shape = attention_shape(config, tp, settings.kvcache_block_size)
+    backend = SdpaBackend(shape)
+    size = block_bytes(config, shape, dtype)
+
+    def executor(num_blocks: int) -> Executor:
+        kv_cache = allocate_kv_cache(config, shape, num_blocks, dtype, device)
+        return Executor(model, backend, kv_cache, settings, device)
+
+    try:
+        model = Qwen3ForCausalLM(config, tp, dtype, device)
+        load_checkpoint(model, directory, progress)
+        if settings.num_kvcache_blocks >= 0:
+            num_blocks = settings.num_kvcache_blocks
+        elif device.type == "cuda":
+            num_blocks = _blocks_on_cuda(lambda: executor(1), settings, device, size)
+        else:
+            num_blocks = memory.cpu_blocks(settings, size)
+        # All ranks must come to this point before one of them may give up.
+        num_blocks = tp.minimum(num_blocks, device)
+        remedy = (
+            "raise --gpu-memory-utilization or --tp"
+            if device.type == "cuda"
+            else "give --num-kvcache-blocks"
+        )
+        memory.check_room_for_one(num_blocks, settings, size, remedy)
+        loaded = executor(num_blocks)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            f"not enough memory on {device} for the model and its cache: {reason}; raise --tp, or"
+            " lower --max-num-batched-tokens or --num-kvcache-blocks"
+        ) from None
+    described = f"{device.type}, {str(dtype).removeprefix('torch.')}, sdpa attention"
+    blocks = f"{num_blocks} blocks of {settings.kvcache_block_size} tokens"
+    return Loaded(loaded, num_blocks, f"{described}, {blocks}")
+
+
+def _blocks_on_cuda(
+    make_executor: Callable[[], Executor], settings: Settings, device: torch.device, size: int
+) -> int:
+    """As many as fit beside the largest steps, which are run to find out."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    executor = make_executor()
+    for plan in largest_steps(settings):
+        executor.step(plan).wait()
+        executor.reset()
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del executor
+    torch.cuda.empty_cache()
+    return memory.cuda_blocks(settings, size, total, total - free, peak)
+
+
+def largest_steps(settings: Settings) -> list[StepPlan]:
+    """Steps that take a whole token budget: with as many sequences as there may be, each of which
+    samples in the most costly way, and with the longest. All blocks are block 0."""
+    budget, longest = settings.max_num_batched_tokens, settings.max_model_len - 1
+    return [
+        _prefill(settings, number, length, count)
+        for number, length, count in (
+            (0, min(longest, budget // settings.max_num_seqs), settings.max_num_seqs),
+            (1, min(longest, budget), min(settings.max_num_seqs, max(1, budget // longest))),
+        )
+    ]
+
+
+def _prefill(settings: Settings, number: int, length: int, count: int) -> StepPlan:
+    """`count` prompts of `length` tokens."""
+    blocks = -(-length // settings.kvcache_block_size)
+    sampling = Sampling(1.0, top_p=0.5, top_k=50, min_p=0.01, seed=0, logprobs=20)
+    tokens = np.zeros(length, dtype=np.int32)
+    return StepPlan(
+        number=number,
+        release=b"",
+        admit=[
+            Admission(slot, pack(tokens), pack([0] * blocks), 0, sampling) for slot in range(count)
+        ],
+        append=b"",
+        prefill=pack(value for slot in range(count) for value in (slot, 0, length)),
+        decode=b"",
+    )

@@ -1,0 +1,106 @@
+"""What the device holds of each slot. A step copies to it only what its plan changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanovllm.messages import Admission
+from nanovllm.services.gpu_worker.sampling import SamplingTensors
+from nanovllm.services.gpu_worker.slots import Batch, Int32s
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A copy of `array` on the device, without waiting for it."""
+    host = torch.from_numpy(array)
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
+def columns_to_device(columns: Sequence[Int32s], device: torch.device) -> tuple[Tensor, ...]:
+    """Several arrays as int64 on the device, in one copy."""
+    together = to_device(np.concatenate(columns, dtype=np.int64), device)
+    return torch.split(together, [len(column) for column in columns])
+
+
+class DeviceState:
+    """The slots' state on the device.
+
+    Attributes:
+        block_tables: int32 [max_num_seqs, max_blocks]; entries beyond a sequence's blocks name
+            any block.
+        num_tokens: int64 [max_num_seqs], length of each sequence, sampled tokens included.
+        last_tokens: int64 [max_num_seqs], the token sampled last.
+    """
+
+    def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._device = device
+        self.block_tables = zeros(max_num_seqs, max_blocks, dtype=torch.int32)
+        self.num_tokens = zeros(max_num_seqs, dtype=torch.int64)
+        self.last_tokens = zeros(max_num_seqs, dtype=torch.int64)
+        self._temperature = zeros(max_num_seqs, dtype=torch.float32)
+        self._top_p = zeros(max_num_seqs, dtype=torch.float32)
+        self._min_p = zeros(max_num_seqs, dtype=torch.float32)
+        self._top_k = zeros(max_num_seqs, dtype=torch.int32)
+        self._seed = zeros(max_num_seqs, dtype=torch.int64)
+
+    def update(self, batch: Batch) -> None:
+        """Writes what the batch's plan changed."""
+        if batch.admitted:
+            self._admit(batch.admitted)
+        if len(batch.block_updates):
+            slots, columns, blocks = columns_to_device(list(batch.block_updates.T), self._device)
+            self.block_tables[slots, columns] = blocks.int()
+
+    def sampling(self, slots: Tensor, batch: Batch) -> SamplingTensors:
+        """The parameters of the rows that sample, whose slots are `slots` int64 [s]."""
+        return SamplingTensors(
+            temperature=self._temperature[slots],
+            top_k=self._top_k[slots],
+            top_p=self._top_p[slots],
+            min_p=self._min_p[slots],
+            seed=self._seed[slots],
+            any_random=batch.any_random,
+            any_filter=batch.any_filter,
+        )
+
+    def sampled(self, slots: Tensor, token_ids: Tensor) -> None:
+        """Each of the slots int64 [s] goes on by one token, int64 [s]."""
+        self.last_tokens[slots] = token_ids
+        self.num_tokens[slots] += 1
+
+    def _admit(self, admitted: Sequence[Admission]) -> None:
+        asked = [admission.sampling for admission in admitted]
+        integers = np.array(
+            [
+                [admission.slot for admission in admitted],
+                [len(admission.tokens) // 4 for admission in admitted],
+                [sampling.top_k for sampling in asked],
+                [sampling.seed for sampling in asked],
+            ],
+            dtype=np.int64,
+        )
+        fractions = np.array(
+            [
+                [sampling.temperature for sampling in asked],
+                [sampling.top_p for sampling in asked],
+                [sampling.min_p for sampling in asked],
+            ],
+            dtype=np.float32,
+        )
+        slots, num_tokens, top_k, seed = to_device(integers, self._device)
+        temperature, top_p, min_p = to_device(fractions, self._device)
+        self.num_tokens[slots] = num_tokens
+        self._top_k[slots] = top_k.int()
+        self._seed[slots] = seed
+        self._temperature[slots] = temperature
+        self._top_p[slots] = top_p
+        self._min_p[slots] = min_p

@@ -1,0 +1,188 @@
+"""The loop around a runner: rank 0 serves the scheduler, the other ranks follow rank 0."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from nanovllm.links import HEARTBEAT_S, BoundLink, Down, Event, Peer, Received, Up
+from nanovllm.messages import (
+    GroupReady,
+    Message,
+    Reset,
+    SchedulerToWorker,
+    StepPlan,
+    StepResult,
+    WorkerStats,
+)
+from nanovllm.service import Service
+from nanovllm.services.gpu_worker.group import GroupBroken, LeaderToFollower, Rendezvous
+from nanovllm.services.gpu_worker.runner import Listening, Loaded, Progress, Runner
+from nanovllm.services.gpu_worker.session import Phase, Session
+
+# When the scheduler's queue was full, the results are offered again after this long.
+RETRY_S = 0.01
+
+
+def serve(service: Service) -> NoReturn:
+    """Runs this rank; `service.me.index` says which."""
+    runner = _make_runner(service)
+    role: Leader | Follower
+    role = Leader(service, runner) if service.me.index == 0 else Follower(service, runner)
+    service.watch(runner.descriptor, role.take_reports)
+    try:
+        service.run(role.step, role.counts.stats)
+    finally:
+        service.close()
+
+
+def _make_runner(service: Service) -> Runner:
+    settings = service.settings
+    if settings.device == "sim":
+        from nanovllm.services.gpu_worker.sim import SimRunner, ordinary_tokens
+
+        return SimRunner(settings, ordinary_tokens(service.directory, service.config.vocab_size))
+    # Three seconds and 200 MB of torch, which the simulated device does without.
+    from nanovllm.services.gpu_worker.torch_runner import TorchRunner
+
+    return TorchRunner(service.directory, service.config, settings, service.me.index)
+
+
+class Counts:
+    """What this rank did so far."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._steps = 0
+        self._busy_us = 0
+
+    def finished(self, result: StepResult) -> None:
+        self._steps += 1
+        self._busy_us = result.busy_us
+
+    def stats(self) -> WorkerStats:
+        return WorkerStats(self._runner.slots_used, self._steps, self._busy_us / 1e6)
+
+
+class Leader:
+    """Rank 0: takes plans from the scheduler, passes them on, runs them, sends results."""
+
+    def __init__(self, service: Service, runner: Runner) -> None:
+        self.counts = Counts(runner)
+        self._service = service
+        self._runner = runner
+        self._session = Session(service.settings.pipeline_depth)
+        self._loaded: Loaded | None = None
+        self._port: int | None = None
+        self._next_announcement = 0.0
+        self._followers: set[Peer] = set()
+        self._num_followers = service.settings.tensor_parallel_size - 1
+        self._workers: BoundLink[None] | None = None
+        if self._num_followers:
+            # Followers say nothing: all they could send is an empty message.
+            self._workers = service.bind(service.settings.workers_endpoint, None, self._on_follower)
+        self._scheduler = service.connect(
+            service.settings.scheduler_endpoint, SchedulerToWorker, self._on_scheduler
+        )
+
+    def take_reports(self) -> None:
+        for report in self._runner.reports():
+            match report:
+                case StepResult():
+                    self.counts.finished(report)
+                    self._session.finished(report)
+                case Progress():
+                    self._service.loading(*report)
+                case Listening():
+                    self._port = report.port
+                    self._tell_followers(Rendezvous(report.port))
+                case Loaded():
+                    self._loaded = report
+                    self._service.ready(report.detail)
+
+    def step(self, now: float) -> float | None:
+        """Sends what there is to say. Returns when to call again at the latest."""
+        if results := self._session.unsent:
+            if self._scheduler.send(results):
+                self._session.sent()
+            elif self._scheduler.peer is not None:
+                return RETRY_S
+        if self._session.phase is not Phase.WAITING or not self._complete:
+            return None
+        if now >= self._next_announcement and self._loaded is not None:
+            self._next_announcement = now + HEARTBEAT_S
+            block_size = self._service.settings.kvcache_block_size
+            self._scheduler.send([GroupReady(self._loaded.num_blocks, block_size)])
+        return self._next_announcement - now
+
+    @property
+    def _complete(self) -> bool:
+        """Whether the whole group can take plans."""
+        return self._loaded is not None and len(self._followers) == self._num_followers
+
+    def _on_scheduler(self, event: Event[SchedulerToWorker]) -> None:
+        match event:
+            case Up(reborn=True):
+                self._session.reborn()
+                self._next_announcement = 0.0
+            case Up():
+                self._session.reconnected()
+                self._next_announcement = 0.0
+            case Received(message=Reset(number=number) as reset):
+                if self._session.accepts_reset(number):
+                    self._tell_followers(reset)
+                    self._runner.reset()
+            case Received(message=StepPlan(number=number) as plan):
+                if self._session.accepts_plan(number):
+                    self._tell_followers(plan)
+                    self._runner.launch(plan)
+
+    def _on_follower(self, event: Event[Any]) -> None:
+        match event:
+            case Up(peer=peer):
+                self._followers.add(peer)
+                if self._port is not None:
+                    self._tell(peer, Rendezvous(self._port))
+            case Down(peer=peer):
+                raise GroupBroken(f"{peer} is gone, and with it this tensor-parallel group")
+
+    def _tell_followers(self, message: Message) -> None:
+        for follower in self._followers:
+            self._tell(follower, message)
+
+    def _tell(self, follower: Peer, message: Message) -> None:
+        if self._workers is None or not self._workers.send(follower, [message]):
+            raise GroupBroken(f"{follower} cannot be reached, and without it no step can be run")
+
+
+class Follower:
+    """Any other rank: runs what rank 0 runs; its results are the same, and nobody's."""
+
+    def __init__(self, service: Service, runner: Runner) -> None:
+        self.counts = Counts(runner)
+        self._service = service
+        self._runner = runner
+        service.connect(service.settings.workers_endpoint, LeaderToFollower, self._on_leader)
+
+    def take_reports(self) -> None:
+        for report in self._runner.reports():
+            match report:
+                case StepResult():
+                    self.counts.finished(report)
+                case Progress():
+                    self._service.loading(*report)
+                case Loaded():
+                    self._service.ready(report.detail)
+
+    def step(self, now: float) -> None:
+        """Nothing is sent, and nothing has to be done in time."""
+
+    def _on_leader(self, event: Event[LeaderToFollower]) -> None:
+        match event:
+            case Down(peer=peer):
+                raise GroupBroken(f"{peer} is gone, and with it this tensor-parallel group")
+            case Received(message=Rendezvous(port=port)):
+                self._runner.join(port)
+            case Received(message=Reset()):
+                self._runner.reset()
+            case Received(message=StepPlan() as plan):
+                self._runner.launch(plan)

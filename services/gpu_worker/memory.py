@@ -1,0 +1,67 @@
+"""How many blocks of KV cache there are, and whether they are enough."""
+
+from __future__ import annotations
+
+import os
+
+from nanovllm.settings import Settings, SettingsError
+
+# On a CPU the cache takes this share of the memory, up to a limit, over all ranks together.
+CPU_SHARE = 1 / 8
+CPU_LIMIT = 2 << 30
+
+
+def blocks_per_sequence(settings: Settings) -> int:
+    """Blocks of the longest sequence: the columns of a block table."""
+    return -(-settings.max_model_len // settings.kvcache_block_size)
+
+
+def cpu_blocks(settings: Settings, block_bytes: int) -> int:
+    """What a rank takes on a CPU: no more than all slots can use.
+
+    Args:
+        block_bytes: what a block takes on this rank.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    budget = min(int(memory * CPU_SHARE), CPU_LIMIT) // settings.tensor_parallel_size
+    useful = settings.max_num_seqs * blocks_per_sequence(settings)
+    return min(budget // block_bytes, useful)
+
+
+def cuda_blocks(settings: Settings, block_bytes: int, total: int, used: int, peak: int) -> int:
+    """What a rank takes on its GPU.
+
+    Args:
+        block_bytes: what a block takes on this rank.
+        total: the GPU's memory, in bytes.
+        used: of it now, by whomever.
+        peak: what the largest step takes beyond that, while it runs.
+    """
+    budget = int(total * settings.gpu_memory_utilization) - used - peak
+    return max(0, budget // block_bytes)
+
+
+def check_room_for_one(
+    num_blocks: int, settings: Settings, block_bytes: int = 0, remedy: str = ""
+) -> None:
+    """Raises SettingsError unless the longest sequence fits into `num_blocks` blocks.
+
+    Args:
+        block_bytes: what a block takes on a rank; 0 where none has a size.
+        remedy: how to get more memory; used where `num_kvcache_blocks` is not given.
+    """
+    needed = blocks_per_sequence(settings)
+    if num_blocks >= needed:
+        return
+    size = settings.kvcache_block_size
+    missing = f"{needed} blocks of {size} tokens for --max-model-len {settings.max_model_len}"
+    if block_bytes:
+        short = (needed - num_blocks) * block_bytes / 2**20
+        missing += f" ({short:.0f} MiB more)"
+    if settings.num_kvcache_blocks >= 0:
+        remedy = "raise --num-kvcache-blocks"
+    shorter = f"lower --max-model-len to {num_blocks * size}" if num_blocks else ""
+    raise SettingsError(
+        f"not enough memory for one sequence: there are {num_blocks} blocks, and it takes"
+        f" {missing}; {' or '.join(option for option in (shorter, remedy) if option)}"
+    )

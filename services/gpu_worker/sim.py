@@ -1,0 +1,159 @@
+"""`--device sim`: no model, but a device's timing and its interface, to measure the pipeline by.
+
+A step takes a fixed time on a device that executes one after the other, and its tokens are a
+well-mixed function of (seed, position), so that a sequence is the same however it was batched,
+preempted or resumed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanovllm.checkpoint import CheckpointError, eos_token_ids
+from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, pack
+from nanovllm.services.gpu_worker.memory import blocks_per_sequence, check_room_for_one
+from nanovllm.services.gpu_worker.runner import Loaded, Outbox, Report
+from nanovllm.services.gpu_worker.slots import Batch, SlotTable
+from nanovllm.settings import Settings
+from nanovllm.vocabulary import Vocabulary
+
+
+# Every integer below it is a float32: 16.8 s in µs.
+STAMP_MODULO = 1 << 24
+
+
+class SimRunner:
+    """See the module. Implements `Runner`.
+
+    Args:
+        vocabulary: int32 [v], the token ids to draw from.
+    """
+
+    def __init__(self, settings: Settings, vocabulary: NDArray[np.int32]) -> None:
+        num_blocks = settings.num_kvcache_blocks
+        if num_blocks < 0:
+            num_blocks = settings.max_num_seqs * blocks_per_sequence(settings)
+        check_room_for_one(num_blocks, settings)
+        self._slots = SlotTable(settings.max_num_seqs)
+        self._vocabulary = vocabulary
+        self._start = time.monotonic()
+        self._device = SimDevice(settings.sim_step_ms / 1000, self._start)
+        self._outbox = Outbox()
+        self._executing: SimpleQueue[tuple[float, StepResult]] = SimpleQueue()
+        threading.Thread(target=self._finish_steps, name="sim device", daemon=True).start()
+        self._outbox.put(Loaded(num_blocks, f"sim, {settings.sim_step_ms:g} ms a step"))
+
+    @property
+    def descriptor(self) -> int:
+        return self._outbox.descriptor
+
+    @property
+    def slots_used(self) -> int:
+        return self._slots.used
+
+    def join(self, port: int) -> None:
+        """Ranks of a simulated device have nothing to tell one another."""
+
+    def launch(self, plan: StepPlan) -> None:
+        step = self._device.launch(time.monotonic())
+        batch = self._slots.apply(plan)
+        indices = draw(
+            self._slots.seeds[batch.sampling_slots],
+            batch.sampled_positions,
+            len(self._vocabulary),
+        )
+        result = StepResult(
+            number=plan.number,
+            token_ids=pack(self._vocabulary[indices]),
+            logprobs=self._logprobs(batch, indices, step.end),
+            busy_us=round(step.busy * 1e6),
+            at_us=round((step.end - self._start) * 1e6),
+        )
+        self._executing.put((step.end, result))
+
+    def reset(self) -> None:
+        self._slots.reset()
+
+    def reports(self) -> list[Report]:
+        return self._outbox.take()
+
+    def _finish_steps(self) -> None:
+        while True:
+            end, result = self._executing.get()
+            if (left := end - time.monotonic()) > 0:
+                time.sleep(left)
+            self._outbox.put(result)
+
+    def _logprobs(self, batch: Batch, indices: NDArray[np.int64], end: float) -> list[RowLogprobs]:
+        """The likeliest are the chosen token and others, each half as likely as the one before.
+
+        What stands with the chosen token is no probability but a time stamp, by which the lag from
+        device to client can be measured: minus `end` in µs, modulo STAMP_MODULO.
+        """
+        stamp = -(int(end * 1e6) % STAMP_MODULO)
+        found = []
+        for row, count in batch.wants_logprobs:
+            ranks = np.arange(count)
+            others = self._vocabulary[(indices[row] + ranks) % len(self._vocabulary)]
+            tokens = np.concatenate((self._vocabulary[indices[row : row + 1]], others))
+            values = np.concatenate(([stamp], (ranks + 1) * -np.log(2))).astype("<f4")
+            found.append(RowLogprobs(row, TokenLogprobs(pack(tokens), values.tobytes())))
+        return found
+
+
+class SimStep(NamedTuple):
+    """When a step ends, and for how long the device has been busy by then; in seconds."""
+
+    end: float
+    busy: float
+
+
+class SimDevice:
+    """A queue of steps of equal length: each starts when the one before has ended, or at once.
+
+    Ends are computed, not observed, so that a host that is late to notice one does not make the
+    device slower, nor seem busier, than it is.
+    """
+
+    def __init__(self, step_s: float, start: float) -> None:
+        self._step = step_s
+        self._free_at = start
+        self._launched = 0
+
+    def launch(self, now: float) -> SimStep:
+        self._free_at = max(self._free_at, now) + self._step
+        self._launched += 1
+        return SimStep(self._free_at, self._launched * self._step)
+
+
+def draw(seeds: NDArray[np.int64], positions: NDArray[np.int32], size: int) -> NDArray[np.int64]:
+    """An index in [0, size) for each (seed, position): splitmix64's finalizer over either."""
+    keys = _mix(_mix(seeds.view(np.uint64)) + positions.astype(np.uint64))
+    return (keys % np.uint64(size)).astype(np.int64)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One output of splitmix64 (Steele et al., 2014) from the state x; wraps around."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def ordinary_tokens(directory: Path, vocab_size: int) -> NDArray[np.int32]:
+    """The ids that stand for text: neither special, nor the end of a sequence.
+
+    Raises CheckpointError if the tokenizer cannot be read, or has no such token.
+    """
+    special = set(eos_token_ids(directory) or ())
+    known = Vocabulary.from_checkpoint(directory).text.keys() & range(vocab_size)
+    if not known - special:
+        raise CheckpointError(f"{directory} has no token that is not special")
+    return np.array(sorted(known - special), dtype=np.int32)

@@ -1,0 +1,181 @@
+"""The host's mirror of the slots: turns step plans into ragged batches. No torch, no device.
+
+The host never knows a sampled token when it plans with it, but it always knows how many there are:
+each row that samples adds one. So lengths, positions and block tables are known here ahead of the
+device, and only tokens stay there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanovllm.messages import Admission, StepPlan, unpack
+
+Int32s = NDArray[np.int32]
+
+NO_LOGPROBS = -1
+
+
+class Batch(NamedTuple):
+    """What one plan changes and runs. Its n rows are d decodes, then p prefill chunks with t
+    tokens together; s of the rows sample.
+
+    Attributes:
+        admitted: sequences that took a slot; their tokens and sampling parameters.
+        block_updates: int32 [u, 3], (slot, column, block): entries of the block tables to write.
+        decode_slots: int32 [d]; token and position of each are on the device.
+        chunk_slots: int32 [p].
+        chunk_tokens: int32 [t], token ids.
+        chunk_positions: int32 [t], each token's index in its sequence.
+        query_lens: int32 [n]; 1 for each decode.
+        context_lens: int32 [n], query tokens included.
+        sampling_rows: int32 [s]: all decodes, then the chunks that reach their last token.
+        sampling_slots: int32 [s], their slots: each at most once.
+        sampled_positions: int32 [s], index in its sequence of each token to be sampled.
+        logprobs: int32 [s], how many likeliest tokens each wants, or NO_LOGPROBS.
+        any_random: whether some row that samples has a temperature.
+        any_filter: whether some such row has top_k, top_p or min_p as well.
+    """
+
+    admitted: Sequence[Admission]
+    block_updates: Int32s
+    decode_slots: Int32s
+    chunk_slots: Int32s
+    chunk_tokens: Int32s
+    chunk_positions: Int32s
+    query_lens: Int32s
+    context_lens: Int32s
+    sampling_rows: Int32s
+    sampling_slots: Int32s
+    sampled_positions: Int32s
+    logprobs: Int32s
+    any_random: bool
+    any_filter: bool
+
+    @property
+    def wants_logprobs(self) -> list[tuple[int, int]]:
+        """(row among those that sample, how many likeliest) of those that asked."""
+        rows = np.flatnonzero(self.logprobs != NO_LOGPROBS)
+        return list(zip(rows.tolist(), self.logprobs[rows].tolist(), strict=True))
+
+
+class SlotTable:
+    """Lengths and sampling of every slot, as of the last plan applied.
+
+    Plans come from the scheduler, which has checked them; a slot that does not exist raises
+    IndexError.
+
+    Attributes:
+        seeds: int64 [max_num_seqs].
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._num_tokens: Int32s = np.zeros(max_num_seqs, dtype=np.int32)
+        self._num_blocks = [0] * max_num_seqs
+        self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
+        self._random = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._filtered = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.seeds = np.zeros(max_num_seqs, dtype=np.int64)
+        # Tokens of sequences whose prefill is not complete.
+        self._to_prefill: dict[int, Int32s] = {}
+        self._used: set[int] = set()
+
+    @property
+    def used(self) -> int:
+        """Slots that hold a sequence."""
+        return len(self._used)
+
+    def reset(self) -> None:
+        """Empties all slots."""
+        self._to_prefill.clear()
+        self._used.clear()
+
+    def apply(self, plan: StepPlan) -> Batch:
+        """Applies a plan's changes, and describes its batch."""
+        for slot in unpack(plan.release).tolist():
+            self._used.remove(slot)
+            self._to_prefill.pop(slot, None)
+        updates: list[tuple[int, int, int]] = []
+        for admission in plan.admit:
+            self._admit(admission)
+            self._append(admission.slot, unpack(admission.blocks).tolist(), updates)
+        for slot, block in unpack(plan.append).reshape(-1, 2).tolist():
+            self._append(slot, [block], updates)
+
+        decode_slots = unpack(plan.decode)
+        decode_contexts = self._num_tokens[decode_slots]
+        query_lens = np.ones(len(decode_slots), dtype=np.int32)
+        rows = np.arange(len(decode_slots), dtype=np.int32)
+        chunks = self._chunks(unpack(plan.prefill).reshape(-1, 3)) if plan.prefill else _NO_CHUNKS
+        sampling_slots = np.concatenate((decode_slots, chunks.slots[chunks.complete]))
+        sampled_positions = self._num_tokens[sampling_slots]
+        self._num_tokens[sampling_slots] += 1
+        return Batch(
+            admitted=plan.admit,
+            block_updates=np.array(updates, dtype=np.int32).reshape(-1, 3),
+            decode_slots=decode_slots,
+            chunk_slots=chunks.slots,
+            chunk_tokens=chunks.tokens,
+            chunk_positions=chunks.positions,
+            query_lens=np.concatenate((query_lens, chunks.lengths)),
+            context_lens=np.concatenate((decode_contexts, chunks.ends)),
+            sampling_rows=np.concatenate((rows, chunks.complete + np.int32(len(rows)))),
+            sampling_slots=sampling_slots,
+            sampled_positions=sampled_positions,
+            logprobs=self._logprobs[sampling_slots],
+            any_random=bool(self._random[sampling_slots].any()),
+            any_filter=bool(self._filtered[sampling_slots].any()),
+        )
+
+    def _admit(self, admission: Admission) -> None:
+        slot, sampling = admission.slot, admission.sampling
+        tokens = unpack(admission.tokens)
+        self._used.add(slot)
+        self._to_prefill[slot] = tokens
+        self._num_tokens[slot] = len(tokens)
+        self._num_blocks[slot] = 0
+        self._logprobs[slot] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
+        self._random[slot] = sampling.temperature > 0
+        self._filtered[slot] = sampling.temperature > 0 and (
+            sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+        )
+        self.seeds[slot] = sampling.seed
+
+    def _append(self, slot: int, blocks: list[int], updates: list[tuple[int, int, int]]) -> None:
+        first = self._num_blocks[slot]
+        updates.extend((slot, column, block) for column, block in enumerate(blocks, first))
+        self._num_blocks[slot] = first + len(blocks)
+
+    def _chunks(self, chunks: Int32s) -> _Chunks:
+        """The prefill chunks int32 [p, 3] of a plan, with their tokens."""
+        slots, starts, lengths = chunks.T
+        ends = starts + lengths
+        spans = list(zip(slots.tolist(), starts.tolist(), ends.tolist(), strict=True))
+        tokens = [self._to_prefill[slot][start:end] for slot, start, end in spans]
+        positions = [np.arange(start, end, dtype=np.int32) for _, start, end in spans]
+        complete = np.flatnonzero(ends == self._num_tokens[slots]).astype(np.int32)
+        for slot in slots[complete].tolist():
+            del self._to_prefill[slot]
+        return _Chunks(
+            slots, lengths, ends, np.concatenate(tokens), np.concatenate(positions), complete
+        )
+
+
+class _Chunks(NamedTuple):
+    """Prefill chunks: int32 [p] each, but for `tokens` and `positions`, int32 [t], and
+    `complete`, the indices of those that reach their sequence's last token."""
+
+    slots: Int32s
+    lengths: Int32s
+    ends: Int32s
+    tokens: Int32s
+    positions: Int32s
+    complete: Int32s
+
+
+# What most steps have.
+_NO_CHUNKS = _Chunks(*[np.empty(0, dtype=np.int32)] * 6)

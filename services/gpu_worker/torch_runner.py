@@ -1,0 +1,139 @@
+"""The runner of a real model, on a CPU or on CUDA.
+
+A thread of its own loads the model and executes steps, so that the loop is free to hear of new
+plans, dead ranks and signals: on a CPU torch computes in that thread, with the interpreter's lock
+released; on CUDA it only enqueues, and a second thread waits for each step's results.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+from nanovllm.checkpoint import ModelConfig
+from nanovllm.messages import StepPlan
+from nanovllm.services.gpu_worker import bring_up, rendezvous
+from nanovllm.services.gpu_worker.busy import BusyMeter
+from nanovllm.services.gpu_worker.executor import Executor, Sampled
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.services.gpu_worker.runner import Listening, Loaded, Outbox, Progress, Report
+from nanovllm.settings import Settings
+
+PROGRESS_INTERVAL_S = 0.1
+
+
+class TorchRunner:
+    """See the module. Implements `Runner`.
+
+    Args:
+        directory: the checkpoint's.
+        config: its shape.
+        settings: settled, see `service.settled`.
+        rank: this rank in its tensor-parallel group.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, settings: Settings, rank: int) -> None:
+        self._directory = directory
+        self._config = config
+        self._settings = settings
+        self._rank = rank
+        self._start = time.monotonic()
+        self._busy = BusyMeter()
+        self._outbox = Outbox()
+        self._port: SimpleQueue[int] = SimpleQueue()
+        self._launched: SimpleQueue[StepPlan | None] = SimpleQueue()  # None is a reset
+        self._enqueued: SimpleQueue[Sampled] = SimpleQueue()
+        self._executor: Executor | None = None
+        self._start_thread("device", self._execute)
+
+    @property
+    def descriptor(self) -> int:
+        return self._outbox.descriptor
+
+    @property
+    def slots_used(self) -> int:
+        return 0 if self._executor is None else self._executor.slots.used
+
+    def join(self, port: int) -> None:
+        self._port.put(port)
+
+    def launch(self, plan: StepPlan) -> None:
+        self._busy.launched(time.monotonic())
+        self._launched.put(plan)
+
+    def reset(self) -> None:
+        self._launched.put(None)
+
+    def reports(self) -> list[Report]:
+        return self._outbox.take()
+
+    def _start_thread(self, name: str, body: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                body()
+            except BaseException as error:  # raised again by the loop: it ends the process
+                self._outbox.put(error)
+
+        threading.Thread(target=guarded, name=name, daemon=True).start()
+
+    def _execute(self) -> None:
+        device = bring_up.choose_device(self._settings, self._rank)
+        loaded = bring_up.load(
+            self._directory,
+            self._config,
+            self._settings,
+            device,
+            self._join_group(device),
+            self._tell_progress(),
+        )
+        executor = self._executor = loaded.executor
+        self._outbox.put(Loaded(loaded.num_blocks, loaded.description))
+        finish: Callable[[Sampled], None] = self._finish
+        if device.type == "cuda":
+            self._start_thread("results", self._finish_enqueued)
+            finish = self._enqueued.put
+        while True:
+            plan = self._launched.get()
+            if plan is None:
+                executor.reset()
+            else:
+                finish(executor.step(plan))
+
+    def _finish_enqueued(self) -> None:
+        while True:
+            self._finish(self._enqueued.get())
+
+    def _finish(self, sampled: Sampled) -> None:
+        sampled.wait()
+        now = time.monotonic()
+        busy = self._busy.finished(now)
+        self._outbox.put(sampled.result(round(busy * 1e6), round((now - self._start) * 1e6)))
+
+    def _join_group(self, device: torch.device) -> TensorParallel:
+        size = self._settings.tensor_parallel_size
+        if size == 1:
+            return TensorParallel()
+        if self._rank == 0:
+            store = rendezvous.listen()
+            self._outbox.put(Listening(store.port))
+        else:
+            store = rendezvous.reach(self._port.get())
+        return TensorParallel.connect(self._rank, size, store, device)
+
+    def _tell_progress(self) -> Callable[[int, int], None]:
+        """Passes on the loader's progress, at most every PROGRESS_INTERVAL_S, and the end."""
+        told = 0.0
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if now - told >= PROGRESS_INTERVAL_S or done == total:
+                told = now
+                self._outbox.put(Progress("loading weights", done, total))
+
+        return tell
