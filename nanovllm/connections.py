@@ -29,10 +29,11 @@ class Connections:
         self.monitor = router.get_monitor_socket(WATCHED_EVENTS)
         self._live: set[int] = set()
         self._routing_id: dict[int, bytes] = {}
+        self._replaced: list[bytes] = []
 
     def closed(self) -> list[bytes]:
         """Drains the monitor: the routing ids of connections that ended since the last call."""
-        gone: list[bytes] = []
+        gone, self._replaced = self._replaced, []
         while readable(self.monitor):
             event = parse_monitor_message(self.monitor.recv_multipart())
             descriptor = event["value"]
@@ -50,5 +51,8 @@ class Connections:
         descriptor = frame.get(zmq.SRCFD)
         if not isinstance(descriptor, int) or descriptor not in self._live:
             return False
+        before = self._routing_id.get(descriptor, routing_id)
+        if before != routing_id:
+            self._replaced.append(before)  # it ended before its first frame was looked at
         self._routing_id[descriptor] = routing_id
         return True

@@ -101,8 +101,11 @@ class Cancel(Message, tag="cancel"):
 
 
 class HandedOn(Message, tag="handed_on"):
+    """The scheduler was sent this attempt, whose prompt has `prompt_tokens` tokens."""
+
     uid: int
     attempt: int
+    prompt_tokens: int
 
 
 class Refused(Message, tag="refused"):

@@ -24,7 +24,6 @@ from nanovllm.services.gpu_worker.slots import Batch, SlotTable
 from nanovllm.settings import Settings
 from nanovllm.vocabulary import Vocabulary
 
-
 # Every integer below it is a float32: 16.8 s in µs.
 STAMP_MODULO = 1 << 24
 

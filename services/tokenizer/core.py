@@ -73,7 +73,7 @@ class Desk:
         """`submits` were sent: they are the scheduler's now."""
         for submit in submits:
             del self._submits[submit.uid]
-            self._replies.append(HandedOn(submit.uid, submit.attempt))
+            self._replies.append(HandedOn(submit.uid, submit.attempt, len(submit.prompt) // 4))
 
     def replies(self) -> list[TokenizerToIngress]:
         """What the ingress is to be told; empty when all was sent."""

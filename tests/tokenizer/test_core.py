@@ -49,8 +49,12 @@ def test_a_request_is_handed_on_when_the_scheduler_was_sent_it(desk: Desk) -> No
     desk.replied()
     assert in_hand(desk) == [(1, 1), (3, 1)]
     assert desk.replies() == []
+    prompt_tokens = len(desk.submits()[0].prompt) // 4
     desk.submitted(desk.submits())
-    assert desk.replies() == [HandedOn(UID + 1, 1), HandedOn(UID + 3, 1)]
+    assert desk.replies() == [
+        HandedOn(UID + 1, 1, prompt_tokens),
+        HandedOn(UID + 3, 1, prompt_tokens),
+    ]
     assert desk.submits() == []
     stats = desk.stats()
     assert (stats.queued, stats.tokenized) == (0, 2)

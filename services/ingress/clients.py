@@ -1,0 +1,111 @@
+"""The socket that clients connect to."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from typing import Any, NamedTuple
+
+import zmq
+
+from nanovllm.connections import Connections, readable
+from nanovllm.links import EndpointTaken, bind
+from nanovllm.settings import SettingsError
+
+# What one wake-up reads at most.
+MAX_BATCH = 256
+MAX_BATCH_BYTES = 16 << 20
+# Messages that ZeroMQ holds for one client. Output goes out merged as soon as there is room again,
+# so more would only make a slow client's memory here grow.
+SEND_HIGH_WATER_MARK = 64
+RECEIVE_HIGH_WATER_MARK = 64
+# A client that is stopped, or whose cable is pulled, is noticed after this long.
+ZMTP_HEARTBEAT_MS = 500
+ZMTP_TIMEOUT_MS = 1500
+# A longer frame closes its connection, so that nobody makes ZeroMQ hold it.
+CLOSING_FACTOR = 8
+
+
+class Sent(enum.Enum):
+    DONE = enum.auto()
+    FULL = enum.auto()  # the client does not read; later, perhaps
+    GONE = enum.auto()  # there is no such connection
+
+
+class FromClient(NamedTuple):
+    connection: bytes
+    parts: list[bytes]
+
+
+class ClientSocket:
+    """A ROUTER that neither blocks nor loses sight of who is connected.
+
+    Raises:
+        EndpointTaken: if another process has one of the endpoints.
+        SettingsError: if one cannot be bound for another reason.
+    """
+
+    def __init__(
+        self, context: zmq.Context[Any], endpoints: list[str], max_message_bytes: int
+    ) -> None:
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, CLOSING_FACTOR * max_message_bytes)
+        self.socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        self.socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
+        self.socket.setsockopt(zmq.HEARTBEAT_IVL, ZMTP_HEARTBEAT_MS)
+        self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, ZMTP_TIMEOUT_MS)
+        self.socket.setsockopt(zmq.HEARTBEAT_TTL, ZMTP_TIMEOUT_MS)
+        self._connections = Connections(self.socket)
+        self.monitor = self._connections.monitor
+        self._batch: list[list[zmq.Frame]] = []
+        self._release = contextlib.ExitStack()
+        for endpoint in endpoints:
+            try:
+                self._release.callback(bind(self.socket, endpoint))
+            except EndpointTaken:
+                self.close()
+                raise
+            except OSError as error:
+                self.close()
+                raise SettingsError(f"clients cannot be served at {endpoint}: {error}") from None
+
+    def read(self) -> None:
+        """Takes frames from the socket; they come with the next `receive`."""
+        size = 0
+        while len(self._batch) < MAX_BATCH and size < MAX_BATCH_BYTES and readable(self.socket):
+            parts = self.socket.recv_multipart(copy=False)
+            size += sum(map(len, parts))
+            self._batch.append(parts)
+
+    def gone(self) -> list[bytes]:
+        """The connections that have ended since; to be called after `read`, before `receive`."""
+        return self._connections.closed()
+
+    def receive(self) -> list[FromClient]:
+        """What was read, from connections that are still there."""
+        batch, self._batch = self._batch, []
+        received: list[FromClient] = []
+        for id_frame, *parts in batch:
+            connection = id_frame.bytes
+            if self._connections.opened(connection, id_frame):
+                received.append(FromClient(connection, [part.bytes for part in parts]))
+        return received
+
+    def send(self, connection: bytes, parts: list[bytes]) -> Sent:
+        """Sends without blocking."""
+        try:
+            self.socket.send_multipart((connection, *parts), zmq.DONTWAIT)
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return Sent.GONE
+        return Sent.DONE
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
+        self.socket.close(linger=200)
+        self._release.close()

@@ -1,0 +1,338 @@
+"""The ingress without its sockets: who asked what, who has it, and what was delivered.
+
+Bytes and messages go in by the methods; what is to be sent stands in `unsent` (clients),
+`dispatcher.unsent()` (tokenizers) and `ends` (the scheduler) until the loop has sent it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from nanovllm.links import Peer
+from nanovllm.messages import (
+    Delta,
+    EngineState,
+    HandedOn,
+    IngressStats,
+    SchedulerToIngress,
+    TokenizerToIngress,
+)
+from nanovllm.protocol import (
+    Abort,
+    Accepted,
+    Error,
+    ErrorCode,
+    Generate,
+    Ping,
+    Pong,
+    Usage,
+)
+from nanovllm.services.ingress import frames
+from nanovllm.services.ingress.dispatch import Dispatcher
+from nanovllm.services.ingress.frames import Limits
+from nanovllm.services.ingress.intake import Intake
+from nanovllm.services.ingress.requests import Request, Stage
+from nanovllm.services.ingress.sessions import Exchange, Session
+
+log = logging.getLogger(__name__)
+
+# Client messages looked at in one wake-up, so that an array of thousands stops nobody's stream.
+MESSAGES_PER_WAKE_UP = 128
+# A client that lets so many answers pile up unread is treated as one that has gone.
+MAX_ANSWERS = 2 * frames.MAX_MESSAGES_IN_FRAME
+
+
+class About(NamedTuple):
+    """What a pong tells of the server."""
+
+    version: str
+    model: str
+
+
+class Core:
+    """All sessions and unfinished requests.
+
+    Args:
+        incarnation: this process's; session names and uids begin with it.
+        limits: what a request may be.
+        max_pending_requests: how many are held at most.
+        about: for pongs.
+        draw_seed: for requests that bring none.
+
+    Attributes:
+        ends: uids that the scheduler is to be told nobody needs any more.
+        unsent: sessions that are owed something.
+    """
+
+    def __init__(
+        self,
+        incarnation: int,
+        limits: Limits,
+        max_pending_requests: int,
+        about: About,
+        draw_seed: Callable[[], int],
+    ) -> None:
+        self.dispatcher = Dispatcher()
+        self.ends: set[int] = set()
+        self.unsent: set[Session] = set()
+        self._incarnation = incarnation
+        self._limits = limits
+        self._max_pending_requests = max_pending_requests
+        self._about = about
+        self._draw_seed = draw_seed
+        self._sessions: dict[bytes, Session] = {}
+        self._sessions_opened = 0
+        self._requests: dict[int, Request] = {}
+        self._requests_begun = 0
+        self._finished = 0
+        self._intake = Intake(limits)
+        self._detokenizers: set[Peer] = set()
+        self._scheduler_up = False
+        self._engine_ready = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could start now."""
+        services_up = bool(self.dispatcher.tokenizers) and bool(self._detokenizers)
+        return services_up and self._scheduler_up and self._engine_ready
+
+    @property
+    def stats(self) -> IngressStats:
+        return IngressStats(len(self._sessions), len(self._requests), self._finished)
+
+    # Clients ------------------------------------------------------------------------------------
+
+    def receive(self, connection: bytes, parts: list[bytes]) -> None:
+        """A ZeroMQ message came from a client; `work` will look at what is in it."""
+        self._intake.add(self._sessions.get(connection) or self._open(connection), parts)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether messages have been received but not looked at; no more should be read then."""
+        return bool(self._intake)
+
+    def work(self) -> None:
+        """Looks at some of the messages received."""
+        for session, exchange, message in self._intake.take(MESSAGES_PER_WAKE_UP):
+            if isinstance(message, Generate):
+                self._generate(session, exchange, message)
+            elif isinstance(message, Abort):
+                self._abort(session, message)
+            elif isinstance(message, Ping):
+                self._answer(session, self._pong(session, message), exchange)
+            elif isinstance(message, Error):
+                self._answer(session, message, exchange)
+            elif exchange is not None:
+                session.answered(exchange)
+                self.unsent.add(session)
+
+    def closed(self, connection: bytes) -> None:
+        """The client has gone, and its requests with it."""
+        session = self._sessions.pop(connection, None)
+        if session is None:
+            return
+        session.closed = True
+        self.unsent.discard(session)
+        for request in session.requests.values():
+            self._forget(request)
+
+    def sent(self, session: Session) -> None:
+        """The session's outgoing message is in its socket."""
+        for request in session.sent():
+            del session.requests[request.id]
+            self._forget(request)
+
+    # Services -----------------------------------------------------------------------------------
+
+    def service_up(self, peer: Peer) -> None:
+        if peer.role == "tokenizer":
+            self.dispatcher.tokenizer_up(peer)
+        elif peer.role == "detokenizer":
+            self._detokenizers.add(peer)
+
+    def service_down(self, peer: Peer) -> None:
+        if peer in self.dispatcher.tokenizers:
+            log.warning("%s is gone; others get what it had", peer)
+            self.dispatcher.tokenizer_down(peer)
+        self._detokenizers.discard(peer)
+
+    def scheduler_up(self, reborn: bool) -> None:
+        """A reborn one has nothing; another may have missed what was on its way."""
+        self._scheduler_up = True
+        if not reborn:
+            self.dispatcher.scheduler_connected()
+            return
+        self.ends.clear()
+        rest = (Stage.WAITING, Stage.OVER)
+        begun = [request for request in self._requests.values() if request.stage not in rest]
+        if begun:
+            log.warning("the scheduler is a new one; %d requests start anew", len(begun))
+            self.dispatcher.submit_again(begun)
+
+    def scheduler_down(self) -> None:
+        self._scheduler_up = self._engine_ready = False
+
+    def from_tokenizer(self, message: TokenizerToIngress, now: float) -> None:
+        request = self._latest(message.uid, message.attempt)
+        if request is None:
+            return
+        if isinstance(message, HandedOn):
+            request.may_be_scheduled = True
+            request.prompt_tokens = message.prompt_tokens
+            self.dispatcher.handed_on(request, now)
+            self._accept(request)
+            return
+        request.outcome = Error(id=request.id, code=message.code, message=message.message)
+        self.dispatcher.over(request)
+        request.session.has_news(request)
+        self.unsent.add(request.session)
+
+    def from_scheduler(self, message: SchedulerToIngress) -> None:
+        if isinstance(message, EngineState):
+            self._engine_ready = message.ready
+            return
+        request = self._requests.get(message.uid)
+        if request is None or request.stage is Stage.OVER:
+            self.ends.add(message.uid)
+            return
+        request.may_be_scheduled = True
+        if request.attempt == message.attempt:
+            self._admitted(request)
+
+    def from_detokenizer(self, delta: Delta) -> None:
+        request = self._requests.get(delta.uid)
+        if request is None:
+            self.ends.add(delta.uid)
+            return
+        if delta.attempt != request.attempt or request.outcome is not None:
+            return
+        if request.stage is not Stage.ADMITTED:
+            self._admitted(request)
+        if not request.output.add(delta):
+            log.error(
+                "request %x: output from token %d and character %d does not go on from token %d",
+                delta.uid,
+                delta.token_offset,
+                delta.text_offset,
+                request.output.num_tokens,
+            )
+            return
+        if delta.ending is not None:
+            usage = delta.ending.usage
+            request.finish(
+                delta.ending.reason,
+                Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
+            )
+            self.dispatcher.over(request)
+        request.session.has_news(request)
+        self.unsent.add(request.session)
+
+    def submit_lost(self, now: float) -> None:
+        """Starts anew what the scheduler should have admitted by now."""
+        if self._scheduler_up:
+            self.dispatcher.submit_lost(now)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `submit_lost` next has something to do."""
+        return self.dispatcher.next_deadline if self._scheduler_up else None
+
+    # ---------------------------------------------------------------------------------------------
+
+    def _open(self, connection: bytes) -> Session:
+        self._sessions_opened += 1
+        session = Session(connection, f"{self._incarnation:08x}-{self._sessions_opened}")
+        self._sessions[connection] = session
+        return session
+
+    def _generate(self, session: Session, exchange: Exchange | None, ask: Generate) -> None:
+        if exchange is not None and ask.stream:
+            reason = "stream: must be false behind an empty delimiter frame (REQ)"
+            self._reject(session, exchange, ask, "invalid_request", reason)
+            return
+        if ask.id in session.requests:
+            reason = "id: an unfinished request of this session has it"
+            self._reject(session, exchange, ask, "duplicate_id", reason)
+            return
+        if len(self._requests) >= self._max_pending_requests:
+            reason = f"max_pending_requests ({self._max_pending_requests}) are held; try later"
+            self._reject(session, exchange, ask, "overloaded", reason)
+            return
+        self._requests_begun += 1
+        uid = self._incarnation << 32 | self._requests_begun
+        seed = self._draw_seed() if ask.sampling.seed is None else ask.sampling.seed
+        request = Request(uid, ask, seed, self._limits.max_model_len, session, exchange)
+        session.requests[ask.id] = self._requests[uid] = request
+        if exchange is not None:
+            exchange.unanswered += 1
+        self.dispatcher.submit(request)
+
+    def _reject(
+        self,
+        session: Session,
+        exchange: Exchange | None,
+        ask: Generate,
+        code: ErrorCode,
+        reason: str,
+    ) -> None:
+        self._answer(session, Error(id=ask.id, code=code, message=reason), exchange)
+
+    def _abort(self, session: Session, message: Abort) -> None:
+        request = session.requests.get(message.id)
+        if request is None or request.outcome is not None:
+            return
+        request.finish("abort", request.usage_so_far())
+        self._withdraw(request)
+        session.has_news(request)
+        self.unsent.add(session)
+
+    def _pong(self, session: Session, ping: Ping) -> Pong:
+        return Pong(
+            id=ping.id,
+            session=session.name,
+            version=self._about.version,
+            model=self._about.model,
+            ready=self.ready,
+        )
+
+    def _answer(self, session: Session, message: Error | Pong, exchange: Exchange | None) -> None:
+        if session.num_answers >= MAX_ANSWERS:
+            log.warning("session %s does not read its answers; ended it", session.name)
+            self.closed(session.connection)
+        if not session.closed:
+            session.answer(message, exchange)
+            self.unsent.add(session)
+
+    def _latest(self, uid: int, attempt: int) -> Request | None:
+        """The unfinished request, if this is its latest attempt."""
+        request = self._requests.get(uid)
+        if request is None or request.attempt != attempt or request.outcome is not None:
+            return None
+        return request
+
+    def _accept(self, request: Request) -> None:
+        if request.stream and not request.accepted:
+            request.accepted = True
+            session = request.session
+            session.answer(Accepted(id=request.id, session=session.name, seed=request.seed), None)
+            self.unsent.add(session)
+
+    def _admitted(self, request: Request) -> None:
+        request.may_be_scheduled = True
+        self.dispatcher.admitted(request)
+        self._accept(request)
+
+    def _forget(self, request: Request) -> None:
+        """Frees what is held for it here, and elsewhere in the pipeline."""
+        self._requests.pop(request.uid, None)
+        self._finished += 1
+        self._withdraw(request)
+
+    def _withdraw(self, request: Request) -> None:
+        """Nobody in the pipeline needs to go on with it."""
+        if request.stage is not Stage.OVER:
+            self.dispatcher.withdraw(request)
+        if request.may_be_scheduled:
+            self.ends.add(request.uid)

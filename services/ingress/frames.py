@@ -1,0 +1,174 @@
+"""What clients send: hostile bytes into messages of the protocol, or the `Error` that answers them.
+
+Nothing here raises, whatever the bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from nanovllm.protocol import ClientMessage, Error, ErrorCode, Generate
+
+T = TypeVar("T")
+
+MAX_ID_BYTES = 128
+# One frame is looked at as a list before it is looked into; this bounds that list.
+MAX_MESSAGES_IN_FRAME = 16384
+# Decoded, a byte can become an object of 64: kept small, and shallow enough to be encoded again.
+MAX_KWARGS_BYTES = 65536
+MAX_KWARGS_DEPTH = 16
+# An error says what is wrong without giving all of it back.
+MAX_REASON_CHARS = 300
+
+
+class Limits(NamedTuple):
+    """What the model and the settings allow."""
+
+    vocab_size: int
+    max_model_len: int
+    max_message_bytes: int
+
+
+class _Outline(msgspec.Struct):
+    """What is looked at before a message is decoded in full."""
+
+    id: msgspec.Raw = msgspec.Raw()
+    chat_template_kwargs: msgspec.Raw = msgspec.Raw()
+
+
+_elements = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_outline = msgspec.msgpack.Decoder(_Outline)
+_str = msgspec.msgpack.Decoder(str)
+_message: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
+
+
+def split(frame: bytes, limits: Limits) -> list[msgspec.Raw] | Error:
+    """The elements of a frame, not yet looked into: those of its array, or its one message."""
+    if len(frame) > limits.max_message_bytes:
+        return _invalid(
+            None,
+            f"a frame of {len(frame)} bytes is longer than max_message_bytes"
+            f" ({limits.max_message_bytes})",
+        )
+    count = _array_length(frame)
+    if count is None:
+        return [msgspec.Raw(frame)]
+    if count > MAX_MESSAGES_IN_FRAME:
+        return _invalid(
+            None, f"an array of {count} messages: at most {MAX_MESSAGES_IN_FRAME} in a frame"
+        )
+    elements = _decode(_elements, frame)
+    return _invalid(None, elements) if isinstance(elements, str) else elements
+
+
+def parse(element: msgspec.Raw, limits: Limits) -> ClientMessage | Error:
+    """One message, every range of the protocol checked, or what is wrong with it."""
+    outline = _decode(_outline, element)
+    if isinstance(outline, str):
+        return _invalid(None, outline)
+    if memoryview(outline.chat_template_kwargs).nbytes > MAX_KWARGS_BYTES:
+        reason = f"chat_template_kwargs: longer than {MAX_KWARGS_BYTES} bytes"
+        return _invalid(_readable_id(outline), reason)
+    message = _decode(_message, element)
+    if isinstance(message, str):
+        return _invalid(_readable_id(outline), message)
+    if isinstance(message, Generate):
+        return _checked(message, limits)
+    return message
+
+
+def _array_length(frame: bytes) -> int | None:
+    """What the header says, true or not; None if this is no array."""
+    first = frame[0] if frame else 0
+    if 0x90 <= first <= 0x9F:
+        return first & 0x0F
+    if first == 0xDC:
+        return int.from_bytes(frame[1:3], "big")
+    if first == 0xDD:
+        return int.from_bytes(frame[1:5], "big")
+    return None
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], raw: bytes | msgspec.Raw) -> T | str:
+    """What was decoded, or (never a T here) the reason why it could not be."""
+    try:
+        return decoder.decode(raw)
+    except RecursionError:
+        return "nested too deeply"
+    except ValueError as error:  # msgspec's own, UnicodeDecodeError, numbers out of range
+        return _naming_the_key(str(error))
+
+
+def _naming_the_key(reason: str) -> str:
+    """msgspec's "Expected `int` … - at `$.sampling.seed`", with the key in front."""
+    what, at, where = reason.rpartition(" - at `$.")
+    if at:
+        reason = f"{where.removesuffix('`')}: {what}"
+    if len(reason) > MAX_REASON_CHARS:
+        reason = reason[:MAX_REASON_CHARS] + "…"
+    return reason
+
+
+def _readable_id(outline: _Outline) -> str | None:
+    try:
+        return _str.decode(outline.id)
+    except ValueError:
+        return None
+
+
+def _invalid(request_id: str | None, reason: str, code: ErrorCode = "invalid_request") -> Error:
+    return Error(id=request_id, code=code, message=reason)
+
+
+def _checked(ask: Generate, limits: Limits) -> Generate | Error:
+    """What the types cannot say."""
+    if len(ask.id.encode()) > MAX_ID_BYTES:
+        return _invalid(ask.id, f"id: longer than {MAX_ID_BYTES} bytes")
+    prompts = (ask.prompt, ask.prompt_token_ids, ask.messages)
+    if sum(prompt is not None for prompt in prompts) != 1:
+        return _invalid(
+            ask.id, "exactly one of prompt, prompt_token_ids and messages must be given"
+        )
+    if ask.chat_template_kwargs is not None and not _is_plain(ask.chat_template_kwargs):
+        reason = (
+            "chat_template_kwargs: only maps with string keys, lists, strings, numbers, booleans"
+            f" and nil, at most {MAX_KWARGS_DEPTH} deep"
+        )
+        return _invalid(ask.id, reason)
+    prompt_length = len(ask.prompt_token_ids or ())
+    longest = limits.max_model_len
+    if prompt_length >= longest:
+        reason = (
+            f"prompt_token_ids: {prompt_length} tokens; the prompt must be shorter than"
+            f" max_model_len ({longest})"
+        )
+        return _invalid(ask.id, reason, "context_length_exceeded")
+    # A prompt has a token at least, also where it has not been tokenized yet.
+    if max(prompt_length, 1) + len(ask.resume_token_ids) > longest:
+        reason = (
+            f"resume_token_ids: {len(ask.resume_token_ids)} tokens and the prompt are more than"
+            f" max_model_len ({longest})"
+        )
+        return _invalid(ask.id, reason, "context_length_exceeded")
+    for key, ids in (
+        ("prompt_token_ids", ask.prompt_token_ids),
+        ("resume_token_ids", ask.resume_token_ids),
+        ("sampling.stop_token_ids", ask.sampling.stop_token_ids),
+    ):
+        if ids and max(ids) >= limits.vocab_size:
+            reason = f"{key}: {max(ids)} is not below the vocabulary size ({limits.vocab_size})"
+            return _invalid(ask.id, reason)
+    return ask
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether it is what JSON could say: no extension types, no bytes, no keys but strings."""
+    if depth > MAX_KWARGS_DEPTH:
+        return False
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, list):
+        return all(_is_plain(v, depth + 1) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)

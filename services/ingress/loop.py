@@ -1,0 +1,143 @@
+"""The ingress's sockets around its core."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from importlib.metadata import version
+from typing import NoReturn
+
+from nanovllm.links import BoundLink, ConnectedLink, Down, Event, Received, Up
+from nanovllm.messages import (
+    Delta,
+    DetokenizerToIngress,
+    End,
+    SchedulerToIngress,
+    TokenizerToIngress,
+)
+from nanovllm.service import Service
+from nanovllm.services.ingress.clients import ClientSocket, Sent
+from nanovllm.services.ingress.core import About, Core
+from nanovllm.services.ingress.frames import Limits
+from nanovllm.services.ingress.sessions import Session
+
+# How long what a socket would not take waits before it is tried again.
+RETRY_S = 0.01
+# Drawn seeds are told to clients, some of whose languages have no integers but doubles.
+SEED_BITS = 53
+
+
+class Ingress:
+    """One ingress process."""
+
+    def __init__(self, service: Service) -> None:
+        settings = service.settings
+        self._service = service
+        self._core = Core(
+            incarnation=service.me.incarnation,
+            limits=Limits(
+                service.config.vocab_size, settings.max_model_len, settings.max_message_bytes
+            ),
+            max_pending_requests=settings.max_pending_requests,
+            about=About(version("nanovllm"), service.directory.name),
+            draw_seed=lambda: secrets.randbits(SEED_BITS),
+        )
+        self._services: BoundLink[TokenizerToIngress | DetokenizerToIngress] = service.bind(
+            settings.services_endpoint,
+            TokenizerToIngress | DetokenizerToIngress,
+            self._from_services,
+        )
+        self._scheduler: ConnectedLink[SchedulerToIngress] = service.connect(
+            settings.scheduler_endpoint, SchedulerToIngress, self._from_scheduler
+        )
+        self._clients = ClientSocket(
+            service.context, settings.client_endpoints, settings.max_message_bytes
+        )
+        service.watch(self._clients.socket, self._read_clients)
+        service.watch(self._clients.monitor, self._from_clients)
+
+    def run(self) -> NoReturn:
+        self._service.ready(", ".join(self._service.settings.client_endpoints))
+        try:
+            self._service.run(self._step, lambda: self._core.stats)
+        finally:
+            self._clients.close()
+            self._service.close()
+
+    def _read_clients(self) -> None:
+        if not self._core.has_work:
+            self._clients.read()
+
+    def _from_clients(self) -> None:
+        for connection in self._clients.gone():
+            self._core.closed(connection)
+        for connection, parts in self._clients.receive():
+            self._core.receive(connection, parts)
+
+    def _from_services(self, event: Event[TokenizerToIngress | DetokenizerToIngress]) -> None:
+        if isinstance(event, Received):
+            message = event.message
+            if isinstance(message, Delta):
+                self._core.from_detokenizer(message)
+            else:
+                self._core.from_tokenizer(message, time.monotonic())
+        elif isinstance(event, Up):
+            self._core.service_up(event.peer)
+        else:
+            self._core.service_down(event.peer)
+
+    def _from_scheduler(self, event: Event[SchedulerToIngress]) -> None:
+        if isinstance(event, Received):
+            self._core.from_scheduler(event.message)
+        elif isinstance(event, Up):
+            self._core.scheduler_up(event.reborn)
+        elif isinstance(event, Down):
+            self._core.scheduler_down()
+
+    def _step(self, now: float) -> float | None:
+        core = self._core
+        core.work()
+        core.submit_lost(now)
+        all_sent = True
+        for session in list(core.unsent):
+            all_sent &= self._send_to_client(session)
+        # Last, because what was delivered to clients is to be ended in the scheduler.
+        all_sent &= self._send_to_services()
+        if core.has_work:
+            return 0.0
+        if not all_sent:
+            return RETRY_S
+        deadline = core.next_deadline
+        return None if deadline is None else max(0.0, deadline - now)
+
+    def _send_to_services(self) -> bool:
+        all_sent = True
+        for tokenizer, messages in self._core.dispatcher.unsent():
+            if self._services.send(tokenizer, messages):
+                messages.clear()
+            else:
+                all_sent = False
+        ends = self._core.ends
+        if ends and self._scheduler.peer is not None:
+            if self._scheduler.send([End(uid) for uid in ends]):
+                ends.clear()
+            else:
+                all_sent = False
+        return all_sent
+
+    def _send_to_client(self, session: Session) -> bool:
+        """Sends all that the session is owed; False if its socket would not take it."""
+        while (outgoing := session.outgoing()) is not None:
+            sent = self._clients.send(session.connection, outgoing.parts)
+            if sent is Sent.FULL:
+                return False
+            if sent is Sent.GONE:
+                self._core.closed(session.connection)
+                return True
+            self._core.sent(session)
+        self._core.unsent.discard(session)
+        return True
+
+
+def serve(service: Service) -> NoReturn:
+    Ingress(service).run()

@@ -1,0 +1,111 @@
+"""One request's output: what arrived from whichever attempt, each token and character once."""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from nanovllm.messages import Delta, TokenLogprobs, unpack
+from nanovllm.protocol import Delta as PublicDelta
+from nanovllm.protocol import Logprobs
+
+_TOKEN = struct.Struct("<i")
+
+
+class Output:
+    """Joins `Delta`s, which may come twice, overlap, or be lost with what sent them.
+
+    Args:
+        resumed: int32, the output tokens that the client has from before.
+        with_logprobs: whether the client asked for them.
+
+    Attributes:
+        tokens: int32, all output tokens known, the resumed ones first.
+    """
+
+    __slots__ = ("_logprobs", "_resumed", "_sent", "_text", "_text_end", "_with_logprobs", "tokens")
+
+    def __init__(self, resumed: bytes, with_logprobs: bool) -> None:
+        self.tokens = bytearray(resumed)
+        self._resumed = len(resumed) // _TOKEN.size
+        self._sent = self._resumed
+        # Characters of the released text known so far. What the resumed tokens released is not
+        # known here: the first delta tells where the text goes on.
+        self._text_end = None if resumed else 0
+        self._with_logprobs = with_logprobs
+        # What `take` has not given yet.
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) // _TOKEN.size
+
+    def add(self, delta: Delta) -> bool:
+        """Takes what is new in `delta`; False, and nothing is taken, if something before it is
+        missing (or its arrays are torn)."""
+        text_end = self._text_end
+        if text_end is None:
+            text_end = delta.text_offset
+        had_tokens = len(self.tokens) // 4 - delta.token_offset
+        had_text = text_end - delta.text_offset
+        if had_tokens < 0 or had_text < 0 or len(delta.token_ids) % 4:
+            return False
+        tokens = delta.token_ids[4 * had_tokens :] if had_tokens else delta.token_ids
+        text = delta.text[had_text:] if had_text else delta.text
+        self.tokens += tokens
+        self._text_end = text_end + len(text)
+        if text:
+            self._text.append(text)
+        if self._with_logprobs and tokens:
+            self._logprobs += delta.logprobs[-(len(tokens) // 4) :]
+        return True
+
+    def take(self, request_id: str) -> PublicDelta | None:
+        """All that was not taken before, as one delta; None if there is nothing."""
+        offset = self._sent
+        tokens = self._tokens_from(offset)
+        if not tokens and not self._text:
+            return None
+        self._sent = offset + len(tokens)
+        return PublicDelta(
+            id=request_id,
+            offset=offset,
+            token_ids=tokens,
+            text=self._take_text(),
+            logprobs=self._take_logprobs(),
+        )
+
+    def take_all(self, request_id: str) -> PublicDelta:
+        """As `take`, and empty if there is nothing."""
+        return self.take(request_id) or PublicDelta(
+            id=request_id,
+            offset=self._sent,
+            token_ids=[],
+            text="",
+            logprobs=self._take_logprobs(),
+        )
+
+    def _tokens_from(self, offset: int) -> list[int]:
+        count = len(self.tokens) // 4 - offset
+        if count == 1:
+            return list(_TOKEN.unpack_from(self.tokens, 4 * offset))
+        return list(struct.unpack_from(f"<{count}i", self.tokens, 4 * offset))
+
+    def _take_text(self) -> str:
+        text = "".join(self._text)
+        self._text.clear()
+        return text
+
+    def _take_logprobs(self) -> Logprobs | msgspec.UnsetType:
+        if not self._with_logprobs:
+            return msgspec.UNSET
+        logprobs = [_public(entry) for entry in self._logprobs]
+        self._logprobs.clear()
+        return logprobs
+
+
+def _public(entry: TokenLogprobs) -> list[tuple[int, float]]:
+    values = struct.unpack(f"<{len(entry.values) // 4}f", entry.values)
+    return list(zip(unpack(entry.token_ids).tolist(), values, strict=True))

@@ -1,0 +1,203 @@
+"""A real ingress process, and a test in the place of everything around it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from nanovllm.connections import readable
+from nanovllm.links import BoundLink, ConnectedLink, Down, Peer, Received, Up, new_incarnation
+from nanovllm.messages import (
+    Admitted,
+    End,
+    EngineState,
+    HandedOn,
+    IngressToScheduler,
+    IngressToTokenizer,
+    Tokenize,
+)
+from nanovllm.protocol import Error, Finish, Pong, ServerMessage
+from nanovllm.settings import Settings
+
+TIMEOUT_S = 20.0
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 1000,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "head_dim": 8,
+}
+_server_messages = msgspec.msgpack.Decoder(list[ServerMessage])
+
+
+class Client:
+    """A client of any kind: a DEALER, or a REQ."""
+
+    def __init__(self, context: zmq.Context[Any], kind: int, endpoint: str, **options: int) -> None:
+        self.socket: zmq.Socket[bytes] = context.socket(kind)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        for name, value in options.items():
+            self.socket.setsockopt(getattr(zmq, name), value)
+        self.socket.connect(endpoint)
+        self.heard: list[ServerMessage] = []
+        self.frames = 0
+
+    def say(self, *messages: Any) -> None:
+        self.socket.send(msgspec.msgpack.encode(messages))
+
+    def generate(self, request_id: str, **keys: Any) -> None:
+        self.say({"type": "generate", "id": request_id, "prompt": "x", **keys})
+
+    def ping(self, around: Surroundings, unread: Client | None = None) -> Pong:
+        """A ping and its answer."""
+        before = len(self.of(Pong))
+        self.say({"type": "ping"})
+        around.wait(lambda: len(self.of(Pong)) > before, unread=unread)
+        pong: Pong = self.of(Pong)[-1]
+        return pong
+
+    def read(self) -> None:
+        while readable(self.socket):
+            self.heard += _server_messages.decode(self.socket.recv())
+            self.frames += 1
+
+    def of(self, *kinds: type) -> list[Any]:
+        return [message for message in self.heard if isinstance(message, kinds)]
+
+    def errors(self) -> list[tuple[str | None, str]]:
+        return [(error.id, error.code) for error in self.of(Error)]
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+
+
+class Surroundings:
+    """Starts an ingress, and is its scheduler, tokenizer, detokenizer and clients.
+
+    Attributes:
+        tokenizes: what the tokenizer was sent, in order.
+        ended: the uids that the scheduler was told nobody needs.
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="nv-"))
+        model = self.directory / "tiny-model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(CONFIG))
+        self.settings = Settings(model=str(model), runtime_dir=str(self.directory))
+        self.endpoint = self.settings.in_runtime_dir("ingress")
+        self.arguments = ["--runtime-dir", str(self.directory), "--ingress", "", *arguments]
+        self.arguments += ["--model", str(model)]
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.clients: list[Client] = []
+        self.tokenizes: list[Tokenize] = []
+        self.ended: list[int] = []
+        self.scheduler = self.start_scheduler()
+        self.tokenizer = self._connect("tokenizer", IngressToTokenizer)
+        self.detokenizer = self._connect("detokenizer", End)
+        self.process = self.start_ingress()
+
+    def start_ingress(self) -> subprocess.Popen[bytes]:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nanovllm.services.ingress", *self.arguments]
+        )
+        self.wait(self.is_up)
+        return self.process
+
+    def is_up(self) -> bool:
+        links_up = self.tokenizer.peer is not None and self.detokenizer.peer is not None
+        return links_up and bool(self.scheduler.peers)
+
+    def start_scheduler(self) -> BoundLink[IngressToScheduler]:
+        me = Peer("scheduler", 0, new_incarnation())
+        return BoundLink(self.context, self.settings.scheduler_endpoint, me, IngressToScheduler)
+
+    def client(self, kind: int = zmq.DEALER, **options: int) -> Client:
+        self.clients.append(Client(self.context, kind, self.endpoint, **options))
+        return self.clients[-1]
+
+    def wait(self, until: Callable[[], Any], *, unread: Client | None = None) -> None:
+        """Plays every part (but reads nothing for `unread`) until `until` holds."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not until():
+            if time.monotonic() > deadline:
+                heard = [client.heard for client in self.clients]
+                raise TimeoutError(f"ended {self.ended}, tokenize {self.tokenizes}, heard {heard}")
+            poller = zmq.Poller()
+            links = (self.scheduler, self.tokenizer, self.detokenizer)
+            for link in links:
+                for socket in link.sockets:
+                    poller.register(socket, zmq.POLLIN)
+            reading = [c for c in self.clients if c is not unread and not c.socket.closed]
+            for client in reading:
+                poller.register(client.socket, zmq.POLLIN)
+            poller.poll(50)
+            for link in links:
+                for event in link.receive():
+                    self._take(event)
+            for client in reading:
+                client.read()
+
+    def wait_ended(self, *requests: Tokenize) -> None:
+        """Until the scheduler has been told that nobody needs them."""
+        self.wait(lambda: {request.uid for request in requests} <= set(self.ended))
+
+    def wait_for_end(self, client: Client) -> None:
+        """Until a request of the client has got its last message."""
+        self.wait(lambda: client.of(Finish, Error))
+
+    def started(self, count: int) -> list[Tokenize]:
+        """Waits for the tokenizer's next `count` requests, and admits them."""
+        before = len(self.tokenizes)
+        self.wait(lambda: len(self.tokenizes) >= before + count)
+        started = self.tokenizes[before:]
+        handed_on = [HandedOn(t.uid, t.attempt, 1) for t in started]
+        self.wait(lambda: self.tokenizer.send(handed_on))
+        self.admit(*started)
+        return started
+
+    def admit(self, *started: Tokenize) -> None:
+        (ingress,) = self.scheduler.peers
+        assert self.scheduler.send(ingress, [Admitted(t.uid, t.attempt) for t in started])
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(TIMEOUT_S)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(TIMEOUT_S)
+        for client in self.clients:
+            client.close()
+        for link in (self.scheduler, self.tokenizer, self.detokenizer):
+            link.close()
+        self.context.term()
+        shutil.rmtree(self.directory)
+
+    def _connect(self, role: str, inbound: Any) -> ConnectedLink[Any]:
+        me = Peer(role, 0, new_incarnation())
+        return ConnectedLink(self.context, self.settings.services_endpoint, me, inbound)
+
+    def _take(self, event: Up | Down | Received[Any]) -> None:
+        if isinstance(event, Up) and event.peer in self.scheduler.peers:
+            self.scheduler.send(event.peer, [EngineState(True)])
+        elif isinstance(event, Received):
+            if isinstance(event.message, Tokenize):
+                self.tokenizes.append(event.message)
+            elif isinstance(event.message, End):
+                self.ended.append(event.message.uid)

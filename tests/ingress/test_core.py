@@ -1,0 +1,421 @@
+"""The core in memory: sessions, attempts, delivery, and what is freed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm.links import Peer
+from nanovllm.messages import Admitted, EngineState, HandedOn, Refused, Tokenize, unpack
+from nanovllm.protocol import Accepted, Delta, Error, Finish, Pong, Usage
+from nanovllm.services.ingress.core import MAX_ANSWERS
+from nanovllm.services.ingress.dispatch import ADMISSION_TIMEOUT_S, WINDOW
+from tests.ingress.harness import (
+    CLIENT,
+    DETOKENIZER,
+    INCARNATION,
+    TOKENIZER,
+    World,
+    decode,
+    delta,
+)
+
+SECOND = Peer("tokenizer", 1, 21)
+OTHER = b"\x00cli2"
+SESSION = "0abcdef0-1"
+
+
+def test_a_stream_from_request_to_finish() -> None:
+    world = World()
+    world.generate("a", sampling={"max_tokens": 10**18, "stop_token_ids": [5, 3, 5]})
+    (tokenize,) = world.tokenizes()
+    assert tokenize.uid == INCARNATION << 32 | 1
+    assert (tokenize.attempt, tokenize.text, tokenize.max_tokens) == (1, "x", 64)
+    assert unpack(tokenize.stop_token_ids).tolist() == [3, 5]
+    assert tokenize.sampling.seed == 4242
+    assert world.heard() == [], "not accepted before the tokenizer has handed it on"
+    world.core.from_tokenizer(HandedOn(tokenize.uid, 1, 1), now=0.0)
+    assert world.heard() == [Accepted(id="a", session=SESSION, seed=4242)]
+    world.core.from_scheduler(Admitted(tokenize.uid, 1))
+    world.core.from_detokenizer(delta(tokenize, 0, [11]))
+    world.core.from_detokenizer(delta(tokenize, 1, [12, 13]))
+    assert world.heard() == [Delta(id="a", offset=0, token_ids=[11, 12, 13], text="123")]
+    world.core.from_detokenizer(delta(tokenize, 3, [14], end=True))
+    assert world.core.ends == set(), "the end is told when the finish is delivered"
+    assert world.heard() == [
+        Delta(id="a", offset=3, token_ids=[14], text="4"),
+        Finish(id="a", finish_reason="length", usage=Usage(3, 4, 2)),
+    ]
+    assert world.core.ends == {tokenize.uid}
+    assert (world.core.stats.requests, world.core.stats.finished) == (0, 1)
+    world.generate("a")
+    assert len(world.tokenizes()) == 1, "the id is free again"
+
+
+def test_finish_without_stream_carries_everything() -> None:
+    world = World()
+    (tokenize,) = world.start("a", stream=False, resume_token_ids=[8, 9], sampling={"seed": 1})
+    assert unpack(tokenize.output).tolist() == [8, 9]
+    assert tokenize.resumed == 2
+    world.core.from_detokenizer(delta(tokenize, 2, [11]))
+    assert world.heard() == []
+    world.core.from_detokenizer(delta(tokenize, 3, [12], end=True))
+    assert world.heard() == [
+        Finish(
+            id="a",
+            finish_reason="length",
+            usage=Usage(3, 4, 2),
+            text="12",
+            token_ids=[11, 12],
+            seed=1,
+        )
+    ]
+
+
+def test_a_refusal_comes_without_accepted() -> None:
+    world = World()
+    world.generate("a")
+    (tokenize,) = world.tokenizes()
+    world.core.from_tokenizer(Refused(tokenize.uid, 1, "invalid_request", "no template"), now=0.0)
+    assert world.heard() == [Error(id="a", code="invalid_request", message="no template")]
+    assert world.core.ends == set()
+    assert world.core.stats.requests == 0
+
+
+def test_a_duplicate_concerns_the_refused_message_alone() -> None:
+    world = World()
+    world.generate("a")
+    world.generate("a")
+    world.generate("a", client=OTHER)
+    (error,) = world.heard()
+    assert isinstance(error, Error)
+    assert (error.id, error.code) == ("a", "duplicate_id")
+    assert len(world.tokenizes()) == 2
+    assert world.heard(OTHER) == []
+
+
+def test_overloaded() -> None:
+    world = World(max_pending_requests=2)
+    first, _ = world.start("a", "b")
+    world.heard()
+    world.generate("c")
+    (error,) = world.heard()
+    assert isinstance(error, Error)
+    assert (error.id, error.code) == ("c", "overloaded")
+    world.core.from_detokenizer(delta(first, 0, [1], end=True))
+    world.heard()
+    world.generate("c")
+    assert world.heard() == []
+    assert len(world.tokenizes()) == 1
+
+
+def test_abort_at_every_stage() -> None:
+    for stage in ("waiting", "tokenizing", "handed on", "admitted", "running"):
+        world = World(services=False)
+        world.core.scheduler_up(reborn=True)
+        world.generate("a", prompt=None, prompt_token_ids=[1, 2, 3], resume_token_ids=[7])
+        uid = INCARNATION << 32 | 1
+        if stage != "waiting":
+            world.core.service_up(TOKENIZER)
+            (tokenize,) = world.tokenizes()
+        if stage in ("handed on", "admitted", "running"):
+            world.core.from_tokenizer(HandedOn(uid, 1, 3), now=0.0)
+        if stage in ("admitted", "running"):
+            world.core.from_scheduler(Admitted(uid, 1))
+        if stage == "running":
+            world.core.from_detokenizer(delta(tokenize, 1, [21]))
+        world.heard()
+        world.say({"type": "abort", "id": "nobody"}, {"type": "abort", "id": "a"})
+        assert world.heard() == [
+            Finish(
+                id="a",
+                finish_reason="abort",
+                usage=Usage(3, 2 if stage == "running" else 1, 0),
+            )
+        ]
+        assert world.core.ends == ({uid} if stage not in ("waiting", "tokenizing") else set())
+        world.core.service_up(SECOND)
+        assert world.tokenizes() == []
+        assert world.tokenizes(SECOND) == []
+        assert world.cancelled == ([uid] if stage == "tokenizing" else [])
+        # What was under way comes back as if nothing had happened: it is ended.
+        world.core.ends.clear()
+        world.core.from_tokenizer(HandedOn(uid, 1, 3), now=0.0)
+        world.core.from_scheduler(Admitted(uid, 1))
+        assert world.core.ends == {uid}
+        assert world.heard() == []
+        assert world.core.next_deadline is None
+
+
+def test_ping() -> None:
+    world = World()
+    world.say({"type": "ping", "id": "p"}, {"type": "ping"})
+    pong = Pong(id="p", session=SESSION, version="0.0", model="tiny", ready=True)
+    assert world.heard() == [pong, msgspec.structs.replace(pong, id=None)]
+
+    def ready() -> bool:
+        world.say({"type": "ping"})
+        (answer,) = world.heard()
+        assert isinstance(answer, Pong)
+        return answer.ready
+
+    world.core.from_scheduler(EngineState(False))
+    assert not ready()
+    world.core.from_scheduler(EngineState(True))
+    world.core.scheduler_down()
+    assert not ready()
+    world.core.scheduler_up(reborn=False)
+    assert not ready(), "the engine's state is not known yet"
+    world.core.from_scheduler(EngineState(True))
+    world.core.service_down(DETOKENIZER)
+    assert not ready()
+    world.core.service_up(DETOKENIZER)
+    world.core.service_down(TOKENIZER)
+    assert not ready()
+
+
+def test_req_gets_one_reply_to_each_message() -> None:
+    world = World()
+    world.say({"type": "ping"}, {"bad": 1}, delimiter=True)
+    ((empty, frame),) = world.sent()
+    assert empty == b""
+    assert [type(message) for message in decode(frame)] == [Pong, Error]
+    world.say({"type": "abort", "id": "nobody"}, delimiter=True)
+    assert [decode(parts[1]) for parts in world.sent()] == [[]]
+    world.generate("s", delimiter=True)
+    ((_, frame),) = world.sent()
+    (error,) = decode(frame)
+    assert isinstance(error, Error)
+    assert "stream" in error.message
+    (first,) = world.start("a", stream=False, delimiter=True)
+    (second,) = world.start("b", stream=False, delimiter=True)
+    assert world.sent() == []
+    world.core.from_detokenizer(delta(second, 0, [1], end=True))
+    ((empty, frame),) = world.sent()
+    (finish,) = decode(frame)
+    assert isinstance(finish, Finish)
+    assert finish.id == "b"
+    assert world.core.ends == {second.uid}
+    world.core.closed(CLIENT)
+    assert world.core.ends == {first.uid, second.uid}
+
+
+def test_odd_framing_is_answered_in_the_senders_form() -> None:
+    world = World()
+    for parts, delimiter in (
+        ([b"a", b"b"], False),
+        ([b"", b"a", b"b"], True),
+        ([b"x", b""], False),
+    ):
+        world.core.receive(CLIENT, parts)
+        world.core.work()
+        ((*envelope, frame),) = world.sent()
+        assert envelope == ([b""] if delimiter else [])
+        (error,) = decode(frame)
+        assert isinstance(error, Error)
+        assert "frame" in error.message
+
+
+def test_a_client_that_goes_frees_everything() -> None:
+    world = World()
+    started = world.start("a", "b", stream=False)
+    world.generate("c")
+    (queued,) = world.tokenizes()
+    world.core.closed(CLIENT)
+    assert world.core.ends == {tokenize.uid for tokenize in started}
+    world.tokenizes()
+    assert world.cancelled == [queued.uid]
+    stats = world.core.stats
+    assert (stats.sessions, stats.requests) == (0, 0)
+    assert not world.core.unsent
+    world.core.from_detokenizer(delta(started[0], 0, [1]))
+    world.core.closed(CLIENT)
+    world.say({"type": "ping"})
+    (pong,) = world.heard()
+    assert isinstance(pong, Pong)
+    assert pong.session == "0abcdef0-2"
+
+
+def test_a_large_array_is_looked_at_bit_by_bit() -> None:
+    world = World()
+    world.core.receive(CLIENT, [msgspec.msgpack.encode([{"type": "ping"}] * 1000)])
+    world.core.work()
+    some = len(world.heard())
+    assert 0 < some < 1000
+    world.work()
+    assert some + len(world.heard()) == 1000
+
+
+def test_a_client_that_leaves_too_many_answers_unread_is_treated_as_gone() -> None:
+    world = World()
+    world.start("a")
+    world.heard()
+    world.full.add(CLIENT)
+    world.say({"type": "ping"})
+    world.sent()
+    for _ in range(MAX_ANSWERS // 10_000 + 1):
+        world.say(*[{"type": "ping"}] * 10_000)
+    assert world.core.ends, "its request was aborted"
+    assert world.core.stats.requests == 0
+
+
+def test_a_slow_reader_gets_everything_merged() -> None:
+    world = World()
+    (tokenize,) = world.start("a")
+    world.full.add(CLIENT)
+    world.sent()
+    for offset in range(20):
+        world.core.from_detokenizer(delta(tokenize, offset, [offset], end=offset == 19))
+        world.sent()
+    assert world.core.ends == set()
+    world.generate("a")
+    world.full.clear()
+    frames = world.sent()
+    assert len(frames) == 2, "the one that was refused, and one with all the rest"
+    first, second = (decode(parts[0]) for parts in frames)
+    assert first == [Accepted(id="a", session=SESSION, seed=4242)]
+    duplicate, merged, finish = second
+    assert isinstance(duplicate, Error)
+    assert duplicate.code == "duplicate_id"
+    assert isinstance(merged, Delta)
+    assert merged.token_ids == list(range(20))
+    assert isinstance(finish, Finish)
+    assert world.core.ends == {tokenize.uid}
+
+
+def test_the_window_of_a_tokenizer_and_the_order_of_arrival() -> None:
+    world = World(max_pending_requests=1000)
+    world.core.service_up(SECOND)
+    for number in range(3 * WINDOW):
+        world.generate(str(number))
+    first, second = world.tokenizes(), world.tokenizes(SECOND)
+    assert len(first) == len(second) == WINDOW
+    world.core.service_down(SECOND)
+    world.core.from_tokenizer(HandedOn(first[0].uid, 1, 1), now=0.0)
+    world.core.from_tokenizer(Refused(first[1].uid, 1, "internal", "no"), now=0.0)
+    again = world.tokenizes()
+    assert [t.uid for t in again] == [second[0].uid, second[1].uid], "the earliest of the lost"
+    assert [t.attempt for t in again] == [2, 2]
+
+
+def test_a_tokenizer_that_dies_loses_nothing() -> None:
+    world = World()
+    world.generate("tokenizing")
+    world.generate("handed on")
+    world.generate("admitted")
+    tokenizing, handed_on, admitted = world.tokenizes()
+    world.core.from_tokenizer(HandedOn(handed_on.uid, 1, 1), now=0.0)
+    world.core.from_tokenizer(HandedOn(admitted.uid, 1, 1), now=0.0)
+    world.core.from_scheduler(Admitted(admitted.uid, 1))
+    world.core.service_down(TOKENIZER)
+    world.core.service_up(SECOND)
+    again = world.tokenizes(SECOND)
+    assert [(t.uid, t.attempt) for t in again] == [(tokenizing.uid, 2), (handed_on.uid, 2)]
+    # What the dead one said arrives late: nothing of it is believed.
+    world.core.from_tokenizer(Refused(tokenizing.uid, 1, "internal", "old"), now=0.0)
+    world.core.from_detokenizer(delta(handed_on, 0, [1]))
+    assert not [m for m in world.heard() if isinstance(m, Error | Delta)]
+
+
+def test_a_new_scheduler_gets_all_that_is_unfinished_with_its_output() -> None:
+    world = World()
+    running, done = world.start("a", "b", resume_token_ids=[5])
+    world.core.from_detokenizer(delta(running, 1, [11, 12]))
+    world.core.from_detokenizer(delta(done, 1, [13], end=True))
+    world.core.scheduler_down()
+    world.core.scheduler_up(reborn=True)
+    (again,) = world.tokenizes()
+    assert (again.uid, again.attempt, again.resumed) == (running.uid, 2, 1)
+    assert unpack(again.output).tolist() == [5, 11, 12]
+    world.core.from_detokenizer(delta(running, 3, [99]))
+    world.core.from_detokenizer(delta(again, 1, [11, 12, 14], end=True))
+    heard = world.heard()
+    tokens = [t for m in heard if isinstance(m, Delta) and m.id == "a" for t in m.token_ids]
+    assert tokens == [11, 12, 14]
+    assert Counter(type(m) for m in heard)[Finish] == 2
+
+
+def test_a_scheduler_that_was_away_gets_again_what_it_had_not_admitted() -> None:
+    world = World()
+    (known,) = world.start("a")
+    world.generate("b")
+    (lost,) = world.tokenizes()
+    world.core.from_tokenizer(HandedOn(lost.uid, 1, 1), now=0.0)
+    world.core.scheduler_down()
+    world.core.scheduler_up(reborn=False)
+    assert [(t.uid, t.attempt) for t in world.tokenizes()] == [(lost.uid, 2)]
+    world.core.from_scheduler(Admitted(known.uid, 1))
+    world.core.from_scheduler(Admitted(lost.uid, 1))
+    world.core.from_scheduler(Admitted(77, 1))
+    assert world.core.ends == {77}
+
+
+def test_what_is_never_admitted_is_submitted_again() -> None:
+    world = World()
+    world.generate("a")
+    (tokenize,) = world.tokenizes()
+    world.core.from_tokenizer(HandedOn(tokenize.uid, 1, 1), now=100.0)
+    deadline = world.core.next_deadline
+    assert deadline == 100.0 + ADMISSION_TIMEOUT_S
+    world.core.submit_lost(math.nextafter(deadline, 0))
+    assert world.tokenizes() == []
+    world.core.submit_lost(deadline)
+    assert [t.attempt for t in world.tokenizes()] == [2]
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_exactly_once_whatever_dies(data: st.DataObject) -> None:
+    """Random deltas of random attempts, deaths, and a client that reads now and then."""
+    world = World()
+    truth = data.draw(st.lists(st.integers(0, 999), min_size=1, max_size=10))
+    resumed = data.draw(st.integers(0, len(truth) - 1))
+    stream = data.draw(st.booleans())
+    latest: Tokenize = world.start("a", stream=stream, resume_token_ids=truth[:resumed])[0]
+    heard = world.heard()
+    for _ in range(data.draw(st.integers(0, 15))):
+        action = data.draw(st.sampled_from(["delta"] * 4 + ["scheduler", "tokenizer", "read"]))
+        if action == "delta":
+            start = data.draw(st.integers(resumed, len(truth)))
+            end = data.draw(st.integers(start, len(truth) - 1)) if start < len(truth) else start
+            attempt = data.draw(st.integers(1, latest.attempt + 1))
+            world.core.from_detokenizer(delta(latest, start, truth[start:end], attempt=attempt))
+        elif action == "scheduler":
+            world.core.scheduler_down()
+            world.core.scheduler_up(reborn=data.draw(st.booleans()))
+        elif action == "tokenizer":
+            world.core.service_down(TOKENIZER)
+            world.core.service_up(TOKENIZER)
+        else:
+            heard += world.heard()
+        for latest in world.tokenizes():
+            known = unpack(latest.output).tolist()
+            assert known == truth[: len(known)]
+            if data.draw(st.booleans()):
+                world.core.from_tokenizer(HandedOn(latest.uid, latest.attempt, 1), now=0.0)
+    world.core.from_detokenizer(delta(latest, resumed, truth[resumed:], end=True))
+    heard += world.heard()
+    finish = heard.pop()
+    assert isinstance(finish, Finish)
+    if stream:
+        assert isinstance(heard.pop(0), Accepted)
+        offset, text = resumed, ""
+        for message in heard:
+            assert isinstance(message, Delta)
+            assert message.offset == offset
+            assert message.token_ids == truth[offset : offset + len(message.token_ids)]
+            offset += len(message.token_ids)
+            text += message.text
+        assert offset == len(truth)
+    else:
+        assert heard == []
+        assert finish.token_ids == truth[resumed:]
+        assert isinstance(finish.text, str)
+        text = finish.text
+    assert text == "".join(str(token % 10) for token in truth[resumed:])
+    assert world.core.stats.requests == 0
+    assert latest.uid in world.core.ends

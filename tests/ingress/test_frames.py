@@ -1,0 +1,244 @@
+"""Whatever the bytes: messages, or errors that name what is wrong."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.protocol import Abort, ClientMessage, Error, Generate, Ping
+from nanovllm.services.ingress import frames
+from nanovllm.services.ingress.frames import Limits
+
+LIMITS = Limits(vocab_size=1000, max_model_len=64, max_message_bytes=1 << 20)
+encode = msgspec.msgpack.encode
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+KEYS = st.sampled_from(
+    [
+        *["type", "id", "prompt", "prompt_token_ids", "messages", "sampling", "stream", "seed"],
+        *["resume_token_ids", "chat_template_kwargs", "temperature", "stop", "cache_salt"],
+    ]
+)
+TYPES = st.sampled_from(["generate", "abort", "ping", "finish", ""])
+
+
+def read(frame: bytes) -> list[ClientMessage | Error]:
+    elements = frames.split(frame, LIMITS)
+    if isinstance(elements, Error):
+        return [elements]
+    return [frames.parse(element, LIMITS) for element in elements]
+
+
+def read_one(message: Any) -> ClientMessage | Error:
+    (only,) = read(encode(message))
+    return only
+
+
+def ask(**keys: Any) -> dict[str, Any]:
+    return {"type": "generate", "id": "a", "prompt": "x", **keys}
+
+
+def full_ask() -> dict[str, Any]:
+    return {
+        "type": "generate",
+        "id": "a",
+        "messages": [{"role": "user", "content": "hé"}],
+        "chat_template_kwargs": {"enable_thinking": False, "deep": [{"a": 1.5}]},
+        "sampling": {
+            "temperature": 0,
+            "top_p": 0.5,
+            "top_k": 3,
+            "min_p": 0.1,
+            "max_tokens": 7,
+            "stop": ["\n"],
+            "stop_token_ids": [4],
+            "ignore_eos": True,
+            "seed": -(2**63),
+            "logprobs": 20,
+        },
+        "stream": False,
+        "resume_token_ids": [1, 2],
+        "cache_salt": "s",
+    }
+
+
+def test_a_message_and_an_array_of_messages() -> None:
+    assert read_one({"type": "ping"}) == Ping()
+    got = read(encode([full_ask(), {"type": "abort", "id": "b"}, {"id": "c", "type": "ping"}]))
+    assert isinstance(got[0], Generate)
+    assert got[0].sampling.seed == -(2**63)
+    assert got[1:] == [Abort(id="b"), Ping(id="c")]
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_never_raise(frame: bytes) -> None:
+    for message in read(frame):
+        assert isinstance(message, Generate | Abort | Ping | Error)
+        if isinstance(message, Error):
+            assert message.code == "invalid_request"
+            assert message.message
+            encode(message)
+
+
+@given(st.data())
+def test_mutated_messages_never_raise(data: st.DataObject) -> None:
+    frame = bytearray(encode([full_ask(), {"type": "ping", "id": "p"}, ask()]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(frame) - 1))
+        change = data.draw(st.sampled_from(["flip", "cut", "insert"]))
+        if change == "flip":
+            frame[at] = data.draw(st.integers(0, 255))
+        elif change == "insert":
+            frame[at:at] = data.draw(st.binary(min_size=1, max_size=9))
+        elif at:
+            del frame[at:]
+    for message in read(bytes(frame)):
+        encode(message)
+
+
+@given(st.dictionaries(KEYS, PLAIN), TYPES)
+def test_random_maps_never_raise(keys: dict[str, Any], kind: str) -> None:
+    message = read_one({**keys, "type": kind})
+    if isinstance(message, Error):
+        known = keys.get("id")
+        assert message.id == (known if isinstance(known, str) else None)
+
+
+@given(st.lists(st.one_of(PLAIN, st.just({"type": "ping", "id": "good"})), max_size=8))
+def test_every_element_stands_for_itself(elements: list[Any]) -> None:
+    got = read(encode(elements))
+    assert len(got) == len(elements)
+    for element, message in zip(elements, got, strict=True):
+        assert (message == Ping(id="good")) == (element == {"type": "ping", "id": "good"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"unknown": 1}, "unknown"),
+        ({"id": 5}, "id"),
+        ({"id": ""}, "id"),
+        ({"id": "é" * 65}, "id"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": None}, "prompt, prompt_token_ids and messages"),
+        ({"prompt_token_ids": [1]}, "prompt, prompt_token_ids and messages"),
+        ({"prompt": None, "prompt_token_ids": []}, "prompt_token_ids"),
+        ({"prompt": None, "prompt_token_ids": [1, 1000]}, "prompt_token_ids"),
+        ({"prompt": None, "prompt_token_ids": [1, -1]}, "prompt_token_ids"),
+        ({"prompt": None, "prompt_token_ids": [1, "a"]}, r"prompt_token_ids\[1\]"),
+        ({"prompt": None, "messages": [{"role": "user"}]}, "content"),
+        ({"prompt": None, "messages": [{"role": "u", "content": 1}]}, r"messages\[0\].content"),
+        ({"prompt": None, "messages": [{"role": "u", "content": "", "x": 1}]}, "x"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a": {1: 2}}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a": b"bytes"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a": "x" * 70_000}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a": msgspec.msgpack.Ext(5, b"x")}}, "chat_template_kwargs"),
+        ({"sampling": {"temperature": math.nan}}, "sampling.temperature"),
+        ({"sampling": {"temperature": math.inf}}, "sampling.temperature"),
+        ({"sampling": {"temperature": 10.5}}, "sampling.temperature"),
+        ({"sampling": {"top_p": 0}}, "sampling.top_p"),
+        ({"sampling": {"top_p": math.nan}}, "sampling.top_p"),
+        ({"sampling": {"min_p": math.nan}}, "sampling.min_p"),
+        ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens"),
+        ({"sampling": {"max_tokens": True}}, "sampling.max_tokens"),
+        ({"sampling": {"top_k": -1}}, "sampling.top_k"),
+        ({"sampling": {"seed": 2**63}}, "sampling.seed"),
+        ({"sampling": {"logprobs": 21}}, "sampling.logprobs"),
+        ({"sampling": {"stop": ["a"] * 17}}, "sampling.stop"),
+        ({"sampling": {"stop": [""]}}, r"sampling.stop\[0\]"),
+        ({"sampling": {"stop_token_ids": [1000]}}, "sampling.stop_token_ids"),
+        ({"sampling": {"heat": 1}}, "heat"),
+        ({"sampling": 5}, "sampling"),
+        ({"stream": 1}, "stream"),
+        ({"resume_token_ids": [2**31]}, "resume_token_ids"),
+        ({"resume_token_ids": [1000]}, "resume_token_ids"),
+        ({"cache_salt": 5}, "cache_salt"),
+        ({"type": "generat"}, "type"),
+    ],
+)
+def test_an_error_names_the_key(keys: dict[str, Any], named: str) -> None:
+    error = read_one(ask(**keys))
+    assert isinstance(error, Error)
+    assert error.code == "invalid_request"
+    assert error.id == (None if keys.get("id") == 5 else keys.get("id", "a"))
+    assert re.search(named, error.message), error.message
+
+
+def test_lengths_beyond_the_model() -> None:
+    def tokens(prompt: int, resumed: int = 0) -> ClientMessage | Error:
+        return read_one(
+            ask(prompt=None, prompt_token_ids=[1] * prompt, resume_token_ids=[1] * resumed)
+        )
+
+    for good in (tokens(63), tokens(63, 1), tokens(1, 63)):
+        assert isinstance(good, Generate)
+    text = read_one(ask(resume_token_ids=[1] * 64))
+    for bad in (tokens(64), tokens(63, 2), tokens(10_000), text):
+        assert isinstance(bad, Error)
+        assert bad.code == "context_length_exceeded"
+        assert "max_model_len" in bad.message
+
+
+ASK_WITH = b"\x83\xa4type\xa8generate\xa2id\xa1a"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\xc1",
+        b"\x91" * 100_000,
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdd\xff",
+        b"\xdc\xff\xff" + b"\xc0" * 65_535,
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xffabc",
+        ASK_WITH + b"\xb4chat_template_kwargs\x81\xa1a" + b"\x91" * 50_000 + b"\xc0",
+        ASK_WITH + b"\xb4chat_template_kwargs\x81\xa1a" + b"\x91" * 300 + b"\xc0",
+        ASK_WITH + b"\xb4chat_template_kwargs\x81\x91\x01\x02",
+        ASK_WITH + b"\xb4chat_template_kwargs\x81\x81\x01\x02\x03",
+        ASK_WITH + b"\xb4chat_template_kwargs\x81\xa1a\xc7\x0c\xff" + b"\xff" * 12,
+        ASK_WITH + b"\xb0prompt_token_ids\xdd\xff\xff\xff\xff\x01",
+        ASK_WITH + b"\xa6prompt\xa2\xff\xfe",
+        ASK_WITH + b"\xa2\xff\xfe\x01",
+        ASK_WITH + b"\x05\x01",
+        b"\x82\xa4type\xa4ping\xa2id\xa2\xff\xfe",
+        encode({"type": "ping"}) + b"\x00",
+        encode({"type": "ping", "id": "x" * (1 << 20)}),
+    ],
+    ids=range(21),
+)
+def test_hostile_frames_get_one_error(frame: bytes) -> None:
+    (error,) = read(frame)
+    assert isinstance(error, Error)
+    assert len(error.message) < 400
+
+
+def test_a_bad_element_keeps_its_id() -> None:
+    huge = b"\x82\xa4type\xa8generate\xa2id\xa1b"
+    frame = b"\x93" + encode(ask()) + huge + encode({"type": "ping"})
+    good, bad, ping = read(frame)
+    assert isinstance(good, Generate)
+    assert isinstance(bad, Error)
+    assert (bad.id, bad.code) == ("b", "invalid_request")
+    assert ping == Ping()
+
+
+def test_an_array_header_with_more_than_fits_costs_nothing() -> None:
+    frame = b"\xdd" + struct.pack(">I", 2**32 - 1) + encode({"type": "ping"})
+    (error,) = read(frame)
+    assert isinstance(error, Error)
+    assert "4294967295" in error.message

@@ -1,0 +1,111 @@
+"""Deltas in any order, cut anywhere, come out once each and without a gap."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.messages import Delta, TokenLogprobs, pack
+from nanovllm.protocol import Delta as PublicDelta
+from nanovllm.services.ingress.output import Output
+
+
+class Truth(NamedTuple):
+    """A whole output: tokens, the text that each released, and how much of it was resumed."""
+
+    tokens: list[int]
+    texts: list[str]
+    resumed: int
+
+    def delta(self, start: int, end: int) -> Delta:
+        """Tokens [start, end), as any attempt's detokenizer would send them."""
+        return Delta(
+            uid=1,
+            attempt=1,
+            token_offset=start,
+            text_offset=len("".join(self.texts[:start])),
+            token_ids=pack(self.tokens[start:end]),
+            text="".join(self.texts[start:end]),
+            logprobs=[logprobs(token) for token in self.tokens[start:end]],
+            ending=None,
+        )
+
+
+def logprobs(token: int) -> TokenLogprobs:
+    return TokenLogprobs(pack([token, 7]), struct.pack("<2f", -0.5, -1.5))
+
+
+@st.composite
+def truths(draw: st.DrawFn) -> Truth:
+    tokens = draw(st.lists(st.integers(0, 999), min_size=1, max_size=12))
+    texts = [draw(st.text(max_size=3)) for _ in tokens]
+    return Truth(tokens, texts, draw(st.integers(0, len(tokens))))
+
+
+@given(st.data(), truths())
+def test_exactly_once_and_contiguous(data: st.DataObject, truth: Truth) -> None:
+    output = Output(pack(truth.tokens[: truth.resumed]), with_logprobs=True)
+    received: list[PublicDelta] = []
+    sent = truth.resumed
+    for _ in range(data.draw(st.integers(1, 12))):
+        # A detokenizer begins at what was resumed, and may be ahead of what has arrived here.
+        start = data.draw(st.integers(truth.resumed, len(truth.tokens)))
+        end = data.draw(st.integers(start, len(truth.tokens)))
+        before = output.num_tokens
+        first_text_unknown = before == truth.resumed and not received
+        taken = output.add(truth.delta(start, end))
+        assert taken or start > before or first_text_unknown
+        assert output.num_tokens == (max(before, end) if start <= before else before)
+        if data.draw(st.booleans()) and (delta := output.take("a")) is not None:
+            received.append(delta)
+    if (rest := output.take("a")) is not None:
+        received.append(rest)
+    for delta in received:
+        assert delta.offset == sent
+        sent += len(delta.token_ids)
+    assert sent == output.num_tokens
+    assert output.take("a") is None
+    delivered = slice(truth.resumed, sent)
+    assert [t for delta in received for t in delta.token_ids] == truth.tokens[delivered]
+    assert "".join(delta.text for delta in received) == "".join(truth.texts[delivered])
+    entries = [e for d in received for e in (d.logprobs if isinstance(d.logprobs, list) else [])]
+    assert entries == [[(t, -0.5), (7, -1.5)] for t in truth.tokens[delivered]]
+
+
+def test_text_that_comes_without_a_token() -> None:
+    output = Output(b"", with_logprobs=False)
+    assert output.add(Delta(1, 1, 0, 0, pack([5]), "", [], None))
+    assert output.add(Delta(1, 1, 1, 0, b"", "é", [], None))
+    assert output.add(Delta(1, 1, 1, 0, b"", "é!", [], None))
+    delta = output.take("a")
+    assert delta == PublicDelta(id="a", offset=0, token_ids=[5], text="é!")
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        Delta(1, 1, 3, 2, pack([1]), "a", [], None),
+        Delta(1, 1, 2, 3, pack([1]), "a", [], None),
+        Delta(1, 1, 2, 2, b"abc", "a", [], None),
+    ],
+    ids=["tokens missing", "text missing", "torn"],
+)
+def test_a_gap_is_refused_whole(delta: Delta) -> None:
+    output = Output(b"", with_logprobs=False)
+    output.add(Delta(1, 1, 0, 0, pack([8, 9]), "xy", [], None))
+    output.take("a")
+    assert not output.add(delta)
+    assert output.take("a") is None
+    assert output.num_tokens == 2
+
+
+def test_resumed_text_goes_on_where_the_first_delta_says() -> None:
+    output = Output(pack([1, 2]), with_logprobs=False)
+    assert output.add(Delta(1, 1, 2, 40, pack([3]), "abc", [], None))
+    assert output.add(Delta(1, 2, 2, 40, pack([3, 4]), "abcd", [], None))
+    assert output.take("a") == PublicDelta(id="a", offset=2, token_ids=[3, 4], text="abcd")
+    assert output.tokens == pack([1, 2, 3, 4])

@@ -1,0 +1,281 @@
+"""A real ingress process: real sockets, clients of both kinds, hostile ones among them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from nanovllm.messages import EngineState, Refused
+from nanovllm.protocol import Accepted, Delta, Error, Finish, Pong, Usage
+from tests.ingress.harness import delta
+from tests.ingress.process import TIMEOUT_S, Client, Surroundings
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Surroundings]]:
+    started: list[Surroundings] = []
+
+    def start(*arguments: str) -> Surroundings:
+        started.append(Surroundings(*arguments))
+        return started[-1]
+
+    yield start
+    for around in started:
+        around.close()
+
+
+@pytest.fixture(scope="module")
+def around() -> Iterator[Surroundings]:
+    """One ingress for the tests that leave it as they found it."""
+    surroundings = Surroundings()
+    yield surroundings
+    surroundings.close()
+
+
+def stream_to_its_end(around: Surroundings, client: Client, request_id: str) -> None:
+    client.generate(request_id)
+    (tokenize,) = around.started(1)
+    around.wait(lambda: client.of(Accepted))
+    for offset in range(3):
+        around.detokenizer.send([delta(tokenize, offset, [offset], end=offset == 2)])
+    around.wait(lambda: client.of(Finish))
+    assert [t for d in client.of(Delta) for t in d.token_ids] == [0, 1, 2]
+    around.wait_ended(tokenize)
+
+
+def test_streaming(around: Surroundings) -> None:
+    client = around.client()
+    stream_to_its_end(around, client, "a")
+    (accepted,) = client.of(Accepted)
+    assert 0 <= accepted.seed < 2**53
+    client.say({"type": "ping", "id": "p"})
+    around.wait(lambda: client.of(Pong))
+    (pong,) = client.of(Pong)
+    assert (pong.id, pong.session, pong.model) == ("p", accepted.session, "tiny-model")
+
+
+def test_ready_follows_the_engine(around: Surroundings) -> None:
+    client = around.client()
+    assert client.ping(around).ready
+    (ingress,) = around.scheduler.peers
+    around.scheduler.send(ingress, [EngineState(False)])
+    while client.ping(around).ready:
+        pass
+    around.scheduler.send(ingress, [EngineState(True)])
+    while not client.ping(around).ready:
+        pass
+
+
+def test_whole_answers_for_dealer_and_req(around: Surroundings) -> None:
+    dealer, req = around.client(), around.client(zmq.REQ)
+    for client in (dealer, req):
+        client.generate("a", stream=False, sampling={"seed": 9, "logprobs": 0})
+        (tokenize,) = around.started(1)
+        around.detokenizer.send([delta(tokenize, 0, [11]), delta(tokenize, 1, [12], end=True)])
+        around.wait_for_end(client)
+        assert client.heard == [
+            Finish(
+                id="a",
+                finish_reason="length",
+                usage=Usage(3, 2, 2),
+                text="12",
+                token_ids=[11, 12],
+                logprobs=[],
+                seed=9,
+            )
+        ]
+        around.wait_ended(tokenize)
+    req.generate("b")
+    around.wait(lambda: len(req.heard) == 2)
+    assert req.errors() == [("b", "invalid_request")]
+    req.say({"type": "ping"})
+    around.wait(lambda: req.of(Pong))
+
+
+def test_abort_duplicate_and_refusal(around: Surroundings) -> None:
+    client = around.client()
+    client.generate("a")
+    (tokenize,) = around.started(1)
+    client.generate("a")
+    around.wait(client.errors)
+    assert client.errors() == [("a", "duplicate_id")]
+    client.say({"type": "abort", "id": "a"}, {"type": "abort", "id": "unknown"})
+    around.wait(lambda: client.of(Finish))
+    assert client.of(Finish)[0].finish_reason == "abort"
+    around.wait_ended(tokenize)
+    client.generate("long")
+    around.wait(lambda: around.tokenizes[-1].uid != tokenize.uid)
+    refused = around.tokenizes[-1]
+    around.tokenizer.send([Refused(refused.uid, 1, "context_length_exceeded", "too long")])
+    around.wait(lambda: len(client.errors()) == 2)
+    assert client.errors()[1] == ("long", "context_length_exceeded")
+    assert len(client.of(Accepted)) == 1
+
+
+def test_overloaded(start: Callable[..., Surroundings]) -> None:
+    around = start("--max-pending-requests", "2")
+    client = around.client()
+    for request_id in "abc":
+        client.generate(request_id)
+    around.wait(client.errors)
+    assert client.errors() == [("c", "overloaded")]
+
+
+def test_clients_that_go_while_nothing_is_sent_to_them(around: Surroundings) -> None:
+    queued, in_prefill, whole = around.client(), around.client(), around.client(zmq.REQ)
+    in_prefill.generate("a")
+    whole.generate("a", stream=False)
+    started = around.started(2)
+    queued.generate("a")
+    before = len(around.tokenizes)
+    around.wait(lambda: len(around.tokenizes) == before + 1)
+    for client in (queued, in_prefill, whole):
+        client.close()
+    around.wait_ended(*started)
+    # The queued one was handed on just then: it is ended as soon as the scheduler tells of it.
+    late = around.tokenizes[-1]
+    around.admit(late)
+    around.wait_ended(late)
+
+
+def test_a_stopped_client_is_noticed(around: Surroundings) -> None:
+    ask = msgspec.msgpack.encode({"type": "generate", "id": "a", "prompt": "x"})
+    program = (
+        "import sys, zmq\n"
+        "socket = zmq.Context().socket(zmq.DEALER)\n"
+        "socket.connect(sys.argv[1])\n"
+        "socket.send(bytes.fromhex(sys.argv[2]))\n"
+        "socket.poll()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, around.endpoint, ask.hex()])
+    try:
+        (tokenize,) = around.started(1)
+        process.send_signal(signal.SIGSTOP)
+        around.wait_ended(tokenize)
+    finally:
+        process.kill()
+        process.wait(TIMEOUT_S)
+
+
+def test_hostile_frames_disturb_nobody(around: Surroundings) -> None:
+    good, hostile = around.client(), around.client()
+    good.generate("good")
+    (tokenize,) = around.started(1)
+    rng = random.Random(0)
+    ask = msgspec.msgpack.encode({"type": "generate", "id": "h", "prompt": "x" * 50})
+    frames = [b"", b"\xc1", b"\x91" * 100_000, b"\xdd\xff\xff\xff\xff", b"x" * ((8 << 20) + 1)]
+    frames += [msgspec.msgpack.encode([5] * 20_000), b"\x82\xa4type\xa4ping\xa2id\xa2\xff\xfe"]
+    frames += [rng.randbytes(rng.randint(1, 60)) for _ in range(100)]
+    for number, frame in enumerate(frames):
+        hostile.socket.send(frame)
+        hostile.socket.send_multipart([b"envelope", frame[:100], ask])
+        if number < 20:
+            around.detokenizer.send([delta(tokenize, number, [number])])
+    hostile.say([[]], {"type": "ping", "id": "still here"}, {"type": "pong"})
+    around.wait(lambda: hostile.of(Pong))
+    assert len(hostile.of(Error)) >= 2 * len(frames)
+    assert {code for _, code in hostile.errors()} == {"invalid_request"}
+    around.detokenizer.send([delta(tokenize, 20, [20], end=True)])
+    around.wait(lambda: good.of(Finish))
+    assert [t for d in good.of(Delta) for t in d.token_ids] == list(range(21))
+    assert good.errors() == []
+    assert around.process.poll() is None
+
+
+def test_a_frame_far_too_long_closes_the_connection(start: Callable[..., Surroundings]) -> None:
+    around = start("--max-message-bytes", "1024")
+    client = around.client(RECONNECT_IVL=50)
+    client.generate("a")
+    (tokenize,) = around.started(1)
+    around.wait(lambda: client.of(Accepted))
+    client.socket.send(b"x" * (8 * 1024 + 1))
+    around.wait_ended(tokenize)
+    assert client.ping(around).session != client.of(Accepted)[0].session
+
+
+def test_a_slow_reader_gets_the_rest_merged(around: Surroundings) -> None:
+    slow, other = around.client(RCVHWM=1, RCVBUF=4096), around.client()
+    slow.generate("a")
+    (tokenize,) = around.started(1)
+    around.wait(lambda: slow.of(Accepted))
+    count, filler = 300, "x" * 20_000
+    for offset in range(count):
+        new = delta(tokenize, offset, [offset], end=offset == count - 1)
+        new.text, new.text_offset = filler, offset * len(filler)
+        assert around.detokenizer.send([new])
+        # Another client's answer shows that the ingress has woken up since, and does not wait.
+        other.ping(around, unread=slow)
+    around.wait(lambda: slow.of(Finish))
+    offset = 0
+    for got in slow.of(Delta):
+        assert got.offset == offset
+        offset += len(got.token_ids)
+    assert offset == count
+    assert sum(len(got.text) for got in slow.of(Delta)) == count * len(filler)
+    assert slow.frames < count
+
+
+def test_a_new_scheduler_is_given_the_output_so_far(start: Callable[..., Surroundings]) -> None:
+    around = start()
+    client = around.client()
+    client.generate("a", resume_token_ids=[7])
+    (tokenize,) = around.started(1)
+    around.detokenizer.send([delta(tokenize, 1, [8, 9])])
+    around.wait(lambda: client.of(Delta))
+    around.scheduler.close()
+    around.scheduler = around.start_scheduler()
+    (again,) = around.started(1)
+    assert (again.uid, again.attempt, again.resumed) == (tokenize.uid, 2, 1)
+    assert again.output == delta(tokenize, 0, [7, 8, 9]).token_ids
+    around.detokenizer.send([delta(again, 1, [8, 9, 10], end=True)])
+    around.wait(lambda: client.of(Finish))
+    assert [t for d in client.of(Delta) for t in d.token_ids] == [8, 9, 10]
+
+
+def test_it_ends_on_sigterm_and_leaves_no_socket(start: Callable[..., Surroundings]) -> None:
+    around = start()
+    client = around.client()
+    client.generate("a")
+    around.started(1)
+    around.process.send_signal(signal.SIGINT)
+    client.ping(around)
+    assert around.stop() == 0
+    left = sorted(os.listdir(around.directory))
+    assert [name for name in left if name.startswith(("ingress", "services"))] == []
+
+
+def test_a_taken_endpoint_is_one_clear_line(around: Surroundings) -> None:
+    second = subprocess.run(
+        [sys.executable, "-m", "nanovllm.services.ingress", *around.arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert second.returncode == 2
+    (line,) = second.stderr.splitlines()
+    assert "taken by another process" in line
+
+
+def test_an_endpoint_that_cannot_be_bound_is_one_clear_line(around: Surroundings) -> None:
+    second = subprocess.run(
+        [
+            *[sys.executable, "-m", "nanovllm.services.ingress", *around.arguments],
+            *["--ingress", "tcp://nonsense", "--services-link", f"ipc://{around.directory}/other"],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert second.returncode == 2
+    (line,) = second.stderr.splitlines()
+    assert "tcp://nonsense" in line
