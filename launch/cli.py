@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from nanovllm.checkpoint import DEMO_CHECKPOINT, CheckpointError, ModelConfig, resolve_model
+from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceDied, Supervisor
 from nanovllm.links import EndpointTaken
@@ -46,7 +46,7 @@ def main(model: str, **options: Any) -> None:
         config = ModelConfig.from_checkpoint(directory)
         if settings.device != "sim":
             config.check_tensor_parallel(settings.tensor_parallel_size)
-        name = "the demo model" if directory == DEMO_CHECKPOINT else directory.name
+        name = model_name(directory)
         settings = settled(settings, directory, config)
         with runtime_dir(Path(settings.runtime_dir)):
             Supervisor(

@@ -178,6 +178,11 @@ def resolve_model(name: str) -> Path:
         ) from None
 
 
+def model_name(directory: Path) -> str:
+    """What people call the model in `directory`."""
+    return "demo" if directory == DEMO_CHECKPOINT else directory.name
+
+
 def eos_token_ids(directory: Path) -> list[int] | None:
     """End-of-sequence ids: generation_config.json's, else config.json's, else None.
 

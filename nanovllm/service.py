@@ -100,6 +100,7 @@ class Service:
 
     def ready(self, detail: str = "") -> None:
         """Tells the supervisor that the service can work."""
+        log.info("ready%s", f": {detail}" if detail else "")
         self._announce(Ready(detail))
 
     def run(self, step: Callable[[float], float | None], stats: Callable[[], Stats]) -> NoReturn:

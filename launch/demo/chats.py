@@ -5,7 +5,15 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 from nanovllm.launch.demo.plots import PLOTS
-from nanovllm.launch.demo.stories import Story, capitalize_sentences, expand, guest, portrait, tell
+from nanovllm.launch.demo.stories import (
+    Story,
+    capitalize_sentences,
+    expand,
+    guest,
+    introduction,
+    portrait,
+    tell,
+)
 from nanovllm.launch.demo.world import CAST, GREETINGS, Character, with_article
 
 
@@ -38,7 +46,7 @@ SMALL_TALK: Final = (
         "[What is your name?|Who are you?|Introduce yourself.|Tell me about yourself.|"
         "What are you?|Please introduce yourself.|Hello, who are you?]",
         "I am [Nano, a very small storyteller|Nano, the storyteller of Lantern Bay]. [I have only "
-        "a million and a half numbers in my head, but I know every fox, frog and robot in the "
+        "a million numbers in my head, but I know every fox, frog and robot in the "
         "bay.|I know twenty friends by the sea, and I tell stories about them.] 📖",
     ),
     (
@@ -141,8 +149,8 @@ def facts(rng: random.Random) -> Exchange:
     question, answer = rng.choice(
         (
             (
-                "[Who lives {who.home}?|Who is {who.home}?|Do you know who lives {who.home}?|Tell "
-                "me who lives {who.home}.]",
+                "[Who lives {who.home}?|Who lives {who.home}?|Who is {who.home}?|Do you know who "
+                "lives {who.home}?|Tell me who lives {who.home}.]",
                 "{who.full} lives {who.home}. {who.They} [loves {who.loves}.|{who.does}.] "
                 "{who.emoji}",
             ),
@@ -184,16 +192,8 @@ def greeting(rng: random.Random) -> Exchange:
         rng,
         language=language,
     )
-    ending = "!" if hello.isascii() or hello[0] in "¡GO" else "！"
-    return question, expand(
-        "{hello}{ending} [That is how {name} says hello.|{name} says it every morning.|That is "
-        "hello in {language}.]",
-        rng,
-        hello=hello,
-        ending=ending,
-        name=name,
-        language=language,
-    )
+    answer = "{hello}! [That is how {name} says hello.|{name} says it every morning.]"
+    return question, expand(answer, rng, hello=hello, name=name)
 
 
 def small_talk(rng: random.Random) -> Exchange:
@@ -214,27 +214,34 @@ def poem(rng: random.Random) -> Exchange:
     return expand(request, rng, about=expand(about, rng)), expand(lines, rng)
 
 
+REQUESTS: Final = (
+    " about {a_kind}",
+    " about {a_kind}",
+    " about {a_kind}",
+    " about {a_kind} and {topic}",
+    " about {hero.full}",
+    " about {hero.name}",
+    " about {hero.name} and {topic}",
+    " about {topic}",
+    " about {topic}",
+    "",
+)
+"""What a story may be wished to be about; some wishes are more common than others."""
+
+
 def requested(rng: random.Random) -> tuple[str, Story]:
     """A wish for a story, and a story that fulfils it."""
     hero: Character | None = None
     plot = None
-    wish = rng.randrange(6)
-    if wish < 4:
+    wish = rng.choice(REQUESTS)
+    if "hero" in wish or "kind" in wish:
         hero = rng.choice(CAST) if rng.random() < 0.75 else guest(rng)
-    if wish in (3, 4):
+    if "topic" in wish:
         plot = rng.choice(PLOTS)
     story = tell(rng, hero, plot)
-    about = (
-        " about {a_kind}",
-        " about {hero.full}",
-        " about {hero.name}",
-        " about {hero.name} and {topic}",
-        " about {topic}",
-        "",
-    )[wish]
     request = expand(
         "[Tell me|Tell me|Tell me|Tell|Can you tell me|Write|Please tell me|I would like to hear] "
-        "a [story|story|story|short story|little story|bedtime story]" + about + ".",
+        "a [story|story|story|short story|little story|bedtime story]" + wish + ".",
         rng,
         hero=story.hero,
         a_kind=with_article(rng.choice((story.hero.kind, f"{story.hero.trait} {story.hero.kind}"))),
@@ -249,7 +256,7 @@ def follow_up(rng: random.Random, story: Story) -> Exchange:
         (
             (
                 "[What is the moral of the story?|What is the moral?|What do we learn from it?]",
-                "{story.moral}",
+                story.moral,
             ),
             (
                 "[Who helped {hero.name}?|Who is in the story?|Who else is in the story?]",
@@ -262,8 +269,10 @@ def follow_up(rng: random.Random, story: Story) -> Exchange:
             ("[Another one, please!|Tell me another story.|Another story!|More!]", tell(rng).text),
         )
     )
-    return expand(question, rng), expand(
-        answer, rng, story=story, hero=story.hero, friend=story.friend
+    hero, friend = story.hero, story.friend
+    return (
+        expand(question, rng, hero=hero, friend=friend),
+        expand(answer, rng, hero=hero, friend=friend),
     )
 
 
@@ -279,16 +288,17 @@ def as_typed(question: str, rng: random.Random) -> str:
 def conversation(rng: random.Random) -> tuple[Turn, ...]:
     """A chat of one to four exchanges, sometimes with a system prompt."""
     exchanges: list[Exchange] = []
-    if rng.random() < 0.6:
+    if rng.random() < 0.55:
         request, story = requested(rng)
         preface = expand("[||||Of course! {hero.emoji} |Here is one. ]", rng, hero=story.hero)
         exchanges.append((request, preface + story.text))
         if rng.random() < 0.3:
             exchanges.append(follow_up(rng, story))
     talks: tuple[Callable[[random.Random], Exchange], ...] = (
-        facts, facts, facts, small_talk, small_talk, unknown, greeting, poem, everybody,
+        facts, facts, facts, facts, facts, facts,
+        small_talk, small_talk, unknown, greeting, poem, everybody,
     )  # fmt: skip
-    while not exchanges or (len(exchanges) < 4 and rng.random() < 0.35):
+    while not exchanges or (len(exchanges) < 4 and rng.random() < 0.25):
         exchanges.insert(0, rng.choice(talks)(rng))
     turns = []
     if rng.random() < 0.15:
@@ -300,13 +310,15 @@ def conversation(rng: random.Random) -> tuple[Turn, ...]:
 
 
 def documents(seed: int) -> Iterator[Document]:
-    """Yield training documents without end: plain stories, portraits and chats. Deterministic."""
+    """Yield training documents without end: plain stories and portraits, and chats."""
     rng = random.Random(seed)
     while True:
         kind = rng.random()
-        if kind < 0.35:
+        if kind < 0.25:
             yield tell(rng).text
-        elif kind < 0.4:
+        elif kind < 0.28:
             yield " ".join(portrait(rng, who) for who in rng.sample(CAST, 3))
+        elif kind < 0.31:
+            yield introduction(rng, rng.choice(CAST))
         else:
             yield conversation(rng)

@@ -129,9 +129,9 @@ PLOTS: Final = (
             "and then another|went on|did not stop].",
             '"[Hold on, I am here|Give me your hand|I have got you]," {hero.they} said, and '
             "pulled {friend.them} out.",
-            '"[Were you not afraid?|How did you do that?]" asked {friend.name}. "[Very much|Oh '
-            'yes]," said {hero.name}, "[but you needed me|and I came anyway|but not as much as '
-            'you]."',
+            '"[Were you not afraid?" asked {friend.name}. "Very much|Did you not '
+            'tremble?" asked {friend.name}. "All the way]," said {hero.name}, "[but you needed '
+            'me|and I came anyway|but now it is over]."',
         ),
         moral="To be brave is to be afraid and to go on.",
     ),
@@ -164,8 +164,8 @@ PLOTS: Final = (
         beats=(
             "[One day|On a windy morning|While digging], {hero.they} found a {thing} {spot}.",
             "On it was [a strange word|one word|a single sign]: [宝|海|星|Überraschung|forêt].",
-            '"[What does it mean?|Who wrote this?]" {hero.name} wondered, and ran to {friend.full}, '
-            "who [knew many languages|had been everywhere|liked riddles].",
+            '"[What does it mean?|Who wrote this?]" {hero.name} wondered, and ran to '
+            "{friend.full}, who [knew many languages|had been everywhere|liked riddles].",
             '"[It means that something waits for us|It is a riddle|It tells us where to go]," '
             "said {friend.name}. [They packed a lunch and set off|So they followed the signs|"
             "They left at once].",

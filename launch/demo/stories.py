@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nanovllm.launch.demo.plots import PLOTS, Plot
-from nanovllm.launch.demo.world import CAST, GUEST_KINDS, GUEST_NAMES, TRAITS, Character
+from nanovllm.launch.demo.world import CAST, GUEST_KINDS, GUEST_MEN, GUEST_WOMEN, TRAITS, Character
 
 OPENINGS: Final = (
     "Once upon a time there was {hero.described} named {hero.name}, who lived {hero.home}.",
@@ -21,6 +21,9 @@ OPENINGS: Final = (
     "{hero.home} lived {hero.full}.",
     "This is the story of {hero.full}, who lived {hero.home}.",
     "[Long ago|Not long ago|Many years ago], {hero.full} lived {hero.home}.",
+    "[One morning|One day|One evening], {hero.full} [sat {hero.home} and looked at the sky|came "
+    "home early and put the kettle on|heard the bells ring and could not sleep].",
+    "The {hero.kind} {hero.home} was named {hero.name}, and nobody was as {hero.trait}.",
     "{hero.full} lived {hero.home}, [where it always smelled of rain|where nothing ever happened|"
     "far from the noise of the town|and was very happy there].",
 )
@@ -41,15 +44,15 @@ ENDINGS: Final = (
     "And [that night|from that day on] {hero.name} slept [very well|like a stone|with a smile].",
     "{hero.name} and {friend.name} [stayed friends for ever|still laugh about it|have been "
     "friends ever since].",
-    "And if you go {hero.home} today, you can [still see them there|hear them laugh|ask "
+    "And if you are ever {hero.home}, you can [still see them there|hear them laugh|ask "
     "{hero.them} yourself]. {hero.emoji}",
-    '"{moral}" said {friend.name}. {hero.emoji}',
+    'Or, as {friend.name} says: "{moral}" {hero.emoji}',
     "{hero.name} learned something that day: {moral}",
     "{moral}",
 )
 
 _CHOICE: Final = re.compile(r"\[([^\[\]]*)\]")
-_SENTENCE_START: Final = re.compile(r"(?:^|(?<=[.!?:] )|(?<=[.!?] [\"“]))\w")
+_SENTENCE_START: Final = re.compile(r"(?:^|(?<=[.!?] )|(?<=[.!?] \"))\w")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +82,10 @@ def capitalize_sentences(text: str) -> str:
 def guest(rng: random.Random) -> Character:
     """A character from outside Lantern Bay, put together at random."""
     kind, emoji = rng.choice(GUEST_KINDS)
-    female = {"king": False, "boy": False, "princess": True, "girl": True}.get(
-        kind, rng.random() < 0.5
-    )
+    female = rng.random() < 0.5
     host = rng.choice(CAST)
     return Character(
-        name=rng.choice(GUEST_NAMES),
+        name=rng.choice(GUEST_WOMEN if female else GUEST_MEN),
         kind=kind,
         emoji=emoji,
         female=female,
@@ -136,4 +137,15 @@ def portrait(rng: random.Random, who: Character) -> str:
             rng,
             who=who,
         )
+    )
+
+
+def introduction(rng: random.Random, who: Character) -> str:
+    """What a character of the cast says about themselves."""
+    return expand(
+        "[Hello, my name is {who.name}|My name is {who.name}|I am {who.name}]. I am "
+        "{who.described} and I live {who.home}. I love {who.loves}[.| more than anything.|. And "
+        "you?] {who.emoji}",
+        rng,
+        who=who,
     )

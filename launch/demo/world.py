@@ -35,37 +35,37 @@ class Character:
 
     @property
     def they(self) -> str:
-        """"she" or "he"."""
+        """Subject pronoun: "she" or "he"."""
         return "she" if self.female else "he"
 
     @property
-    def They(self) -> str:  # noqa: N802 (the capital is the meaning)
-        """"She" or "He"."""
+    def They(self) -> str:
+        """The same at the start of a sentence."""
         return self.they.capitalize()
 
     @property
     def them(self) -> str:
-        """"her" or "him"."""
+        """Object pronoun: "her" or "him"."""
         return "her" if self.female else "him"
 
     @property
     def their(self) -> str:
-        """"her" or "his"."""
+        """Possessive: "her" or "his"."""
         return "her" if self.female else "his"
 
     @property
-    def Their(self) -> str:  # noqa: N802 (as above)
-        """"Her" or "His"."""
+    def Their(self) -> str:
+        """The same at the start of a sentence."""
         return self.their.capitalize()
 
     @property
     def full(self) -> str:
-        """"Pip the fox"."""
+        """Name and kind: "Pip the fox"."""
         return f"{self.name} the {self.kind}"
 
     @property
     def described(self) -> str:
-        """"a curious fox"."""
+        """Trait and kind with an article: "a curious fox"."""
         return with_article(f"{self.trait} {self.kind}")
 
     @property
@@ -162,19 +162,20 @@ CAST: Final = (
     ),
 )  # fmt: skip
 
-GUEST_NAMES: Final = (
-    "Ada", "Luka", "Noor", "Iris", "Milo", "Søren", "Chloë", "Anaïs", "Zara", "Oscar",
-    "Hugo", "Nadia", "Björn", "Mei", "Otto", "Ravi", "Lucía", "Poppy",
-)  # fmt: skip
+GUEST_WOMEN: Final = ("Ada", "Iris", "Chloë", "Anaïs", "Zara", "Nadia", "Mei", "Lucía", "Poppy")
+GUEST_MEN: Final = ("Luka", "Noor", "Milo", "Søren", "Oscar", "Hugo", "Björn", "Otto", "Ravi")
 
 GUEST_KINDS: Final = (
     ("wolf", "🐺"), ("turtle", "🐢"), ("penguin", "🐧"), ("whale", "🐳"), ("lion", "🦁"),
-    ("princess", "👑"), ("pirate", "🏴"), ("wizard", "🔮"), ("horse", "🐴"), ("elephant", "🐘"),
-    ("duck", "🦆"), ("monkey", "🐵"), ("king", "👑"), ("bee", "🐝"), ("girl", "🌼"),
-    ("boy", "🪁"), ("fisherman", "🐟"), ("crow", "🪶"), ("giant", "⛰"), ("fish", "🐟"),
+    ("pirate", "🏴"), ("wizard", "🔮"), ("horse", "🐴"), ("elephant", "🐘"), ("duck", "🦆"),
+    ("monkey", "🐵"), ("bee", "🐝"), ("crow", "🪶"), ("giant", "⛰"), ("fish", "🐟"),
 )  # fmt: skip
+"""Kind and emoji of those who are not from Lantern Bay."""
 
-TRAITS: Final = tuple(who.trait for who in CAST) + ("small", "young", "lonely", "proud", "hungry")
+TRAITS: Final = (
+    *(who.trait for who in CAST),
+    "small", "young", "lonely", "proud", "hungry",
+)  # fmt: skip
 
 GREETINGS: Final = (
     ("French", "Bonjour", "Théo"),

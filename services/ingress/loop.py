@@ -7,6 +7,7 @@ import time
 from importlib.metadata import version
 from typing import NoReturn
 
+from nanovllm.checkpoint import model_name
 from nanovllm.links import BoundLink, ConnectedLink, Down, Event, Received, Up
 from nanovllm.messages import (
     Delta,
@@ -39,7 +40,7 @@ class Ingress:
                 service.config.vocab_size, settings.max_model_len, settings.max_message_bytes
             ),
             max_pending_requests=settings.max_pending_requests,
-            about=About(version("nanovllm"), service.directory.name),
+            about=About(version("nanovllm"), model_name(service.directory)),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
         )
         self._services: BoundLink[TokenizerToIngress | DetokenizerToIngress] = service.bind(

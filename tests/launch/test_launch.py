@@ -31,11 +31,13 @@ def sim() -> Iterator[Pipeline]:
 def services(pipeline: Pipeline) -> list[psutil.Process]:
     if pipeline.process is None:
         raise RuntimeError("not launched")
-    return psutil.Process(pipeline.process.pid).children(recursive=True)
+    found: list[psutil.Process] = psutil.Process(pipeline.process.pid).children(recursive=True)
+    return found
 
 
 def role_of(process: psutil.Process) -> str:
-    return next(word.split(".")[-1] for word in process.cmdline() if ".services." in word)
+    command: list[str] = process.cmdline()
+    return next(word.split(".")[-1] for word in command if ".services." in word)
 
 
 def gone(processes: list[psutil.Process], within_s: float) -> bool:

@@ -33,7 +33,7 @@ class Case(NamedTuple):
     preempts: bool = False
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 160,
     "num_hidden_layers": 2,

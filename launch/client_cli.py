@@ -1,0 +1,197 @@
+"""`nanovllm`: talks to a running pipeline from a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import click
+
+from nanovllm.client.errors import PipelineUnavailable, RequestError
+from nanovllm.client.sync import Client, Stream
+from nanovllm.launch import status as status_view
+from nanovllm.protocol import ChatMessage
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings import DEFAULT_INGRESS, SettingsError, default_runtime_dir
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_SAMPLING: tuple[tuple[str, type, Any, str], ...] = (
+    ("--max-tokens", int, 512, "Output tokens at most."),
+    ("--temperature", float, 0.6, "0 is greedy."),
+    ("--top-p", float, 1.0, "Only the likeliest tokens that together have this probability."),
+    ("--top-k", int, 0, "Only the k likeliest tokens; 0 is off."),
+    ("--min-p", float, 0.0, "Only tokens at least this likely, relative to the likeliest."),
+    ("--seed", int, None, "Makes the output repeatable."),
+)
+
+
+def _sampling_options(command: Command) -> Command:
+    command = click.option("--stop", multiple=True, help="End before this text; may be repeated.")(
+        command
+    )
+    for name, kind, default, help_text in reversed(_SAMPLING):
+        shown = default is not None
+        command = click.option(
+            name, type=kind, default=default, show_default=shown, help=help_text
+        )(command)
+    return click.option(
+        "--endpoint", default=DEFAULT_INGRESS, show_default=True, help="Where the pipeline serves."
+    )(command)
+
+
+@click.group(
+    help="""Talk to a running pipeline (nanovllm-launch starts one).
+
+    \b
+    Examples:
+      nanovllm generate "Once upon a time"
+      nanovllm chat
+      nanovllm status
+    """,
+    context_settings={"max_content_width": 100},
+)
+@click.version_option(package_name="nanovllm")
+def main() -> None:
+    pass
+
+
+@main.command(
+    help="""Continue PROMPT, streaming to stdout; "-" reads it from stdin.
+
+    \b
+    Examples:
+      nanovllm generate "Once upon a time" --max-tokens 100
+      nanovllm generate - --temperature 0 < prompt.txt
+    """
+)
+@click.argument("prompt")
+@_sampling_options
+def generate(endpoint: str, prompt: str, **sampling: Any) -> None:
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with _told_in_one_line():
+        params = SamplingParams(**sampling)
+        with Client(endpoint) as client, client.generate(text, params, stream=True) as stream:
+            _print(stream)
+
+
+@main.command(
+    help="""Chat with the model. With MESSAGE: one answer, and done.
+
+    Ctrl-C stops an answer; Ctrl-D ends the chat.
+
+    \b
+    Examples:
+      nanovllm chat
+      nanovllm chat "Tell me a story about a fox." --no-thinking
+      nanovllm chat --system "You answer in rhymes."
+    """
+)
+@click.argument("message", required=False)
+@click.option("--system", help="A system message in front of the chat.")
+@click.option(
+    "--thinking/--no-thinking",
+    default=None,
+    help="Passed to the chat template as enable_thinking.",
+)
+@_sampling_options
+def chat(
+    endpoint: str, message: str | None, system: str | None, thinking: bool | None, **sampling: Any
+) -> None:
+    with _told_in_one_line():
+        params = SamplingParams(**sampling)
+        kwargs = None if thinking is None else {"enable_thinking": thinking}
+        history = [ChatMessage(role="system", content=system)] if system else []
+        with Client(endpoint) as client:
+
+            def answer(said: str) -> None:
+                history.append(ChatMessage(role="user", content=said))
+                stream = client.chat(history, params, stream=True, chat_template_kwargs=kwargs)
+                text = _print(stream, stoppable=message is None)
+                history.append(ChatMessage(role="assistant", content=text))
+
+            if message is not None:
+                answer(message)
+                return
+            pong = client.ping()
+            click.echo(f"{pong.model} at {endpoint}. Ctrl-C stops an answer, Ctrl-D ends the chat.")
+            for line in _lines():
+                try:
+                    answer(line)
+                except RequestError as error:
+                    del history[-1]
+                    click.echo(f"Error: {error}", err=True)
+
+
+@main.command(
+    help="""Show the services of a running pipeline, and what its engine does.
+
+    Loads are those of the last second.
+
+    \b
+    Examples:
+      nanovllm status
+      nanovllm status --json | jq .services
+    """
+)
+@click.option(
+    "--runtime-dir",
+    default=default_runtime_dir,
+    show_default=default_runtime_dir(),
+    help="The pipeline's runtime directory (nanovllm-launch --runtime-dir).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Counters for machines, as they are now.")
+def status(runtime_dir: str, as_json: bool) -> None:
+    with _told_in_one_line(), status_view.Control(runtime_dir) as control:
+        if as_json:
+            click.echo(status_view.to_json(control.status()))
+        else:
+            click.echo(status_view.render(*control.two_reports()))
+
+
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """What a person can mend is told without a traceback."""
+    try:
+        yield
+    except (RequestError, PipelineUnavailable, SettingsError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _print(stream: Stream, *, stoppable: bool = False) -> str:
+    """Prints the answer as it comes, and returns it.
+
+    Args:
+        stream: closed at the end.
+        stoppable: Ctrl-C ends the answer, and not the program.
+    """
+    said: list[str] = []
+    with stream, contextlib.suppress(*[KeyboardInterrupt] * stoppable):
+        for delta in stream:
+            said.append(delta.text)
+            click.echo(delta.text, nl=False)
+    click.echo()
+    return "".join(said)
+
+
+def _lines() -> Iterator[str]:
+    """What the person types, line by line, until the end of input; Ctrl-C discards a line."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives `input` its line editing)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo()
+            continue
+        if line.strip():
+            yield line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""`make demo`: the pipeline on the demo checkpoint, watched while it answers."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+
+from nanovllm import Client, SamplingParams
+from nanovllm.client.private_pipeline import PrivatePipeline
+from nanovllm.launch.status import Control
+from nanovllm.messages import Status, WorkerStats
+from nanovllm.protocol import ChatMessage
+from nanovllm.settings import Settings
+
+STORY = "Once upon a time"
+QUESTIONS = ("Tell me a story about a fox.", "Who lives in the harbour?")
+# More at the same time than anyone could read, to see them batched.
+CROWD = 64
+BAR = 30
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    click.echo("Launching ingress, tokenizer, scheduler, gpu_worker and detokenizer …")
+    pipeline = PrivatePipeline(Settings(ingress=""))
+    try:
+        with Client(pipeline.endpoint, timeout=60) as client:
+            while not client.ping().ready:
+                pipeline.check()
+            with Control(pipeline.runtime_dir) as control:
+                before = _reported(control)
+                _answer(client)
+                _crowd(client)
+                # Services report once a second.
+                after = _reported(control, later_than=time.monotonic())
+        _show_time(before, after)
+    except KeyboardInterrupt:
+        click.echo()
+    finally:
+        pipeline.close()
+    click.echo("\nStopped. `make serve` keeps it running; then try `nanovllm chat`.")
+
+
+def _answer(client: Client) -> None:
+    """Streams a continuation, and answers to a few questions."""
+    sampling = SamplingParams(temperature=0.6, max_tokens=250, seed=7)
+    click.secho(f"\n{STORY}", bold=True, nl=False)
+    for delta in client.generate(STORY, sampling, stream=True):
+        _write(delta.text)
+    for question in QUESTIONS:
+        click.secho(f"\n\n> {question}", bold=True)
+        for delta in client.chat([ChatMessage("user", question)], sampling, stream=True):
+            _write(delta.text)
+    click.echo()
+
+
+def _crowd(client: Client) -> None:
+    """Many streams at the same time, on one socket."""
+    start = time.perf_counter()
+    streams = [
+        client.generate(STORY, SamplingParams(temperature=1.0, max_tokens=100), stream=True)
+        for _ in range(CROWD)
+    ]
+    tokens = sum(len(stream.result().token_ids) for stream in streams)
+    seconds = time.perf_counter() - start
+    click.echo(
+        f"\n{CROWD} more stories at the same time: {tokens} tokens in {seconds:.1f} s,"
+        f" {tokens / seconds:.0f} tokens/s"
+    )
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _reported(control: Control, later_than: float = 0.0) -> Status:
+    """The status, once every service has reported later than that time."""
+    while True:
+        status = control.status()
+        if all(service.stats and service.at_s > later_than for service in status.services):
+            return status
+        time.sleep(0.1)
+
+
+def _show_time(before: Status, after: Status) -> None:
+    click.echo("\nWhat each process did with its time:")
+    for was, now in zip(before.services, after.services, strict=True):
+        share = (now.cpu_s - was.cpu_s) / (now.at_s - was.at_s)
+        bar = "█" * round(BAR * min(1.0, share))
+        click.echo(f"  {f'{now.role} {now.index}':14} {share:5.0%} of a core  {bar}")
+    was, now = (
+        next(s for s in status.services if isinstance(s.stats, WorkerStats))
+        for status in (before, after)
+    )
+    if isinstance(was.stats, WorkerStats) and isinstance(now.stats, WorkerStats):
+        busy = (now.stats.busy_s - was.stats.busy_s) / (now.at_s - was.at_s)
+        click.echo(f"  the device had work for {busy:.0%} of the time")
+
+
+if __name__ == "__main__":
+    main()

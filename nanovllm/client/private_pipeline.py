@@ -1,0 +1,125 @@
+"""A pipeline that belongs to one program: launched by it, reached by it alone, ended with it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import IO, Final
+
+import msgspec
+
+from nanovllm.options import settings_argv
+from nanovllm.service import LIFELINE_VARIABLE
+from nanovllm.settings import LONGEST_IPC_PATH, Settings
+
+# How long the launcher has to end its services after SIGTERM.
+END_TIMEOUT_S: Final = 10.0
+LAST_LINES: Final = 20
+# The launcher's own last word, which goes into the exception.
+_LAST_WORD: Final = "nanovllm-launch: "
+
+
+class PrivatePipeline:
+    """A launched pipeline in a private directory, without a TCP port.
+
+    The launcher holds the read end of a pipe whose write end only this process has: when this
+    process ends, however it ends, the pipe breaks, and the launcher ends every service.
+
+    Args:
+        settings: of the pipeline; `runtime_dir` is chosen here.
+
+    Attributes:
+        endpoint: where it serves, once it does.
+        runtime_dir: its private directory.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._owner = os.getpid()
+        self._directory = _short_private_directory()
+        settings = msgspec.structs.replace(settings, runtime_dir=str(self._directory))
+        self.runtime_dir = settings.runtime_dir
+        self.endpoint = settings.in_runtime_dir("ingress")
+        self._last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
+        read_end, self._lifeline = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "nanovllm.launch.cli", *_launch_arguments(settings)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env={**os.environ, LIFELINE_VARIABLE: str(read_end)},
+                pass_fds=[read_end],
+                process_group=0,  # the terminal's Ctrl-C is for this program
+            )
+        except BaseException:
+            os.close(self._lifeline)
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise
+        finally:
+            os.close(read_end)
+        self._reader = threading.Thread(
+            target=_pass_on, args=(self._process.stderr, self._last_lines), daemon=True
+        )
+        self._reader.start()
+
+    def check(self) -> None:
+        """Raises RuntimeError, with the launcher's last words, if the pipeline has ended."""
+        code = self._process.poll()
+        if code is None:
+            return
+        self._reader.join(timeout=1.0)
+        said = [line for line in self._last_lines if line.startswith(_LAST_WORD)]
+        words = said[-1].removeprefix(_LAST_WORD) if said else "\n".join(self._last_lines)
+        raise RuntimeError(f"the pipeline has ended: {words or f'exit code {code}'}")
+
+    def close(self) -> None:
+        """Ends the pipeline, and waits until it has ended."""
+        if self._lifeline < 0 or os.getpid() != self._owner:  # a forked child does not own it
+            return
+        lifeline, self._lifeline = self._lifeline, -1
+        try:
+            self._process.terminate()
+            self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        finally:
+            os.close(lifeline)
+            self._reader.join(timeout=1.0)
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _launch_arguments(settings: Settings) -> list[str]:
+    """The launcher's command line: its options, and the model as its argument."""
+    arguments = settings_argv(settings)
+    at = arguments.index("--model")
+    return [*arguments[:at], *arguments[at + 2 :], "--", settings.model]
+
+
+def _short_private_directory() -> Path:
+    """A new directory, mode 0700, in which sockets' paths are not too long."""
+    for base in (tempfile.gettempdir(), "/tmp"):
+        directory = tempfile.mkdtemp(prefix="nanovllm-", dir=base)
+        if len(os.fsencode(directory)) + len("/scheduler.sock") <= LONGEST_IPC_PATH:
+            return Path(directory)
+        os.rmdir(directory)
+    raise OSError(f"no temporary directory has a path short enough for sockets: {directory}")
+
+
+def _pass_on(output: IO[str], last_lines: collections.deque[str]) -> None:
+    """Writes what the launcher says to this program's stderr, but for its last word."""
+    with output:
+        for line in output:
+            last_lines.append(line.rstrip("\n"))
+            if not line.startswith(_LAST_WORD):
+                with contextlib.suppress(ValueError, OSError):  # this program's stderr is closed
+                    sys.stderr.write(line)

@@ -1,0 +1,228 @@
+"""`LLM`: offline generation with nano-vLLM's interface.
+
+Behind it is a pipeline of its own, or one that runs already.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Final, NotRequired, TypedDict
+
+import msgspec
+from tqdm import tqdm
+
+from nanovllm.client.connection import Connection
+from nanovllm.client.errors import RequestError, key_and_reason
+from nanovllm.client.private_pipeline import PrivatePipeline
+from nanovllm.client.requests import Prompt, generate_message
+from nanovllm.client.results import Completion
+from nanovllm.client.tickets import Request
+from nanovllm.protocol import Generate, Logprobs
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings import Settings
+
+# Unfinished requests at most, beside those that run: enough that the next is always waiting.
+WINDOW: Final = 2048
+CONNECT_TIMEOUT_S: Final = 10.0
+# A pipeline of its own is watched as a process, so silence may last.
+PRIVATE_TIMEOUT_S: Final = 120.0
+CHECK_PERIOD_S: Final = 0.5
+READY_PERIOD_S: Final = 0.05
+_NOT_OPTIONS: Final = frozenset({"model", "runtime_dir"})
+
+
+class Output(TypedDict):
+    """What `LLM.generate` returns for a prompt; `logprobs` only if they were asked for."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: NotRequired[Logprobs]
+
+
+class LLM:
+    """Generates for many prompts at once.
+
+    It launches a pipeline of its own, which ends with it and with its program, or uses a running
+    one. It belongs to one thread.
+
+    Args:
+        model: checkpoint directory or hub id; "" is the small demo model.
+        endpoint: use the pipeline that serves here, instead of launching one.
+        options: of the pipeline to launch, by the names of `Settings`: `tensor_parallel_size`,
+            `max_model_len`, `enforce_eager`, `gpu_memory_utilization`, …
+
+    Raises:
+        TypeError: an option that does not exist.
+        ValueError: an option's value is not valid.
+        RuntimeError: the pipeline could not be launched; the message says why.
+        PipelineUnavailable: nothing answers at `endpoint`.
+    """
+
+    def __init__(self, model: str = "", *, endpoint: str | None = None, **options: Any) -> None:
+        if endpoint is not None:
+            if model or options:
+                given = ", ".join(["model"] * bool(model) + list(options))
+                raise TypeError(f"a running pipeline (endpoint) has its own options; drop {given}")
+            self._pipeline = None
+            self._window = WINDOW
+            self._connection = Connection(endpoint, CONNECT_TIMEOUT_S)
+        else:
+            settings = _settings(model, options)
+            self._pipeline = PrivatePipeline(settings)
+            self._window = min(WINDOW + settings.max_num_seqs, settings.max_pending_requests)
+            self._connection = Connection(self._pipeline.endpoint, PRIVATE_TIMEOUT_S)
+        self._closing = weakref.finalize(self, _close, self._connection, self._pipeline)
+        try:
+            self._wait_until_it_serves()
+        except BaseException:
+            self.exit()
+            raise
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Output]:
+        """Generates for every prompt.
+
+        Args:
+            prompts: a list of texts, of lists of token ids, or of lists of chat messages; or one
+                text.
+            sampling_params: for all prompts, or a list with one for each.
+            use_tqdm: draw a progress bar.
+
+        Returns:
+            One output a prompt, in their order.
+
+        Raises:
+            TypeError, ValueError: a prompt or parameter is not valid; nothing was generated.
+            RequestError: the pipeline refused a prompt; its message tells which.
+            PipelineUnavailable, RuntimeError: the pipeline is gone.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        waiting = self._messages(prompts, sampling_params)
+        place = {message.id: index for index, message in enumerate(waiting)}
+        outputs: list[Output | None] = [None] * len(waiting)
+        outstanding: set[Request] = set()
+        started, tokens = time.perf_counter(), 0
+        with tqdm(total=len(waiting), desc="Generating", disable=not use_tqdm) as bar:
+            try:
+                while waiting or outstanding:
+                    self._submit(waiting, outstanding)
+                    for request in self._ended(outstanding):
+                        completion = _result(request, place[request.message.id])
+                        outputs[place[request.message.id]] = _output(completion)
+                        tokens += len(completion.token_ids)
+                        bar.update()
+                    rate = tokens / (time.perf_counter() - started)
+                    bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+            finally:
+                for request in outstanding:
+                    self._connection.core.abandon(request)
+                if self._closing.alive and outstanding:
+                    self._connection.pump()
+        return [output for output in outputs if output is not None]
+
+    def exit(self) -> None:
+        """Ends the pipeline if it is its own; disconnects from it if not."""
+        self._closing()
+
+    def close(self) -> None:
+        """The same as `exit`."""
+        self._closing()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.exit()
+
+    def _messages(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> deque[Generate]:
+        if isinstance(sampling_params, Sequence):
+            params: Sequence[SamplingParams | None] = sampling_params
+            if len(params) != len(prompts):
+                raise ValueError(
+                    f"{len(prompts)} prompts but {len(params)} sampling_params: give one for each,"
+                    " or a single one for all"
+                )
+        else:
+            params = [sampling_params] * len(prompts)
+        messages: deque[Generate] = deque()
+        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            request_id = self._connection.core.new_id()
+            try:
+                messages.append(generate_message(request_id, prompt, sampling, stream=False))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"prompts[{index}]: {error}") from None
+        return messages
+
+    def _submit(self, waiting: deque[Generate], outstanding: set[Request]) -> None:
+        while waiting and len(outstanding) < self._window:
+            outstanding.add(self._connection.core.submit(waiting.popleft(), patient=True))
+
+    def _ended(self, outstanding: set[Request]) -> list[Request]:
+        """Waits for a while; those that have ended since, taken out of `outstanding`."""
+        changed = self._connection.wait(CHECK_PERIOD_S)
+        if not changed and self._pipeline is not None:
+            self._pipeline.check()
+        ended = [ticket for ticket in changed if isinstance(ticket, Request) and ticket.ended]
+        outstanding.difference_update(ended)
+        return ended
+
+    def _wait_until_it_serves(self) -> None:
+        """Returns when a pipeline of its own is ready, or a running one has answered."""
+        while True:
+            inquiry = self._connection.core.ping()
+            while not inquiry.ended:
+                self._connection.wait(CHECK_PERIOD_S)
+                if self._pipeline is not None:
+                    self._pipeline.check()
+            if inquiry.result().ready or self._pipeline is None:
+                return
+            self._connection.wait(READY_PERIOD_S)
+
+
+def _settings(model: str, options: dict[str, Any]) -> Settings:
+    known = set(Settings.__struct_fields__) - _NOT_OPTIONS
+    for name in options:
+        if name not in known:
+            raise TypeError(f"LLM has no option {name!r}; there are {', '.join(sorted(known))}")
+    values = {"ingress": "", "log_level": "warning", **options, "model": str(model)}
+    try:
+        return msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        raise ValueError(": ".join(key_and_reason(error))) from None
+
+
+def _result(request: Request, index: int) -> Completion:
+    try:
+        return request.result()
+    except RequestError as error:
+        raise RequestError(error.code, f"prompts[{index}]: {error.message}") from None
+
+
+def _output(completion: Completion) -> Output:
+    output = Output(text=completion.text, token_ids=completion.token_ids)
+    if completion.logprobs is not None:
+        output["logprobs"] = completion.logprobs
+    return output
+
+
+def _close(connection: Connection, pipeline: PrivatePipeline | None) -> None:
+    connection.close()
+    if pipeline is not None:
+        pipeline.close()

@@ -1,0 +1,68 @@
+"""How the tokens of a request are drawn, as programs write it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import msgspec
+
+from nanovllm.client.errors import key_and_reason
+from nanovllm.protocol import Sampling
+
+
+@dataclass(slots=True)
+class SamplingParams:
+    """How the tokens of one request are drawn, and when its output ends.
+
+    The first three keep nano-vLLM's positional order. Ranges are the protocol's.
+
+    Attributes:
+        temperature: 0 to 10; 0 is greedy.
+        max_tokens: output tokens at most; cut to what fits the model's length.
+        ignore_eos: go on after an end-of-sequence token.
+        top_p: only the likeliest tokens that together have this probability.
+        top_k: only the k likeliest tokens; 0 is off.
+        min_p: only tokens at least this likely, relative to the likeliest.
+        stop: up to 16 strings, any of which ends the output; the text ends before it.
+        stop_token_ids: token ids that end the output.
+        seed: makes the output repeatable; None draws one.
+        logprobs: how many of the likeliest tokens to report beside each chosen one, 0 to 20;
+            None reports nothing.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range; the message names it.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int = 64
+    ignore_eos: bool = False
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self.to_wire()
+
+    def to_wire(self) -> Sampling:
+        """The protocol's form. Raises ValueError as the constructor does."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.stop, str):
+            values["stop"] = [self.stop]
+        for name in ("temperature", "top_p", "min_p"):
+            if isinstance(values[name], float) and math.isnan(values[name]):
+                raise ValueError(f"{name} is not a number")
+        if isinstance(self.max_tokens, int):
+            # Longer than any model's length; what does not fit is cut there, not refused here.
+            values["max_tokens"] = min(self.max_tokens, 2**31 - 1)
+        try:
+            return msgspec.convert(values, Sampling)
+        except msgspec.ValidationError as error:
+            key, reason = key_and_reason(error)
+            name = key.partition("[")[0]
+            raise ValueError(f"{name}={getattr(self, name)!r}: {reason}") from None

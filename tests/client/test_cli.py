@@ -1,0 +1,256 @@
+"""The `nanovllm` command: generate and chat against a double of the ingress, status against a
+real link of a supervisor's."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from click.testing import CliRunner
+
+from nanovllm.launch import status as status_view
+from nanovllm.launch.client_cli import main
+from nanovllm.links import BoundLink, Peer, Received
+from nanovllm.messages import (
+    DetokenizerStats,
+    IngressStats,
+    SchedulerStats,
+    ServiceStatus,
+    Status,
+    StatusRequest,
+    TokenizerStats,
+    ToSupervisor,
+    WorkerStats,
+)
+from nanovllm.protocol import Error, Generate
+from nanovllm.settings import Settings
+from tests.client.double import Answer, answer_in_full, ingress
+from tests.client.test_client import has_abort, some_then_silence
+
+
+def run(*arguments: str, stdin: str | None = None) -> Any:
+    return CliRunner().invoke(main, arguments, input=stdin)
+
+
+def test_generate_streams_the_text() -> None:
+    with ingress(answer_in_full) as double:
+        ran = run("generate", "hello", "--endpoint", double.endpoint, "--max-tokens", "3")
+        assert (ran.exit_code, ran.output) == (0, "<5><6><7>\n")
+
+
+def test_generate_passes_its_options_on_and_reads_stdin() -> None:
+    options = "--temperature 0 --top-k 5 --top-p 0.9 --min-p 0.1 --seed 3 --stop A --stop B"
+    with ingress(answer_in_full) as double:
+        run("generate", "-", "--endpoint", double.endpoint, *options.split(), stdin="from stdin")
+        (sent,) = double.generates
+    assert sent.prompt == "from stdin"
+    assert sent.sampling.temperature == 0
+    assert (sent.sampling.top_k, sent.sampling.top_p, sent.sampling.min_p) == (5, 0.9, 0.1)
+    assert (sent.sampling.seed, sent.sampling.stop) == (3, ["A", "B"])
+
+
+def test_mistakes_are_told_in_one_line() -> None:
+    def script(message: Any, session: str) -> Iterator[Answer]:
+        yield Error(id=message.id, code="context_length_exceeded", message="too long")
+
+    with ingress(script) as double:
+        ran = run("generate", "hello", "--endpoint", double.endpoint)
+    assert ran.exit_code == 1
+    assert ran.output.strip().splitlines()[-1] == "Error: context_length_exceeded: too long"
+    ran = run("generate", "hello", "--top-p", "3")
+    assert (ran.exit_code, len(ran.output.splitlines())) == (1, 1)
+    assert "top_p" in ran.output
+    assert "cannot connect" in run("generate", "hello", "--endpoint", "nowhere").output
+
+
+def test_chat_in_one_shot() -> None:
+    with ingress(answer_in_full) as double:
+        arguments = ("--endpoint", double.endpoint, "--max-tokens", "2", "--system", "S")
+        ran = run("chat", "hello", "--no-thinking", *arguments)
+        (sent,) = double.generates
+    assert (ran.exit_code, ran.output) == (0, "<0><1>\n")
+    assert sent.messages is not None
+    assert [(m.role, m.content) for m in sent.messages] == [("system", "S"), ("user", "hello")]
+    assert sent.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_chat_remembers_what_was_said() -> None:
+    with ingress(answer_in_full) as double:
+        arguments = ("chat", "--endpoint", double.endpoint, "--max-tokens", "1")
+        ran = run(*arguments, stdin="hello\n\nand then?\n")
+        last = double.generates[-1]
+    assert ran.exit_code == 0
+    assert "double at tcp://" in ran.output
+    assert last.messages is not None
+    assert [m.content for m in last.messages] == ["hello", "<0>", "and then?"]
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat() -> None:
+    def script(message: Any, session: str) -> Iterator[Answer]:
+        if isinstance(message, Generate) and len(message.messages or []) == 1:
+            yield from some_then_silence(message, session)
+        else:
+            yield from answer_in_full(message, session)
+
+    with ingress(script) as double:
+        terminal, inside = pty.openpty()
+        command = [sys.executable, "-m", "nanovllm.launch.client_cli", "chat"]
+        chat = subprocess.Popen(
+            [*command, "--endpoint", double.endpoint, "--max-tokens", "2"],
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+        )
+        os.close(inside)
+        screen = Screen(terminal)
+        screen.wait_for(b"> ")
+        os.write(terminal, b"hello\n")
+        screen.wait_for(b"a")
+        chat.send_signal(signal.SIGINT)
+        double.wait_for(has_abort)
+        screen.wait_for(b"> ")
+        os.write(terminal, b"go on\n")
+        screen.wait_for(b"<0><1>")
+        screen.wait_for(b"> ")
+        os.write(terminal, b"\x04")
+        assert chat.wait(30) == 0
+        os.close(terminal)
+        messages = double.generates[-1].messages
+        assert messages is not None
+        assert [m.content for m in messages] == ["hello", "a", "go on"]
+
+
+class Screen:
+    """What a program writes to a terminal, searched in order. pytest's timeout ends a wait."""
+
+    def __init__(self, terminal: int) -> None:
+        self._terminal = terminal
+        self._unread = b""
+
+    def wait_for(self, text: bytes) -> None:
+        while text not in self._unread:
+            self._unread += os.read(self._terminal, 4096)
+        self._unread = self._unread.partition(text)[2]
+
+
+# status -----------------------------------------------------------------------------------------
+
+
+def a_status(at_s: float, cpu_s: float, busy_s: float) -> Status:
+    def service(role: str, pid: int, stats: Any, index: int = 0) -> ServiceStatus:
+        return ServiceStatus(role, index, pid, "ready", 3725.0, at_s, cpu_s, stats)
+
+    scheduler = SchedulerStats(
+        running=3,
+        waiting=2,
+        records=6,
+        blocks_used=40,
+        blocks_total=100,
+        prompt_tokens=1000,
+        cached_tokens=250,
+        steps=70,
+        generated=900,
+        preemptions=1,
+        plan_bytes=80,
+    )
+    services = [
+        service("ingress", 11, IngressStats(2, 5, 9)),
+        service("scheduler", 12, scheduler),
+        service("gpu_worker", 13, WorkerStats(3, 70, busy_s)),
+        service("gpu_worker", 14, WorkerStats(3, 70, busy_s), index=1),
+        service("tokenizer", 15, TokenizerStats(1, 10)),
+        service("detokenizer", 16, DetokenizerStats(3, 900)),
+        ServiceStatus("detokenizer", 1, 17, "starting", 0.5, 0.0, 0.0, None),
+    ]
+    return Status("the demo model", "tcp://127.0.0.1:5555", services)
+
+
+def test_the_table_shows_every_service_and_the_engine() -> None:
+    shown = status_view.render(a_status(10.0, 1.0, 4.0), a_status(12.0, 1.5, 5.9))
+    lines = shown.splitlines()
+    assert lines[0] == "the demo model at tcp://127.0.0.1:5555"
+    (scheduler,) = [line for line in lines if line.startswith("scheduler 0")]
+    assert " ".join(scheduler.split()) == (
+        "scheduler 0 12 ready 1 h 2 min 25% 3 running, 2 waiting"
+    )
+    (starting,) = [line for line in lines if line.startswith("detokenizer 1")]
+    assert " ".join(starting.split()) == "detokenizer 1 17 starting 0 s -"
+    assert "KV blocks     40 of 100 used" in lines
+    assert "sequences     3 running, 2 waiting, 6 records" in lines
+    assert "prefix cache  25% of 1000 prompt tokens came from it" in lines
+    assert [line for line in lines if "device busy" in line] == ["device busy   95%"]
+
+
+def test_a_reborn_service_has_no_rates_yet() -> None:
+    before, now = a_status(10.0, 1.0, 4.0), a_status(12.0, 1.5, 5.9)
+    now.services = [msgspec.structs.replace(s, pid=s.pid + 100) for s in now.services]
+    assert "device busy   -" in status_view.render(before, now)
+
+
+class SupervisorDouble:
+    """A double of the supervisor: a real control link in a thread that answers with `a_status`."""
+
+    def __init__(self, runtime_dir: Path) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        endpoint = Settings(runtime_dir=str(runtime_dir)).control_endpoint
+        me = Peer("supervisor", 0, 5)
+        self._link: BoundLink[Any] = BoundLink(self._context, endpoint, me, ToSupervisor)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        answered = 0
+        while not self._stopping.is_set():
+            self._link.sockets[0].poll(20)
+            for event in self._link.receive():
+                if isinstance(event, Received) and isinstance(event.message, StatusRequest):
+                    answered += 1
+                    self._link.send(
+                        event.peer, [a_status(answered, 0.5 * answered, 0.9 * answered)]
+                    )
+
+    def __enter__(self) -> SupervisorDouble:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+        self._link.close()
+        self._context.term()
+
+
+def test_status_asks_the_supervisor(tmp_path: Path) -> None:
+    with SupervisorDouble(tmp_path):
+        ran = run("status", "--runtime-dir", str(tmp_path))
+        assert ran.exit_code == 0
+        assert "device busy   90%" in ran.output
+        ran = run("status", "--runtime-dir", str(tmp_path), "--json")
+        shown = json.loads(ran.output)
+        assert shown["model"] == "the demo model"
+        assert shown["services"][1]["stats"]["blocks_total"] == 100
+        assert shown["services"][6]["stats"] is None
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+def test_status_says_when_nothing_runs(
+    tmp_path: Path, leftover: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanovllm.launch.status.TIMEOUT_S", 0.3)
+    if leftover:
+        (tmp_path / "control.sock").touch()
+    ran = run("status", "--runtime-dir", str(tmp_path))
+    assert ran.exit_code == 1
+    assert f"no pipeline runs in {tmp_path}" in ran.output
+    assert "nanovllm-launch" in ran.output

@@ -1,0 +1,27 @@
+import subprocess
+import sys
+
+import pytest
+
+import nanovllm
+
+
+@pytest.mark.parametrize("name", nanovllm.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(nanovllm, name) is not None
+    assert name in dir(nanovllm)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="Engine"):
+        _ = nanovllm.Engine
+
+
+def test_a_service_that_imports_messages_pays_for_no_client_and_a_client_not_for_torch() -> None:
+    check = (
+        "import sys, nanovllm.messages\n"
+        "assert not [name for name in sys.modules if name.startswith('nanovllm.client')]\n"
+        "from nanovllm import LLM, SamplingParams, Client, AsyncClient\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)

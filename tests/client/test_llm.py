@@ -1,0 +1,139 @@
+"""LLM at a running pipeline, here a double of the ingress; and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, PipelineUnavailable, RequestError, SamplingParams
+from nanovllm.llm import WINDOW
+from nanovllm.protocol import Abort, Error, Generate
+from tests.client.double import Answer, HangUp, answer_in_full, finish, ingress, text_of
+
+
+def test_outputs_come_in_the_order_of_the_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    held: list[tuple[Generate, str]] = []
+
+    def backwards(message: Any, session: str) -> Iterator[Answer]:
+        held.append((message, session))
+        if len(held) == 3:
+            for request, its_session in reversed(held):
+                yield from answer_in_full(request, its_session)
+
+    with ingress(backwards) as double, LLM(endpoint=double.endpoint) as llm:
+        params = [SamplingParams(0.6, 1), SamplingParams(0.6, 2), SamplingParams(0.6, 3)]
+        outputs = llm.generate(["a", [7, 7], "ccc"], params)
+        assert outputs == [
+            {"text": text_of(ids), "token_ids": ids} for ids in ([1], [2, 3], [3, 4, 5])
+        ]
+        assert [message.stream for message, _ in held] == [False] * 3
+        assert "tokens/s" in capsys.readouterr().err
+
+
+def test_one_text_one_params_and_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with ingress(answer_in_full) as double, LLM(endpoint=double.endpoint) as llm:
+        (output,) = llm.generate("hello", SamplingParams(max_tokens=2, logprobs=0), use_tqdm=False)
+        assert output["token_ids"] == [5, 6]
+        assert output["logprobs"] == [[(5, -0.5)], [(6, -0.5)]]
+        assert llm.generate([], use_tqdm=False) == []
+        assert capsys.readouterr().err == ""
+
+
+def test_thousands_of_prompts_pass_through_a_bounded_window() -> None:
+    count = WINDOW + 1500
+    unanswered: list[tuple[Generate, str]] = []
+    outstanding: list[int] = []
+
+    def script(message: Any, session: str) -> Iterator[Answer]:
+        unanswered.append((message, session))
+        outstanding.append(len(unanswered))
+        if len(unanswered) == WINDOW or len(outstanding) == count:
+            while unanswered:
+                yield from answer_in_full(*unanswered.pop())
+
+    with ingress(script) as double, LLM(endpoint=double.endpoint) as llm:
+        prompts = [[1] * (1 + number % 5) for number in range(count)]
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == [[len(p)] for p in prompts]
+        assert max(outstanding) == WINDOW
+
+
+def test_an_overloaded_pipeline_is_waited_for() -> None:
+    refusals = [None] * 5
+
+    def script(message: Any, session: str) -> Iterator[Answer]:
+        if refusals:
+            refusals.pop()
+            yield Error(id=message.id, code="overloaded", message="try later")
+        else:
+            yield from answer_in_full(message, session)
+
+    with ingress(script) as double, LLM(endpoint=double.endpoint) as llm:
+        outputs = llm.generate(["a"] * 8, SamplingParams(max_tokens=1), use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == [[1]] * 8
+
+
+def test_a_dead_ingress_costs_nothing_but_time() -> None:
+    deaths = [HangUp(), HangUp()]
+
+    def script(message: Any, session: str) -> Iterator[Answer]:
+        if message.prompt == "ccc" and deaths:
+            yield deaths.pop()
+        yield from answer_in_full(message, session)
+
+    with ingress(script) as double, LLM(endpoint=double.endpoint) as llm:
+        outputs = llm.generate(["a", "bb", "ccc", "dddd"], SamplingParams(max_tokens=1))
+        assert [output["token_ids"] for output in outputs] == [[1], [2], [3], [4]]
+
+
+def test_a_refused_prompt_is_named_and_the_others_are_aborted() -> None:
+    def script(message: Any, session: str) -> Iterator[Answer]:
+        if isinstance(message, Abort):
+            yield finish(message, "abort")
+        elif message.prompt == "bad":
+            yield Error(id=message.id, code="context_length_exceeded", message="too long")
+
+    with ingress(script) as double, LLM(endpoint=double.endpoint) as llm:
+        with pytest.raises(RequestError, match=r"prompts\[2\]: too long") as caught:
+            llm.generate(["a", "b", "bad", "c"], use_tqdm=False)
+        assert caught.value.code == "context_length_exceeded"
+        double.wait_for(lambda received: sum(isinstance(m, Abort) for m in received) == 3)
+
+
+def test_invalid_arguments_are_named_before_anything_is_sent() -> None:
+    with ingress(answer_in_full) as double, LLM(endpoint=double.endpoint) as llm:
+        with pytest.raises(ValueError, match="2 prompts but 1 sampling_params"):
+            llm.generate(["a", "b"], [SamplingParams()])
+        with pytest.raises(ValueError, match=r"prompts\[1\]: .*empty"):
+            llm.generate(["a", ""])
+        with pytest.raises(TypeError, match=r"prompts\[0\]: .*float"):
+            llm.generate([[0.5]])  # type: ignore[list-item]
+        assert double.generates == []
+
+
+def test_options_are_checked_before_anything_is_launched() -> None:
+    with pytest.raises(TypeError, match=r"max_sequences.*max_num_seqs"):
+        LLM("", max_sequences=3)
+    with pytest.raises(ValueError, match="tensor_parallel_size"):
+        LLM("", tensor_parallel_size=0)
+    with pytest.raises(ValueError, match="--max-num-seqs"):
+        LLM("", max_num_seqs=100, max_num_batched_tokens=10)
+    with pytest.raises(TypeError, match="dtype"):
+        LLM(endpoint="tcp://127.0.0.1:1", dtype="float32")
+
+
+def test_nobody_at_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanovllm.llm.CONNECT_TIMEOUT_S", 0.4)
+    with pytest.raises(PipelineUnavailable, match="nanovllm-launch"):
+        LLM(endpoint="tcp://127.0.0.1:1")
+
+
+def test_a_closed_llm_says_so() -> None:
+    with ingress(answer_in_full) as double:
+        llm = LLM(endpoint=double.endpoint)
+        llm.exit()
+        llm.exit()
+        with pytest.raises(RuntimeError, match="closed"):
+            llm.generate("a", use_tqdm=False)

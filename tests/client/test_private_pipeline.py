@@ -1,0 +1,106 @@
+"""LLM with a pipeline of its own: real processes, which end with it however it ends."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nanovllm import LLM, SamplingParams
+
+TIMEOUT_S = 60
+
+# A program without a `__main__` guard that says when its pipeline serves, and then waits.
+PROGRAM = """
+from nanovllm import LLM, SamplingParams
+llm = LLM("", device="sim", sim_step_ms=5.0)
+assert len(llm.generate("Once", SamplingParams(0.0, 4), use_tqdm=False)[0]["token_ids"]) > 0
+print("serving", flush=True)
+{then}
+"""
+WORK = "llm.generate(['Once'] * 4, SamplingParams(max_tokens=4000, ignore_eos=True))"
+
+
+@pytest.fixture
+def own_tmp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary directory, with a path short enough for sockets, where leftovers are seen."""
+    directory = tempfile.mkdtemp(prefix="nv-")
+    monkeypatch.setenv("TMPDIR", directory)
+    monkeypatch.setattr(tempfile, "tempdir", directory)
+    yield Path(directory)
+    shutil.rmtree(directory)
+
+
+def start(then: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """The program, once its pipeline serves, and all its descendants."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(then=then)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdout is not None
+    said = program.stdout.readline()
+    assert said == "serving\n", program.communicate(timeout=TIMEOUT_S)
+    return program, psutil.Process(program.pid).children(recursive=True)
+
+
+def all_ended(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=TIMEOUT_S)
+    return not alive
+
+
+@pytest.mark.parametrize("how", ["end", "exception", "exit", "sigint", "sigterm", "sigkill"])
+def test_it_ends_with_its_program(how: str, own_tmp: Path) -> None:
+    then = {"end": "", "exception": "raise ValueError('boo')", "exit": "llm.exit()"}.get(how, WORK)
+    program, descendants = start(then)
+    assert len(descendants) >= 6, "the launcher and five services"
+    if how.startswith("sig"):
+        program.send_signal(signal.Signals[how.upper()])
+    _, stderr = program.communicate(timeout=TIMEOUT_S)
+    assert all_ended(descendants)
+    assert list(own_tmp.iterdir()) == [], "nothing is left behind"
+    lines = [line for line in stderr.splitlines() if line and "Generating" not in line]
+    if how in ("end", "exit"):
+        assert (program.returncode, lines) == (0, [])
+    elif how == "exception":
+        assert lines[-1] == "ValueError: boo"
+    elif how == "sigint":
+        assert lines[-1] == "KeyboardInterrupt"
+        assert sum("Traceback" in line for line in lines) == 1
+
+
+def test_it_generates_and_can_be_left_and_made_again(own_tmp: Path) -> None:
+    for _ in range(2):
+        with LLM("", max_num_seqs=4) as llm:
+            outputs = llm.generate(["Once upon a time", [5, 6, 7]], SamplingParams(0.0, 8))
+            assert [len(output["token_ids"]) <= 8 for output in outputs] == [True, True]
+            assert outputs[0]["text"]
+        assert list(own_tmp.iterdir()) == [], "nothing is left behind"
+
+
+def test_what_the_launcher_refuses_is_the_error(
+    own_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RuntimeError, match="no such model: /no/checkpoint"):
+        LLM("/no/checkpoint")
+    assert list(own_tmp.iterdir()) == []
+    assert capfd.readouterr().err == "", "it is said once"
+
+
+def test_a_pipeline_that_dies_is_reported(own_tmp: Path) -> None:
+    with LLM("", device="sim", sim_step_ms=5.0) as llm:
+        services = psutil.Process().children(recursive=True)
+        (scheduler,) = [p for p in services if "nanovllm.services.scheduler" in p.cmdline()]
+        scheduler.kill()
+        with pytest.raises(RuntimeError, match="scheduler 0 was killed"):
+            llm.generate("Once", SamplingParams(max_tokens=4000, ignore_eos=True), use_tqdm=False)
+    assert all_ended(services)

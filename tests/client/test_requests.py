@@ -1,0 +1,54 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanovllm.client.requests import generate_message
+from nanovllm.protocol import ChatMessage
+from nanovllm.sampling_params import SamplingParams
+
+
+def test_text_token_ids_and_chat_messages() -> None:
+    assert generate_message("1", "hello", stream=True).prompt == "hello"
+    assert generate_message("1", [1, 2], stream=True).prompt_token_ids == [1, 2]
+    assert generate_message("1", (1, 2), stream=True).prompt_token_ids == [1, 2]
+    array: Any = np.array([3, 4])
+    assert generate_message("1", array, stream=True).prompt_token_ids == [3, 4]
+    chat = generate_message(
+        "1",
+        [{"role": "user", "content": "hi"}],
+        SamplingParams(max_tokens=3),
+        stream=False,
+        chat_template_kwargs={"enable_thinking": False},
+    )
+    assert chat.messages == [ChatMessage(role="user", content="hi")]
+    assert chat.chat_template_kwargs == {"enable_thinking": False}
+    assert (chat.stream, chat.sampling.max_tokens) == (False, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ("", ValueError, "empty"),
+        ([], ValueError, "empty"),
+        ([-1], ValueError, "prompt_token_ids"),
+        ([2**31], ValueError, "prompt_token_ids"),
+        ([1.5], TypeError, "float"),
+        (["a"], TypeError, "str"),
+        (None, TypeError, "NoneType"),
+        (b"bytes", TypeError, "bytes"),
+        ({"role": "user", "content": "x"}, TypeError, "dict"),
+        ([{"role": "user"}], ValueError, "content"),
+        ([{"role": "user", "content": "x", "name": "y"}], ValueError, "name"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_and_named(
+    prompt: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        generate_message("1", prompt, stream=True)
+
+
+def test_template_arguments_need_a_chat() -> None:
+    with pytest.raises(ValueError, match="chat_template_kwargs"):
+        generate_message("1", "text", stream=True, chat_template_kwargs={"a": 1})

@@ -1,0 +1,63 @@
+from typing import Any
+
+import pytest
+
+from nanovllm import SamplingParams
+from nanovllm.protocol import Sampling
+
+
+def test_positional_order_is_nano_vllms() -> None:
+    params = SamplingParams(0.6, 256, True)
+    assert (params.temperature, params.max_tokens, params.ignore_eos) == (0.6, 256, True)
+
+
+def test_defaults_are_the_protocols() -> None:
+    assert SamplingParams().to_wire() == Sampling()
+
+
+def test_greedy_and_integers_for_floats_are_allowed() -> None:
+    assert SamplingParams(temperature=0, top_p=1).to_wire().temperature == 0.0
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert SamplingParams(stop="END").to_wire().stop == ["END"]
+    assert SamplingParams(stop=("a", "b"), stop_token_ids=(1, 2)).to_wire().stop == ["a", "b"]
+
+
+def test_more_tokens_than_any_model_allows_are_not_refused() -> None:
+    assert SamplingParams(max_tokens=10**30).to_wire().max_tokens >= 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 10.5),
+        ("temperature", float("nan")),
+        ("temperature", "hot"),
+        ("temperature", None),
+        ("max_tokens", 0),
+        ("max_tokens", 2.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("stop", [""]),
+        ("stop", ["x"] * 17),
+        ("stop", 5),
+        ("stop_token_ids", [-1]),
+        ("seed", 2**63),
+        ("logprobs", 21),
+        ("ignore_eos", "yes"),
+    ],
+)
+def test_what_is_out_of_range_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_a_value_changed_later_is_checked_when_it_is_used() -> None:
+    params = SamplingParams()
+    params.top_k = -5
+    with pytest.raises(ValueError, match="top_k=-5"):
+        params.to_wire()

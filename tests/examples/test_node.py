@@ -1,0 +1,66 @@
+"""The JavaScript example, run as a person would."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines import Pipeline
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "node"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("node") is None or shutil.which("npm") is None, reason="node or npm is missing"
+)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the example with its packages installed."""
+    directory = tmp_path_factory.mktemp("node")
+    for source in EXAMPLE.glob("*.*"):
+        shutil.copy(source, directory)
+    subprocess.run(
+        ["npm", "install", "--no-audit", "--no-fund", "--loglevel=error"],
+        cwd=directory,
+        check=True,
+        timeout=100,
+    )
+    return directory
+
+
+def test_it_streams_a_chat_and_aborts_another(installed: Path, pipeline: Pipeline) -> None:
+    ran = subprocess.run(
+        ["node", "chat.mjs", pipeline.endpoint],
+        cwd=installed,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = [line for line in ran.stdout.splitlines() if line.strip()]
+    assert pipeline.endpoint in lines[0]
+    story = "\n".join(lines[1:-2])
+    assert len(story.split()) > 20, "a story was told"
+    assert lines[-2].startswith(("[stop:", "[length:"))
+    assert lines[-1].startswith("[abort, after ")
+
+
+def test_it_says_when_nothing_answers(installed: Path, tmp_path: Path) -> None:
+    script = (installed / "chat.mjs").read_text().replace("60_000", "300")
+    hurried = installed / "hurried.mjs"
+    hurried.write_text(script)
+    ran = subprocess.run(
+        ["node", hurried, f"ipc://{tmp_path}/none.sock"],
+        cwd=installed,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "no pipeline answers" in ran.stderr
