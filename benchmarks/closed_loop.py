@@ -37,7 +37,7 @@ class ClosedLoop:
         probe_every: int,
         seed: int = 0,
     ) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(endpoint)
         self._outstanding = outstanding

@@ -62,7 +62,8 @@ class Control:
                 if isinstance(event, Up) and not asked:
                     asked = self._link.send([StatusRequest()])
                 elif isinstance(event, Received):
-                    return event.message
+                    status: Status = event.message
+                    return status
         raise self._nothing_runs()
 
     def two_reports(self) -> tuple[Status, Status]:

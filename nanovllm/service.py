@@ -117,8 +117,7 @@ class Service:
         while True:
             until_beat = max(0.0, self._next_beat - time.monotonic())
             timeout = until_beat if wait is None else min(wait, until_beat)
-            self._poller.poll(int(timeout * 1000 + 0.999))
-            self._dispatch()
+            self._dispatch(dict(self._poller.poll(int(timeout * 1000 + 0.999))))
             wait = step(time.monotonic())
             self._beat()
 
@@ -132,10 +131,11 @@ class Service:
         for socket in link.sockets:
             self._poller.register(socket, zmq.POLLIN)
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, readable: dict[Any, int]) -> None:
         for link, handler in self._links:
-            for event in link.receive():
-                handler(event)
+            if not readable.keys().isdisjoint(link.sockets):
+                for event in link.receive():
+                    handler(event)
         for watcher in self._watchers:
             watcher()
 

@@ -17,7 +17,7 @@ from nanovllm.settings import Settings
 STORY = "Once upon a time"
 QUESTIONS = ("Tell me a story about a fox.", "Who lives in the harbour?")
 # More at the same time than anyone could read, to see them batched.
-CROWD = 64
+CROWD = 32
 BAR = 30
 
 

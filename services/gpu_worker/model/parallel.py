@@ -47,7 +47,7 @@ class TensorParallel:
             store=store,
             rank=rank,
             world_size=size,
-            timeout=store.timeout,
+            timeout=store.timeout,  # type: ignore[attr-defined]
             device_id=device if on_cuda else None,
         )
         return cls(rank, size, dist.group.WORLD)
