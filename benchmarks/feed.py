@@ -67,7 +67,7 @@ def measure(load: Load, depth: int, seconds: float) -> dict[str, Any]:
     # A few more than run, so that whenever a sequence ends another is waiting.
     outstanding = load.sequences + max(1, load.sequences // 16)
     clients = ClosedLoop(
-        pipeline.endpoint, outstanding, OUTPUT_TOKENS, probe_every=16 if load.sequences > 1 else 2
+        pipeline.endpoint, outstanding, OUTPUT_TOKENS, probe_every=64 if load.sequences > 1 else 2
     )
     try:
         _wait_until_ready(pipeline)

@@ -94,6 +94,7 @@ class ServiceProcess:
             index=self.index,
             pid=self.process.pid,
             state=state,  # type: ignore[arg-type]
+            loading=None if self.ready else self.loading,
             uptime_s=time.monotonic() - self._started,
             at_s=self._report.at_s if self._report else 0.0,
             cpu_s=self._report.cpu_s if self._report else 0.0,

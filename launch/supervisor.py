@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import zmq
-from tqdm import tqdm
 
+from nanovllm.launch.loading_bar import LoadingBar
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.links import BoundLink, Down, Event, Peer, Up, new_incarnation
-from nanovllm.messages import Loading, Status, StatusRequest, ToSupervisor
+from nanovllm.messages import Status, StatusRequest, ToSupervisor
 from nanovllm.service import EXIT_MISCONFIGURED
 from nanovllm.settings import Settings
 
@@ -115,43 +114,13 @@ class Supervisor:
         for service in self._services:
             if service.is_peer(event.peer):
                 service.note(event.message)
-                if isinstance(event.message, Loading):
-                    self._bar.show([s.loading for s in self._services if s.loading])
-        if not self._announced and all(service.ready for service in self._services):
+        if self._announced:
+            return
+        self._bar.show([service.status() for service in self._services])
+        if all(service.ready for service in self._services):
             self._announced = True
             self._bar.close()
             self._announce()
-
-
-class LoadingBar:
-    """One progress bar for what all ranks load together; drawn on a terminal only."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._stage = ""
-
-    def show(self, loading: list[Loading]) -> None:
-        stage = loading[-1].stage
-        if stage != self._stage:
-            self.close()
-            self._stage = stage
-            self._bar = tqdm(
-                total=1, desc=stage, unit="B", unit_scale=True, disable=None, leave=False
-            )
-        if self._bar is not None and not self._bar.disable:
-            same = [part for part in loading if part.stage == stage]
-            self._bar.total = sum(part.total for part in same)
-            self._bar.n = sum(part.done for part in same)
-            self._bar.refresh()
-
-    def write(self, line: str) -> None:
-        """A line above the bar."""
-        tqdm.write(line, file=sys.stderr)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 class _SignalPipe:

@@ -21,6 +21,7 @@ from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.client.requests import Prompt, generate_message
 from nanovllm.client.results import Completion
 from nanovllm.client.tickets import Request
+from nanovllm.launch.loading_bar import LoadingBar
 from nanovllm.protocol import Generate, Logprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings
@@ -185,14 +186,23 @@ class LLM:
 
     def _wait_until_it_serves(self) -> None:
         """Returns when a pipeline of its own is ready, or a running one has answered."""
+        bar = LoadingBar()
+        try:
+            self._wait_watching(bar)
+        finally:
+            bar.close()
+
+    def _wait_watching(self, bar: LoadingBar) -> None:
         while True:
             inquiry = self._connection.core.ping()
             while not inquiry.ended:
                 self._connection.wait(CHECK_PERIOD_S)
                 if self._pipeline is not None:
                     self._pipeline.check()
+                    bar.show(self._pipeline.services())
             if inquiry.result().ready or self._pipeline is None:
                 return
+            bar.show(self._pipeline.services())
             self._connection.wait(READY_PERIOD_S)
 
 

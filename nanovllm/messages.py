@@ -411,12 +411,14 @@ class StatusRequest(Message, tag="status_request"):
 
 
 class ServiceStatus(Message):
-    """`at_s`, `cpu_s` and `stats` are those of its last report; `stats` None before the first."""
+    """`loading` is how far it is, while it loads; `at_s`, `cpu_s` and `stats` are those of its last
+    report, `stats` None before the first."""
 
     role: str
     index: int
     pid: int
     state: Literal["starting", "loading", "ready", "ended"]
+    loading: Loading | None
     uptime_s: float
     at_s: float
     cpu_s: float

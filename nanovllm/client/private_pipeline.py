@@ -15,6 +15,9 @@ from typing import IO, Final
 
 import msgspec
 
+from nanovllm.client.errors import PipelineUnavailable
+from nanovllm.launch.status import Control
+from nanovllm.messages import ServiceStatus
 from nanovllm.options import settings_argv
 from nanovllm.service import LIFELINE_VARIABLE
 from nanovllm.settings import LONGEST_IPC_PATH, Settings
@@ -70,6 +73,15 @@ class PrivatePipeline:
             target=_pass_on, args=(self._process.stderr, self._last_lines), daemon=True
         )
         self._reader.start()
+        self._control: Control | None = None
+
+    def services(self) -> list[ServiceStatus]:
+        """What its services say of themselves; empty before there are any, and after the end."""
+        try:
+            self._control = self._control or Control(self.runtime_dir)
+            return self._control.status().services
+        except PipelineUnavailable:
+            return []
 
     def check(self) -> None:
         """Raises RuntimeError, with the launcher's last words, if the pipeline has ended."""
@@ -86,6 +98,8 @@ class PrivatePipeline:
         if self._lifeline < 0 or os.getpid() != self._owner:  # a forked child does not own it
             return
         lifeline, self._lifeline = self._lifeline, -1
+        if self._control is not None:
+            self._control.close()
         try:
             self._process.terminate()
             self._process.wait(END_TIMEOUT_S)

@@ -149,7 +149,7 @@ class Screen:
 
 def a_status(at_s: float, cpu_s: float, busy_s: float) -> Status:
     def service(role: str, pid: int, stats: Any, index: int = 0) -> ServiceStatus:
-        return ServiceStatus(role, index, pid, "ready", 3725.0, at_s, cpu_s, stats)
+        return ServiceStatus(role, index, pid, "ready", None, 3725.0, at_s, cpu_s, stats)
 
     scheduler = SchedulerStats(
         running=3,
@@ -171,7 +171,7 @@ def a_status(at_s: float, cpu_s: float, busy_s: float) -> Status:
         service("gpu_worker", 14, WorkerStats(3, 70, busy_s), index=1),
         service("tokenizer", 15, TokenizerStats(1, 10)),
         service("detokenizer", 16, DetokenizerStats(3, 900)),
-        ServiceStatus("detokenizer", 1, 17, "starting", 0.5, 0.0, 0.0, None),
+        ServiceStatus("detokenizer", 1, 17, "starting", None, 0.5, 0.0, 0.0, None),
     ]
     return Status("the demo model", "tcp://127.0.0.1:5555", services)
 

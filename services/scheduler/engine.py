@@ -1,0 +1,331 @@
+"""What runs: admission, step plans, and what their results mean for slots and blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+
+from nanovllm.messages import Admission, FinishReason, pack, unpack
+from nanovllm.services.scheduler.blocks import TOKEN_BYTES, BlockManager, root
+from nanovllm.services.scheduler.sequences import NO_SLOT, Finish, Sequence
+from nanovllm.services.scheduler.slots import Indices, Ints, Slots
+from nanovllm.services.scheduler.steps import Draft, Ended, Sampled, Step
+from nanovllm.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# While others run, an admission leaves this share of the blocks to them: it would be the first
+# to be preempted for their next ones.
+RESERVE = 1 / 100
+
+
+class Leftover(NamedTuple):
+    """Blocks of a sequence that has left its slot with rows in flight: they are free after
+    plan `until`."""
+
+    until: int
+    blocks: list[int]
+
+
+class Engine:
+    """Sequences that wait and run, and the blocks that they hold.
+
+    First come, first served: sequences are admitted in the order of `waiting`, and the one
+    admitted last is preempted, to the front of `waiting`. So whoever runs came before all who wait.
+
+    Attributes:
+        waiting: those without a slot, or preempted, in order.
+        running: those in a slot, in the order of their admission.
+        ended: those that finished since this was last emptied.
+        preemptions: how often.
+        prompt_tokens, cached_tokens: of all sequences admitted so far.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.slots = Slots(settings.max_num_seqs, settings.max_model_len)
+        self.blocks = BlockManager(0, settings.kvcache_block_size)
+        self.waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self.running: dict[int, Sequence] = {}
+        self.ended: list[Ended] = []
+        self.preemptions = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self._prefilling: dict[int, Sequence] = {}
+        # Preempted with rows in flight: in `waiting` already, and in their slots still.
+        self._draining: dict[int, Sequence] = {}
+        self._leftovers: list[Leftover] = []
+        self._landed = -1
+        # Who could not be admitted for want of blocks, and how often some had been released then.
+        self._stuck: tuple[int, int] | None = None
+
+    def reset(self, num_blocks: int, block_size: int, next_plan: int) -> None:
+        """A new worker group: whoever ran waits again, and the cache is empty."""
+        for sequence in reversed(self.running.values()):
+            self._to_the_front(sequence)
+        for resident in [s for s in self.slots.sequences if s is not None]:
+            self.slots.vacate(resident)
+            resident.blocks = []
+        self.slots.take_released()
+        self.running.clear()
+        self._prefilling.clear()
+        self._draining.clear()
+        self._leftovers.clear()
+        self._stuck = None
+        self._landed = next_plan - 1
+        self.blocks = BlockManager(num_blocks, block_size)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence, or ends it at once if its output has ended it already."""
+        if finish := sequence.ending():
+            self._end(sequence, finish)
+        else:
+            self.waiting[sequence.uid] = sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out from wherever it is; what it holds is freed in time."""
+        self.waiting.pop(sequence.uid, None)
+        self.running.pop(sequence.uid, None)
+        self._draining.pop(sequence.uid, None)
+        if sequence.slot != NO_SLOT:
+            self._vacate(sequence)
+
+    # A step -------------------------------------------------------------------------------------
+
+    def plan(self, number: int) -> Step | None:
+        """The next step; None if there is nothing to compute now.
+
+        If nothing is in flight either, slots may be released by a plan that computes nothing.
+        """
+        slots = self.slots
+        draft = Draft(number)
+        decode = self._with_room(slots.decoding(), draft)
+        budget = self._settings.max_num_batched_tokens - len(decode)
+        if len(decode):
+            budget = min(budget, self._settings.max_prefill_tokens)
+        for sequence in list(self._prefilling.values()):
+            if not budget:
+                break
+            budget -= self._chunk(sequence, budget, draft)
+        while budget and (admitted := self._admit(draft)) is not None:
+            budget -= self._chunk(admitted, budget, draft)
+        idle = not len(decode) and not draft.chunks
+        if idle and (not slots.released or self._landed != number - 1):
+            return None
+        slots.context[decode] += 1
+        slots.last_plan[decode] = number
+        rows = decode
+        if draft.sampling:
+            rows = np.concatenate((decode, np.array(draft.sampling, dtype=np.intp)))
+        plan = draft.plan(slots.take_released(), decode)
+        return Step(plan, rows, slots.epoch[rows])
+
+    def land(self, step: Step, token_ids: Ints) -> Sampled:
+        """Takes a step's result in: int32 [rows]. Ends what it ends, and frees what it frees.
+
+        Raises ValueError if there is not one token for each row.
+        """
+        if len(token_ids) != len(step.rows):
+            raise ValueError(
+                f"the result of plan {step.plan.number} has {len(token_ids)} rows instead of"
+                f" {len(step.rows)}"
+            )
+        slots = self.slots
+        self._landed = step.plan.number
+        result_rows = np.flatnonzero(slots.epoch[step.rows] == step.epochs)
+        rows = step.rows
+        if len(result_rows) < len(rows):
+            rows, token_ids = rows[result_rows], token_ids[result_rows]
+        known = slots.known[rows]
+        sampled = Sampled(
+            uids=slots.uid[rows],
+            attempts=slots.attempt[rows],
+            offsets=known - slots.prompt_tokens[rows],
+            token_ids=token_ids,
+            lanes=slots.lane[rows],
+            result_rows=result_rows,
+        )
+        slots.tokens[rows, known] = token_ids
+        slots.known[rows] = known + 1
+        ended, stopped = slots.ended(rows, token_ids)
+        for i in np.flatnonzero(ended).tolist():
+            reason: FinishReason = "stop" if stopped[i] else "length"
+            sequence = slots.occupant(int(rows[i]))
+            self._end(sequence, Finish(reason, int(sampled.offsets[i]) + 1))
+        self._free_landed()
+        return sampled
+
+    def register_full_blocks(self) -> None:
+        """Names the blocks that plans and results have filled since, so that others find them."""
+        slots = self.slots
+        full = np.minimum(slots.known, slots.context) // self.blocks.block_size
+        for slot in np.flatnonzero(full > slots.registered).tolist():
+            self._register(slots.occupant(slot), int(full[slot]))
+
+    # Decoding -----------------------------------------------------------------------------------
+
+    def _with_room(self, decode: Indices, draft: Draft) -> Indices:
+        """Of the slots that could decode those that have a block for it; new ones are appended."""
+        slots = self.slots
+        needy = decode[slots.context[decode] % self.blocks.block_size == 0]
+        if not len(needy):
+            return decode
+        left_out: list[int] = []
+        for slot in needy[np.argsort(slots.order[needy])].tolist():
+            if not slots.horizon[slot]:
+                continue  # preempted, for one before it
+            block = self.blocks.append()
+            while block is None and self._blocks_to_come() <= len(left_out):
+                _, last = self.running.popitem()
+                self._preempt(last)
+                if not slots.horizon[slot]:
+                    break  # it was the last itself
+                block = self.blocks.append()
+            if block is not None:
+                slots.occupant(slot).blocks.append(block)
+                draft.append.append((slot, block))
+            else:
+                left_out.append(slot)
+        decode = slots.decoding()
+        return np.setdiff1d(decode, left_out) if left_out else decode
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Recomputed later, in its turn. Tokens in flight are awaited: they may end it."""
+        self.preemptions += 1
+        slot = sequence.slot
+        self._to_the_front(sequence)
+        self._prefilling.pop(slot, None)
+        self.slots.horizon[slot] = 0
+        if self.slots.last_plan[slot] > self._landed:
+            self._draining[sequence.uid] = sequence
+        else:
+            self._vacate(sequence)
+
+    def _blocks_to_come(self) -> int:
+        """Blocks that results in flight will free, at most."""
+        draining = sum(len(sequence.blocks) for sequence in self._draining.values())
+        return draining + sum(len(leftover.blocks) for leftover in self._leftovers)
+
+    # Prefill ------------------------------------------------------------------------------------
+
+    def _chunk(self, sequence: Sequence, budget: int, draft: Draft) -> int:
+        """Plans as much of a prefill as the budget allows; returns how much that is."""
+        slots, slot = self.slots, sequence.slot
+        start = int(slots.context[slot])
+        rest = int(slots.known[slot]) - start
+        length = min(rest, budget)
+        draft.chunks.append((slot, start, length))
+        slots.context[slot] += length
+        slots.last_plan[slot] = draft.number
+        if length == rest:
+            draft.sampling.append(slot)
+            slots.horizon[slot] = slots.limit[slot] - 1
+            self._prefilling.pop(slot, None)
+        else:
+            self._prefilling[slot] = sequence
+        return length
+
+    def _admit(self, draft: Draft) -> Sequence | None:
+        """Admits who is first in the queue, if there is a slot and blocks for all its tokens."""
+        while self.waiting and self.slots.any_empty:
+            sequence = next(iter(self.waiting.values()))
+            if sequence.slot != NO_SLOT:
+                return None  # preempted, with tokens in flight
+            limit = self._limit(sequence)
+            num_tokens = sequence.prompt_tokens + len(sequence.output) // TOKEN_BYTES
+            if 0 < num_tokens < limit:
+                return self._place(sequence, num_tokens, limit, draft)
+            log.error(
+                "request %d cannot run: it has %d tokens, and %d are possible",
+                sequence.uid,
+                num_tokens,
+                limit,
+            )
+            self.waiting.popitem(last=False)
+            self._end(sequence, Finish("length", num_tokens - sequence.prompt_tokens))
+        return None
+
+    def _limit(self, sequence: Sequence) -> int:
+        """How long it may get. The last token is sampled but never computed."""
+        capacity = self.blocks.num_blocks * self.blocks.block_size + 1
+        asked = sequence.prompt_tokens + sequence.submit.max_tokens
+        return min(asked, self._settings.max_model_len, capacity)
+
+    def _place(
+        self, sequence: Sequence, num_tokens: int, limit: int, draft: Draft
+    ) -> Sequence | None:
+        if self._stuck == (sequence.uid, self.blocks.releases):
+            return None
+        size = self.blocks.block_size
+        tokens = sequence.tokens
+        # At least one token must be computed, and into a block of its own.
+        cached, prefix = self.blocks.match(
+            root(sequence.submit.cache_salt), tokens, most=(num_tokens - 1) // size
+        )
+        reserve = int(self.blocks.num_blocks * RESERVE) if self.running else 0
+        blocks = self.blocks.allocate(cached, -(-num_tokens // size) - len(cached), reserve)
+        if blocks is None:
+            self._stuck = (sequence.uid, self.blocks.releases)
+            return None
+        self.waiting.popitem(last=False)
+        self.running[sequence.uid] = sequence
+        sequence.blocks = blocks
+        sequence.prefix = prefix
+        computed = len(cached) * size
+        slot = self.slots.occupy(sequence, unpack(tokens), computed, limit)
+        self.slots.registered[slot] = len(cached)
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = min(computed, sequence.prompt_tokens)
+            self.prompt_tokens += sequence.prompt_tokens
+            self.cached_tokens += sequence.cached_tokens
+        draft.admit.append(
+            Admission(slot, tokens, pack(blocks), computed, sequence.submit.sampling)
+        )
+        return sequence
+
+    # Leaving ------------------------------------------------------------------------------------
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        self.ended.append(Ended(sequence, self.slots.lane_of(sequence)))
+        self.remove(sequence)
+        sequence.end(finish)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Out of its slot. Its blocks are free, or will be when its last row has come back."""
+        slots, slot = self.slots, sequence.slot
+        full = min(slots.known[slot], slots.context[slot]) // self.blocks.block_size
+        self._register(sequence, int(full))
+        self._prefilling.pop(slot, None)
+        blocks, sequence.blocks = sequence.blocks, []
+        until = int(slots.last_plan[slot])
+        if until > self._landed:
+            self._leftovers.append(Leftover(until, blocks))
+        else:
+            self.blocks.release(blocks)
+        slots.vacate(sequence)
+
+    def _free_landed(self) -> None:
+        """What only waited for rows that are back now."""
+        if self._leftovers:
+            landed = [x for x in self._leftovers if x.until <= self._landed]
+            self._leftovers = [x for x in self._leftovers if x.until > self._landed]
+            for leftover in landed:
+                self.blocks.release(leftover.blocks)
+        for sequence in list(self._draining.values()):
+            if self.slots.last_plan[sequence.slot] <= self._landed:
+                del self._draining[sequence.uid]
+                self._vacate(sequence)
+
+    def _register(self, sequence: Sequence, full: int) -> None:
+        slots, slot, size = self.slots, sequence.slot, self.blocks.block_size
+        for i in range(int(slots.registered[slot]), full):
+            tokens = slots.tokens[slot, i * size : (i + 1) * size].tobytes()
+            sequence.prefix = self.blocks.register(sequence.blocks[i], sequence.prefix, tokens)
+        slots.registered[slot] = full
+
+    def _to_the_front(self, sequence: Sequence) -> None:
+        self.waiting[sequence.uid] = sequence
+        self.waiting.move_to_end(sequence.uid, last=False)

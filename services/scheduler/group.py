@@ -1,0 +1,116 @@
+"""The scheduler's side of its dialogue with a worker group: which plans are in flight.
+
+No sockets and no clock: the core tells it what happened, the loop asks what there is to say.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+from nanovllm.links import Peer
+from nanovllm.messages import Reset, SchedulerToWorker, StepResult
+from nanovllm.services.scheduler.steps import Step
+
+log = logging.getLogger(__name__)
+
+
+class WorkerGroup:
+    """The group whose rank 0 is `peer`, once there is one.
+
+    A plan is kept until its result comes: it may be lost with a connection.
+
+    Args:
+        depth: how many plans may be in flight.
+
+    Attributes:
+        peer: rank 0, in the life that was reset.
+        next_number: of the next plan. Plans are numbered on and on, through all groups.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        self._connected = False
+        self._reset = Reset(0)
+        self._reset_unsent = False
+        # Whether a result has come since the reset: then the group has obeyed it.
+        self._heard = False
+        self._in_flight: deque[Step] = deque()
+        self._unsent = 0
+        self.peer: Peer | None = None
+        self.next_number = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether a plan would be run now."""
+        return self._connected
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more plan may be in flight."""
+        return self.peer is not None and len(self._in_flight) < self._depth
+
+    def begin(self, peer: Peer) -> None:
+        """A group in a new life: nothing is in flight."""
+        self.peer = peer
+        self._connected = True
+        self._heard = False
+        self._in_flight.clear()
+        self._reset = Reset(self.next_number)
+        self._reset_unsent = True
+        self._unsent = 0
+
+    def announced_again(self) -> None:
+        """The group says that it waits for its reset, which may be lost, or on its way."""
+        if not self._heard:
+            self._say_again()
+
+    def up(self, peer: Peer) -> None:
+        """A connection to a rank 0 was made; what this one was sent before may be lost."""
+        if peer == self.peer:
+            self._connected = True
+            self._say_again()
+
+    def down(self, peer: Peer) -> None:
+        if peer == self.peer:
+            self._connected = False
+
+    def launch(self, step: Step) -> None:
+        self.next_number += 1
+        self._in_flight.append(step)
+        self._unsent += 1
+
+    def land(self, result: StepResult) -> Step | None:
+        """The step that this is the result of; None if it was known already."""
+        if not self._in_flight or result.number < self._in_flight[0].plan.number:
+            return None
+        if result.number > self._in_flight[0].plan.number:
+            log.error(
+                "dropped the result of plan %d: that of plan %d is missing",
+                result.number,
+                self._in_flight[0].plan.number,
+            )
+            return None
+        self._heard = True
+        step = self._in_flight.popleft()
+        self._unsent = min(self._unsent, len(self._in_flight))
+        return step
+
+    @property
+    def unsent(self) -> list[SchedulerToWorker]:
+        """What is to be sent, in order."""
+        if not self._connected or not (self._unsent or self._reset_unsent):
+            return []
+        messages: list[SchedulerToWorker] = [self._reset] if self._reset_unsent else []
+        first = len(self._in_flight) - self._unsent
+        messages.extend(self._in_flight[i].plan for i in range(first, len(self._in_flight)))
+        return messages
+
+    def sent(self) -> None:
+        """All that was unsent has been sent."""
+        self._reset_unsent = False
+        self._unsent = 0
+
+    def _say_again(self) -> None:
+        self._reset_unsent = not self._heard
+        self._unsent = len(self._in_flight)

@@ -1,0 +1,139 @@
+"""The slots, column by column, so that what is done for all of them is a few array operations."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanovllm.services.scheduler.sequences import NO_SLOT, Sequence
+
+Ints = NDArray[np.int32]
+Indices = NDArray[np.intp]
+
+# A sequence with more stop tokens than this is looked at by itself.
+STOP_COLUMNS = 8
+NO_STOP = -1
+NO_LANE = -1
+
+
+class Slots:
+    """What a step must know of each slot. All arrays have one element (or row) a slot.
+
+    Attributes:
+        uid, attempt: of the sequence in it.
+        epoch: how often the slot has become empty. A row of a plan belongs to the epoch in which
+            it was planned.
+        order: grows with each admission.
+        prompt_tokens: of the sequence.
+        known: tokens whose ids have arrived here, prompt included.
+        context: tokens whose KV is written once all plans so far have run.
+        limit: how many tokens the sequence may have, prompt included.
+        horizon: it decodes while `context` is below this: 0 until its prefill is planned, and then
+            limit - 1, since the last token is sampled but never computed.
+        last_plan: the latest plan with a row of it.
+        registered: blocks that have their name.
+        lane: the detokenizer that is sent each new token by itself, or NO_LANE.
+        stops: int32 [slots, STOP_COLUMNS], the tokens that end it, padded with NO_STOP.
+        many_stops: whether there are more than fit into `stops`.
+        tokens: int32 [slots, max_model_len], those known. Memory is touched only where used.
+        sequences: who is in it.
+        released: slots that became empty since the last plan.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
+        def column() -> Ints:
+            return np.zeros(max_num_seqs, dtype=np.int32)
+
+        self.uid = np.zeros(max_num_seqs, dtype=np.int64)
+        self.attempt = column()
+        self.epoch = column()
+        self.order = np.zeros(max_num_seqs, dtype=np.int64)
+        self.prompt_tokens = column()
+        self.known = column()
+        self.context = column()
+        self.limit = column()
+        self.horizon = column()
+        self.last_plan = np.zeros(max_num_seqs, dtype=np.int64)
+        self.registered = column()
+        self.lane = np.full(max_num_seqs, NO_LANE, dtype=np.int32)
+        self.stops = np.full((max_num_seqs, STOP_COLUMNS), NO_STOP, dtype=np.int32)
+        self.many_stops = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.tokens = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
+        self.sequences: list[Sequence | None] = [None] * max_num_seqs
+        self.released: list[int] = []
+        self._empty = list(range(max_num_seqs - 1, -1, -1))
+        self._admissions = 0
+
+    @property
+    def any_empty(self) -> bool:
+        return bool(self._empty)
+
+    def occupy(self, sequence: Sequence, tokens: Ints, computed: int, limit: int) -> int:
+        """Puts a sequence with these tokens, the KV of `computed` of which exists, into a slot.
+
+        Returns the slot; raises IndexError if none is empty.
+        """
+        slot = self._empty.pop()
+        self._admissions += 1
+        self.uid[slot] = sequence.uid
+        self.attempt[slot] = sequence.attempt
+        self.order[slot] = self._admissions
+        self.prompt_tokens[slot] = sequence.prompt_tokens
+        self.known[slot] = len(tokens)
+        self.context[slot] = computed
+        self.limit[slot] = limit
+        self.tokens[slot, : len(tokens)] = tokens
+        stops = list(sequence.stop_ids)[:STOP_COLUMNS]
+        self.stops[slot] = NO_STOP
+        self.stops[slot, : len(stops)] = stops
+        self.many_stops[slot] = len(sequence.stop_ids) > STOP_COLUMNS
+        self.sequences[slot] = sequence
+        sequence.slot = slot
+        return slot
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Takes the sequence out of its slot; it takes its output with it."""
+        slot = sequence.slot
+        sequence.output = self.output(sequence)
+        sequence.slot = NO_SLOT
+        self.sequences[slot] = None
+        self.epoch[slot] += 1
+        for column in (self.known, self.context, self.horizon, self.registered):
+            column[slot] = 0
+        self.lane[slot] = NO_LANE
+        self.released.append(slot)
+        self._empty.append(slot)
+
+    def output(self, sequence: Sequence) -> bytes:
+        """The output tokens (int32) of any sequence, in a slot or not."""
+        slot = sequence.slot
+        if slot == NO_SLOT:
+            return sequence.output
+        return self.tokens[slot, sequence.prompt_tokens : self.known[slot]].tobytes()
+
+    def lane_of(self, sequence: Sequence) -> int:
+        """The detokenizer that is sent each of its tokens by itself, or NO_LANE."""
+        return NO_LANE if sequence.slot == NO_SLOT else int(self.lane[sequence.slot])
+
+    def occupant(self, slot: int) -> Sequence:
+        """The sequence in a slot; raises LookupError if it is empty."""
+        sequence = self.sequences[slot]
+        if sequence is None:
+            raise LookupError(f"slot {slot} is empty")
+        return sequence
+
+    def decoding(self) -> Indices:
+        """The slots whose next token can be planned now, without knowing the one before it."""
+        return np.flatnonzero(self.context < self.horizon)
+
+    def ended(self, rows: Indices, token_ids: Ints) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Of slots to which these tokens just came: which ended, and which by a stop token."""
+        stopped = (self.stops[rows] == token_ids[:, None]).any(axis=1)
+        for i in np.flatnonzero(self.many_stops[rows]).tolist():
+            stopped[i] = int(token_ids[i]) in self.occupant(int(rows[i])).stop_ids
+        return stopped | (self.known[rows] == self.limit[rows]), stopped
+
+    def take_released(self) -> list[int]:
+        """The slots to be named in the next plan as released."""
+        released, self.released = self.released, []
+        return released

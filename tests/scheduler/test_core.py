@@ -1,0 +1,514 @@
+"""What the scheduler does in the situations that its design names."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nanovllm.links import Peer
+from nanovllm.messages import (
+    Begin,
+    End,
+    Finished,
+    Message,
+    NewTokens,
+    Reset,
+    StepPlan,
+    Submit,
+    pack,
+    unpack,
+)
+from tests.scheduler.fakes import FakeDetokenizer, Request, next_token
+from tests.scheduler.world import World
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+    """All that detokenizers are told."""
+    messages: list[Message] = []
+    take = FakeDetokenizer.take
+
+    def record(self: FakeDetokenizer, taken: list[Message]) -> None:
+        messages.extend(taken)
+        take(self, taken)
+
+    monkeypatch.setattr(FakeDetokenizer, "take", record)
+    return messages
+
+
+def decodes(plan: StepPlan) -> list[int]:
+    slots: list[int] = unpack(plan.decode).tolist()
+    return slots
+
+
+def chunks(plan: StepPlan) -> list[list[int]]:
+    rows: list[list[int]] = unpack(plan.prefill).reshape(-1, 3).tolist()
+    return rows
+
+
+def stops_at(request_number: int, prompt_tokens: int, offset: int) -> int:
+    """A stop token that the n-th request of a world samples at `offset` (and not before)."""
+    sampled = [next_token(request_number, prompt_tokens + i) for i in range(offset + 1)]
+    assert sampled[offset] not in sampled[:offset]
+    return sampled[offset]
+
+
+def again(request: Request, attempt: int, output: list[int]) -> Submit:
+    old = request.submit
+    return Submit(
+        old.uid, attempt, old.prompt, pack(output), old.resumed, old.sampling, old.max_tokens,
+        old.stop, old.stop_token_ids, old.cache_salt,
+    )  # fmt: skip
+
+
+# Plans --------------------------------------------------------------------------------------------
+
+
+def test_depth_plans_are_in_flight() -> None:
+    world = World(depth=3)
+    world.submit([1, 2, 3])
+    world.pump()
+    world.work()
+    assert [plan.number for plan in world.worker.plans] == [0, 1, 2]
+    assert [chunks(plan) for plan in world.worker.plans] == [[[0, 0, 3]], [], []]
+    assert [decodes(plan) for plan in world.worker.plans] == [[], [0], [0]]
+
+
+def test_no_row_is_planned_past_max_tokens() -> None:
+    world = World(depth=4)
+    world.submit([1, 2, 3], max_tokens=3)
+    world.run()
+    assert len(world.worker.plans) == 4, "three tokens, and a plan that releases the slot"
+    assert world.core.stats().generated == 3
+    world.check_all_delivered()
+
+
+def test_decodes_come_first_and_bound_the_prefill_beside_them() -> None:
+    world = World(depth=1, max_num_batched_tokens=16, max_prefill_tokens=6)
+    world.submit([1, 2, 3], max_tokens=20)
+    world.pump()
+    world.submit(range(30), max_tokens=2)
+    world.submit([4], max_tokens=2)
+    for _ in range(8):
+        world.step()
+    plans = world.worker.plans
+    assert chunks(plans[1]) == [[1, 0, 6]]
+    assert chunks(plans[2]) == [[1, 6, 6]]
+    assert chunks(plans[5]) == [[1, 24, 6]], "the last chunk of the first fills the budget"
+    assert chunks(plans[6]) == [[2, 0, 1]]
+    assert all(decodes(plan)[0] == 0 for plan in plans[1:])
+
+
+def test_a_step_of_prefill_alone_has_the_whole_budget() -> None:
+    world = World(depth=1, max_num_batched_tokens=16, max_prefill_tokens=6)
+    world.submit(range(30), max_tokens=1)
+    world.run()
+    assert chunks(world.worker.plans[0]) == [[0, 0, 16]]
+    assert chunks(world.worker.plans[1]) == [[0, 16, 14]]
+
+
+def test_superfluous_rows_are_dropped_and_the_slot_is_used_again_at_once() -> None:
+    world = World(depth=2, max_num_seqs=1)
+    first = world.submit([1, 2, 3], max_tokens=20, stop_ids=[stops_at(1, 3, 1)])
+    second = world.submit([4, 5, 6], max_tokens=2)
+    world.pump()
+    world.step()
+    world.step()
+    plan = world.worker.inbox[-1]
+    assert isinstance(plan, StepPlan)
+    assert [a.slot for a in plan.admit] == [0], "in the plan after the result that ended it"
+    assert unpack(plan.release).tolist() == [0]
+    assert world.engine._leftovers, "a row is in flight: its blocks are not free yet"
+    world.step()
+    assert not world.engine._leftovers
+    world.run()
+    assert world.is_finished(first)
+    assert world.is_finished(second)
+    assert world.core.stats().generated == 2 + 2
+    world.check_all_delivered()
+
+
+def test_more_stop_tokens_than_a_row_has_columns() -> None:
+    world = World()
+    stop = stops_at(1, 3, 3)
+    request = world.submit([1, 2, 3], max_tokens=20, stop_ids=[*range(100, 130), stop])
+    world.run()
+    assert request.completion_tokens == 4
+    world.check_all_delivered()
+
+
+def test_when_nothing_is_in_flight_a_plan_releases_the_slots() -> None:
+    world = World(depth=3)
+    world.submit([1, 2, 3], max_tokens=20, stop_ids=[stops_at(1, 3, 1)])
+    world.pump()
+    world.step()
+    world.step()
+    world.work()
+    assert len(world.worker.plans) == 4, "two have superfluous rows; a fifth has nothing to do"
+    world.run()
+    assert len(world.worker.plans) == 5
+    assert not world.worker.slots
+
+
+# Blocks -------------------------------------------------------------------------------------------
+
+
+def test_the_next_plan_hits_what_this_one_fills() -> None:
+    world = World(depth=2)
+    world.submit([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    world.pump()
+    world.submit([1, 2, 3, 4, 5, 6, 7, 8, 10])
+    world.step()
+    assert world.core.stats().cached_tokens == 8
+    world.run()
+    world.check_all_delivered()
+
+
+def test_a_prompt_of_whole_blocks_leaves_one_to_compute(told: list[Message]) -> None:
+    world = World()
+    world.submit([1, 2, 3, 4, 5, 6, 7, 8])
+    world.run()
+    world.submit([1, 2, 3, 4, 5, 6, 7, 8])
+    world.run()
+    begins = [message for message in told if isinstance(message, Begin)]
+    assert [(b.prompt_tokens, b.cached_tokens) for b in begins] == [(8, 0), (8, 4)]
+    world.check_all_delivered()
+
+
+def test_blocks_filled_by_decoding_are_hit() -> None:
+    world = World(depth=2)
+    first = world.submit([1, 2], max_tokens=8)
+    world.run()
+    world.submit([1, 2, *first.expected[:7]])
+    world.run()
+    assert world.core.stats().cached_tokens == 8
+    world.check_all_delivered()
+
+
+def test_the_last_token_has_no_kv() -> None:
+    """Ten tokens, nine of them computed: the block that the tenth would fill has no name."""
+    world = World(depth=2, block_size=5)
+    first = world.submit([1, 2], max_tokens=8)
+    world.run()
+    world.submit([1, 2, *first.expected, 3])
+    world.run()
+    assert world.core.stats().cached_tokens == 5
+
+
+def test_who_was_admitted_last_is_preempted_and_goes_first() -> None:
+    world = World(depth=2, num_blocks=6, block_size=4, max_model_len=24, max_num_seqs=4)
+    old = world.submit([1, 2, 3, 4, 5, 6, 7], max_tokens=12)
+    young = world.submit([11, 12, 13, 14, 15, 16, 17], max_tokens=12)
+    world.pump()
+    while not world.core.stats().preemptions:
+        assert world.step()
+    late = world.submit([21], max_tokens=1)
+    assert list(world.engine.waiting) == [young.submit.uid, late.submit.uid]
+    assert list(world.engine.running) == [old.submit.uid]
+    world.run()
+    assert world.core.stats().preemptions == 1, "one was enough"
+    assert world.worker.admitted_seeds == [1, 2, 2, 3]
+    world.check_all_delivered()
+
+
+def test_a_preempted_sequence_keeps_its_tokens_in_flight() -> None:
+    """They end it here: it is not computed again."""
+    world = World(depth=3, num_blocks=4, block_size=4, max_model_len=16, max_num_seqs=4)
+    old = world.submit([1, 2, 3, 4, 5, 6, 7], max_tokens=9)
+    young = world.submit([11, 12, 13, 14, 15], max_tokens=2)
+    world.pump()
+    assert world.core.stats().preemptions == 1, "the old one needs its third block"
+    assert list(world.engine._draining) == [young.submit.uid]
+    world.run()
+    assert world.is_finished(old)
+    assert world.is_finished(young)
+    assert world.worker.admitted_seeds == [1, 2]
+    world.check_all_delivered()
+
+
+def test_first_come_first_served_though_a_later_one_would_fit() -> None:
+    world = World(depth=1, num_blocks=8, block_size=4, max_model_len=32, max_num_seqs=4)
+    world.submit(range(20), max_tokens=5)
+    world.submit(range(100, 116), max_tokens=2)
+    world.submit([7], max_tokens=2)
+    world.pump()
+    world.work()
+    assert world.worker.admitted_seeds == [1], "the second lacks a block, the third waits for it"
+    world.run()
+    assert world.worker.admitted_seeds == [1, 2, 3]
+    world.check_all_delivered()
+
+
+def test_what_can_never_fit_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks hold eight tokens, and a ninth is sampled."""
+    told: list[Message] = []
+    monkeypatch.setattr(FakeDetokenizer, "take", lambda self, messages: told.extend(messages))
+    world = World(num_blocks=2, block_size=4, max_model_len=64)
+    too_long = world.submit(range(20), max_tokens=5)
+    cut = world.submit([1, 2, 3], max_tokens=20)
+    world.run()
+    assert [message for message in told if isinstance(message, Finished)] == [
+        Finished(too_long.submit.uid, 0, "length", 0),
+        Finished(cut.submit.uid, 0, "length", 6),
+    ]
+
+
+# Requests -----------------------------------------------------------------------------------------
+
+
+def test_copies_are_answered_and_ignored() -> None:
+    world = World()
+    request = world.submit([1, 2, 3])
+    world.pump()
+    world.admitted.clear()
+    world.submit_raw(request.submit)
+    world.pump()
+    assert world.admitted == {request.submit.uid: 0}
+    world.run()
+    assert world.worker.admitted_seeds == [1]
+    world.check_all_delivered()
+
+
+def test_a_newer_attempt_replaces_an_older_one() -> None:
+    world = World()
+    request = world.submit([1, 2, 3], max_tokens=20)
+    world.pump()
+    for _ in range(5):
+        world.step()
+    world.submit_raw(again(request, 1, request.expected[:2]))
+    world.pump()
+    assert world.admitted == {request.submit.uid: 1}
+    world.admitted.clear()
+    world.core.submit(request.submit)
+    world.pump()
+    assert world.admitted == {}, "an older one is dropped"
+    world.admitted[request.submit.uid] = 1
+    world.run()
+    world.check_all_delivered()
+    world.check_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("output", "max_tokens", "reason", "completion_tokens"),
+    [([5, 9, 6, 9], 8, "stop", 2), ([5, 6], 2, "length", 2), ([5, 6, 9], 2, "length", 2)],
+)
+def test_an_output_that_ends_already(
+    told: list[Message], output: list[int], max_tokens: int, reason: str, completion_tokens: int
+) -> None:
+    world = World(start=False)
+    world.detokenizer_up(0)
+    request = world.submit([1, 2], output=output, max_tokens=max_tokens, stop_ids=[9])
+    world.pump()
+    begin, finished = told
+    assert isinstance(begin, Begin)
+    assert unpack(begin.output).tolist() == output
+    assert begin.resumed == len(output)
+    assert finished == Finished(request.submit.uid, 0, reason, completion_tokens)  # type: ignore[arg-type]
+
+
+def test_an_output_brought_along_is_told_at_once_and_again_when_it_runs(
+    told: list[Message],
+) -> None:
+    world = World(start=False)
+    world.detokenizer_up(0)
+    world.submit([1, 2, 3, 4, 5], output=[7], max_tokens=4)
+    world.pump()
+    assert [type(message) for message in told] == [Begin]
+    world.start_worker()
+    world.run()
+    world.check_all_delivered()
+    assert [type(message) for message in told] == [Begin, Begin, NewTokens, NewTokens, Finished]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 30])
+def test_an_abort_frees_everything_in_time(steps: int, told: list[Message]) -> None:
+    world = World(depth=3)
+    request = world.submit([1, 2, 3, 4, 5], max_tokens=20)
+    for _ in range(steps):
+        world.step()
+    world.end(request.submit.uid)
+    world.end(request.submit.uid)
+    world.run()
+    world.check_nothing_left()
+    if steps > 1:
+        assert told[-1] == End(request.submit.uid) or isinstance(told[-1], NewTokens)
+        assert End(request.submit.uid) in told
+
+
+def test_a_new_ingress_ends_all_of_the_old_one() -> None:
+    world = World()
+    request = world.submit([1, 2, 3], max_tokens=20)
+    world.step()
+    world.ingress_reborn()
+    world.run()
+    world.check_nothing_left()
+    world.core.submit(request.submit)
+    world.pump()
+    assert world.core.stats().records == 0, "it came late, and nobody would ever end it"
+
+
+def test_the_ingress_hears_what_is_held_and_whether_it_is_ready() -> None:
+    world = World(start=False)
+    world.pump()
+    assert world.engine_ready == [False]
+    request = world.submit([1, 2, 3])
+    world.start_worker()
+    assert world.engine_ready == [False, True]
+    world.admitted.clear()
+    world.core.ingress_up(world.epoch)
+    world.pump()
+    assert world.admitted == {request.submit.uid: 0}
+    assert world.engine_ready == [False, True, True]
+    world.core.worker_down(world.worker_peer)
+    world.pump()
+    assert world.engine_ready == [False, True, True, False]
+
+
+# The worker group ---------------------------------------------------------------------------------
+
+
+def test_a_new_group_computes_everything_again() -> None:
+    world = World(depth=2)
+    world.submit([1, 2, 3, 4, 5], max_tokens=20)
+    world.submit([1, 2, 3, 4, 6], max_tokens=20)
+    for _ in range(6):
+        world.step()
+    old, number = world.worker, world.core._group.next_number
+    world.work()
+    world.restart_worker(32)
+    first = world.worker.inbox[0]
+    assert first == Reset(number)
+    stats = world.core.stats()
+    world.core.result(Peer("gpu_worker", 0, 101), old.outbox[0])
+    assert world.core.stats().generated == stats.generated, "nothing is believed of the old one"
+    world.run()
+    assert world.core.stats().blocks_total == 32
+    assert world.worker.admitted_seeds == [1, 2]
+    world.check_all_delivered()
+
+
+def test_a_reset_that_was_lost_is_sent_again_with_its_plans() -> None:
+    world = World(depth=2)
+    request = world.submit([1, 2, 3])
+    world.pump()
+    world.worker.inbox.clear()
+    world.core.group_ready(world.worker_peer, world.worker.announcement())
+    world.run()
+    assert world.is_finished(request)
+
+
+def test_a_result_that_comes_twice_counts_once() -> None:
+    world = World(depth=2)
+    world.submit([1, 2, 3], max_tokens=20)
+    world.pump()
+    world.work()
+    first = world.worker.outbox[0]
+    world.step()
+    world.core.result(world.worker_peer, first)
+    world.core.settle()
+    world.run()
+    world.check_all_delivered()
+
+
+def test_a_result_of_the_wrong_size_is_an_error() -> None:
+    world = World(depth=2)
+    world.submit([1, 2, 3], max_tokens=20)
+    world.pump()
+    world.work()
+    world.worker.outbox[0].token_ids = pack([1, 2])
+    with pytest.raises(ValueError, match="2 rows instead of 1"):
+        world.result()
+
+
+# Detokenizers -------------------------------------------------------------------------------------
+
+
+def test_the_least_loaded_detokenizer_is_chosen() -> None:
+    world = World(detokenizers=3)
+    for first_token in range(6):
+        world.submit([first_token], max_tokens=4)
+    world.run()
+    assert [len(d.outputs) for d in world.detokenizers.values()] == [2, 2, 2]
+
+
+def test_a_step_is_one_message_for_each_detokenizer(told: list[Message]) -> None:
+    world = World(detokenizers=2)
+    for first_token in range(6):
+        world.submit([first_token], max_tokens=30)
+    for _ in range(5):
+        world.step()
+    told.clear()
+    world.step()
+    assert [type(message) for message in told] == [NewTokens, NewTokens]
+    uids = [np.frombuffer(m.uids, dtype="<i8") for m in told if isinstance(m, NewTokens)]
+    assert sorted(np.concatenate(uids).tolist()) == sorted(world.live)
+
+
+def test_another_detokenizer_takes_over_and_the_first_forgets() -> None:
+    world = World(detokenizers=2)
+    requests = [world.submit([first], max_tokens=10) for first in range(4)]
+    for _ in range(4):
+        world.step()
+    peer = next(iter(world.detokenizers))
+    gone = world.detokenizer_down(peer)
+    assert gone.outputs
+    world.run()
+    world.check_all_delivered()
+    world.detokenizer_back(peer, gone)
+    world.pump()
+    assert not gone.outputs
+    assert all(world.is_finished(request) for request in requests)
+
+
+def test_a_reborn_detokenizer_gets_finished_outputs_too() -> None:
+    world = World()
+    world.submit([1, 2], max_tokens=3)
+    world.run()
+    world.detokenizer_up(0)
+    world.run()
+    world.check_all_delivered()
+
+
+def test_without_a_detokenizer_the_tokens_wait() -> None:
+    world = World(detokenizers=0)
+    world.submit([1, 2], max_tokens=3)
+    world.run()
+    assert world.core.stats().generated == 3
+    world.detokenizer_up(0)
+    world.pump()
+    world.check_all_delivered()
+
+
+def test_one_that_does_not_keep_up_is_told_later_in_one_message(told: list[Message]) -> None:
+    world = World()
+    request = world.submit([1, 2], max_tokens=10)
+    for _ in range(3):
+        world.step()
+    world.deaf = set(world.detokenizers)
+    for _ in range(4):
+        world.step()
+    was_blocked = world.core.blocked
+    told.clear()
+    world.deaf = set()
+    world.step()
+    assert (was_blocked, world.core.blocked) == (True, False)
+    assert [type(message) for message in told] == [Begin]
+    assert len(world.tokens_of(request)) == 7
+    world.run()
+    world.check_all_delivered()
+
+
+def test_logprobs_travel_with_their_tokens_and_are_repeated(told: list[Message]) -> None:
+    world = World()
+    request = world.submit([1, 2], max_tokens=6, logprobs=0)
+    world.submit([1, 2], max_tokens=6)
+    for _ in range(4):
+        world.step()
+    steps = [message for message in told if isinstance(message, NewTokens)]
+    assert all(len(step.logprobs) == 1 for step in steps)
+    world.detokenizer_up(0)
+    told.clear()
+    world.run()
+    begin = next(m for m in told if isinstance(m, Begin) and m.uid == request.submit.uid)
+    assert len(begin.token_logprobs) == len(begin.output) // 4
+    world.check_all_delivered()

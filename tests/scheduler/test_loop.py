@@ -1,0 +1,240 @@
+"""The scheduler as a process, among peers over real sockets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import zmq
+
+from nanovllm.links import BoundLink, ConnectedLink, Peer, Received, Up
+from nanovllm.messages import (
+    Admitted,
+    Begin,
+    End,
+    EngineState,
+    Finished,
+    GroupReady,
+    NewTokens,
+    Ready,
+    Report,
+    Reset,
+    Sampling,
+    SchedulerStats,
+    SchedulerToDetokenizer,
+    SchedulerToIngress,
+    SchedulerToWorker,
+    StepPlan,
+    StepResult,
+    Submit,
+    ToSupervisor,
+    pack,
+    unpack,
+)
+from nanovllm.options import settings_argv
+from nanovllm.settings import Settings
+
+TIMEOUT_S = 20.0
+INGRESS_LIFE = 77
+UID = (INGRESS_LIFE << 32) + 1
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+M = TypeVar("M")
+
+
+class Neighbours:
+    """The supervisor, the ingress, a tokenizer, a detokenizer and rank 0 of a worker group."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        supervisor = Peer("supervisor", 0, 1)
+        self.supervisor: BoundLink[Any] = BoundLink(
+            self.context, settings.control_endpoint, supervisor, ToSupervisor
+        )
+        self._endpoint = settings.scheduler_endpoint
+        self._links: list[BoundLink[Any] | ConnectedLink[Any]] = [self.supervisor]
+        self.ingress = self.connect(Peer("ingress", 0, INGRESS_LIFE), SchedulerToIngress)
+        self.tokenizer = self.connect(Peer("tokenizer", 0, 3), None)
+        self.detokenizer = self.connect(Peer("detokenizer", 0, 4), SchedulerToDetokenizer)
+        self.worker = self.connect(Peer("gpu_worker", 0, 5), SchedulerToWorker)
+        self.events: list[tuple[object, Any]] = []
+
+    def connect(self, me: Peer, inbound: Any) -> ConnectedLink[Any]:
+        link: ConnectedLink[Any] = ConnectedLink(self.context, self._endpoint, me, inbound)
+        self._links.append(link)
+        return link
+
+    def close(self, link: ConnectedLink[Any]) -> None:
+        self._links.remove(link)
+        link.close()
+
+    def wait(self, what: str, found: Callable[[], M | None]) -> M:
+        """Polls all links until `found` has found something among `events`."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while (result := found()) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {what} among {self.events}")
+            poller = zmq.Poller()
+            for link in self._links:
+                for socket in link.sockets:
+                    poller.register(socket, zmq.POLLIN)
+            poller.poll(100)
+            for link in self._links:
+                self.events.extend((link, event) for event in link.receive())
+        return result
+
+    def message(self, link: object, kind: type[M], matches: Callable[[M], bool] | None = None) -> M:
+        """The next message of this kind from a link; it is taken out of `events`."""
+
+        def found() -> M | None:
+            for i, (source, event) in enumerate(self.events):
+                if source is link and isinstance(event, Received):
+                    message = event.message
+                    if isinstance(message, kind) and (matches is None or matches(message)):
+                        del self.events[i]
+                        return message
+            return None
+
+        return self.wait(kind.__name__, found)
+
+    def up(self, *links: object) -> None:
+        """Waits until the scheduler has welcomed each."""
+
+        def found() -> bool | None:
+            welcomed = {id(source) for source, event in self.events if isinstance(event, Up)}
+            return True if welcomed >= {id(link) for link in links} else None
+
+        self.wait("welcome", found)
+
+
+@pytest.fixture
+def neighbours(tmp_path: Path) -> Iterator[Neighbours]:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    settings = Settings(
+        model=str(tmp_path), runtime_dir=str(tmp_path), max_num_seqs=4, kvcache_block_size=4
+    )
+    neighbours = Neighbours(settings)
+    command = [sys.executable, "-m", "nanovllm.services.scheduler", *settings_argv(settings)]
+    process = subprocess.Popen(command)
+    try:
+        yield neighbours
+        assert process.poll() is None, "it has ended by itself"
+    finally:
+        process.terminate()
+        process.wait(TIMEOUT_S)
+        neighbours.context.destroy(linger=0)
+
+
+def submit(uid: int = UID, max_tokens: int = 3) -> Submit:
+    return Submit(
+        uid=uid,
+        attempt=0,
+        prompt=pack([1, 2, 3, 4, 5]),
+        output=b"",
+        resumed=0,
+        sampling=Sampling(1.0, 1.0, 0, 0.0, 1, None),
+        max_tokens=max_tokens,
+        stop=[],
+        stop_token_ids=pack([99]),
+        cache_salt="",
+    )
+
+
+def answer(plan: StepPlan, *tokens: int) -> StepResult:
+    return StepResult(plan.number, pack(tokens), [], 0, 0)
+
+
+def scheduler_report(n: Neighbours, matches: Callable[[SchedulerStats], bool]) -> SchedulerStats:
+    def of_scheduler(report: Report) -> bool:
+        return isinstance(report.stats, SchedulerStats) and matches(report.stats)
+
+    stats = n.message(n.supervisor, Report, of_scheduler).stats
+    assert isinstance(stats, SchedulerStats)
+    return stats
+
+
+def test_the_life_of_a_request(neighbours: Neighbours) -> None:
+    n = neighbours
+    n.message(n.supervisor, Ready)
+    n.up(n.ingress, n.tokenizer, n.detokenizer, n.worker)
+    assert not n.message(n.ingress, EngineState).ready
+    assert n.worker.send([GroupReady(num_blocks=32, block_size=4)])
+    assert n.message(n.worker, Reset).number == 0
+    assert n.message(n.ingress, EngineState).ready
+
+    assert n.tokenizer.send([submit()])
+    assert n.message(n.ingress, Admitted) == Admitted(UID, 0)
+    plan = n.message(n.worker, StepPlan)
+    assert unpack(plan.admit[0].tokens).tolist() == [1, 2, 3, 4, 5]
+    assert unpack(plan.prefill).tolist() == [0, 0, 5]
+    second = n.message(n.worker, StepPlan)
+    assert unpack(second.decode).tolist() == [0], "sent before the first has a result"
+    assert n.worker.send([answer(plan, 10)])
+    begin = n.message(n.detokenizer, Begin)
+    assert (begin.uid, unpack(begin.output).tolist(), begin.prompt_tokens) == (UID, [10], 5)
+
+    third = n.message(n.worker, StepPlan)
+    assert n.worker.send([answer(second, 11), answer(second, 12)])
+    new = n.message(n.detokenizer, NewTokens)
+    assert np.frombuffer(new.uids, dtype="<i8").tolist() == [UID]
+    assert (unpack(new.offsets).tolist(), unpack(new.token_ids).tolist()) == ([1], [11])
+    assert n.worker.send([answer(third, 12)])
+    assert unpack(n.message(n.detokenizer, NewTokens).token_ids).tolist() == [12]
+    assert n.message(n.detokenizer, Finished) == Finished(UID, 0, "length", 3)
+    release = n.message(n.worker, StepPlan)
+    assert unpack(release.release).tolist() == [0]
+    assert n.worker.send([answer(release)])
+
+    assert scheduler_report(n, lambda stats: stats.steps == 4).records == 1
+    assert n.ingress.send([End(UID)])
+    assert n.message(n.detokenizer, End) == End(UID)
+    stats = scheduler_report(n, lambda stats: stats.records == 0)
+    assert (stats.running, stats.blocks_used, stats.generated) == (0, 0, 3)
+
+
+def test_a_worker_group_in_a_new_life_computes_again(neighbours: Neighbours) -> None:
+    n = neighbours
+    n.up(n.ingress, n.tokenizer, n.detokenizer, n.worker)
+    assert n.worker.send([GroupReady(32, 4)])
+    n.message(n.worker, Reset)
+    assert n.tokenizer.send([submit(max_tokens=20)])
+    plan = n.message(n.worker, StepPlan)
+    assert n.worker.send([answer(plan, 10)])
+    n.message(n.detokenizer, Begin)
+    assert [n.message(n.ingress, EngineState).ready for _ in range(2)] == [False, True]
+
+    n.close(n.worker)
+    assert not n.message(n.ingress, EngineState).ready
+    n.worker = n.connect(Peer("gpu_worker", 0, 6), SchedulerToWorker)
+    n.up(n.worker)
+    assert n.worker.send([GroupReady(16, 4)])
+    reset = n.message(n.worker, Reset)
+    again = n.message(n.worker, StepPlan)
+    assert again.number == reset.number == 3
+    assert unpack(again.admit[0].tokens).tolist() == [1, 2, 3, 4, 5, 10]
+    assert n.message(n.ingress, EngineState).ready
+
+
+def test_a_message_of_the_wrong_peer_is_dropped(neighbours: Neighbours) -> None:
+    n = neighbours
+    n.up(n.ingress, n.tokenizer, n.detokenizer)
+    assert n.detokenizer.send([submit(UID + 1)])
+    assert n.tokenizer.send([End(UID), submit()])
+    assert n.message(n.ingress, Admitted) == Admitted(UID, 0)
+    assert scheduler_report(n, lambda stats: stats.records > 0).records == 1

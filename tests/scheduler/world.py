@@ -1,0 +1,334 @@
+"""The scheduler's core among its fakes, driven as its loop drives it and checked at every step."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+from nanovllm.links import Peer
+from nanovllm.messages import Admitted, EngineState, Sampling, StepPlan, Submit, pack, unpack
+from nanovllm.services.scheduler.core import Scheduler
+from nanovllm.services.scheduler.engine import Engine
+from nanovllm.settings import Settings
+from tests.scheduler.fakes import (
+    VOCABULARY,
+    FakeDetokenizer,
+    FakeWorker,
+    Request,
+    next_state,
+    root_state,
+)
+
+
+class World:
+    """A scheduler with one ingress, one worker group and some detokenizers.
+
+    Attributes:
+        requests: by (uid, attempt), all that were ever submitted.
+        live: the latest attempt of each uid that has not been ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int = 2,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        max_prefill_tokens: int = 32,
+        max_model_len: int = 64,
+        detokenizers: int = 1,
+        start: bool = True,
+    ) -> None:
+        self.settings = Settings(
+            pipeline_depth=depth,
+            kvcache_block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_prefill_tokens=max_prefill_tokens,
+            max_model_len=max_model_len,
+        )
+        self.core = Scheduler(self.settings)
+        self.requests: dict[tuple[int, int], Request] = {}
+        self.by_seed: dict[int, Request] = {}
+        self.live: dict[int, Request] = {}
+        self.admitted: dict[int, int] = {}
+        self.engine_ready: list[bool] = []
+        self.detokenizers: dict[Peer, FakeDetokenizer] = {}
+        self.deaf: set[Peer] = set()
+        self.epoch = 1
+        self._incarnations = 100
+        self._counter = 0
+        self._num_detokenizers = detokenizers
+        self.worker_peer = Peer("gpu_worker", 0, self._incarnation())
+        self.worker = self._new_worker(num_blocks)
+        self.worker_connected = False
+        self.core.ingress_up(self.epoch)
+        if start:
+            for index in range(detokenizers):
+                self.detokenizer_up(index)
+            self.start_worker()
+
+    @property
+    def engine(self) -> Engine:
+        return self.core._engine
+
+    # What clients do ----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 8,
+        output: Sequence[int] = (),
+        stop_ids: Sequence[int] = (),
+        salt: str = "",
+        logprobs: int | None = None,
+    ) -> Request:
+        self._counter += 1
+        uid = (self.epoch << 32) + self._counter
+        sampling = Sampling(1.0, 1.0, 0, 0.0, self._counter, logprobs)
+        room = self.settings.max_model_len - len(prompt)
+        return self.submit_raw(
+            Submit(
+                uid=uid,
+                attempt=0,
+                prompt=pack(prompt),
+                output=pack(output),
+                resumed=len(output),
+                sampling=sampling,
+                max_tokens=min(max_tokens, room),
+                stop=[],
+                stop_token_ids=pack(stop_ids),
+                cache_salt=salt,
+            )
+        )
+
+    def submit_raw(self, submit: Submit) -> Request:
+        held = self.live.get(submit.uid)
+        request = Request(submit, len(self.requests))
+        if held is None or submit.attempt > held.submit.attempt:
+            self.requests[submit.uid, submit.attempt] = request
+            self.by_seed[submit.sampling.seed] = request
+            self.live[submit.uid] = request
+        self.core.submit(submit)
+        return request
+
+    def end(self, uid: int) -> None:
+        self.live.pop(uid, None)
+        self.admitted.pop(uid, None)
+        self.core.end(uid)
+
+    def tokens_of(self, request: Request) -> list[int]:
+        """What the detokenizers have of it."""
+        found = [d.outputs.get(request.submit.uid) for d in self.detokenizers.values()]
+        return max((d.tokens for d in found if d is not None), key=len, default=[])
+
+    def is_finished(self, request: Request) -> bool:
+        found = [d.outputs.get(request.submit.uid) for d in self.detokenizers.values()]
+        return any(
+            d is not None and d.attempt == request.submit.attempt and d.finished is not None
+            for d in found
+        )
+
+    # What goes wrong ----------------------------------------------------------------------------
+
+    def ingress_reborn(self) -> None:
+        self.epoch += 1
+        self.live.clear()
+        self.admitted.clear()
+        self.core.ingress_up(self.epoch)
+
+    def detokenizer_up(self, index: int) -> Peer:
+        """In a new life."""
+        for peer in [p for p in self.detokenizers if p.index == index]:
+            self.detokenizer_down(peer)
+        peer = Peer("detokenizer", index, self._incarnation())
+        self.detokenizers[peer] = FakeDetokenizer(self.requests)
+        self.core.detokenizer_up(peer)
+        return peer
+
+    def detokenizer_down(self, peer: Peer) -> FakeDetokenizer:
+        """It may come back by `detokenizer_back`, with what it has."""
+        self.core.detokenizer_down(peer)
+        return self.detokenizers.pop(peer)
+
+    def detokenizer_back(self, peer: Peer, detokenizer: FakeDetokenizer) -> None:
+        self.detokenizers[peer] = detokenizer
+        self.core.detokenizer_up(peer)
+
+    def start_worker(self) -> None:
+        self.worker_connected = True
+        self.core.worker_up(self.worker_peer)
+        self.core.group_ready(self.worker_peer, self.worker.announcement())
+        self.pump()
+
+    def restart_worker(self, num_blocks: int) -> None:
+        self.core.worker_down(self.worker_peer)
+        self.worker_peer = Peer("gpu_worker", 0, self._incarnation())
+        self.worker = self._new_worker(num_blocks)
+        self.start_worker()
+
+    def reconnect_worker(self) -> None:
+        self.core.worker_down(self.worker_peer)
+        self.worker.disconnect()
+        self.core.worker_up(self.worker_peer)
+        self.worker.reconnect()
+        if self.worker.waits_for_reset:
+            self.core.group_ready(self.worker_peer, self.worker.announcement())
+
+    # The loop -----------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """What the loop does after each wake-up."""
+        self._launch()
+        for message in self.core.for_ingress():
+            if isinstance(message, Admitted):
+                self.admitted[message.uid] = message.attempt
+            elif isinstance(message, EngineState):
+                self.engine_ready.append(message.ready)
+        self.core.ingress_told()
+        while parcels := self.core.parcels():
+            for parcel in parcels:
+                if parcel.peer in self.deaf:
+                    self.core.undelivered(parcel)
+                else:
+                    self.detokenizers[parcel.peer].take(parcel.messages)
+                    self.core.delivered(parcel)
+        self.check()
+
+    def work(self) -> None:
+        """The worker runs all plans that it has."""
+        while self.worker.inbox:
+            self.worker.work()
+
+    def result(self) -> bool:
+        """The oldest result arrives; False if there is none."""
+        self.work()
+        if not self.worker.outbox:
+            return False
+        result = self.worker.outbox.popleft()
+        self.worker.heard(result)
+        self.core.result(self.worker_peer, result)
+        self._launch()
+        return True
+
+    def step(self) -> bool:
+        """A result arrives, and what follows from it; False if there is none."""
+        arrived = self.result()
+        self.core.retry()
+        self.pump()
+        return arrived
+
+    def run(self, most_steps: int = 5000) -> None:
+        """Until nothing is in flight any more."""
+        self.pump()
+        for _ in range(most_steps):
+            if not self.step():
+                return
+        raise AssertionError("it does not end")
+
+    def _launch(self) -> None:
+        planned = True
+        while planned:
+            planned = self.core.plan()
+            messages = self.core.for_worker()
+            self.worker.inbox.extend(messages)
+            self.core.worker_told()
+            if planned and messages and isinstance(messages[-1], StepPlan):
+                self._check_order(messages[-1])
+            self.core.settle()
+
+    # Checks -------------------------------------------------------------------------------------
+
+    def _check_order(self, plan: StepPlan) -> None:
+        """First come, first served: nobody waits who came before one that was admitted."""
+        for admission in plan.admit:
+            request = self.by_seed[admission.sampling.seed]
+            for uid in self.engine.waiting:
+                assert self.live[uid].arrival > request.arrival, "overtaken"
+
+    def check(self) -> None:
+        """Every block is accounted for."""
+        engine, blocks = self.engine, self.engine.blocks
+        holders: Counter[int] = Counter()
+        for sequence in engine.slots.sequences:
+            if sequence is not None:
+                assert len(set(sequence.blocks)) == len(sequence.blocks)
+                holders.update(sequence.blocks)
+        for leftover in engine._leftovers:
+            holders.update(leftover.blocks)
+        for block in range(blocks.num_blocks):
+            assert blocks._references[block] == holders[block], f"block {block}"
+            assert (block in blocks._free) == (holders[block] == 0)
+        self._check_names()
+        assert len(engine.running) + len(engine._draining) <= self.settings.max_num_seqs
+        assert set(self.core._records) == set(self.live)
+
+    def _check_names(self) -> None:
+        """What a block is said to hold is what the worker has written there."""
+        blocks = self.engine.blocks
+        named = {}
+        for name, block in blocks._named.items():
+            contents = blocks._contents[block]
+            assert contents is not None
+            assert contents.prefix.name == name
+            named[contents.prefix.identity] = (block, contents)
+        if not self.worker.is_at(self.core._group.next_number):
+            return  # written once all plans have run
+        states: dict[int | str, int] = {}
+        for identity, (block, contents) in sorted(named.items()):
+            state = states.get(contents.parent)
+            if isinstance(contents.parent, str):
+                state = root_state(contents.parent)
+            if state is None:
+                continue  # its predecessor is gone, and it cannot be found
+            for offset, token in enumerate(unpack(contents.tokens).tolist()):
+                state = next_state(state, token)
+                assert self.worker.kv(block, offset) == state, "not what its name says"
+            states[identity] = state
+
+    def check_all_delivered(self) -> None:
+        for request in self.live.values():
+            assert self.is_finished(request), f"{request} is at {self.tokens_of(request)}"
+            assert self.tokens_of(request) == request.expected
+            assert self.admitted[request.submit.uid] == request.submit.attempt
+
+    def check_nothing_left(self) -> None:
+        """All requests are ended, and nothing is left of them anywhere."""
+        for uid in list(self.live):
+            self.end(uid)
+        self.run()
+        stats = self.core.stats()
+        assert (stats.running, stats.waiting, stats.records, stats.blocks_used) == (0, 0, 0, 0)
+        assert not self.worker.slots
+        assert not self.engine._leftovers
+        assert all(not detokenizer.outputs for detokenizer in self.detokenizers.values())
+        router = self.core._router
+        assert not router._home
+        assert not router._homeless
+
+    def _incarnation(self) -> int:
+        self._incarnations += 1
+        return self._incarnations
+
+    def _new_worker(self, num_blocks: int) -> FakeWorker:
+        settings = self.settings
+        return FakeWorker(
+            num_blocks,
+            settings.kvcache_block_size,
+            self.by_seed,
+            depth=settings.pipeline_depth,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_prefill_tokens=settings.max_prefill_tokens,
+        )
+
+
+def random_prompt(draw: random.Random, longest: int) -> list[int]:
+    """A beginning that others may have too, and then something of its own."""
+    pattern = draw.choice([[5, 6, 7, 8], [5, 6, 7, 8], [9]])
+    shared = (pattern * longest)[: draw.randrange(longest - 2)]
+    return shared + [draw.randrange(VOCABULARY) for _ in range(draw.randrange(1, 4))]
