@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-DEMO_CHECKPOINT = Path(__file__).resolve().parent / "launch" / "demo" / "checkpoint"
+DEMO_CHECKPOINT = (Path(__file__).parent / "launch" / "demo" / "checkpoint").resolve()
 
 
 class CheckpointError(ValueError):

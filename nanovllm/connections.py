@@ -14,12 +14,13 @@ from __future__ import annotations
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+_POLLIN = int(zmq.POLLIN)  # a plain integer: enum arithmetic is slow
 WATCHED_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
 
 
 def readable(socket: zmq.Socket[bytes]) -> bool:
     """Whether a receive would succeed now."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
 
 class Connections:

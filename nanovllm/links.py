@@ -42,9 +42,12 @@ ZMTP_HEARTBEAT_MS = 1000
 ZMTP_TIMEOUT_MS = 5000
 HEARTBEAT_S = 1.0
 
-# To which incarnation, from which incarnation.
+# In front of each payload: to which incarnation, from which incarnation.
 _HEADER = struct.Struct("<QQ")
 _TO_ANYONE = 0
+# As plain integers: enum arithmetic would cost more than the sends.
+_DONTWAIT = int(zmq.DONTWAIT)
+_IDENTITY = int(zmq.SNDMORE | zmq.DONTWAIT)
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -151,7 +154,7 @@ class _Codec(Generic[M]):
     def __init__(self, inbound: Any) -> None:
         self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(list[inbound])
 
-    def decode(self, payload: bytes, sender: object) -> list[M]:
+    def decode(self, payload: memoryview, sender: object) -> list[M]:
         try:
             return self._decoder.decode(payload)
         except (msgspec.DecodeError, RecursionError) as error:
@@ -204,8 +207,7 @@ class ConnectedLink(Generic[M]):
         """Sends the messages in one frame; False if the other side is not there or is full."""
         if self.peer is None:
             return False
-        header = _HEADER.pack(self.peer.incarnation, self._me.incarnation)
-        return self._send(header, _encoder.encode(messages))
+        return self._send(self.peer.incarnation, messages)
 
     def heartbeat(self) -> None:
         if self._connected:
@@ -231,30 +233,30 @@ class ConnectedLink(Generic[M]):
 
     def _hello(self) -> None:
         hello = _Hello(self._me.role, self._me.index, os.getpid(), self._connection)
-        self._send(_HEADER.pack(_TO_ANYONE, self._me.incarnation), _encoder.encode(hello))
+        self._send(_TO_ANYONE, hello)
 
-    def _send(self, header: bytes, payload: bytes) -> bool:
+    def _send(self, to: int, body: object) -> bool:
+        header = _HEADER.pack(to, self._me.incarnation)
         try:
-            self._socket.send_multipart((header, payload), zmq.DONTWAIT)
+            self._socket.send(header + _encoder.encode(body), _DONTWAIT)
         except zmq.Again:
             return False
         return True
 
     def _take(self, parts: list[zmq.Frame], events: list[Event[M]]) -> None:
-        header = parts[0].bytes
-        if len(parts) != 2 or len(header) != _HEADER.size:
+        frame = parts[0].buffer
+        if len(parts) != 1 or len(frame) < _HEADER.size:
             log.error("dropped a message of %d frames", len(parts))
             return
-        to, sender = _HEADER.unpack(header)
+        to, sender = _HEADER.unpack_from(frame)
+        payload = frame[_HEADER.size :]
         if to == _TO_ANYONE:
-            self._welcomed(parts[1].bytes, sender, events)
+            self._welcomed(payload, sender, events)
         elif to == self._me.incarnation and self.peer and sender == self.peer.incarnation:
             peer = self.peer
-            events.extend(
-                Received(peer, message) for message in self._codec.decode(parts[1].bytes, peer)
-            )
+            events.extend(Received(peer, message) for message in self._codec.decode(payload, peer))
 
-    def _welcomed(self, payload: bytes, sender: int, events: list[Event[M]]) -> None:
+    def _welcomed(self, payload: memoryview, sender: int, events: list[Event[M]]) -> None:
         welcome = _welcome_decoder.decode(payload)
         if welcome.connection != self._connection:
             return  # an answer to a connection that has ended since
@@ -321,8 +323,7 @@ class BoundLink(Generic[M]):
         routing_id = self._routes.get(peer)
         if routing_id is None:
             return False
-        header = _HEADER.pack(peer.incarnation, self._me.incarnation)
-        return self._send(routing_id, header, _encoder.encode(messages))
+        return self._send(routing_id, peer.incarnation, messages)
 
     def heartbeat(self) -> None:
         """Nothing to do: the side that connects says hello."""
@@ -336,9 +337,11 @@ class BoundLink(Generic[M]):
         self._connections.monitor.close(linger=0)
         self._socket.close(linger=200)
 
-    def _send(self, routing_id: bytes, header: bytes, payload: bytes) -> bool:
+    def _send(self, routing_id: bytes, to: int, body: object) -> bool:
+        header = _HEADER.pack(to, self._me.incarnation)
         try:
-            self._socket.send_multipart((routing_id, header, payload), zmq.DONTWAIT)
+            self._socket.send(routing_id, _IDENTITY)
+            self._socket.send(header + _encoder.encode(body), _DONTWAIT)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -348,22 +351,22 @@ class BoundLink(Generic[M]):
         return True
 
     def _take(self, routing_id: bytes, parts: list[zmq.Frame], events: list[Event[M]]) -> None:
-        if len(parts) != 3 or len(parts[1].bytes) != _HEADER.size:
+        frame = parts[-1].buffer
+        if len(parts) != 2 or len(frame) < _HEADER.size:
             log.error("dropped a message of %d frames", len(parts))
             return
-        to, sender = _HEADER.unpack(parts[1].bytes)
+        to, sender = _HEADER.unpack_from(frame)
+        payload = frame[_HEADER.size :]
         if to == _TO_ANYONE:
-            self._greeted(routing_id, sender, parts[2].bytes, events)
+            self._greeted(routing_id, sender, payload, events)
             return
         peer = self._peers.get(routing_id)
         if peer is None or to != self._me.incarnation or sender != peer.incarnation:
             return  # before its hello, or meant for an earlier life
-        events.extend(
-            Received(peer, message) for message in self._codec.decode(parts[2].bytes, peer)
-        )
+        events.extend(Received(peer, message) for message in self._codec.decode(payload, peer))
 
     def _greeted(
-        self, routing_id: bytes, incarnation: int, payload: bytes, events: list[Event[M]]
+        self, routing_id: bytes, incarnation: int, payload: memoryview, events: list[Event[M]]
     ) -> None:
         try:
             hello = _hello_decoder.decode(payload)
@@ -382,8 +385,7 @@ class BoundLink(Generic[M]):
             events.append(Up(peer, reborn=self._lives.get(place) != incarnation))
             self._lives[place] = incarnation
         welcome = _Welcome(self._me.role, self._me.index, hello.connection)
-        header = _HEADER.pack(_TO_ANYONE, self._me.incarnation)
-        self._send(routing_id, header, _encoder.encode(welcome))
+        self._send(routing_id, _TO_ANYONE, welcome)
 
     def _drop(self, routing_id: bytes, events: list[Event[M]]) -> None:
         peer = self._peers.pop(routing_id, None)

@@ -182,7 +182,7 @@ class Begin(Message, tag="begin"):
     It may come again within the attempt (a reborn detokenizer, a link made anew, `cached_tokens`
     known by now): then the fields replace those held, and tokens already held are cut.
     `output` (int32) starts at offset 0; the first `resumed` tokens came from the client, so what
-    they release is not sent. `token_logprobs` belong to the last tokens of `output`; those before
+    they release is not sent, and they all count even if the output ended among them. `token_logprobs` belong to the last tokens of `output`; those before
     them have been delivered by an earlier attempt.
     """
 
@@ -288,7 +288,8 @@ class Admission(Message):
 
 
 class StepPlan(Message, tag="step_plan"):
-    """One step; carries only what changed. Applied in this order, then run as one batch.
+    """One step; carries only what changed. Applied in this order, then run as one batch. A plan
+    without rows only releases slots.
 
     Attributes:
         number: consecutive within the scheduler's incarnation, from `Reset.number` on.

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 # The exit code of a service that cannot run as it was told to: nothing that a restart would mend.
 EXIT_MISCONFIGURED = 2
+OFF_STEP_PATH_NICENESS = 5
 LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"
 
 
@@ -169,12 +170,16 @@ def settled(settings: Settings, directory: Path, config: ModelConfig) -> Setting
     )
 
 
-def service_command(role: str, serve: Callable[[Service], NoReturn]) -> click.Command:
+def service_command(
+    role: str, serve: Callable[[Service], NoReturn], *, on_step_path: bool = False
+) -> click.Command:
     """The command line of a service: `python -m nanovllm.services.ROLE`.
 
     Args:
         role: the service's name.
         serve: builds the core and its links, and runs.
+        on_step_path: whether the device waits for it. Where there are fewer cores than work, the
+            others yield to those.
     """
 
     @click.command(help=f"Runs one {role} on its own. The launcher does this for you.")
@@ -188,6 +193,8 @@ def service_command(role: str, serve: Callable[[Service], NoReturn]) -> click.Co
             stream=sys.stderr,
         )
         _live_and_die_with_the_launcher()
+        if not on_step_path:
+            os.nice(OFF_STEP_PATH_NICENESS)
         try:
             service = Service(role, index, settings)
             serve(service)

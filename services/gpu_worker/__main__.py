@@ -22,7 +22,7 @@ def main() -> NoReturn:
     """
     code = 1
     try:
-        service_command("gpu_worker", serve).main()
+        service_command("gpu_worker", serve, on_step_path=True).main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except GroupBroken as error:

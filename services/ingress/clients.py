@@ -12,6 +12,7 @@ from nanovllm.connections import Connections, readable
 from nanovllm.links import EndpointTaken, bind
 from nanovllm.settings import SettingsError
 
+_DONTWAIT = int(zmq.DONTWAIT)  # a plain integer: enum arithmetic is slow
 # What one wake-up reads at most.
 MAX_BATCH = 256
 MAX_BATCH_BYTES = 16 << 20
@@ -95,7 +96,7 @@ class ClientSocket:
     def send(self, connection: bytes, parts: list[bytes]) -> Sent:
         """Sends without blocking."""
         try:
-            self.socket.send_multipart((connection, *parts), zmq.DONTWAIT)
+            self.socket.send_multipart((connection, *parts), _DONTWAIT)
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as error:
