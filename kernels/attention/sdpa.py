@@ -26,8 +26,9 @@ from nanovllm.kernels.attention.interface import (
     LayerCache,
 )
 
-# Most elements of keys that a group of decodes gathers at once: 16 MiB in float32.
-GATHER_ELEMENTS = 1 << 22
+# Most elements of keys that a group of decodes gathers at once: 2 MiB in float32, so that they are
+# still in a CPU's cache when they are used, and their memory is not got anew each time.
+GATHER_ELEMENTS = 1 << 19
 # Query rows that attend at once after a cached prefix; bounds their mask's memory.
 QUERY_TILE = 512
 
@@ -44,24 +45,23 @@ class _Decodes(NamedTuple):
 
     Attributes:
         rows: int64 [g], their query rows.
-        blocks: int32 [g * blocks each], the blocks to gather.
-        context: the longest context among them.
+        slots: int64 [g * context], where in the cache the longest context among them would have
+            its tokens, for each.
         mask: bool [g, 1, 1, context], or None if all are that long.
     """
 
     rows: Tensor
-    blocks: Tensor
-    context: int
+    slots: Tensor
     mask: Tensor | None
 
 
 class _Prefill(NamedTuple):
-    """One sequence's query rows [start, end), and the blocks of its context."""
+    """One sequence's query rows [start, end), and the slots int64 [context] of its context."""
 
     start: int
     end: int
     context: int
-    blocks: Tensor
+    slots: Tensor
 
 
 class _SdpaBatch(AttentionBatch):
@@ -69,40 +69,41 @@ class _SdpaBatch(AttentionBatch):
         self.shape = shape
         slots = metadata.slot_mapping
         self.stored_rows = (slots >= 0).nonzero().squeeze(1)
-        self.slots = slots[self.stored_rows]
+        self.stored_slots = slots[self.stored_rows]
         lengths = metadata.context_lens[: metadata.num_decodes]
-        self.decodes = [
-            self._gather_group(rows, metadata) for rows in group_by_length(lengths, shape)
-        ]
+        self.decodes = [self._group(rows, metadata) for rows in group_by_length(lengths, shape)]
         ends = list(accumulate(metadata.query_lens.tolist()))
-        self.prefills = [
-            _Prefill(
-                start=ends[i] - int(metadata.query_lens[i]),
-                end=ends[i],
-                context=int(metadata.context_lens[i]),
-                blocks=metadata.block_tables[i, : self._blocks(int(metadata.context_lens[i]))],
+        self.prefills = []
+        for i in range(metadata.num_decodes, len(ends)):
+            context = int(metadata.context_lens[i])
+            slots = self._slots(metadata.block_tables[i : i + 1], context)
+            self.prefills.append(
+                _Prefill(ends[i] - int(metadata.query_lens[i]), ends[i], context, slots)
             )
-            for i in range(metadata.num_decodes, len(ends))
-        ]
 
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.shape.block_size)
+    def _slots(self, block_tables: Tensor, context: int) -> Tensor:
+        """Where the tables' int32 [g, max_blocks] first `context` tokens are: int64 [g * context].
 
-    def _gather_group(self, rows: NDArray[np.int64], metadata: AttentionMetadata) -> _Decodes:
-        device = metadata.block_tables.device
+        Tokens, not blocks, are gathered, since a block may be much longer than what is in it.
+        """
+        size = self.shape.block_size
+        positions = torch.arange(context, device=block_tables.device)
+        return (block_tables[:, positions // size] * size + positions % size).view(-1)
+
+    def _group(self, rows: NDArray[np.int64], metadata: AttentionMetadata) -> _Decodes:
         lengths = metadata.context_lens[rows]
         context = int(lengths.max())
-        row_ids = torch.from_numpy(rows).to(device)
-        tables = metadata.block_tables[:, : self._blocks(context)]
+        row_ids = torch.from_numpy(rows).to(metadata.block_tables.device)
         mask = None
         if lengths.min() < context:
-            positions = torch.arange(context, dtype=torch.int32, device=device)
+            positions = torch.arange(context, dtype=torch.int32, device=row_ids.device)
             mask = (positions < metadata.cache_seqlens[row_ids, None])[:, None, None]
-        return _Decodes(row_ids, tables.index_select(0, row_ids).view(-1), context, mask)
+        tables = metadata.block_tables.index_select(0, row_ids)
+        return _Decodes(row_ids, self._slots(tables, context), mask)
 
     def store(self, k: Tensor, v: Tensor, cache: LayerCache) -> None:
         for new, held in ((k, cache.k), (v, cache.v)):
-            held.view(-1, *held.shape[2:])[self.slots] = new[self.stored_rows]
+            held.flatten(0, 1)[self.stored_slots] = new[self.stored_rows]
 
     def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
         out = torch.empty_like(q)
@@ -118,8 +119,9 @@ class _SdpaBatch(AttentionBatch):
         # The query heads of one key/value head stand where SDPA expects query positions.
         grouped = q.view(len(group.rows), self.shape.num_kv_heads, -1, self.shape.head_dim)
         k, v = (
-            held.index_select(0, group.blocks)
-            .view(len(group.rows), -1, *held.shape[2:])[:, : group.context]
+            held.flatten(0, 1)
+            .index_select(0, group.slots)
+            .view(len(group.rows), -1, *held.shape[2:])
             .transpose(1, 2)
             for held in cache
         )
@@ -134,8 +136,8 @@ class _SdpaBatch(AttentionBatch):
         # along the second without a copy.
         grouped = q.view(len(q), kv_heads, per_kv_head, -1).permute(1, 2, 0, 3)
         k, v = (
-            held.index_select(0, sequence.blocks)
-            .flatten(0, 1)[: sequence.context]
+            held.flatten(0, 1)
+            .index_select(0, sequence.slots)
             .transpose(0, 1)[:, None]
             .expand(-1, per_kv_head, -1, -1)
             for held in cache
@@ -166,8 +168,7 @@ def group_by_length(
     start = 0
     while start < len(order):
         longest = int(lengths[order[start]])
-        padded = -(-longest // shape.block_size) * shape.block_size
-        most = max(1, GATHER_ELEMENTS // (padded * shape.num_kv_heads * shape.head_dim))
+        most = max(1, GATHER_ELEMENTS // (longest * shape.num_kv_heads * shape.head_dim))
         candidates = lengths[order[start : start + most]]
         size = int(np.count_nonzero(candidates * 2 >= longest))
         yield order[start : start + size]
