@@ -7,6 +7,9 @@ A descriptor is used again as soon as it is closed. What keeps old and new apart
 which ZeroMQ's I/O thread writes: the end of the old connection and the start of the new one are in
 the monitor before the first frame of the new one is in the socket. So a batch of frames is read
 first, then the monitor is drained (`closed`), and only then are the frames looked at (`opened`).
+
+Last frames of the old connection may be read after the first of the new one, since a ROUTER reads
+its connections in turns. They are told by their routing ids, which it numbers in order.
 """
 
 from __future__ import annotations
@@ -52,8 +55,28 @@ class Connections:
         descriptor = frame.get(zmq.SRCFD)
         if not isinstance(descriptor, int) or descriptor not in self._live:
             return False
-        before = self._routing_id.get(descriptor, routing_id)
-        if before != routing_id:
-            self._replaced.append(before)  # it ended before its first frame was looked at
+        other = self._routing_id.get(descriptor, routing_id)
+        if other != routing_id:
+            if not _is_newer(routing_id, other):
+                return False
+            self._replaced.append(other)  # it ended before its first frame was looked at
         self._routing_id[descriptor] = routing_id
         return True
+
+
+def _is_newer(routing_id: bytes, other: bytes) -> bool:
+    """Whether a connection was made after another one.
+
+    A ROUTER's own ids are a zero byte and a big-endian counter that wraps around. An id that a
+    peer has chosen says nothing of its age, and gives way to one that does.
+    """
+    if not _is_numbered(routing_id):
+        return not _is_numbered(other)
+    if not _is_numbered(other):
+        return True
+    ahead = (int.from_bytes(routing_id, "big") - int.from_bytes(other, "big")) % 2**32
+    return ahead < 2**31
+
+
+def _is_numbered(routing_id: bytes) -> bool:
+    return len(routing_id) == 5 and routing_id[0] == 0

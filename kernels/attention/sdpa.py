@@ -67,19 +67,23 @@ class _Prefill(NamedTuple):
 class _SdpaBatch(AttentionBatch):
     def __init__(self, shape: AttentionShape, metadata: AttentionMetadata) -> None:
         self.shape = shape
-        slots = metadata.slot_mapping
-        self.stored_rows = (slots >= 0).nonzero().squeeze(1)
-        self.stored_slots = slots[self.stored_rows]
+        self.stored_rows = (metadata.slot_mapping >= 0).nonzero().squeeze(1)
+        self.stored_slots = metadata.slot_mapping[self.stored_rows]
         lengths = metadata.context_lens[: metadata.num_decodes]
         self.decodes = [self._group(rows, metadata) for rows in group_by_length(lengths, shape)]
         ends = list(accumulate(metadata.query_lens.tolist()))
-        self.prefills = []
-        for i in range(metadata.num_decodes, len(ends)):
-            context = int(metadata.context_lens[i])
-            slots = self._slots(metadata.block_tables[i : i + 1], context)
-            self.prefills.append(
-                _Prefill(ends[i] - int(metadata.query_lens[i]), ends[i], context, slots)
-            )
+        self.prefills = [
+            self._prefill_of(i, ends[i], metadata) for i in range(metadata.num_decodes, len(ends))
+        ]
+
+    def _prefill_of(self, row: int, end: int, metadata: AttentionMetadata) -> _Prefill:
+        context = int(metadata.context_lens[row])
+        return _Prefill(
+            start=end - int(metadata.query_lens[row]),
+            end=end,
+            context=context,
+            slots=self._slots(metadata.block_tables[row : row + 1], context),
+        )
 
     def _slots(self, block_tables: Tensor, context: int) -> Tensor:
         """Where the tables' int32 [g, max_blocks] first `context` tokens are: int64 [g * context].
@@ -103,7 +107,7 @@ class _SdpaBatch(AttentionBatch):
 
     def store(self, k: Tensor, v: Tensor, cache: LayerCache) -> None:
         for new, held in ((k, cache.k), (v, cache.v)):
-            held.flatten(0, 1)[self.stored_slots] = new[self.stored_rows]
+            held.view(-1, *held.shape[2:])[self.stored_slots] = new[self.stored_rows]
 
     def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
         out = torch.empty_like(q)

@@ -16,7 +16,7 @@ from nanovllm.messages import (
 )
 from nanovllm.service import Service
 from nanovllm.services.gpu_worker.group import GroupBroken, LeaderToFollower, Rendezvous
-from nanovllm.services.gpu_worker.openmp import sleep_while_idle
+from nanovllm.services.gpu_worker.openmp import spin_briefly
 from nanovllm.services.gpu_worker.runner import Listening, Loaded, Progress, Runner
 from nanovllm.services.gpu_worker.session import Phase, Session
 
@@ -42,7 +42,7 @@ def _make_runner(service: Service) -> Runner:
         from nanovllm.services.gpu_worker.sim import SimRunner, ordinary_tokens
 
         return SimRunner(settings, ordinary_tokens(service.directory, service.config.vocab_size))
-    sleep_while_idle()
+    spin_briefly()
     # Three seconds and 200 MB of torch, which the simulated device does without.
     from nanovllm.services.gpu_worker.torch_runner import TorchRunner
 

@@ -1,0 +1,256 @@
+"""What the pipeline costs: its rate over that of its model runner alone, in a bare loop.
+
+    python -m benchmarks.tax
+
+Both generate for the same sequences, in turns: a round of the pipeline, a round of the loop, and
+so on, each pair of rounds with prompts of its own. The loop runs in this process, without a link,
+a scheduler or text: it hands plans to the executor that the worker has, under the same budgets and
+with as many threads. Prints one JSON line, of medians over the rounds but for the first, which
+warms up:
+
+    ratio           the pipeline's rate over the loop's
+    tokens_per_s    output tokens, over the time from the first request to the last output
+    steps           a round
+    device_busy     share of the pipeline's time for which its device had work
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+import msgspec
+
+from nanovllm import LLM, Client, SamplingParams
+from nanovllm.checkpoint import ModelConfig, resolve_model
+from nanovllm.client.private_pipeline import PrivatePipeline
+from nanovllm.launch.status import NEXT_REPORT_S, Control
+from nanovllm.messages import Admission, Sampling, StepPlan, WorkerStats, pack
+from nanovllm.service import settled
+from nanovllm.services.gpu_worker.openmp import spin_briefly
+from nanovllm.settings import Settings
+
+if TYPE_CHECKING:
+    from nanovllm.services.gpu_worker.executor import Executor, Sampled
+
+Prompts = list[list[int]]
+
+
+class Work(NamedTuple):
+    """What a round generates."""
+
+    sequences: int
+    prompt_tokens: int
+    output_tokens: int
+    temperature: float
+
+    def prompts(self, seed: int, vocab_size: int) -> Prompts:
+        draw = random.Random(seed)
+        return [
+            draw.choices(range(vocab_size), k=self.prompt_tokens) for _ in range(self.sequences)
+        ]
+
+    def blocks_each(self, block_size: int) -> int:
+        return -(-(self.prompt_tokens + self.output_tokens) // block_size)
+
+
+class Round(NamedTuple):
+    """What a round took; `busy_s` is the device's part of it."""
+
+    seconds: float
+    steps: int
+    busy_s: float
+
+
+@click.command(help=__doc__)
+@click.argument("model", default="")
+@click.option("--num-seqs", default=64, show_default=True)
+@click.option("--input", "prompt_tokens", default=64, show_default=True, help="Prompt tokens each.")
+@click.option("--output", "output_tokens", default=128, show_default=True)
+@click.option("--temperature", default=0.6, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto")
+def main(
+    model: str,
+    num_seqs: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    temperature: float,
+    rounds: int,
+    device: str,
+) -> None:
+    work = Work(num_seqs, prompt_tokens, output_tokens, temperature)
+    directory = resolve_model(model)
+    config = ModelConfig.from_checkpoint(directory)
+    defaults = Settings(
+        model=str(directory),
+        ingress="",
+        device=device,
+        max_model_len=prompt_tokens + output_tokens,
+        log_level="warning",
+    )
+    # Twice what they take, so that none waits for a block.
+    blocks = 2 * num_seqs * work.blocks_each(defaults.kvcache_block_size)
+    settings = msgspec.structs.replace(defaults, num_kvcache_blocks=blocks)
+    bare = BareLoop(settled(settings, directory, config), config)
+    piped_rounds, bare_rounds = [], []
+    with Pipeline(settings) as piped:
+        for number in range(rounds + 1):
+            prompts = work.prompts(number, config.vocab_size)
+            piped_rounds.append(piped.run(prompts, work))
+            bare_rounds.append(bare.run(prompts, work))
+    click.echo(json.dumps(_figures(work, piped_rounds[1:], bare_rounds[1:])))
+
+
+class Pipeline:
+    """A pipeline of this benchmark's own, and one client of it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._pipeline = PrivatePipeline(settings)
+        try:
+            with Client(self._pipeline.endpoint, timeout=120) as client:
+                while not client.ping().ready:
+                    self._pipeline.check()
+            self._llm = LLM(endpoint=self._pipeline.endpoint)
+            self._control = Control(self._pipeline.runtime_dir)
+        except BaseException:
+            self._pipeline.close()
+            raise
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._control.close()
+        self._llm.close()
+        self._pipeline.close()
+
+    def run(self, prompts: Prompts, work: Work) -> Round:
+        sampling = SamplingParams(
+            temperature=work.temperature, max_tokens=work.output_tokens, ignore_eos=True
+        )
+        before = self._worker()
+        start = time.perf_counter()
+        outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        if any(len(output["token_ids"]) != work.output_tokens for output in outputs):
+            raise RuntimeError(f"an output has not {work.output_tokens} tokens")
+        after = self._worker()
+        return Round(seconds, after.steps - before.steps, after.busy_s - before.busy_s)
+
+    def _worker(self) -> WorkerStats:
+        """The worker's counts up to now."""
+        time.sleep(NEXT_REPORT_S)
+        for service in self._control.status().services:
+            if isinstance(service.stats, WorkerStats):
+                return service.stats
+        raise RuntimeError("the worker has not reported")
+
+
+class BareLoop:
+    """The worker's executor, in this process."""
+
+    def __init__(self, settings: Settings, config: ModelConfig) -> None:
+        spin_briefly()
+        from nanovllm.services.gpu_worker import bring_up
+        from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+
+        directory = resolve_model(settings.model)
+        device = bring_up.choose_device(settings, rank=0)
+        loaded = bring_up.load(
+            directory, config, settings, device, TensorParallel(), lambda done, total: None
+        )
+        self._settings = settings
+        self._executor: Executor = loaded.executor
+
+    def run(self, prompts: Prompts, work: Work) -> Round:
+        in_flight: deque[Sampled] = deque()
+        steps = tokens = 0
+        start = time.perf_counter()
+        for plan in _plans(prompts, work, self._settings):
+            in_flight.append(self._executor.step(plan))
+            if len(in_flight) == self._settings.pipeline_depth:
+                tokens += _land(in_flight.popleft())
+            steps += 1
+        tokens += sum(_land(sampled) for sampled in in_flight)
+        seconds = time.perf_counter() - start
+        self._executor.reset()
+        if tokens != work.sequences * work.output_tokens:
+            raise RuntimeError(f"{tokens} tokens were sampled")
+        return Round(seconds, steps, seconds)
+
+
+def _land(sampled: Sampled) -> int:
+    sampled.wait()
+    return len(sampled.result(0, 0).token_ids) // 4
+
+
+def _plans(prompts: Prompts, work: Work, settings: Settings) -> Iterator[StepPlan]:
+    """All plans of a round: decodes first, then prefill chunks, in the order of the prompts."""
+    sampling = Sampling(work.temperature, top_p=1.0, top_k=0, min_p=0.0, seed=0, logprobs=None)
+    each = work.blocks_each(settings.kvcache_block_size)
+    admit = [
+        Admission(slot, pack(prompt), pack(range(slot * each, (slot + 1) * each)), 0, sampling)
+        for slot, prompt in enumerate(prompts)
+    ]
+    computed = [0] * work.sequences
+    left = [work.output_tokens] * work.sequences
+    for number in itertools.count():
+        decode = [s for s in range(work.sequences) if computed[s] == work.prompt_tokens and left[s]]
+        budget = settings.max_num_batched_tokens - len(decode)
+        if decode:
+            budget = min(budget, settings.max_prefill_tokens)
+        chunks = []
+        for slot in range(work.sequences):
+            length = min(budget, work.prompt_tokens - computed[slot])
+            if length:
+                chunks.append((slot, computed[slot], length))
+                computed[slot] += length
+                budget -= length
+        if not decode and not chunks:
+            return
+        yield StepPlan(
+            number=number,
+            release=b"",
+            admit=admit,
+            append=b"",
+            prefill=pack(itertools.chain.from_iterable(chunks)),
+            decode=pack(decode),
+        )
+        admit = []
+        for slot in decode:
+            left[slot] -= 1
+        for slot, _, _ in chunks:
+            left[slot] -= computed[slot] == work.prompt_tokens
+
+
+def _figures(work: Work, piped: list[Round], bare: list[Round]) -> dict[str, Any]:
+    output_tokens = work.sequences * work.output_tokens
+
+    def rate(rounds: list[Round]) -> float:
+        return round(statistics.median(output_tokens / entry.seconds for entry in rounds), 1)
+
+    def steps(rounds: list[Round]) -> int:
+        return statistics.median_low(entry.steps for entry in rounds)
+
+    ratios = [loop.seconds / pipeline.seconds for pipeline, loop in zip(piped, bare, strict=True)]
+    return {
+        **work._asdict(),
+        "rounds": len(ratios),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "tokens_per_s": {"pipeline": rate(piped), "bare": rate(bare)},
+        "steps": {"pipeline": steps(piped), "bare": steps(bare)},
+        "device_busy": round(statistics.median(entry.busy_s / entry.seconds for entry in piped), 3),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Text in and out: the tokenizer's decoding, stop strings, chats, characters of many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from nanovllm.checkpoint import DEMO_CHECKPOINT
+from tests.pipeline.wire import Answer, Wire
+from tests.pipelines import Pipeline
+
+tokenizer = Tokenizer.from_file(str(DEMO_CHECKPOINT / "tokenizer.json"))
+STORY: dict[str, Any] = {
+    "prompt": "Once upon a time",
+    "sampling": {"temperature": 0.0, "max_tokens": 300},
+}
+FOREIGN = "Zoë said: 日本語のテキスト, 👩‍👩‍👧 and 😀!"
+
+
+@pytest.fixture
+def wire(pipeline: Pipeline) -> Iterator[Wire]:
+    with Wire(pipeline.endpoint) as connection:
+        yield connection
+
+
+def run(wire: Wire, *requests: dict[str, Any]) -> list[Answer]:
+    answers = wire.ask_all(requests)
+    wire.results(*answers)
+    return answers
+
+
+def decode(token_ids: list[int]) -> str:
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+    return text
+
+
+def with_stops(request: dict[str, Any], *stops: str, **keys: Any) -> dict[str, Any]:
+    return {**request, "sampling": {**request["sampling"], "stop": list(stops)}, **keys}
+
+
+def cut(token_ids: list[int], stops: list[str]) -> tuple[int, str]:
+    """By hand: how many tokens there are with the one that completes a stop string, and the text
+    before the earliest."""
+    for count in range(1, len(token_ids) + 1):
+        text = decode(token_ids[:count])
+        starts = [text.index(stop) for stop in stops if stop in text]
+        if starts:
+            return count, text[: min(starts)]
+    raise ValueError(f"none of {stops} in {decode(token_ids)!r}")
+
+
+def test_text_is_the_tokenizers_decoding(wire: Wire) -> None:
+    """At temperature 10 tokens are nearly random: most multi-byte characters are cut."""
+    requests = [
+        {
+            "prompt": FOREIGN,
+            "stream": seed % 2 == 0,
+            "sampling": {"temperature": t, "max_tokens": 40, "seed": seed, "ignore_eos": True},
+        }
+        for seed, t in enumerate([0.0, 0.0, 1.0, 1.0, *[10.0] * 8])
+    ]
+    answers = run(wire, *requests)
+    for answer in answers:
+        assert len(answer.token_ids) == 40
+        assert answer.text == decode(answer.token_ids)
+    assert any("\ufffd" in answer.text for answer in answers), "there were incomplete characters"
+
+
+def test_special_tokens_are_counted_but_not_in_the_text(wire: Wire) -> None:
+    (story,) = run(wire, STORY)
+    end: str = tokenizer.decode(story.token_ids[-1:], skip_special_tokens=False)
+    assert end.startswith("<|")
+    assert end not in story.text
+    assert story.text == decode(story.token_ids)
+    assert story.finish.usage.completion_tokens == len(story.token_ids)
+
+
+def test_stop_strings_wherever_they_begin_and_end(wire: Wire) -> None:
+    (story,) = run(wire, STORY)
+    text, tokens = story.text, story.token_ids
+    ends = [len(decode(tokens[:count])) for count in range(1, 40)]
+    stops: list[list[str]] = [
+        [text[ends[5] : ends[6]]],  # a whole token
+        [text[ends[10] - 1 : ends[10] + 1]],  # over the border of two
+        [text[ends[15] - 2 : ends[20] + 1]],  # over many
+        [text[ends[30] - 1]],  # the last character of one
+        [text[ends[8] : ends[9]], text[ends[7] : ends[12]]],  # the later one to start ends first
+        ["never to be read", text[ends[25] :]],  # all the rest, the last characters included
+        [text[:3]],  # at once
+        ["oë, w"],
+    ]
+    for stream in (True, False):
+        answers = run(wire, *(with_stops(STORY, *some, stream=stream) for some in stops))
+        for some, answer in zip(stops, answers, strict=True):
+            count, expected = cut(tokens, some)
+            assert answer.token_ids == tokens[:count], some
+            assert answer.text == expected
+            assert answer.finish.finish_reason == "stop"
+            assert answer.finish.usage.completion_tokens == count
+
+
+def test_a_stop_string_that_almost_comes_changes_nothing(wire: Wire) -> None:
+    (story,) = run(wire, STORY)
+    almost = [story.text[at : at + 12] + "\x00" for at in range(0, 160, 12)]
+    requests = [with_stops(STORY, *almost, stream=stream) for stream in (True, False)]
+    for answer in run(wire, *requests):
+        assert (answer.text, answer.token_ids) == (story.text, story.token_ids)
+        assert answer.finish.finish_reason == "stop"
+
+
+def test_a_stop_string_that_the_resumed_tokens_complete(wire: Wire) -> None:
+    """Its characters are several tokens each; the request may be resumed inside one."""
+    stop = "本語 😀 t"
+    tokens = tokenizer.encode("Hi 日本語 😀 there").ids
+    complete = next(k for k in range(len(tokens) + 1) if stop in decode(tokens[:k]))
+    sampling = {"temperature": 0.0, "max_tokens": len(tokens) + 1, "ignore_eos": True}
+    request = with_stops({"prompt": "x", "sampling": sampling}, stop)
+    points = range(complete - 6, complete + 1)
+    answers = run(wire, *({**request, "resume_token_ids": tokens[:k]} for k in points))
+    for k, answer in zip(points, answers, strict=True):
+        if k < complete:
+            assert answer.start == k
+        else:
+            assert (answer.token_ids, answer.text) == ([], "")
+            assert answer.finish.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_text_goes_on_inside_a_character(wire: Wire, stream: bool) -> None:
+    tokens = tokenizer.encode(FOREIGN).ids
+    sampling = {"temperature": 0.0, "max_tokens": len(tokens) + 4, "ignore_eos": True}
+    requests = [
+        {"prompt": "x", "sampling": sampling, "stream": stream, "resume_token_ids": tokens[:k]}
+        for k in range(len(tokens) + 1)
+    ]
+    for k, answer in enumerate(run(wire, *requests)):
+        everything = tokens[:k] + answer.token_ids
+        assert len(everything) == len(tokens) + 4
+        released = decode(tokens[:k]).rstrip("\ufffd")
+        assert released + answer.text == decode(everything)
+
+
+def test_chats_go_through_the_template(wire: Wire) -> None:
+    reference = AutoTokenizer.from_pretrained(DEMO_CHECKPOINT)
+    chats: list[list[dict[str, str]]] = [
+        [{"role": "user", "content": "Tell me a story about a fox."}],
+        [
+            {"role": "system", "content": "You are a storyteller. 日本語"},
+            {"role": "user", "content": "Hello! 😀"},
+            {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "Who lives in the lighthouse?"},
+        ],
+    ]
+    sampling = {"temperature": 0.0, "max_tokens": 40}
+    for messages in chats:
+        prompt = reference.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        chat, ids = run(
+            wire,
+            {"messages": messages, "sampling": sampling},
+            {"prompt_token_ids": prompt, "sampling": sampling},
+        )
+        assert chat.finish.usage.prompt_tokens == len(prompt)
+        assert chat.token_ids == ids.token_ids
+        assert chat.text
+
+
+def test_prompts_of_any_characters(wire: Wire) -> None:
+    prompts = [FOREIGN, "😀", "日", "e\u0301", " ", "\x00", "<|im_end|>", "a" * 3000]
+    answers = run(
+        wire, *({"prompt": p, "sampling": {"temperature": 0.0, "max_tokens": 5}} for p in prompts)
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.finish.usage.prompt_tokens == len(tokenizer.encode(prompt).ids)
+        assert answer.text == decode(answer.token_ids)

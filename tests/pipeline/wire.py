@@ -1,0 +1,194 @@
+"""A client as any language has it: a socket and MessagePack maps, nothing of the client library.
+
+What the protocol promises of every request is checked with each message that comes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import zmq
+
+from nanovllm.protocol import Accepted, Delta, Error, Finish, Logprobs, Pong, ServerMessage
+
+TIMEOUT_S = 30.0
+_decoder = msgspec.msgpack.Decoder(list[ServerMessage])
+
+
+@dataclass(eq=False)
+class Answer:
+    """What came for one request.
+
+    Attributes:
+        accepted: None where `stream` is false, and until it comes.
+        start: the first offset; None while there is no output.
+        deltas: how many came.
+        end: its last message.
+    """
+
+    id: str
+    stream: bool
+    accepted: Accepted | None = None
+    start: int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: Logprobs = field(default_factory=list)
+    deltas: int = 0
+    end: Finish | Error | None = None
+
+    @property
+    def finish(self) -> Finish:
+        assert isinstance(self.end, Finish), self.end
+        return self.end
+
+    @property
+    def error(self) -> Error:
+        assert isinstance(self.end, Error), self.end
+        return self.end
+
+    @property
+    def seed(self) -> int:
+        """The seed that was told."""
+        if self.accepted is not None:
+            return self.accepted.seed
+        assert isinstance(self.finish.seed, int)
+        return self.finish.seed
+
+    def take(self, message: Accepted | Delta | Finish | Error) -> None:
+        """The next message; AssertionError if it breaks the protocol."""
+        assert self.end is None, f"{message} after {self.end}"
+        if isinstance(message, Accepted):
+            assert self.accepted is None
+            assert self.stream
+            self.accepted = message
+        elif isinstance(message, Delta):
+            assert self.accepted is not None, "output of what was not accepted"
+            self._add(message)
+        else:
+            self.end = message
+            if isinstance(message, Finish) and not self.stream:
+                assert isinstance(message.text, str)
+                assert isinstance(message.token_ids, list)
+                self.text, self.token_ids = message.text, message.token_ids
+                self.logprobs = message.logprobs or []
+
+    def _add(self, delta: Delta) -> None:
+        if self.start is None:
+            self.start = delta.offset
+        assert delta.offset == self.start + len(self.token_ids), "a gap or a repeat"
+        assert delta.token_ids or delta.text
+        self.token_ids += delta.token_ids
+        self.text += delta.text
+        self.deltas += 1
+        if delta.logprobs:
+            assert len(delta.logprobs) == len(delta.token_ids)
+            self.logprobs += delta.logprobs
+
+
+class Wire:
+    """One connection: a DEALER, or a REQ.
+
+    Attributes:
+        answers: of every request, by its id.
+        refused: errors that ended no request of ours: those without an id, and duplicates.
+        pongs: in the order in which they came.
+    """
+
+    def __init__(self, endpoint: str, kind: int = zmq.DEALER) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(kind)
+        self._socket.setsockopt(zmq.SNDTIMEO, int(TIMEOUT_S * 1000))
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(endpoint)
+        self._ids = map(str, itertools.count())
+        self.answers: dict[str, Answer] = {}
+        self.refused: list[Error] = []
+        self.pongs: list[Pong] = []
+
+    def ask(self, *, id: str | None = None, **keys: Any) -> Answer:
+        """Sends a `generate`; returns where its answer will be."""
+        return self.ask_all([keys if id is None else {"id": id, **keys}])[0]
+
+    def ask_all(self, requests: Iterable[dict[str, Any]]) -> list[Answer]:
+        """Sends one `generate` for each, all in one frame."""
+        messages: list[dict[str, Any]] = []
+        answers: list[Answer] = []
+        for keys in requests:
+            message = {"type": "generate", "id": next(self._ids), **keys}
+            messages.append(message)
+            answers.append(Answer(message["id"], keys.get("stream", True)))
+        self.answers |= {answer.id: answer for answer in answers}
+        self.say(*messages)
+        return answers
+
+    def say(self, *messages: Any) -> None:
+        """Sends messages, in one frame."""
+        self.send(msgspec.msgpack.encode(messages))
+
+    def send(self, *frames: bytes) -> None:
+        self._socket.send_multipart(frames)
+
+    def abort(self, *answers: Answer) -> None:
+        self.say(*({"type": "abort", "id": answer.id} for answer in answers))
+
+    def ping(self) -> Pong:
+        before = len(self.pongs)
+        self.say({"type": "ping"})
+        self.until(lambda: len(self.pongs) > before)
+        return self.pongs[-1]
+
+    def results(self, *answers: Answer) -> None:
+        """Waits for the end of each."""
+        self.until(lambda: all(answer.end is not None for answer in answers))
+
+    def until(self, condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> None:
+        """Reads until `condition` holds. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                open_ones = [a for a in self.answers.values() if a.end is None]
+                raise TimeoutError(f"still open: {open_ones[:4]}; refused: {self.refused[:4]}")
+            if self._socket.poll(int(left * 1000) + 1):
+                self.read()
+
+    def read(self) -> None:
+        """Takes in what has come, without waiting."""
+        while self._socket.poll(0):
+            for message in _decoder.decode(self._socket.recv()):
+                self._take(message)
+
+    def close(self) -> None:
+        """Goes away without a word."""
+        self._context.destroy(linger=0)
+
+    def _take(self, message: ServerMessage) -> None:
+        if isinstance(message, Pong):
+            self.pongs.append(message)
+        elif message.id is None or (isinstance(message, Error) and _is_extra(message)):
+            assert isinstance(message, Error)
+            self.refused.append(message)
+        else:
+            self.answers[message.id].take(message)
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _is_extra(error: Error) -> bool:
+    """Whether it concerns the refused message alone, not the request with that id."""
+    return error.code == "duplicate_id"
