@@ -71,7 +71,7 @@ class Round(NamedTuple):
 
 @click.command(help=__doc__)
 @click.argument("model", default="")
-@click.option("--num-seqs", default=64, show_default=True)
+@click.option("--num-seqs", type=click.IntRange(1, 512), default=64, show_default=True)
 @click.option("--input", "prompt_tokens", default=64, show_default=True, help="Prompt tokens each.")
 @click.option("--output", "output_tokens", default=128, show_default=True)
 @click.option("--temperature", default=0.6, show_default=True)
@@ -89,16 +89,16 @@ def main(
     work = Work(num_seqs, prompt_tokens, output_tokens, temperature)
     directory = resolve_model(model)
     config = ModelConfig.from_checkpoint(directory)
-    defaults = Settings(
-        model=str(directory),
-        ingress="",
-        device=device,
-        max_model_len=prompt_tokens + output_tokens,
-        log_level="warning",
-    )
-    # Twice what they take, so that none waits for a block.
-    blocks = 2 * num_seqs * work.blocks_each(defaults.kvcache_block_size)
-    settings = msgspec.structs.replace(defaults, num_kvcache_blocks=blocks)
+    options = {
+        "model": str(directory),
+        "ingress": "",
+        "device": device,
+        "max_model_len": prompt_tokens + output_tokens,
+        # Twice what they take, so that none waits for a block.
+        "num_kvcache_blocks": 2 * num_seqs * work.blocks_each(Settings().kvcache_block_size),
+        "log_level": "warning",
+    }
+    settings = msgspec.convert(options, Settings)
     bare = BareLoop(settled(settings, directory, config), config)
     piped_rounds, bare_rounds = [], []
     with Pipeline(settings) as piped:

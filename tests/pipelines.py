@@ -104,13 +104,13 @@ class Pipeline:
         self, wanted: Callable[[SchedulerStats], bool], timeout_s: float = 15.0
     ) -> SchedulerStats:
         """The first of the scheduler's reports from now on for which `wanted` holds."""
-        deadline = time.monotonic() + timeout_s
+        start = time.monotonic()
         while True:
             for service in self.status().services:
                 if isinstance(service.stats, SchedulerStats):
-                    if wanted(service.stats):
+                    if service.at_s >= start and wanted(service.stats):
                         return service.stats
-                    if time.monotonic() > deadline:
+                    if time.monotonic() > start + timeout_s:
                         raise TimeoutError(f"the scheduler still reports {service.stats}")
 
     @property

@@ -24,6 +24,10 @@ from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
 from nanovllm.settings import Settings, SettingsError
 
+# Threads wait for one another at every operation. On a CPU a model of fewer weights is no faster
+# with one more, and far slower where another service takes the core that one of them is on.
+WEIGHTS_PER_THREAD = 1 << 22
+
 
 class Loaded(NamedTuple):
     executor: Executor
@@ -93,6 +97,8 @@ def load(
     try:
         model = Qwen3ForCausalLM(config, tp, dtype, device)
         load_checkpoint(model, directory, progress)
+        if device.type == "cpu":
+            _use_worthwhile_threads(model)
         if settings.num_kvcache_blocks >= 0:
             num_blocks = settings.num_kvcache_blocks
         elif device.type == "cuda":
@@ -117,6 +123,12 @@ def load(
     described = f"{device.type}, {str(dtype).removeprefix('torch.')}, sdpa attention"
     blocks = f"{num_blocks} blocks of {settings.kvcache_block_size} tokens"
     return Loaded(loaded, num_blocks, f"{described}, {blocks}")
+
+
+def _use_worthwhile_threads(model: Qwen3ForCausalLM) -> None:
+    """Leaves the calling thread no more of its threads than are of use to this rank's shard."""
+    weights = sum(tensor.target.numel() for tensor in model.checkpoint_tensors())
+    torch.set_num_threads(min(torch.get_num_threads(), 1 + weights // WEIGHTS_PER_THREAD))
 
 
 def _blocks_on_cuda(
