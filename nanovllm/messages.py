@@ -182,8 +182,9 @@ class Begin(Message, tag="begin"):
     It may come again within the attempt (a reborn detokenizer, a link made anew, `cached_tokens`
     known by now): then the fields replace those held, and tokens already held are cut.
     `output` (int32) starts at offset 0; the first `resumed` tokens came from the client, so what
-    they release is not sent, and they all count even if the output ended among them. `token_logprobs` belong to the last tokens of `output`; those before
-    them have been delivered by an earlier attempt.
+    they release is not sent, and they all count even if the output ended among them.
+    `token_logprobs` belong to the last tokens of `output`; those before them have been delivered
+    by an earlier attempt.
     """
 
     uid: int
