@@ -224,7 +224,9 @@ def test_handshake_plans_results_and_a_link_made_anew(
 
 
 def test_it_ends_when_told_to(start: Callable[..., Group], sim_model: Path) -> None:
-    group = start(sim_model, device="sim", tensor_parallel_size=2, sim_step_ms=60_000)
+    group = start(
+        sim_model, device="sim", tensor_parallel_size=2, sim_step_ms=60_000, log_level="warning"
+    )
     group.serve()
     group.scheduler.send(step_plan(0))
     for rank in group.ranks:
