@@ -8,7 +8,7 @@ a scheduler or text: it hands plans to the executor that the worker has, under t
 with as many threads. Prints one JSON line, of medians over the rounds but for the first, which
 warms up:
 
-    ratio           the pipeline's rate over the loop's
+    ratio           the pipeline's rate over the loop's; `ratios` has each round's
     tokens_per_s    output tokens, over the time from the first request to the last output
     steps           a round
     device_busy     share of the pipeline's time for which its device had work

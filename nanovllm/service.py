@@ -6,6 +6,7 @@ ends by simply ending: on SIGTERM, when its lifeline breaks, or on an exception,
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 # The exit code of a service that cannot run as it was told to: nothing that a restart would mend.
 EXIT_MISCONFIGURED = 2
-OFF_STEP_PATH_NICENESS = 5
+OFF_STEP_PATH_NICENESS = 10
 LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"
 
 
@@ -114,6 +115,7 @@ class Service:
             stats: what the service reports to the supervisor once a second.
         """
         self._stats = stats
+        gc.freeze()  # what was imported and loaded stays: collections need not look at it
         wait: float | None = 0.0
         while True:
             until_beat = max(0.0, self._next_beat - time.monotonic())

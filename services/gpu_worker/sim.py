@@ -7,10 +7,9 @@ preempted or resumed.
 
 from __future__ import annotations
 
-import threading
 import time
+from collections import deque
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +18,16 @@ from numpy.typing import NDArray
 from nanovllm.checkpoint import CheckpointError, eos_token_ids
 from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, pack
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence, check_room_for_one
-from nanovllm.services.gpu_worker.runner import Loaded, Outbox, Report
+from nanovllm.services.gpu_worker.runner import Loaded, Report
 from nanovllm.services.gpu_worker.slots import Batch, SlotTable
+from nanovllm.services.gpu_worker.timer import Timer
 from nanovllm.settings import Settings
 from nanovllm.vocabulary import Vocabulary
 
+_SEED_FACTOR = np.uint64(0xD1342543DE82EF95)
+_POSITION_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 # Every integer below it is a float32: 16.8 s in µs.
 STAMP_MODULO = 1 << 24
 
@@ -44,14 +48,15 @@ class SimRunner:
         self._vocabulary = vocabulary
         self._start = time.monotonic()
         self._device = SimDevice(settings.sim_step_ms / 1000, self._start)
-        self._outbox = Outbox()
-        self._executing: SimpleQueue[tuple[float, StepResult]] = SimpleQueue()
-        threading.Thread(target=self._finish_steps, name="sim device", daemon=True).start()
-        self._outbox.put(Loaded(num_blocks, f"sim, {settings.sim_step_ms:g} ms a step"))
+        self._timer = Timer()
+        # What is to be reported, and when: steps end in the order of their launch.
+        loaded = Loaded(num_blocks, f"sim, {settings.sim_step_ms:g} ms a step")
+        self._coming: deque[tuple[float, Report]] = deque([(self._start, loaded)])
+        self._timer.set(self._start)
 
     @property
     def descriptor(self) -> int:
-        return self._outbox.descriptor
+        return self._timer.descriptor
 
     @property
     def slots_used(self) -> int:
@@ -75,20 +80,24 @@ class SimRunner:
             busy_us=round(step.busy * 1e6),
             at_us=round((step.end - self._start) * 1e6),
         )
-        self._executing.put((step.end, result))
+        self._coming.append((step.end, result))
+        if len(self._coming) == 1:
+            self._timer.set(step.end)
 
     def reset(self) -> None:
         self._slots.reset()
 
     def reports(self) -> list[Report]:
-        return self._outbox.take()
-
-    def _finish_steps(self) -> None:
-        while True:
-            end, result = self._executing.get()
-            if (left := end - time.monotonic()) > 0:
-                time.sleep(left)
-            self._outbox.put(result)
+        now = time.monotonic()
+        if not self._coming or self._coming[0][0] > now:
+            return []
+        self._timer.clear()
+        reports: list[Report] = []
+        while self._coming and self._coming[0][0] <= now:
+            reports.append(self._coming.popleft()[1])
+        if self._coming:
+            self._timer.set(self._coming[0][0])
+        return reports
 
     def _logprobs(self, batch: Batch, indices: NDArray[np.int64], end: float) -> list[RowLogprobs]:
         """The likeliest are the chosen token and others, each half as likely as the one before.
@@ -133,17 +142,13 @@ class SimDevice:
 
 
 def draw(seeds: NDArray[np.int64], positions: NDArray[np.int32], size: int) -> NDArray[np.int64]:
-    """An index in [0, size) for each (seed, position): splitmix64's finalizer over either."""
-    keys = _mix(_mix(seeds.view(np.uint64)) + positions.astype(np.uint64))
-    return (keys % np.uint64(size)).astype(np.int64)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One output of splitmix64 (Steele et al., 2014) from the state x; wraps around."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """An index in [0, size) for each (seed, position): the finalizer of splitmix64 (Steele et al.,
+    2014) over both, each times an odd constant; wraps around."""
+    x = seeds.view(np.uint64) * _SEED_FACTOR + positions.astype(np.uint64) * _POSITION_FACTOR
+    x = (x ^ (x >> _SHIFTS[0])) * _FACTORS[0]
+    x = (x ^ (x >> _SHIFTS[1])) * _FACTORS[1]
+    indices: NDArray[np.int64] = ((x ^ (x >> _SHIFTS[2])) % np.uint64(size)).astype(np.int64)
+    return indices
 
 
 def ordinary_tokens(directory: Path, vocab_size: int) -> NDArray[np.int32]:

@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     @property
     def wants_logprobs(self) -> list[tuple[int, int]]:
         """(row among those that sample, how many likeliest) of those that asked."""
-        rows = np.flatnonzero(self.logprobs != NO_LOGPROBS)
+        rows = (self.logprobs != NO_LOGPROBS).nonzero()[0]
         return list(zip(rows.tolist(), self.logprobs[rows].tolist(), strict=True))
 
 
@@ -80,6 +80,8 @@ class SlotTable:
         self._random = np.zeros(max_num_seqs, dtype=np.bool_)
         self._filtered = np.zeros(max_num_seqs, dtype=np.bool_)
         self.seeds = np.zeros(max_num_seqs, dtype=np.int64)
+        self._indices = np.arange(max_num_seqs, dtype=np.int32)
+        self._ones = np.ones(max_num_seqs, dtype=np.int32)
         # Tokens of sequences whose prefill is not complete.
         self._to_prefill: dict[int, Int32s] = {}
         self._used: set[int] = set()
@@ -106,14 +108,20 @@ class SlotTable:
         for slot, block in unpack(plan.append).reshape(-1, 2).tolist():
             self._append(slot, [block], updates)
 
-        decode_slots = unpack(plan.decode)
-        decode_contexts = self._num_tokens[decode_slots]
-        query_lens = np.ones(len(decode_slots), dtype=np.int32)
-        rows = np.arange(len(decode_slots), dtype=np.int32)
-        chunks = self._chunks(unpack(plan.prefill).reshape(-1, 3)) if plan.prefill else _NO_CHUNKS
-        sampling_slots = np.concatenate((decode_slots, chunks.slots[chunks.complete]))
+        decode_slots = sampling_slots = unpack(plan.decode)
+        query_lens = self._ones[: len(decode_slots)]
+        context_lens = self._num_tokens[decode_slots]
+        sampling_rows = self._indices[: len(decode_slots)]
+        chunks = _NO_CHUNKS
+        if plan.prefill:
+            chunks = self._chunks(unpack(plan.prefill).reshape(-1, 3))
+            query_lens = np.concatenate((query_lens, chunks.lengths))
+            context_lens = np.concatenate((context_lens, chunks.ends))
+            complete = chunks.complete + np.int32(len(decode_slots))
+            sampling_rows = np.concatenate((sampling_rows, complete))
+            sampling_slots = np.concatenate((decode_slots, chunks.slots[chunks.complete]))
         sampled_positions = self._num_tokens[sampling_slots]
-        self._num_tokens[sampling_slots] += 1
+        self._num_tokens[sampling_slots] = sampled_positions + 1
         return Batch(
             admitted=plan.admit,
             block_updates=np.array(updates, dtype=np.int32).reshape(-1, 3),
@@ -121,9 +129,9 @@ class SlotTable:
             chunk_slots=chunks.slots,
             chunk_tokens=chunks.tokens,
             chunk_positions=chunks.positions,
-            query_lens=np.concatenate((query_lens, chunks.lengths)),
-            context_lens=np.concatenate((decode_contexts, chunks.ends)),
-            sampling_rows=np.concatenate((rows, chunks.complete + np.int32(len(rows)))),
+            query_lens=query_lens,
+            context_lens=context_lens,
+            sampling_rows=sampling_rows,
             sampling_slots=sampling_slots,
             sampled_positions=sampled_positions,
             logprobs=self._logprobs[sampling_slots],

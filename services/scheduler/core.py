@@ -47,6 +47,7 @@ class Scheduler:
         # Whether a plan or a result may have filled blocks since the last look.
         self._filling = False
         self._latest_plan: StepPlan | None = None
+        self._planned = False
         self._steps = 0
         self._generated = 0
 
@@ -150,12 +151,16 @@ class Scheduler:
             return False
         self._group.launch(step)
         self._latest_plan = step.plan
+        self._planned = True
         self._filling = True
         return True
 
     def settle(self) -> None:
         """What a plan or a result means for others than the device: the detokenizers and the
         prefix cache."""
+        if not (self._unsettled or self._planned or self._engine.ended):
+            return
+        self._planned = False
         for sampled, logprobs in self._unsettled:
             if logprobs:
                 self._keep(sampled, logprobs)

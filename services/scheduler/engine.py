@@ -135,7 +135,7 @@ class Engine:
             )
         slots = self.slots
         self._landed = step.plan.number
-        result_rows = np.flatnonzero(slots.epoch[step.rows] == step.epochs)
+        result_rows = (slots.epoch[step.rows] == step.epochs).nonzero()[0]
         rows = step.rows
         if len(result_rows) < len(rows):
             rows, token_ids = rows[result_rows], token_ids[result_rows]
@@ -151,7 +151,7 @@ class Engine:
         slots.tokens[rows, known] = token_ids
         slots.known[rows] = known + 1
         ended, stopped = slots.ended(rows, token_ids)
-        for i in np.flatnonzero(ended).tolist():
+        for i in ended.nonzero()[0].tolist():
             reason: FinishReason = "stop" if stopped[i] else "length"
             sequence = slots.occupant(int(rows[i]))
             self._end(sequence, Finish(reason, int(sampled.offsets[i]) + 1))
@@ -162,7 +162,7 @@ class Engine:
         """Names the blocks that plans and results have filled since, so that others find them."""
         slots = self.slots
         full = np.minimum(slots.known, slots.context) // self.blocks.block_size
-        for slot in np.flatnonzero(full > slots.registered).tolist():
+        for slot in (full > slots.registered).nonzero()[0].tolist():
             self._register(slots.occupant(slot), int(full[slot]))
 
     # Decoding -----------------------------------------------------------------------------------

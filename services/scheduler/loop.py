@@ -58,12 +58,11 @@ class SchedulerLoop:
 
     def _launch(self) -> bool:
         """Fills the pipeline; False if the worker does not take what there is for it."""
-        planned = True
-        taken = True
-        while planned:
-            planned = self._core.plan()
+        taken = self._send_to_worker()
+        while self._core.plan():
             taken = self._send_to_worker()
             self._core.settle()
+        self._core.settle()
         return taken
 
     def _send_to_worker(self) -> bool:

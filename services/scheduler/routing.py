@@ -91,7 +91,7 @@ class Router:
     ) -> None:
         """A step's tokens. `sequence_of` a uid is asked only for those that need a `Begin`."""
         for lane in self._lanes.values():
-            rows = np.flatnonzero(sampled.lanes == lane.peer.index)
+            rows = (sampled.lanes == lane.peer.index).nonzero()[0]
             if len(rows):
                 lane.steps.append(_new_tokens(sampled, rows, logprobs))
         for uid in sampled.uids[sampled.lanes == NO_LANE].tolist():

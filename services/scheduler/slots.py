@@ -124,12 +124,12 @@ class Slots:
 
     def decoding(self) -> Indices:
         """The slots whose next token can be planned now, without knowing the one before it."""
-        return np.flatnonzero(self.context < self.horizon)
+        return (self.context < self.horizon).nonzero()[0]
 
     def ended(self, rows: Indices, token_ids: Ints) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Of slots to which these tokens just came: which ended, and which by a stop token."""
-        stopped = (self.stops[rows] == token_ids[:, None]).any(axis=1)
-        for i in np.flatnonzero(self.many_stops[rows]).tolist():
+        stopped = np.logical_or.reduce(self.stops[rows] == token_ids[:, None], axis=1)
+        for i in self.many_stops[rows].nonzero()[0].tolist():
             stopped[i] = int(token_ids[i]) in self.occupant(int(rows[i])).stop_ids
         return stopped | (self.known[rows] == self.limit[rows]), stopped
 

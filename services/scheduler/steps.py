@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class Draft:
             self.number,
             release=pack(release),
             admit=self.admit,
-            append=pack(np.array(self.append, dtype=np.int32)),
-            prefill=pack(np.array(self.chunks, dtype=np.int32)),
+            append=pack(chain.from_iterable(self.append)),
+            prefill=pack(chain.from_iterable(self.chunks)),
             decode=pack(decode.astype(np.int32)),
         )
