@@ -13,7 +13,7 @@ import click
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
 from nanovllm.launch.runtime_dir import runtime_dir
-from nanovllm.launch.supervisor import ServiceDied, Supervisor
+from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.links import EndpointTaken
 from nanovllm.options import settings_from, settings_options
 from nanovllm.service import LIFELINE_VARIABLE, settled
@@ -55,7 +55,7 @@ def main(model: str, **options: Any) -> None:
                 announce=lambda: _announce(settings, name),
                 lifeline=None if lifeline is None else int(lifeline),
             ).run()
-    except (CheckpointError, SettingsError, EndpointTaken, ServiceDied, OSError) as error:
+    except (CheckpointError, SettingsError, EndpointTaken, ServiceFailed, OSError) as error:
         click.echo(f"nanovllm-launch: {error}", err=True)
         sys.exit(1)
 

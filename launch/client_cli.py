@@ -12,9 +12,10 @@ import click
 from nanovllm.client.errors import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client, Stream
 from nanovllm.launch import status as status_view
+from nanovllm.messages import Restart, Scale
 from nanovllm.protocol import ChatMessage
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.settings import DEFAULT_INGRESS, SettingsError, default_runtime_dir
+from nanovllm.settings import DEFAULT_INGRESS, MAX_SERVICES, SettingsError, default_runtime_dir
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -42,6 +43,14 @@ def _sampling_options(command: Command) -> Command:
     )(command)
 
 
+_runtime_dir_option = click.option(
+    "--runtime-dir",
+    default=default_runtime_dir,
+    show_default=default_runtime_dir(),
+    help="The pipeline's runtime directory (nanovllm-launch --runtime-dir).",
+)
+
+
 @click.group(
     help="""Talk to a running pipeline (nanovllm-launch starts one).
 
@@ -50,6 +59,8 @@ def _sampling_options(command: Command) -> Command:
       nanovllm generate "Once upon a time"
       nanovllm chat
       nanovllm status
+      nanovllm scale tokenizer 4
+      nanovllm restart scheduler
     """,
     context_settings={"max_content_width": 100},
 )
@@ -136,12 +147,7 @@ def chat(
       nanovllm status --json | jq .services
     """
 )
-@click.option(
-    "--runtime-dir",
-    default=default_runtime_dir,
-    show_default=default_runtime_dir(),
-    help="The pipeline's runtime directory (nanovllm-launch --runtime-dir).",
-)
+@_runtime_dir_option
 @click.option("--json", "as_json", is_flag=True, help="Counters for machines, as they are now.")
 def status(runtime_dir: str, as_json: bool) -> None:
     with _told_in_one_line(), status_view.Control(runtime_dir) as control:
@@ -149,6 +155,50 @@ def status(runtime_dir: str, as_json: bool) -> None:
             click.echo(status_view.to_json(control.status()))
         else:
             click.echo(status_view.render(*control.two_reports()))
+
+
+@main.command(
+    help="""Run COUNT tokenizers or detokenizers from now on; returns when they do.
+
+    Nothing is lost: what a service that ends had in hand is given to others.
+
+    \b
+    Examples:
+      nanovllm scale tokenizer 4
+      nanovllm scale detokenizer 1
+    """
+)
+@click.argument("role", type=click.Choice(["tokenizer", "detokenizer"]))
+@click.argument("count", type=click.IntRange(1, MAX_SERVICES))
+@_runtime_dir_option
+def scale(runtime_dir: str, role: str, count: int) -> None:
+    with _told_in_one_line(), status_view.Control(runtime_dir) as control:
+        control.command(Scale(role, count))
+    click.echo(f"{count} {role}{'s' * (count > 1)} running")
+
+
+@main.command(
+    help="""Restart services one after the other; returns when the last one is ready.
+
+    ROLE is ingress, tokenizer, scheduler, gpu_worker (all ranks at once), detokenizer, or all.
+    Requests go on where they were; what their clients see is a pause. After a restart of the
+    ingress, clients have to connect and resume anew, which nanovllm's own do by themselves.
+
+    \b
+    Examples:
+      nanovllm restart scheduler
+      nanovllm restart all
+    """
+)
+@click.argument(
+    "role",
+    type=click.Choice(["ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer", "all"]),
+)
+@_runtime_dir_option
+def restart(runtime_dir: str, role: str) -> None:
+    with _told_in_one_line(), status_view.Control(runtime_dir) as control:
+        control.command(Restart(role))
+    click.echo(f"restarted {'all services' if role == 'all' else role}")
 
 
 @contextlib.contextmanager

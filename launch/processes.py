@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 
-from nanovllm.links import Peer
+from nanovllm.launch.policy import Place
 from nanovllm.messages import Loading, Ready, Report, ServiceStatus
 from nanovllm.options import settings_argv
 from nanovllm.service import LIFELINE_VARIABLE
@@ -31,20 +32,26 @@ class Lifeline:
 
 
 class ServiceProcess:
-    """One service process: `role` and `index`, its output, and what it last said of itself."""
+    """One life of a service: its process, its output, and what it last said of itself.
 
-    def __init__(self, role: str, index: int, settings: Settings, lifeline: Lifeline) -> None:
-        self.role = role
-        self.index = index
+    Attributes:
+        stopping: the signal with which it was told to end; None while it was not.
+        alive: whether its end was not noticed yet, see `close`.
+    """
+
+    def __init__(self, place: Place, settings: Settings, lifeline: Lifeline) -> None:
+        self.place = place
+        self.stopping: signal.Signals | None = None
+        self.alive = True
         self.loading: Loading | None = None
         self.ready: Ready | None = None
         self.last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         self._report: Report | None = None
         self._started = time.monotonic()
         self._partial = b""
-        command = [sys.executable, "-m", f"nanovllm.services.{role}", "--index", str(index)]
+        command = [sys.executable, "-m", f"nanovllm.services.{place.role}"]
         self.process = subprocess.Popen(
-            [*command, *settings_argv(settings)],
+            [*command, "--index", str(place.index), *settings_argv(settings)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -56,12 +63,6 @@ class ServiceProcess:
             raise RuntimeError("a service's output is a pipe")
         self.output = self.process.stdout.fileno()
         os.set_blocking(self.output, False)
-
-    def __str__(self) -> str:
-        return f"{self.role} {self.index}"
-
-    def is_peer(self, peer: Peer) -> bool:
-        return (peer.role, peer.index) == (self.role, self.index)
 
     def note(self, said: Loading | Ready | Report) -> None:
         """Takes what the service says of itself."""
@@ -82,20 +83,39 @@ class ServiceProcess:
             line, self._partial = self._partial, b""
             yield self._kept(line)
 
-    def status(self) -> ServiceStatus:
-        if self.process.poll() is not None:
+    def stop(self, number: signal.Signals) -> None:
+        self.stopping = number
+        self.process.send_signal(number)
+
+    def close(self) -> None:
+        """It has ended, and all its lines were read."""
+        self.alive = False
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def how_it_ended(self) -> str:
+        code = self.process.returncode
+        if code is None:
+            return "hung"
+        return (
+            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        )
+
+    def status(self, restarts: int) -> ServiceStatus:
+        if not self.alive:
             state = "ended"
         elif self.ready:
             state = "ready"
         else:
             state = "loading" if self.loading else "starting"
         return ServiceStatus(
-            role=self.role,
-            index=self.index,
+            role=self.place.role,
+            index=self.place.index,
             pid=self.process.pid,
             state=state,  # type: ignore[arg-type]
             loading=None if self.ready else self.loading,
             uptime_s=time.monotonic() - self._started,
+            restarts=restarts,
             at_s=self._report.at_s if self._report else 0.0,
             cpu_s=self._report.cpu_s if self._report else 0.0,
             stats=self._report.stats if self._report else None,

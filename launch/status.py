@@ -1,4 +1,4 @@
-"""What `nanovllm status` asks a running pipeline's supervisor, and shows."""
+"""What the commands ask a running pipeline's supervisor, and what `nanovllm status` shows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import msgspec
 import zmq
 
 from nanovllm.client.errors import PipelineUnavailable
-from nanovllm.links import ConnectedLink, Peer, Received, Up, new_incarnation
+from nanovllm.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.messages import (
     DetokenizerStats,
+    Done,
     FromSupervisor,
     IngressStats,
+    Restart,
+    Scale,
     SchedulerStats,
     ServiceStatus,
     Stats,
@@ -51,20 +54,43 @@ class Control:
         )
 
     def status(self) -> Status:
+        answer = self._ask(StatusRequest())
+        if not isinstance(answer, Status):
+            raise PipelineUnavailable(f"the supervisor answered with {answer}")
+        return answer
+
+    def command(self, command: Scale | Restart) -> None:
+        """Has something done, and returns when it was: that may take as long as loading a model.
+
+        Raises:
+            ValueError: the supervisor refuses, and says why.
+        """
+        answer = self._ask(command)
+        if isinstance(answer, Done) and answer.error is not None:
+            raise ValueError(answer.error)
+
+    def _ask(self, question: StatusRequest | Scale | Restart) -> FromSupervisor:
+        """The answer. Of commands it comes when they are done; for that it is waited while the
+        supervisor is there."""
         deadline = time.monotonic() + TIMEOUT_S
-        asked = self._link.send([StatusRequest()])
+        asked = self._link.send([question])
         poller = zmq.Poller()
         for socket in self._link.sockets:
             poller.register(socket, zmq.POLLIN)
-        while (left := deadline - time.monotonic()) > 0:
-            poller.poll(int(left * 1000) + 1)
+        while True:
+            patient = asked and not isinstance(question, StatusRequest)
+            left = deadline - time.monotonic()
+            if left <= 0 and not patient:
+                raise self._nothing_runs()
+            poller.poll(None if patient else int(left * 1000) + 1)
             for event in self._link.receive():
                 if isinstance(event, Up) and not asked:
-                    asked = self._link.send([StatusRequest()])
+                    asked = self._link.send([question])
+                elif isinstance(event, Down) and patient:
+                    raise PipelineUnavailable("the pipeline ended before it was done")
                 elif isinstance(event, Received):
-                    status: Status = event.message
-                    return status
-        raise self._nothing_runs()
+                    answer: FromSupervisor = event.message
+                    return answer
 
     def two_reports(self) -> tuple[Status, Status]:
         """The status twice, a second apart, so that there are rates to show."""
@@ -107,7 +133,7 @@ def render(before: Status, now: Status) -> str:
         now: the status that is shown.
     """
     earlier = {(s.role, s.index): s for s in before.services}
-    rows = [("SERVICE", "PID", "STATE", "UPTIME", "CPU", "WORK")]
+    rows = [("SERVICE", "PID", "STATE", "UPTIME", "RESTARTS", "CPU", "WORK")]
     for service in now.services:
         then = earlier.get((service.role, service.index))
         rows.append(
@@ -116,6 +142,7 @@ def render(before: Status, now: Status) -> str:
                 str(service.pid),
                 service.state,
                 _duration(service.uptime_s),
+                str(service.restarts),
                 _percent(service.cpu_s, then.cpu_s if then else 0.0, service, then),
                 _work(service.stats),
             )

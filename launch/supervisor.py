@@ -1,27 +1,57 @@
-"""Starts the services of a pipeline, watches them, and ends them together."""
+"""Starts the services of a pipeline, and keeps them running until it is told to end.
+
+What to do about a death, a hang or a command is decided in `policy.py`; here it is done.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
 import zmq
 
 from nanovllm.launch.loading_bar import LoadingBar
+from nanovllm.launch.policy import (
+    GRACE_S,
+    Action,
+    Answer,
+    GiveUp,
+    Kill,
+    Place,
+    Policy,
+    Start,
+    Stop,
+    work_of,
+)
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
-from nanovllm.links import BoundLink, Down, Event, Peer, Up, new_incarnation
-from nanovllm.messages import Status, StatusRequest, ToSupervisor
+from nanovllm.links import BoundLink, Event, Peer, Received, Up, new_incarnation
+from nanovllm.messages import (
+    Done,
+    Drain,
+    Drained,
+    Loading,
+    Ready,
+    Report,
+    Restart,
+    Scale,
+    ServiceStatus,
+    Status,
+    StatusRequest,
+    ToSupervisor,
+)
 from nanovllm.service import EXIT_MISCONFIGURED
-from nanovllm.settings import Settings
+from nanovllm.settings import MAX_SERVICES, Settings
 
-# A service has this long to end after SIGTERM.
-GRACE_S = 3.0
+INGRESS = Place("ingress", 0)
+ROLES = ("ingress", "scheduler", "gpu_worker", "tokenizer", "detokenizer")
+SCALABLE = ("tokenizer", "detokenizer")
 
 
-class ServiceDied(RuntimeError):
-    """A service ended by itself; the message says which, how, and its last words."""
+class ServiceFailed(RuntimeError):
+    """A service cannot be kept running; the message says which, why, and its last words."""
 
 
 class Supervisor:
@@ -43,84 +73,180 @@ class Supervisor:
         self._announced = False
         self._above = lifeline
         self._bar = LoadingBar()
-        self._services: list[ServiceProcess] = []
+        self._below = Lifeline()
+        self._poller = zmq.Poller()
+        self._policy = Policy(_groups(settings), time.monotonic())
+        self._services: dict[Place, ServiceProcess] = {}
+        self._ingress: Peer | None = None
+        self._drain_until: float | None = None
+        self._over = False
 
     def run(self) -> None:
         """Runs the pipeline until it is told to stop.
 
         Raises:
-            ServiceDied: when a service ends by itself. All the others have ended then too.
+            ServiceFailed: when a service is given up. All the others have ended then too.
             EndpointTaken, OSError: if the control endpoint cannot be bound.
         """
         wakeup = _SignalPipe(signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        below = Lifeline()
         control: BoundLink[Any] | None = None
         try:
             me = Peer("supervisor", 0, new_incarnation())
             control = BoundLink(context, self._settings.control_endpoint, me, ToSupervisor)
-            for role, count in self._plan():
-                for index in range(count):
-                    self._services.append(ServiceProcess(role, index, self._settings, below))
             self._watch(control, wakeup)
         finally:
             self._bar.close()
-            end_all(self._services, GRACE_S)
-            below.close()
+            end_all([s for s in self._services.values() if s.alive], GRACE_S)
+            self._below.close()
             if control is not None:
                 control.close()
             context.term()
             wakeup.close()
 
-    def _plan(self) -> list[tuple[str, int]]:
-        return [
-            ("ingress", 1),
-            ("scheduler", 1),
-            ("gpu_worker", self._settings.tensor_parallel_size),
-            ("tokenizer", self._settings.tokenizers),
-            ("detokenizer", self._settings.detokenizers),
-        ]
-
     def _watch(self, control: BoundLink[Any], wakeup: _SignalPipe) -> None:
-        poller = zmq.Poller()
         for socket in control.sockets:
-            poller.register(socket, zmq.POLLIN)
-        poller.register(wakeup.descriptor, zmq.POLLIN)
+            self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(wakeup.descriptor, zmq.POLLIN)
         if self._above is not None:
-            poller.register(self._above, zmq.POLLIN)
-        for service in self._services:
-            poller.register(service.output, zmq.POLLIN)
-        while True:
-            readable = dict(poller.poll())
+            self._poller.register(self._above, zmq.POLLIN)
+        wait_s = 0.0
+        while not self._over:
+            readable = dict(self._poller.poll(int(wait_s * 1000) + 1))
+            now = time.monotonic()
             for event in control.receive():
-                self._on_event(control, event)
-            ended = [s for s in self._services if s.process.poll() is not None]
-            for service in self._services:
-                for line in service.lines():
-                    self._bar.write(f"{service} | {line}")
-            if self._above in readable or wakeup.caught() & {signal.SIGINT, signal.SIGTERM}:
-                return
-            if ended:
-                raise ServiceDied(_last_words(ended[0]))
+                self._on_event(control, event, now)
+            self._on_signals(control, wakeup.caught(), now)
+            self._look_after_processes(now)
+            for action in self._policy.due(now):
+                self._do(control, action)
+            self._show()
+            if self._drain_until is not None and now >= self._drain_until:
+                self._bar.write("supervisor | requests that are unfinished end here")
+                self._over = True
+            self._over = self._over or self._above in readable
+            wait_s = self._policy.wait_s(now)
 
-    def _on_event(self, control: BoundLink[Any], event: Event[Any]) -> None:
-        if isinstance(event, Up | Down):
+    # What happens -------------------------------------------------------------------------------
+
+    def _on_event(self, control: BoundLink[Any], event: Event[Any], now: float) -> None:
+        peer = event.peer
+        if peer.role == "command":
+            if isinstance(event, Received):
+                self._on_command(control, peer, event.message, now)
             return
-        if isinstance(event.message, StatusRequest):
-            services = [service.status() for service in self._services]
-            endpoint = self._settings.client_endpoints[0]
-            control.send(event.peer, [Status(self._model, endpoint, services)])
+        place = Place(peer.role, peer.index)
+        service = self._services.get(place)
+        if service is None or control.pids.get(peer) != service.process.pid:
+            return  # gone meanwhile
+        self._policy.sign(place, now)
+        match event:
+            case Up() if place == INGRESS:
+                self._ingress = peer
+                if self._drain_until is not None:
+                    control.send(peer, [Drain()])
+            case Received(message=Drained()):
+                self._over = True
+            case Received(message=Loading() | Ready() | Report() as said):
+                service.note(said)
+                if isinstance(said, Ready):
+                    self._policy.ready(place, now)
+                elif isinstance(said, Report):
+                    self._policy.work(place, work_of(said.stats), now)
+
+    def _on_command(self, control: BoundLink[Any], asker: Peer, asked: Any, now: float) -> None:
+        match asked:
+            case StatusRequest():
+                endpoint = self._settings.client_endpoints[0]
+                control.send(asker, [Status(self._model, endpoint, self._statuses())])
+            case Scale(role=role, count=count):
+                if role in SCALABLE and 1 <= count <= MAX_SERVICES:
+                    self._policy.scale(role, count, asker, now)
+                else:
+                    roles = " and ".join(f"{name}s" for name in SCALABLE)
+                    error = f"only {roles} can be scaled, to 1 to {MAX_SERVICES}"
+                    control.send(asker, [Done(error)])
+            case Restart(role=role):
+                if role in (*ROLES, "all"):
+                    self._policy.restart(role, asker)
+                else:
+                    error = f"there is no {role!r}; there are {', '.join(ROLES)}, and all"
+                    control.send(asker, [Done(error)])
+
+    def _on_signals(self, control: BoundLink[Any], caught: set[int], now: float) -> None:
+        """The first asks for a drain, the second for the end."""
+        if not caught & {signal.SIGINT, signal.SIGTERM}:
             return
-        for service in self._services:
-            if service.is_peer(event.peer):
-                service.note(event.message)
+        if not self._announced or self._drain_until is not None:
+            self._over = True
+            return
+        self._drain_until = now + self._settings.drain_timeout
+        if self._ingress is not None:  # else when it is there
+            control.send(self._ingress, [Drain()])
+
+    def _look_after_processes(self, now: float) -> None:
+        """Passes on what they wrote, and notes who has ended."""
+        ended: list[ServiceProcess] = []
+        for service in self._services.values():
+            if not service.alive:
+                continue
+            if service.process.poll() is not None:
+                ended.append(service)
+            for line in service.lines():
+                self._bar.write(f"{service.place} | {line}")
+        for service in sorted(ended, key=_nearness_to_the_cause):
+            self._poller.unregister(service.output)
+            service.close()
+            if service.stopping is None:
+                self._bar.write(f"supervisor | {service.place} {service.how_it_ended()}")
+            self._policy.ended(service.place, service.process.returncode, now)
+
+    # What is done -------------------------------------------------------------------------------
+
+    def _do(self, control: BoundLink[Any], action: Action) -> None:
+        match action:
+            case Start(place=place):
+                service = ServiceProcess(place, self._settings, self._below)
+                self._services[place] = service
+                self._poller.register(service.output, zmq.POLLIN)
+            case Stop(place=place):
+                self._services[place].stop(signal.SIGTERM)
+            case Kill(place=place, why=why):
+                if why:
+                    self._bar.write(f"supervisor | {place} is killed: {why}")
+                self._services[place].stop(signal.SIGKILL)
+            case GiveUp(place=place, code=code, times=times):
+                raise ServiceFailed(_last_words(self._services[place], code, times))
+            case Answer(asked_by=peer):
+                control.send(peer, [Done(None)])
+
+    def _show(self) -> None:
         if self._announced:
             return
-        self._bar.show([service.status() for service in self._services])
-        if all(service.ready for service in self._services):
+        self._bar.show(self._statuses())
+        if self._policy.all_ready:
             self._announced = True
             self._bar.close()
             self._announce()
+
+    def _statuses(self) -> list[ServiceStatus]:
+        return [
+            self._services[place].status(max(0, group.restarts))
+            for group in self._policy.groups
+            for place in group.places
+            if place in self._services
+        ]
+
+
+def _groups(settings: Settings) -> list[list[Place]]:
+    """one_for_all for the ranks of a tensor-parallel group, one_for_one for all others."""
+    return [
+        [INGRESS],
+        [Place("scheduler", 0)],
+        [Place("gpu_worker", rank) for rank in range(settings.tensor_parallel_size)],
+        *[[Place("tokenizer", index)] for index in range(settings.tokenizers)],
+        *[[Place("detokenizer", index)] for index in range(settings.detokenizers)],
+    ]
 
 
 class _SignalPipe:
@@ -148,10 +274,17 @@ class _SignalPipe:
         os.close(self._write_end)
 
 
-def _last_words(service: ServiceProcess) -> str:
+def _nearness_to_the_cause(service: ServiceProcess) -> tuple[bool, bool]:
+    """Of ranks that have ended together, whoever knows why comes first, then who was killed: the
+    others only followed."""
     code = service.process.returncode
-    said = next((line for line in reversed(service.last_lines) if line), "")
+    return code != EXIT_MISCONFIGURED, code > 0
+
+
+def _last_words(service: ServiceProcess, code: int, times: int) -> str:
+    said = [line for line in service.last_lines if line]
     if code == EXIT_MISCONFIGURED and said:
-        return f"{service} cannot start: {said.removeprefix('ERROR ')}"
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return f"{service} {how}" + (f": {said}" if said else "")
+        return f"{service.place} cannot start: {said[-1].removeprefix('ERROR ')}"
+    how = f"{service.place} {service.how_it_ended()} before it was ready"
+    how += f", {times} times in a row" if times > 1 else ""
+    return "\n  ".join([f"{how}: {said[-1]}" if said else how, *said[:-1]])

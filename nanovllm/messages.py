@@ -384,7 +384,10 @@ class SchedulerStats(Message, tag="scheduler"):
 
 
 class WorkerStats(Message, tag="gpu_worker"):
+    """`in_flight` are the steps launched that have not ended."""
+
     slots_used: int
+    in_flight: int
     steps: int
     busy_s: float
 
@@ -412,9 +415,38 @@ class StatusRequest(Message, tag="status_request"):
     """A command asks for `Status`."""
 
 
+class Scale(Message, tag="scale"):
+    """A command asks for `count` services of this role; answered with `Done`."""
+
+    role: str
+    count: int
+
+
+class Restart(Message, tag="restart"):
+    """A command asks that the services of this role, or `all`, are restarted one after the other;
+    answered with `Done`."""
+
+    role: str
+
+
+class Done(Message, tag="done"):
+    """What the command asked for is so; or `error` tells why it will not be."""
+
+    error: str | None
+
+
+class Drain(Message, tag="drain"):
+    """To the ingress: take no new requests, and say `Drained` once none is left."""
+
+
+class Drained(Message, tag="drained"):
+    """The ingress has no unfinished request, and takes no new one."""
+
+
 class ServiceStatus(Message):
     """`loading` is how far it is, while it loads; `at_s`, `cpu_s` and `stats` are those of its last
-    report, `stats` None before the first."""
+    report, `stats` None before the first. `uptime_s` counts from its latest start, `restarts` how
+    often it was started again."""
 
     role: str
     index: int
@@ -422,6 +454,7 @@ class ServiceStatus(Message):
     state: Literal["starting", "loading", "ready", "ended"]
     loading: Loading | None
     uptime_s: float
+    restarts: int
     at_s: float
     cpu_s: float
     stats: Stats | None
@@ -433,5 +466,5 @@ class Status(Message, tag="status"):
     services: list[ServiceStatus]
 
 
-ToSupervisor = Loading | Ready | Report | StatusRequest
-FromSupervisor = Status
+ToSupervisor = Loading | Ready | Report | Drained | StatusRequest | Scale | Restart
+FromSupervisor = Status | Done | Drain

@@ -30,9 +30,10 @@ from nanovllm.links import (
     Event,
     Link,
     Peer,
+    Received,
     new_incarnation,
 )
-from nanovllm.messages import FromSupervisor, Loading, Ready, Report, Stats
+from nanovllm.messages import Drain, Drained, FromSupervisor, Loading, Ready, Report, Stats
 from nanovllm.options import settings_from, settings_options
 from nanovllm.settings import Settings, SettingsError
 
@@ -65,7 +66,8 @@ class Service:
         self._watchers: list[Callable[[], None]] = []
         self._poller = zmq.Poller()
         self._next_beat = 0.0
-        self._standing: Loading | Ready | None = None
+        self._standing: Loading | Ready | Drained | None = None
+        self._on_drain: Callable[[], None] | None = None
         self._control: ConnectedLink[FromSupervisor] = self.connect(
             self.settings.control_endpoint, FromSupervisor, self._on_control
         )
@@ -104,6 +106,16 @@ class Service:
         """Tells the supervisor that the service can work."""
         log.info("ready%s", f": {detail}" if detail else "")
         self._announce(Ready(detail))
+
+    def on_drain(self, handler: Callable[[], None]) -> None:
+        """`handler` is called when no new request is to be taken; call `drained` once none is
+        left."""
+        self._on_drain = handler
+
+    def drained(self) -> None:
+        """Tells the supervisor that no request is left."""
+        if not isinstance(self._standing, Drained):
+            self._announce(Drained())
 
     def run(self, step: Callable[[float], float | None], stats: Callable[[], Stats]) -> NoReturn:
         """Polls for ever: hands events to their handlers, then calls `step`.
@@ -152,14 +164,17 @@ class Service:
         if self._stats is not None:
             self._control.send([Report(now, time.process_time(), self._stats())])
 
-    def _announce(self, standing: Loading | Ready) -> None:
+    def _announce(self, standing: Loading | Ready | Drained) -> None:
         self._standing = standing
         for event in self._control.receive():
             self._on_control(event)
         self._control.send([standing])
 
     def _on_control(self, event: Event[FromSupervisor]) -> None:
-        if self._standing is not None:
+        if isinstance(event, Received):
+            if isinstance(event.message, Drain) and self._on_drain is not None:
+                self._on_drain()
+        elif self._standing is not None:
             self._control.send([self._standing])
 
 

@@ -17,6 +17,8 @@ from msgspec import Meta
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
 # sockaddr_un.sun_path, less its terminating zero.
 LONGEST_IPC_PATH = 107
+# Tokenizers, and detokenizers, at most.
+MAX_SERVICES = 64
 
 
 class SettingsError(ValueError):
@@ -51,8 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tensor_parallel_size: Annotated[
         int, Meta(ge=1, le=8), _option("Ranks that share the model (also --tp).")
     ] = 1
-    tokenizers: Annotated[int, Meta(ge=1, le=64), _option("Tokenizer processes.")] = 1
-    detokenizers: Annotated[int, Meta(ge=1, le=64), _option("Detokenizer processes.")] = 1
+    tokenizers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("Tokenizer processes.")] = 1
+    detokenizers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("Detokenizer processes.")] = 1
 
     device: Annotated[
         Literal["auto", "cuda", "cpu", "sim"],
@@ -101,6 +103,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_pending_requests: Annotated[
         int, Meta(ge=1), _option("Unfinished requests that the ingress holds at most.")
     ] = 16384
+
+    drain_timeout: Annotated[
+        float,
+        Meta(ge=0, le=86_400),
+        _option("Seconds that unfinished requests have to finish after SIGTERM or Ctrl-C."),
+    ] = 30.0
 
     scheduler_link: Annotated[
         str, _option("Where the scheduler binds; default: ipc in the runtime directory.")

@@ -54,15 +54,20 @@ class Counts:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self._launched = 0
         self._steps = 0
         self._busy_us = 0
+
+    def launched(self) -> None:
+        self._launched += 1
 
     def finished(self, result: StepResult) -> None:
         self._steps += 1
         self._busy_us = result.busy_us
 
     def stats(self) -> WorkerStats:
-        return WorkerStats(self._runner.slots_used, self._steps, self._busy_us / 1e6)
+        in_flight = self._launched - self._steps
+        return WorkerStats(self._runner.slots_used, in_flight, self._steps, self._busy_us / 1e6)
 
 
 class Leader:
@@ -137,6 +142,7 @@ class Leader:
                 if self._session.accepts_plan(number):
                     self._tell_followers(plan)
                     self._runner.launch(plan)
+                    self.counts.launched()
 
     def _on_follower(self, event: Event[Any]) -> None:
         match event:
@@ -188,3 +194,4 @@ class Follower:
                 self._runner.reset()
             case Received(message=StepPlan() as plan):
                 self._runner.launch(plan)
+                self.counts.launched()

@@ -91,16 +91,27 @@ class Core:
         self._detokenizers: set[Peer] = set()
         self._scheduler_up = False
         self._engine_ready = False
+        self._draining = False
 
     @property
     def ready(self) -> bool:
         """Whether a request could start now."""
         services_up = bool(self.dispatcher.tokenizers) and bool(self._detokenizers)
-        return services_up and self._scheduler_up and self._engine_ready
+        engine_up = self._scheduler_up and self._engine_ready
+        return services_up and engine_up and not self._draining
 
     @property
     def stats(self) -> IngressStats:
         return IngressStats(len(self._sessions), len(self._requests), self._finished)
+
+    def drain(self) -> None:
+        """From now on new requests are refused as `overloaded`."""
+        self._draining = True
+
+    @property
+    def drained(self) -> bool:
+        """Whether it drains, and every request has had its end."""
+        return self._draining and not self._requests and not self.unsent
 
     # Clients ------------------------------------------------------------------------------------
 
@@ -255,6 +266,10 @@ class Core:
         if ask.id in session.requests:
             reason = "id: an unfinished request of this session has it"
             self._reject(session, exchange, ask, "duplicate_id", reason)
+            return
+        if self._draining:
+            reason = "the pipeline is shutting down; try later"
+            self._reject(session, exchange, ask, "overloaded", reason)
             return
         if len(self._requests) >= self._max_pending_requests:
             reason = f"max_pending_requests ({self._max_pending_requests}) are held; try later"

@@ -54,6 +54,7 @@ class Ingress:
         self._clients = ClientSocket(
             service.context, settings.client_endpoints, settings.max_message_bytes
         )
+        service.on_drain(self._core.drain)
         service.watch(self._clients.socket, self._read_clients)
         service.watch(self._clients.monitor, self._from_clients)
 
@@ -104,6 +105,8 @@ class Ingress:
             all_sent &= self._send_to_client(session)
         # Last, because what was delivered to clients is to be ended in the scheduler.
         all_sent &= self._send_to_services()
+        if core.drained:
+            self._service.drained()
         if core.has_work:
             return 0.0
         if not all_sent:

@@ -149,7 +149,7 @@ class Screen:
 
 def a_status(at_s: float, cpu_s: float, busy_s: float) -> Status:
     def service(role: str, pid: int, stats: Any, index: int = 0) -> ServiceStatus:
-        return ServiceStatus(role, index, pid, "ready", None, 3725.0, at_s, cpu_s, stats)
+        return ServiceStatus(role, index, pid, "ready", None, 3725.0, 2, at_s, cpu_s, stats)
 
     scheduler = SchedulerStats(
         running=3,
@@ -167,11 +167,11 @@ def a_status(at_s: float, cpu_s: float, busy_s: float) -> Status:
     services = [
         service("ingress", 11, IngressStats(2, 5, 9)),
         service("scheduler", 12, scheduler),
-        service("gpu_worker", 13, WorkerStats(3, 70, busy_s)),
-        service("gpu_worker", 14, WorkerStats(3, 70, busy_s), index=1),
+        service("gpu_worker", 13, WorkerStats(3, 0, 70, busy_s)),
+        service("gpu_worker", 14, WorkerStats(3, 0, 70, busy_s), index=1),
         service("tokenizer", 15, TokenizerStats(1, 10)),
         service("detokenizer", 16, DetokenizerStats(3, 900)),
-        ServiceStatus("detokenizer", 1, 17, "starting", None, 0.5, 0.0, 0.0, None),
+        ServiceStatus("detokenizer", 1, 17, "starting", None, 0.5, 0, 0.0, 0.0, None),
     ]
     return Status("the demo model", "tcp://127.0.0.1:5555", services)
 
@@ -182,10 +182,10 @@ def test_the_table_shows_every_service_and_the_engine() -> None:
     assert lines[0] == "the demo model at tcp://127.0.0.1:5555"
     (scheduler,) = [line for line in lines if line.startswith("scheduler 0")]
     assert " ".join(scheduler.split()) == (
-        "scheduler 0 12 ready 1 h 2 min 25% 3 running, 2 waiting"
+        "scheduler 0 12 ready 1 h 2 min 2 25% 3 running, 2 waiting"
     )
     (starting,) = [line for line in lines if line.startswith("detokenizer 1")]
-    assert " ".join(starting.split()) == "detokenizer 1 17 starting 0 s -"
+    assert " ".join(starting.split()) == "detokenizer 1 17 starting 0 s 0 -"
     assert "KV blocks     40 of 100 used" in lines
     assert "sequences     3 running, 2 waiting, 6 records" in lines
     assert "prefix cache  25% of 1000 prompt tokens came from it" in lines

@@ -219,7 +219,7 @@ def test_handshake_plans_results_and_a_link_made_anew(
     stats = group.supervisor.message(Report).stats
     while isinstance(stats, WorkerStats) and stats.steps < 4:
         stats = group.supervisor.message(Report).stats
-    assert stats == WorkerStats(slots_used=1, steps=4, busy_s=again.busy_us / 1e6)
+    assert stats == WorkerStats(slots_used=1, in_flight=0, steps=4, busy_s=again.busy_us / 1e6)
     assert again.busy_us == 400
 
 
