@@ -192,8 +192,9 @@ class Group:
             self._start(now)
         elif self.phase is Phase.RUNNING:
             self._end_if_hung(now)
-        elif self.phase is Phase.ENDING and self._kill_at is not None and now >= self._kill_at:
-            self._kill()
+        if self.phase is Phase.ENDING and self._kill_at is not None and now >= self._kill_at:
+            self._kill_at = None
+            self._actions += [Kill(place, "") for place in self.places if place in self._alive]
         actions, self._actions = self._actions, []
         return actions
 
@@ -202,7 +203,8 @@ class Group:
         self._alive.discard(place)
         if self.phase is Phase.RUNNING:
             self._note_death(place, code, by_itself(code), now)
-            self._kill()
+            self.phase = Phase.ENDING
+            self._kill_at = now
         if not self._alive:
             self.phase = Phase.GONE if self._leaving else Phase.WAITING
 
@@ -245,6 +247,7 @@ class Group:
     def _start(self, now: float) -> None:
         self.phase = Phase.RUNNING
         self.restarts += 1
+        self._kill_at = None
         self._ready_since = None
         self._alive = set(self.places)
         self._not_ready = set(self.places)
@@ -256,15 +259,13 @@ class Group:
             ready = place not in self._not_ready
             if (why := watch.hung(ready, now)) is not None:
                 self._note_death(place, -signal.SIGKILL, True, now)
-                self._actions.append(Kill(place, why))
-                self._kill(but=place)
+                self.phase = Phase.ENDING
+                self._actions += [
+                    Kill(other, why if other == place else "")
+                    for other in self.places
+                    if other in self._alive
+                ]
                 return
-
-    def _kill(self, but: Place | None = None) -> None:
-        self.phase = Phase.ENDING
-        self._kill_at = None
-        alive = (place for place in self.places if place in self._alive and place != but)
-        self._actions += [Kill(place, "") for place in alive]
 
     def _note_death(self, place: Place, code: int, own: bool, now: float) -> None:
         """Gives up, or sets when it is started again."""

@@ -99,8 +99,8 @@ def test_what_the_launcher_refuses_is_the_error(
 def test_a_pipeline_that_dies_is_reported(own_tmp: Path) -> None:
     with LLM("", device="sim", sim_step_ms=5.0) as llm:
         services = psutil.Process().children(recursive=True)
-        (scheduler,) = [p for p in services if "nanovllm.services.scheduler" in p.cmdline()]
-        scheduler.kill()
-        with pytest.raises(RuntimeError, match="scheduler 0 was killed"):
+        (launcher,) = [p for p in services if "nanovllm.launch.cli" in p.cmdline()]
+        launcher.kill()
+        with pytest.raises(RuntimeError, match="the pipeline has ended"):
             llm.generate("Once", SamplingParams(max_tokens=4000, ignore_eos=True), use_tqdm=False)
     assert all_ended(services)

@@ -65,14 +65,12 @@ def test_a_killed_launcher_takes_its_services_along(sim: Pipeline) -> None:
     again.start().stop()
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_the_death_of_a_service_ends_the_launch_with_its_name(sim: Pipeline, role: str) -> None:
-    running = services(sim)
-    next(process for process in running if role_of(process) == role).kill()
-    assert sim.process is not None
-    assert sim.process.wait(END_TIMEOUT_S) == 1
-    assert gone(running, 0)
-    sim.wait_for(f"nanovllm-launch: {role} 0 was killed by SIGKILL", END_TIMEOUT_S)
+def test_a_service_that_dies_is_named_and_comes_back(sim: Pipeline) -> None:
+    for role in ROLES:
+        next(process for process in services(sim) if role_of(process) == role).kill()
+        sim.wait_for(f"supervisor | {role} 0 was killed by SIGKILL", END_TIMEOUT_S)
+        sim.wait_for(f"{role} 0 | INFO ready", END_TIMEOUT_S)
+    assert [service.restarts for service in sim.status().services] == [1] * len(ROLES)
 
 
 def test_services_log_with_their_names_in_front(sim: Pipeline) -> None:

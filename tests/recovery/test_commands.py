@@ -1,0 +1,144 @@
+"""Scaling, restarts and the end of a pipeline, while streams run."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from nanovllm import Client, RequestError, SamplingParams
+from nanovllm.launch.client_cli import main
+from tests.pipelines import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
+from tests.recovery.streams import Streams, check, mixed_cases, services, undisturbed
+
+SIM = ("--device", "sim", "--sim-step-ms", "4", "--kvcache-block-size", "16")
+LONG = SamplingParams(max_tokens=300, ignore_eos=True, seed=1)
+ENDLESS = SamplingParams(max_tokens=4000, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def sim() -> Iterator[Pipeline]:
+    with Pipeline("", *SIM) as running:
+        yield running
+
+
+def command(pipeline: Pipeline, *words: str) -> Result:
+    return CliRunner().invoke(main, [*words, "--runtime-dir", str(pipeline.runtime_dir)])
+
+
+def test_scaling_and_restarts_while_streams_run(sim: Pipeline) -> None:
+    cases = mixed_cases(["lantern", "kettle"])
+    expected = undisturbed(sim.endpoint, cases)
+    streams = Streams(sim.endpoint, cases)
+    streams.wait_for_news()
+    for role, count in [("tokenizer", 3), ("detokenizer", 3), ("detokenizer", 1), ("tokenizer", 1)]:
+        ran = command(sim, "scale", role, str(count))
+        assert ran.exit_code == 0, ran.output
+        assert sum(found == role for found, _ in services(sim)) == count
+        streams.wait_for_news()
+    before = services(sim)
+    for role in ("scheduler", "all"):
+        ran = command(sim, "restart", role)
+        assert ran.exit_code == 0, ran.output
+        streams.wait_for_news()
+    check(streams.finish(), expected, sim)
+    after = services(sim)
+    assert after.keys() == before.keys()
+    assert all(after[place].pid != before[place].pid for place in before)
+    restarts = {service.role: service.restarts for service in sim.status().services}
+    assert restarts == {role: 1 + (role == "scheduler") for role, _ in before}
+    assert "RESTARTS" in command(sim, "status").output
+
+
+def test_commands_explain_mistakes(sim: Pipeline, tmp_path: Path) -> None:
+    assert "is not one of" in command(sim, "scale", "scheduler", "2").output
+    assert "1<=x<=64" in command(sim, "scale", "tokenizer", "0").output
+    assert "is not one of" in command(sim, "restart", "everything").output
+    nowhere = CliRunner().invoke(main, ["restart", "all", "--runtime-dir", str(tmp_path)])
+    assert nowhere.exit_code == 1
+    assert "no pipeline runs" in nowhere.output
+
+
+@pytest.fixture
+def own(start_pipeline: Callable[..., Pipeline]) -> Pipeline:
+    return start_pipeline("", *SIM)
+
+
+def signalled(pipeline: Pipeline) -> None:
+    assert pipeline.process is not None
+    pipeline.process.send_signal(signal.SIGTERM)
+
+
+def test_the_first_signal_drains(own: Pipeline) -> None:
+    assert own.process is not None
+    with Client(own.endpoint) as client, Client(own.endpoint) as late:
+        whole = client.generate("Once", LONG)
+        assert whole.usage.completion_tokens == 300
+        stream = client.generate("Once", LONG, stream=True)
+        next(stream)
+        signalled(own)
+        while late.ping().ready:
+            pass
+        with pytest.raises(RequestError, match="shutting down") as refused:
+            late.generate("Once", LONG)
+        assert refused.value.code == "overloaded"
+        assert stream.result().token_ids == whole.token_ids
+        assert own.process.wait(END_TIMEOUT_S) == 0
+
+
+def test_a_drain_ends_at_its_timeout(start_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = start_pipeline("", *SIM, "--drain-timeout", "0.5")
+    assert pipeline.process is not None
+    with Client(pipeline.endpoint) as client:
+        next(client.generate("Once", ENDLESS, stream=True))
+        stream = client.generate("Once", ENDLESS, stream=True)
+        next(stream)
+        signalled(pipeline)
+        assert pipeline.process.wait(END_TIMEOUT_S) == 0
+    pipeline.wait_for("unfinished", 5)
+
+
+def test_a_second_signal_ends_at_once(own: Pipeline) -> None:
+    assert own.process is not None
+    with Client(own.endpoint) as client:
+        stream = client.generate("Once", ENDLESS, stream=True)
+        next(stream)
+        signalled(own)
+        while client.ping().ready:
+            pass
+        signalled(own)
+        assert own.process.wait(END_TIMEOUT_S) == 0
+
+
+def test_an_ingress_that_dies_while_it_drains_does_not_keep_the_pipeline(own: Pipeline) -> None:
+    assert own.process is not None
+    with Client(own.endpoint) as client:
+        stream = client.generate("Once", ENDLESS, stream=True)
+        next(stream)
+        signalled(own)
+        while client.ping().ready:
+            pass
+        services(own)["ingress", 0].kill()
+        assert own.process.wait(END_TIMEOUT_S) == 0
+
+
+def test_a_service_that_cannot_start_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every Python started here, the launcher aside, fails when it imports the tokenizer."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'nanovllm.services.detokenizer' in ' '.join(sys.orig_argv):\n"
+        "    sys.exit('the shelf is empty')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pipeline = Pipeline("", *SIM)
+    process = pipeline.launch()
+    assert process.wait(READY_TIMEOUT_S) == 1
+    line = pipeline.wait_for("nanovllm-launch: ", END_TIMEOUT_S)
+    assert "detokenizer 0 ended with code 1 before it was ready, 5 times in a row" in line
+    assert "the shelf is empty" in line
+    assert not pipeline.runtime_dir.exists()

@@ -1,0 +1,306 @@
+"""The supervisor's policy with a clock of its own: who is started, ended and given up, and when."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.launch.policy import (
+    GRACE_S,
+    LIVENESS_S,
+    LONGEST_DELAY_S,
+    MAX_FAILED_STARTS,
+    PROGRESS_S,
+    STABLE_S,
+    START_LIVENESS_S,
+    Action,
+    Answer,
+    GiveUp,
+    Kill,
+    Place,
+    Policy,
+    Start,
+    Stop,
+    Work,
+)
+from nanovllm.links import Peer
+
+SCHEDULER = Place("scheduler", 0)
+RANKS = [Place("gpu_worker", 0), Place("gpu_worker", 1)]
+TOKENIZERS = [Place("tokenizer", 0), Place("tokenizer", 1)]
+GROUPS = [[SCHEDULER], RANKS, [TOKENIZERS[0]], [TOKENIZERS[1]]]
+PLACES = [place for group in GROUPS for place in group]
+KILLED = -signal.SIGKILL
+COMMAND = Peer("command", 1, 1)
+
+
+class World:
+    """Processes as the policy asks for them. They report once a second; what breaks a rule of
+    supervision raises.
+
+    Args:
+        load_s: how long a service takes to be ready.
+        obeys: whether services end on SIGTERM.
+    """
+
+    def __init__(self, load_s: float = 0.5, obeys: bool = True) -> None:
+        self.now = 1000.0
+        self.policy = Policy(GROUPS, self.now)
+        self.load_s = load_s
+        self.obeys = obeys
+        self.alive: dict[Place, float] = {}
+        self.starts: dict[Place, list[float]] = {}
+        self.silent: set[Place] = set()
+        self.busy: set[Place] = set()
+        self.killed: list[tuple[Place, str]] = []
+        self.given_up: GiveUp | None = None
+        self.answered: list[Peer] = []
+
+    def run(self, seconds: float, each: Callable[[], None] = lambda: None) -> None:
+        """Time passes, in eighths of a second, which are exact; `each` is called at each."""
+        for _ in range(round(seconds * 8)):
+            self.now += 0.125
+            each()
+            for place, started in list(self.alive.items()):
+                if place in self.silent:
+                    continue
+                if self.now - started >= self.load_s:
+                    self.policy.ready(place, self.now)
+                if self.now.is_integer():
+                    self.policy.sign(place, self.now)
+                    work = Work(1, 7) if place in self.busy else Work(0, 7)
+                    self.policy.work(place, work, self.now)
+            self.look()
+
+    def look(self) -> None:
+        assert self.policy.wait_s(self.now) <= 1.0
+        for action in self.policy.due(self.now):
+            self.do(action)
+
+    def end(self, place: Place, code: int = KILLED) -> None:
+        if self.alive.pop(place, None) is not None:
+            self.policy.ended(place, code, self.now)
+
+    def do(self, action: Action) -> None:
+        match action:
+            case Start(place=place):
+                group = next((g for g in GROUPS if place in g), [place])
+                others = [other for other in group if other in self.alive]
+                assert all(self.alive[other] == self.now for other in others), "one for all"
+                assert place not in self.alive
+                self.alive[place] = self.now
+                self.starts.setdefault(place, []).append(self.now)
+            case Stop(place=place):
+                assert place in self.alive
+                if self.obeys:
+                    self.end(place, 0)
+            case Kill(place=place, why=why):
+                assert place in self.alive
+                self.killed.append((place, why))
+                self.silent.discard(place)
+                self.end(place)
+            case GiveUp():
+                self.given_up = self.given_up or action
+            case Answer(asked_by=peer):
+                self.answered.append(peer)
+
+
+def test_all_are_started_at_once_and_then_left_alone() -> None:
+    world = World()
+    world.run(300)
+    assert world.policy.all_ready
+    assert {place: len(starts) for place, starts in world.starts.items()} == dict.fromkeys(
+        PLACES, 1
+    )
+    assert not world.killed
+
+
+@pytest.mark.parametrize("victim", PLACES, ids=str)
+def test_a_death_restarts_its_group_at_once_and_no_other(victim: Place) -> None:
+    world = World()
+    world.run(STABLE_S + 1)
+    world.end(victim)
+    world.look()
+    world.look()
+    group = next(group for group in GROUPS if victim in group)
+    restarted = [place for place in PLACES if len(world.starts[place]) == 2]
+    assert restarted == group
+    assert world.starts[victim][1] == world.now
+
+
+@given(
+    st.floats(0.0, 8.0),
+    st.lists(st.lists(st.sampled_from(PLACES), max_size=3), min_size=1, max_size=60),
+)
+def test_kills_every_second_for_a_minute_are_borne(load_s: float, kills: list[list[Place]]) -> None:
+    world = World(load_s)
+    for victims in kills:
+        for victim in victims:
+            world.end(victim)
+        world.run(1)
+    world.run(LONGEST_DELAY_S + load_s + 1)
+    assert world.given_up is None
+    assert world.policy.all_ready
+    assert sorted(world.alive, key=PLACES.index) == PLACES
+
+
+def test_the_same_service_is_borne_to_be_killed_each_second() -> None:
+    world = World(load_s=10.0)
+    for _ in range(60):
+        world.end(RANKS[1])
+        world.run(1)
+    world.run(15)
+    assert world.given_up is None
+    assert world.policy.all_ready
+
+
+@given(st.sampled_from(PLACES), st.sampled_from([1, 3, -signal.SIGSEGV, -signal.SIGABRT]))
+def test_a_service_that_cannot_become_ready_is_given_up(place: Place, code: int) -> None:
+    world = World(load_s=5.0)
+
+    def crash() -> None:
+        if place in world.alive and world.now - world.alive[place] > 0.5:
+            world.end(place, code)
+
+    while world.given_up is None:
+        world.run(0.125, crash)
+        assert world.now < 1060
+    assert world.given_up == GiveUp(place, code, MAX_FAILED_STARTS)
+    assert len(world.starts[place]) == MAX_FAILED_STARTS
+    waits = [b - a for a, b in zip(world.starts[place], world.starts[place][1:], strict=False)]
+    assert waits == sorted(waits)
+
+
+def test_a_service_that_is_always_killed_while_it_loads_is_given_up_in_the_end() -> None:
+    world = World(load_s=5.0)
+    while world.given_up is None:
+        world.run(2)
+        world.end(SCHEDULER)
+        world.look()
+        assert world.now < 1300
+    assert world.now > 1100
+
+
+def test_a_service_that_is_misconfigured_is_given_up_at_once_but_only_at_first() -> None:
+    world = World()
+    world.look()
+    world.end(RANKS[1], 2)
+    world.look()
+    assert world.given_up == GiveUp(RANKS[1], 2, 1)
+    world = World()
+    world.run(1)
+    world.end(RANKS[1], 2)
+    world.run(1)
+    assert world.given_up is None
+    assert world.policy.all_ready
+
+
+def test_the_back_off_grows_and_begins_anew_after_good_health() -> None:
+    world = World(load_s=0.0)
+    delays: list[float] = []
+    for _ in range(12):
+        world.run(1)
+        assert world.policy.all_ready
+        died_at = world.now
+        world.end(SCHEDULER)
+        world.run(LONGEST_DELAY_S + 0.5)
+        delays.append(world.starts[SCHEDULER][-1] - died_at)
+    assert delays == sorted(delays)
+    assert delays[0] <= 0.125
+    assert delays[-1] == LONGEST_DELAY_S
+    world.run(STABLE_S)
+    world.end(SCHEDULER)
+    world.look()
+    world.look()
+    assert world.starts[SCHEDULER][-1] == world.now
+
+
+@pytest.mark.parametrize(("load_s", "limit_s"), [(0.5, LIVENESS_S), (1e9, START_LIVENESS_S)])
+def test_a_silent_service_is_killed_in_time_and_not_before(load_s: float, limit_s: float) -> None:
+    world = World(load_s)
+    world.run(3)
+    world.silent.add(RANKS[0])
+    world.run(limit_s - 1.5)
+    assert not world.killed
+    world.run(2.5)
+    (first, why), *rest = world.killed
+    assert first == RANKS[0]
+    assert f"no sign for {limit_s:g} s" in why
+    assert rest == [(RANKS[1], "")]
+
+
+@given(st.integers(5, 10_000))
+def test_silence_while_the_supervisor_was_stopped_is_forgiven(seconds: int) -> None:
+    world = World()
+    world.run(3)
+    world.now += seconds
+    world.look()
+    world.run(3)
+    assert not world.killed
+
+
+def test_a_service_with_work_but_no_progress_is_killed_and_an_idle_one_is_not() -> None:
+    world = World()
+    world.run(PROGRESS_S + 10)
+    assert not world.killed
+    world.busy.add(TOKENIZERS[0])
+    world.run(PROGRESS_S - 1)
+    assert not world.killed
+    world.run(3)
+    assert [place for place, _ in world.killed] == [TOKENIZERS[0]]
+
+
+def test_loading_is_no_lack_of_progress() -> None:
+    world = World(load_s=3 * PROGRESS_S)
+    world.busy.update(PLACES)
+    world.run(2 * PROGRESS_S)
+    assert not world.killed
+
+
+# Commands ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_restart_all_is_one_group_after_the_other(obeys: bool) -> None:
+    world = World(load_s=1.0, obeys=obeys)
+    world.run(3)
+    world.policy.restart("all", COMMAND)
+
+    def at_most_one_is_away() -> None:
+        assert sum(not group.settled for group in world.policy.groups) <= 1
+
+    world.run(len(GROUPS) * (GRACE_S + 2), at_most_one_is_away)
+    assert world.answered == [COMMAND]
+    assert {place: len(starts) for place, starts in world.starts.items()} == dict.fromkeys(
+        PLACES, 2
+    )
+    assert bool(world.killed) is not obeys
+
+
+def test_restart_goes_on_when_a_service_dies_meanwhile() -> None:
+    world = World(load_s=1.0)
+    world.run(3)
+    world.policy.restart("tokenizer", COMMAND)
+    world.run(0.5)
+    world.end(TOKENIZERS[0])
+    world.end(TOKENIZERS[1])
+    world.run(10)
+    assert world.answered == [COMMAND]
+    assert world.policy.all_ready
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans())
+def test_scaling_ends_with_the_number_asked_for(counts: list[int], hurried: bool) -> None:
+    world = World(load_s=1.0)
+    for count in counts:
+        world.policy.scale("tokenizer", count, COMMAND, world.now)
+        world.run(0.25 if hurried else 5)
+    world.run(10)
+    assert len(world.answered) == len(counts)
+    running = {place.index for place in world.alive if place.role == "tokenizer"}
+    assert running == set(range(counts[-1]))
+    assert not world.killed
