@@ -43,8 +43,8 @@ class DetokenizerLoop:
     def _on_scheduler(self, event: Event[SchedulerToDetokenizer]) -> None:
         if isinstance(event, Received):
             self._core.take(event.message)
-        elif isinstance(event, Up) and event.reborn:
-            self._core.scheduler_reborn()
+        elif isinstance(event, Up):
+            self._core.scheduler_up()
 
 
 def serve(service: Service) -> NoReturn:

@@ -50,8 +50,9 @@ class Detokenizer:
         elif isinstance(message, End):
             self._drop(message.uid)
 
-    def scheduler_reborn(self) -> None:
-        """All requests come again, in new attempts."""
+    def scheduler_up(self) -> None:
+        """A link to the scheduler was made: it begins anew all that it has for this detokenizer.
+        What it ended, or gave to another, while the link was down must not stay here."""
         self._outputs.clear()
         self._unsent.clear()
 

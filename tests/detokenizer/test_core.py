@@ -276,7 +276,7 @@ def test_ends_free_everything() -> None:
     core.take(End(UID))
     assert core.deltas() == []
     core.take(begin(ids_of_bytes(b"ab")))
-    core.scheduler_reborn()
+    core.scheduler_up()
     assert core.deltas() == []
     assert core.stats().requests == 0
 
