@@ -128,7 +128,7 @@ def test_an_ingress_that_dies_while_it_drains_does_not_keep_the_pipeline(own: Pi
 def test_a_service_that_cannot_start_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every Python started here, the launcher aside, fails when it imports the tokenizer."""
+    """A Python that is to run the detokenizer ends as it starts."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'nanovllm.services.detokenizer' in ' '.join(sys.orig_argv):\n"
