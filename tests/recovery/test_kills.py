@@ -37,9 +37,11 @@ class Running(NamedTuple):
 
 @pytest.fixture(scope="module", params=["sim", "cpu, two ranks"])
 def running(request: pytest.FixtureRequest) -> Iterator[Running]:
-    arguments = (*SIM, *SEVERAL) if request.param == "sim" else (*CPU, *SEVERAL)
-    with Pipeline("", *arguments, "--kvcache-block-size", "16") as pipeline:
-        cases = mixed_cases([" lantern", "kettle", ". T"])
+    device, stops = SIM, ["ree", "old "]
+    if request.param != "sim":
+        device, stops = CPU, [" lantern", "kettle", ". T"]
+    with Pipeline("", *device, *SEVERAL, "--kvcache-block-size", "16") as pipeline:
+        cases = mixed_cases(stops)
         expected = undisturbed(pipeline.endpoint, cases)
         assert any(outcome.finish_reason == "stop" for outcome in expected)
         assert any(not outcome.text.isascii() for outcome in expected)
