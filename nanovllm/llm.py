@@ -9,7 +9,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Final, NotRequired, TypedDict
 
 import msgspec
@@ -140,12 +139,7 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.exit()
 
     def _messages(

@@ -37,7 +37,8 @@ class Running(NamedTuple):
 
 @pytest.fixture(scope="module", params=["sim", "cpu, two ranks"])
 def running(request: pytest.FixtureRequest) -> Iterator[Running]:
-    device, stops = SIM, ["ree", "old "]
+    device: tuple[str, ...] = SIM
+    stops = ["ree", "old "]
     if request.param != "sim":
         device, stops = CPU, [" lantern", "kettle", ". T"]
     with Pipeline("", *device, *SEVERAL, "--kvcache-block-size", "16") as pipeline:
