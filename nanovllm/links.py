@@ -409,5 +409,8 @@ def _set_options(socket: zmq.Socket[bytes]) -> None:
 def _read_batch(socket: zmq.Socket[bytes]) -> list[list[zmq.Frame]]:
     batch: list[list[zmq.Frame]] = []
     while len(batch) < BATCH and readable(socket):
-        batch.append(socket.recv_multipart(copy=False))
+        parts = [socket.recv(copy=False)]
+        while parts[-1].more:  # cheaper than recv_multipart, which asks the socket
+            parts.append(socket.recv(copy=False))
+        batch.append(parts)
     return batch
