@@ -70,7 +70,8 @@ def measure(load: Load, depth: int, seconds: float) -> dict[str, Any]:
         pipeline.endpoint, outstanding, OUTPUT_TOKENS, probe_every=64 if load.sequences > 1 else 2
     )
     try:
-        _wait_until_ready(pipeline)
+        with Client(pipeline.endpoint, timeout=60) as client:
+            pipeline.wait_until_ready(client)
         clients.run_until(time.monotonic() + WARM_UP_S)
         clients.lags_s.clear()
         with Control(pipeline.runtime_dir) as control:
@@ -134,12 +135,6 @@ class _Pair:
     @property
     def cpu_share(self) -> float:
         return (self.now.cpu_s - self.was.cpu_s) / self.seconds
-
-
-def _wait_until_ready(pipeline: PrivatePipeline) -> None:
-    with Client(pipeline.endpoint, timeout=60) as client:
-        while not client.ping().ready:
-            pipeline.check()
 
 
 if __name__ == "__main__":

@@ -116,8 +116,7 @@ class Pipeline:
         self._pipeline = PrivatePipeline(settings)
         try:
             with Client(self._pipeline.endpoint, timeout=120) as client:
-                while not client.ping().ready:
-                    self._pipeline.check()
+                self._pipeline.wait_until_ready(client)
             self._llm = LLM(endpoint=self._pipeline.endpoint)
             self._control = Control(self._pipeline.runtime_dir)
         except BaseException:

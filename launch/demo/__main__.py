@@ -27,8 +27,7 @@ def main() -> None:
     pipeline = PrivatePipeline(Settings(ingress=""))
     try:
         with Client(pipeline.endpoint, timeout=60) as client:
-            while not client.ping().ready:
-                pipeline.check()
+            pipeline.wait_until_ready(client)
             with Control(pipeline.runtime_dir) as control:
                 before = _reported(control)
                 _answer(client)

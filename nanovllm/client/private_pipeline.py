@@ -16,6 +16,7 @@ from typing import IO, Final
 import msgspec
 
 from nanovllm.client.errors import PipelineUnavailable
+from nanovllm.client.sync import Client
 from nanovllm.launch.status import Control
 from nanovllm.messages import ServiceStatus
 from nanovllm.options import settings_argv
@@ -82,6 +83,14 @@ class PrivatePipeline:
             return self._control.status().services
         except PipelineUnavailable:
             return []
+
+    def wait_until_ready(self, client: Client) -> None:
+        """Returns when it can start requests; `client` is one of its own.
+
+        Raises RuntimeError if the pipeline ends before.
+        """
+        while not client.ping().ready:
+            self.check()
 
     def check(self) -> None:
         """Raises RuntimeError, with the launcher's last words, if the pipeline has ended."""
