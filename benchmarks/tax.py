@@ -164,7 +164,7 @@ class BareLoop:
         directory = resolve_model(settings.model)
         device = bring_up.choose_device(settings, rank=0)
         loaded = bring_up.load(
-            directory, config, settings, device, TensorParallel(), lambda done, total: None
+            directory, config, settings, device, TensorParallel(), lambda *_: None
         )
         self._settings = settings
         self._executor: Executor = loaded.executor

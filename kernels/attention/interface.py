@@ -7,7 +7,7 @@ and a decode (q_len 1) are thus the same case. Decodes come first in the batch, 
 treat them apart.
 
     batch = backend.prepare(metadata)      # once a step: what all layers share
-    batch.store(k, v, cache)               # in each layer
+    store_kv(k, v, cache, slot_mapping)    # in each layer, or a kernel that does so
     out = batch.forward(q, cache)
 
 The cache of a layer is `[num_blocks, block_size, num_kv_heads, head_dim]` for keys and the same
@@ -24,9 +24,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-
-NOWHERE = -1
-"""The slot of a token whose key and value are not stored (padding)."""
 
 
 class LayerCache(NamedTuple):
@@ -50,7 +47,9 @@ class AttentionMetadata:
     """A batch of n sequences with T query tokens; the first `num_decodes` have q_len 1 each.
 
     Lengths are given twice: on the host, where they are known before the step and choose kernels
-    and shapes, and on the device, for the kernels themselves. Neither is ever read back.
+    and shapes, and on the device, for the kernels themselves. Neither is ever read back. Those of
+    decodes on the host may be more than the true ones, for all backends but the reference: a
+    captured step is replayed at many lengths.
 
     Attributes:
         num_decodes: sequences [0, num_decodes) are decodes; a one-token chunk may be among the
@@ -61,8 +60,6 @@ class AttentionMetadata:
         cache_seqlens: device, int32 [n]; `context_lens`.
         block_tables: device, int32 [n, max_blocks]; entries past a context are not used, but must
             name a block (0, say).
-        slot_mapping: device, int64 [T]; where each query token's key and value go:
-            block * block_size + offset, or NOWHERE.
     """
 
     num_decodes: int
@@ -71,16 +68,34 @@ class AttentionMetadata:
     cu_seqlens_q: Tensor
     cache_seqlens: Tensor
     block_tables: Tensor
-    slot_mapping: Tensor
+
+    def decodes(self) -> AttentionMetadata:
+        """The decodes alone."""
+        d = self.num_decodes
+        return AttentionMetadata(
+            num_decodes=d,
+            query_lens=self.query_lens[:d],
+            context_lens=self.context_lens[:d],
+            cu_seqlens_q=self.cu_seqlens_q[: d + 1],
+            cache_seqlens=self.cache_seqlens[:d],
+            block_tables=self.block_tables[:d],
+        )
+
+    def prefills(self) -> AttentionMetadata:
+        """All but the decodes; their first query token is row `num_decodes` of the batch."""
+        d = self.num_decodes
+        return AttentionMetadata(
+            num_decodes=0,
+            query_lens=self.query_lens[d:],
+            context_lens=self.context_lens[d:],
+            cu_seqlens_q=self.cu_seqlens_q[d:] - d,
+            cache_seqlens=self.cache_seqlens[d:],
+            block_tables=self.block_tables[d:],
+        )
 
 
 class AttentionBatch(ABC):
     """One step's batch, as its backend has prepared it; serves all layers."""
-
-    @abstractmethod
-    def store(self, k: Tensor, v: Tensor, cache: LayerCache) -> None:
-        """Writes the query tokens' keys and values, each [T, num_kv_heads, head_dim], into the
-        cache at the batch's slot mapping."""
 
     @abstractmethod
     def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
@@ -97,3 +112,13 @@ class AttentionBackend(ABC):
     @abstractmethod
     def prepare(self, metadata: AttentionMetadata) -> AttentionBatch:
         """What all layers of a step share. Raises ValueError if this backend cannot serve it."""
+
+
+def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+    """Writes keys and values, each [T, num_kv_heads, head_dim], into the cache.
+
+    Args:
+        slot_mapping: int64 [T], where each goes: block * block_size + offset.
+    """
+    cache.k.flatten(0, 1)[slot_mapping] = k
+    cache.v.flatten(0, 1)[slot_mapping] = v

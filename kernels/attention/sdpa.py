@@ -2,8 +2,8 @@
 
 Decodes gather their context through the block table and attend together, in groups of similar
 length, padded and masked; prefills attend one sequence at a time. Query heads that share a
-key/value head are never given copies of it. On CUDA, preparing a batch waits for the device (to
-leave out what goes nowhere), so that it serves there as a reference, not for speed.
+key/value head are never given copies of it. It needs every length on the host, so no step that
+uses it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -67,8 +67,6 @@ class _Prefill(NamedTuple):
 class _SdpaBatch(AttentionBatch):
     def __init__(self, shape: AttentionShape, metadata: AttentionMetadata) -> None:
         self.shape = shape
-        self.stored_rows = (metadata.slot_mapping >= 0).nonzero().squeeze(1)
-        self.stored_slots = metadata.slot_mapping[self.stored_rows]
         lengths = metadata.context_lens[: metadata.num_decodes]
         self.decodes = [self._group(rows, metadata) for rows in group_by_length(lengths, shape)]
         ends = list(accumulate(metadata.query_lens.tolist()))
@@ -104,10 +102,6 @@ class _SdpaBatch(AttentionBatch):
             mask = (positions < metadata.cache_seqlens[row_ids, None])[:, None, None]
         tables = metadata.block_tables.index_select(0, row_ids)
         return _Decodes(row_ids, self._slots(tables, context), mask)
-
-    def store(self, k: Tensor, v: Tensor, cache: LayerCache) -> None:
-        for new, held in ((k, cache.k), (v, cache.v)):
-            held.view(-1, *held.shape[2:])[self.stored_slots] = new[self.stored_rows]
 
     def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
         out = torch.empty_like(q)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
-from nanovllm.kernels.attention.sdpa import SdpaBackend
+from nanovllm.kernels.attention.choose import choose
 from nanovllm.messages import Admission, Sampling, StepPlan, pack
 from nanovllm.services.gpu_worker import memory
 from nanovllm.services.gpu_worker.executor import Executor
@@ -19,7 +20,7 @@ from nanovllm.services.gpu_worker.model.kv_cache import (
     attention_shape,
     block_bytes,
 )
-from nanovllm.services.gpu_worker.model.loader import Progress, load_checkpoint
+from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
 from nanovllm.settings import Settings, SettingsError
@@ -27,6 +28,10 @@ from nanovllm.settings import Settings, SettingsError
 # Threads wait for one another at every operation. On a CPU a model of fewer weights is no faster
 # with one more, and far slower where another service takes the core that one of them is on.
 WEIGHTS_PER_THREAD = 1 << 22
+
+
+Progress = Callable[[str, int, int], None]
+"""Is told a stage of loading, and how much of it is done, of how much."""
 
 
 class Loaded(NamedTuple):
@@ -87,8 +92,12 @@ def load(
     """
     dtype = choose_dtype(settings, config, device)
     shape = attention_shape(config, tp, settings.kvcache_block_size)
-    backend = SdpaBackend(shape)
+    try:
+        backend, attention, capturable = choose(settings.attention, shape, dtype, device)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     size = block_bytes(config, shape, dtype)
+    graphs = capturable and not settings.enforce_eager
 
     def executor(num_blocks: int) -> Executor:
         kv_cache = allocate_kv_cache(config, shape, num_blocks, dtype, device)
@@ -96,13 +105,13 @@ def load(
 
     try:
         model = Qwen3ForCausalLM(config, tp, dtype, device)
-        load_checkpoint(model, directory, progress)
+        load_checkpoint(model, directory, partial(progress, "loading weights"))
         if device.type == "cpu":
             _use_worthwhile_threads(model)
         if settings.num_kvcache_blocks >= 0:
             num_blocks = settings.num_kvcache_blocks
         elif device.type == "cuda":
-            num_blocks = _blocks_on_cuda(lambda: executor(1), settings, device, size)
+            num_blocks = _blocks_on_cuda(executor, settings, device, size, graphs)
         else:
             num_blocks = memory.cpu_blocks(settings, size)
         # All ranks must come to this point before one of them may give up.
@@ -114,13 +123,15 @@ def load(
         )
         memory.check_room_for_one(num_blocks, settings, size, remedy)
         loaded = executor(num_blocks)
+        if graphs:
+            loaded.capture_graphs(partial(progress, "capturing graphs"))
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
             f"not enough memory on {device} for the model and its cache: {reason}; raise --tp, or"
             " lower --max-num-batched-tokens or --num-kvcache-blocks"
         ) from None
-    described = f"{device.type}, {str(dtype).removeprefix('torch.')}, sdpa attention"
+    described = f"{device.type}, {str(dtype).removeprefix('torch.')}, {attention} attention"
     blocks = f"{num_blocks} blocks of {settings.kvcache_block_size} tokens"
     return Loaded(loaded, num_blocks, f"{described}, {blocks}")
 
@@ -132,21 +143,31 @@ def _use_worthwhile_threads(model: Qwen3ForCausalLM) -> None:
 
 
 def _blocks_on_cuda(
-    make_executor: Callable[[], Executor], settings: Settings, device: torch.device, size: int
+    make_executor: Callable[[int], Executor],
+    settings: Settings,
+    device: torch.device,
+    size: int,
+    graphs: bool,
 ) -> int:
-    """As many as fit beside the largest steps, which are run to find out."""
+    """As many as fit beside the largest steps and the graphs, which are run and captured to find
+    out what they take."""
     torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    executor = make_executor(0)
+    held = 0
+    if graphs:
+        executor.capture_graphs(lambda done, total: None)
+        torch.cuda.empty_cache()
+        held = free - torch.cuda.mem_get_info(device)[0]
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    free, total = torch.cuda.mem_get_info(device)
-    executor = make_executor()
     for plan in largest_steps(settings):
         executor.step(plan).wait()
         executor.reset()
     peak = torch.cuda.max_memory_allocated(device) - before
     del executor
     torch.cuda.empty_cache()
-    return memory.cuda_blocks(settings, size, total, total - free, peak)
+    return memory.cuda_blocks(settings, size, total, total - free + held, peak)
 
 
 def largest_steps(settings: Settings) -> list[StepPlan]:

@@ -31,26 +31,38 @@ def columns_to_device(columns: Sequence[Int32s], device: torch.device) -> tuple[
 class DeviceState:
     """The slots' state on the device.
 
+    Args:
+        spare_block: a block that no sequence has.
+
     Attributes:
-        block_tables: int32 [max_num_seqs, max_blocks]; entries beyond a sequence's blocks name
+        padding_slot: one more than there are, in which a sequence of one token seems to be, over
+            and over. It takes the rows that a captured step has too many.
+        block_tables: int32 [max_num_seqs + 1, max_blocks]; entries beyond a sequence's blocks name
             any block.
-        num_tokens: int64 [max_num_seqs], length of each sequence, sampled tokens included.
-        last_tokens: int64 [max_num_seqs], the token sampled last.
+        num_tokens: int64 [max_num_seqs + 1], length of each sequence, sampled tokens included.
+        last_tokens: int64 [max_num_seqs + 1], the token sampled last.
     """
 
-    def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_blocks: int, spare_block: int, device: torch.device
+    ) -> None:
+        slots = max_num_seqs + 1
+
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._device = device
-        self.block_tables = zeros(max_num_seqs, max_blocks, dtype=torch.int32)
-        self.num_tokens = zeros(max_num_seqs, dtype=torch.int64)
-        self.last_tokens = zeros(max_num_seqs, dtype=torch.int64)
-        self._temperature = zeros(max_num_seqs, dtype=torch.float32)
-        self._top_p = zeros(max_num_seqs, dtype=torch.float32)
-        self._min_p = zeros(max_num_seqs, dtype=torch.float32)
-        self._top_k = zeros(max_num_seqs, dtype=torch.int32)
-        self._seed = zeros(max_num_seqs, dtype=torch.int64)
+        self.padding_slot = max_num_seqs
+        self.block_tables = zeros(slots, max_blocks, dtype=torch.int32)
+        self.block_tables[self.padding_slot] = spare_block
+        self.num_tokens = zeros(slots, dtype=torch.int64)
+        self.num_tokens[self.padding_slot] = 1
+        self.last_tokens = zeros(slots, dtype=torch.int64)
+        self._temperature = zeros(slots, dtype=torch.float32)
+        self._top_p = zeros(slots, dtype=torch.float32)
+        self._min_p = zeros(slots, dtype=torch.float32)
+        self._top_k = zeros(slots, dtype=torch.int32)
+        self._seed = zeros(slots, dtype=torch.int64)
 
     def update(self, batch: Batch) -> None:
         """Writes what the batch's plan changed."""
@@ -60,7 +72,7 @@ class DeviceState:
             slots, columns, blocks = columns_to_device(list(batch.block_updates.T), self._device)
             self.block_tables[slots, columns] = blocks.int()
 
-    def sampling(self, slots: Tensor, batch: Batch) -> SamplingTensors:
+    def sampling(self, slots: Tensor, any_random: bool, any_filter: bool) -> SamplingTensors:
         """The parameters of the rows that sample, whose slots are `slots` int64 [s]."""
         return SamplingTensors(
             temperature=self._temperature[slots],
@@ -68,14 +80,15 @@ class DeviceState:
             top_p=self._top_p[slots],
             min_p=self._min_p[slots],
             seed=self._seed[slots],
-            any_random=batch.any_random,
-            any_filter=batch.any_filter,
+            any_random=any_random,
+            any_filter=any_filter,
         )
 
     def sampled(self, slots: Tensor, token_ids: Tensor) -> None:
         """Each of the slots int64 [s] goes on by one token, int64 [s]."""
         self.last_tokens[slots] = token_ids
         self.num_tokens[slots] += 1
+        self.num_tokens[self.padding_slot :] = 1
 
     def _admit(self, admitted: Sequence[Admission]) -> None:
         asked = [admission.sampling for admission in admitted]

@@ -6,7 +6,7 @@ when `step` returns. They are also where the next step needs them, on the device
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from nanovllm.kernels.attention.interface import (
 )
 from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, pack
 from nanovllm.services.gpu_worker.device_state import DeviceState, columns_to_device, to_device
+from nanovllm.services.gpu_worker.graphs import Decoded, DecodeGraphs
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence
 from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
 from nanovllm.services.gpu_worker.sampling import logprobs, sample
@@ -44,17 +45,26 @@ class Sampled(NamedTuple):
         number: the plan's.
         token_ids: int32 [s].
         logprobs: None if no row asked.
-        on_host: what to wait for; None if the device is the host.
+        started, on_host: when the device began the step, and when all of this was on the host;
+            None if the device is the host.
     """
 
     number: int
     token_ids: Tensor
     logprobs: SampledLogprobs | None
+    started: torch.cuda.Event | None
     on_host: torch.cuda.Event | None
 
     def wait(self) -> None:
         if self.on_host is not None:
             self.on_host.synchronize()
+
+    def device_seconds(self) -> float | None:
+        """How long the step took on the device, by its own clock; None if that is the host.
+        Call `wait` first."""
+        if self.started is None or self.on_host is None:
+            return None
+        return float(self.started.elapsed_time(self.on_host)) / 1000
 
     def result(self, busy_us: int, at_us: int) -> StepResult:
         """As a message; call `wait` first."""
@@ -72,7 +82,7 @@ class Executor:
 
     Args:
         device: where model and cache are.
-        kv_cache: one for each layer.
+        kv_cache: one for each layer; its last block is not the scheduler's.
     """
 
     @torch.inference_mode()
@@ -88,9 +98,30 @@ class Executor:
         self._backend = backend
         self._kv_cache = kv_cache
         self._device = device
+        self._settings = settings
         self._block_size = settings.kvcache_block_size
         self.slots = SlotTable(settings.max_num_seqs)
-        self._state = DeviceState(settings.max_num_seqs, blocks_per_sequence(settings), device)
+        # The last block belongs to no sequence.
+        spare_block = len(kv_cache[0].k) - 1
+        self._state = DeviceState(
+            settings.max_num_seqs, blocks_per_sequence(settings), spare_block, device
+        )
+        self._graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
+        """From here on, steps of decodes alone are replayed. CUDA only.
+
+        Args:
+            progress: told how many graphs are captured, of how many.
+        """
+        self._graphs = DecodeGraphs(
+            self._decode,
+            self._settings.max_num_seqs,
+            self._state.padding_slot,
+            self._device,
+            progress,
+        )
 
     def reset(self) -> None:
         """Empties all slots."""
@@ -99,26 +130,61 @@ class Executor:
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> Sampled:
         """Enqueues a step. All ranks must call it with the same plans."""
+        started = _event(self._device)
         batch = self.slots.apply(plan)
         self._state.update(batch)
         if not len(batch.query_lens):
-            return self._sampled(plan.number, self._state.last_tokens[:0], None)
+            return self._sampled(plan.number, self._state.last_tokens[:0], None, started)
+        if self._graphs is not None and not len(batch.chunk_slots):
+            token_ids, logits = self._graphs.replay(batch.decode_slots, batch.any_filter)
+            found = _logprobs(batch, logits, token_ids)
+            return self._sampled(plan.number, token_ids, found, started)
         inputs = self._inputs(batch)
         hidden = self._model.forward(
             inputs.token_ids,
             inputs.positions,
+            inputs.slot_mapping,
             self._backend.prepare(inputs.attention),
             self._kv_cache,
         )
         slots = inputs.sampling_slots
         if not len(slots):
-            return self._sampled(plan.number, slots, None)
+            return self._sampled(plan.number, slots, None, started)
         logits = self._model.logits(hidden[inputs.sampling_tokens])
         # A sequence's length is the index of the token that comes next.
         positions = self._state.num_tokens[slots]
-        token_ids = sample(logits, self._state.sampling(slots, batch), positions)
+        params = self._state.sampling(slots, batch.any_random, batch.any_filter)
+        token_ids = sample(logits, params, positions)
         self._state.sampled(slots, token_ids)
-        return self._sampled(plan.number, token_ids, _logprobs(batch, logits, token_ids))
+        return self._sampled(plan.number, token_ids, _logprobs(batch, logits, token_ids), started)
+
+    def _decode(self, slots: Tensor, any_filter: bool) -> Decoded:
+        """A decode step that knows nothing from the host: see `graphs.Decode`."""
+        state, n = self._state, len(slots)
+        contexts = state.num_tokens[slots]
+        positions = contexts - 1
+        tables = state.block_tables.index_select(0, slots)
+        blocks = tables.gather(1, (positions // self._block_size)[:, None]).squeeze(1).long()
+        attention = AttentionMetadata(
+            num_decodes=n,
+            query_lens=np.ones(n, dtype=np.int32),
+            context_lens=np.full(n, self._settings.max_model_len, dtype=np.int32),
+            cu_seqlens_q=torch.arange(n + 1, dtype=torch.int32, device=self._device),
+            cache_seqlens=contexts.int(),
+            block_tables=tables,
+        )
+        hidden = self._model.forward(
+            state.last_tokens[slots],
+            positions,
+            blocks * self._block_size + positions % self._block_size,
+            self._backend.prepare(attention),
+            self._kv_cache,
+        )
+        logits = self._model.logits(hidden)
+        params = state.sampling(slots, any_random=True, any_filter=any_filter)
+        token_ids = sample(logits, params, contexts)
+        state.sampled(slots, token_ids)
+        return Decoded(token_ids, logits)
 
     def _inputs(self, batch: Batch) -> _Inputs:
         decodes, state = len(batch.decode_slots), self._state
@@ -152,6 +218,7 @@ class Executor:
         return _Inputs(
             token_ids=torch.cat((state.last_tokens[decode_slots], chunk_tokens)),
             positions=positions,
+            slot_mapping=blocks * self._block_size + positions % self._block_size,
             sampling_tokens=ends[sampling_rows] - 1,
             sampling_slots=row_slots[sampling_rows],
             attention=AttentionMetadata(
@@ -161,23 +228,23 @@ class Executor:
                 cu_seqlens_q=F.pad(ends, (1, 0)).int(),
                 cache_seqlens=torch.cat((decode_contexts, chunk_contexts)).int(),
                 block_tables=state.block_tables[:, :columns].index_select(0, row_slots),
-                slot_mapping=blocks * self._block_size + positions % self._block_size,
             ),
         )
 
-    def _sampled(self, number: int, token_ids: Tensor, logprobs: SampledLogprobs | None) -> Sampled:
+    def _sampled(
+        self,
+        number: int,
+        token_ids: Tensor,
+        logprobs: SampledLogprobs | None,
+        started: torch.cuda.Event | None,
+    ) -> Sampled:
         """Sends what was sampled on its way to the host."""
         if logprobs is not None:
             logprobs = SampledLogprobs(
                 logprobs.rows, _to_host(logprobs.token_ids), _to_host(logprobs.values)
             )
-        on_host = None
         ids = _to_host(token_ids.int())
-        if self._device.type == "cuda":
-            # Blocking: who waits for it sleeps.
-            on_host = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            on_host.record()
-        return Sampled(number, ids, logprobs, on_host)
+        return Sampled(number, ids, logprobs, started, _event(self._device))
 
 
 class _Inputs(NamedTuple):
@@ -185,14 +252,26 @@ class _Inputs(NamedTuple):
 
     Attributes:
         token_ids, positions: int64 [T].
+        slot_mapping: int64 [T], where each token's key and value go: block * block_size + offset.
         sampling_tokens, sampling_slots: int64 [s]; the rows' last query tokens, and their slots.
     """
 
     token_ids: Tensor
     positions: Tensor
+    slot_mapping: Tensor
     sampling_tokens: Tensor
     sampling_slots: Tensor
     attention: AttentionMetadata
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """The moment at which the device comes to this point of its queue."""
+    if device.type != "cuda":
+        return None
+    # Blocking: who waits for it sleeps.
+    event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def _to_host(x: Tensor) -> Tensor:

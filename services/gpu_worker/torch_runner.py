@@ -44,6 +44,7 @@ class TorchRunner:
         self._rank = rank
         self._start = time.monotonic()
         self._busy = BusyMeter()
+        self._device_busy = 0.0
         self._outbox = Outbox()
         self._port: SimpleQueue[int] = SimpleQueue()
         self._launched: SimpleQueue[StepPlan | None] = SimpleQueue()  # None is a reset
@@ -112,6 +113,9 @@ class TorchRunner:
         sampled.wait()
         now = time.monotonic()
         busy = self._busy.finished(now)
+        if (seconds := sampled.device_seconds()) is not None:
+            self._device_busy += seconds
+            busy = self._device_busy
         self._outbox.put(sampled.result(round(busy * 1e6), round((now - self._start) * 1e6)))
 
     def _join_group(self, device: torch.device) -> TensorParallel:
@@ -125,15 +129,15 @@ class TorchRunner:
             store = rendezvous.reach(self._port.get())
         return TensorParallel.connect(self._rank, size, store, device)
 
-    def _tell_progress(self) -> Callable[[int, int], None]:
-        """Passes on the loader's progress, at most every PROGRESS_INTERVAL_S, and the end."""
+    def _tell_progress(self) -> bring_up.Progress:
+        """Passes on how loading goes, at most every PROGRESS_INTERVAL_S, and each stage's end."""
         told = 0.0
 
-        def tell(done: int, total: int) -> None:
+        def tell(stage: str, done: int, total: int) -> None:
             nonlocal told
             now = time.monotonic()
             if now - told >= PROGRESS_INTERVAL_S or done == total:
                 told = now
-                self._outbox.put(Progress("loading weights", done, total))
+                self._outbox.put(Progress(stage, done, total))
 
         return tell

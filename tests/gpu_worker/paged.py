@@ -33,14 +33,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def batch_metadata(
-    block_tables: Tensor, block_size: int, lengths: list[int], contexts: list[int]
+    block_tables: Tensor, lengths: list[int], contexts: list[int]
 ) -> AttentionMetadata:
     """Of sequences with `lengths` query tokens at the end of `contexts`; those with one first."""
-    slots = []
-    for table, length, context in zip(block_tables.tolist(), lengths, contexts, strict=True):
-        for position in range(context - length, context):
-            block, offset = divmod(position, block_size)
-            slots.append(table[block] * block_size + offset)
     decodes = 0
     while decodes < len(lengths) and lengths[decodes] == 1:
         decodes += 1
@@ -51,8 +46,19 @@ def batch_metadata(
         cu_seqlens_q=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         cache_seqlens=torch.tensor(contexts, dtype=torch.int32),
         block_tables=block_tables,
-        slot_mapping=torch.tensor(slots),
     )
+
+
+def slot_mapping(
+    block_tables: Tensor, block_size: int, lengths: list[int], contexts: list[int]
+) -> Tensor:
+    """Where in the cache the query tokens' keys and values go."""
+    slots = []
+    for table, length, context in zip(block_tables.tolist(), lengths, contexts, strict=True):
+        for position in range(context - length, context):
+            block, offset = divmod(position, block_size)
+            slots.append(table[block] * block_size + offset)
+    return torch.tensor(slots)
 
 
 class PagedSequences:
@@ -93,10 +99,11 @@ class PagedSequences:
             positions += range(start, end)
             self.computed[index] = end
         tables = self.block_tables[order]
-        attention = self.backend.prepare(batch_metadata(tables, self.block_size, lengths, contexts))
+        attention = self.backend.prepare(batch_metadata(tables, lengths, contexts))
+        slots = slot_mapping(tables, self.block_size, lengths, contexts)
         with torch.inference_mode():
             hidden = self.model.forward(
-                torch.tensor(tokens), torch.tensor(positions), attention, self.cache
+                torch.tensor(tokens), torch.tensor(positions), slots, attention, self.cache
             )
             logits = self.model.logits(hidden)
         return dict(zip(order, torch.split(logits, lengths), strict=True))

@@ -56,9 +56,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def executor(directory: Path, used: Settings = SETTINGS) -> Executor:
     config = ModelConfig.from_checkpoint(directory)
-    return bring_up.load(
-        directory, config, used, CPU, TensorParallel(), lambda done, total: None
-    ).executor
+    return bring_up.load(directory, config, used, CPU, TensorParallel(), lambda *_: None).executor
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:

@@ -31,8 +31,9 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[LayerCache]:
-    """Zeros for every layer; see `kernels.attention.interface` for the layout."""
-    size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    """Zeros for every layer: `num_blocks` blocks and a spare one, which no sequence gets; see
+    `kernels.attention.interface` for the layout."""
+    size = (num_blocks + 1, shape.block_size, shape.num_kv_heads, shape.head_dim)
     return [
         LayerCache(k=_zeros(size, dtype, device), v=_zeros(size, dtype, device))
         for _ in range(config.num_hidden_layers)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache
+from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache, store_kv
 from nanovllm.services.gpu_worker.model.layers import (
     CheckpointTensor,
     ColumnParallelLinear,
@@ -62,6 +62,7 @@ class Qwen3ForCausalLM:
         self,
         token_ids: Tensor,
         positions: Tensor,
+        slot_mapping: Tensor,
         attention: AttentionBatch,
         kv_cache: Sequence[LayerCache],
     ) -> Tensor:
@@ -70,6 +71,7 @@ class Qwen3ForCausalLM:
         Args:
             token_ids: int64 [T].
             positions: int64 [T], each token's index in its sequence.
+            slot_mapping: int64 [T], where in the cache its key and value go, see `store_kv`.
             attention: the batch, prepared by a backend.
             kv_cache: one for each layer.
 
@@ -79,7 +81,7 @@ class Qwen3ForCausalLM:
         cos, sin = self.rotary(positions)
         hidden = self.embedding.embed(token_ids)
         for layer, cache in zip(self.layers, kv_cache, strict=True):
-            hidden = layer.forward(hidden, cos, sin, attention, cache)
+            hidden = layer.forward(hidden, cos, sin, slot_mapping, attention, cache)
         return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -109,11 +111,12 @@ class _DecoderLayer:
         hidden: Tensor,
         cos: Tensor,
         sin: Tensor,
+        slot_mapping: Tensor,
         attention: AttentionBatch,
         cache: LayerCache,
     ) -> Tensor:
         normed = self.input_norm(hidden)
-        hidden = hidden + self.attention.forward(normed, cos, sin, attention, cache)
+        hidden = hidden + self.attention.forward(normed, cos, sin, slot_mapping, attention, cache)
         return hidden + self.mlp.forward(self.post_attention_norm(hidden))
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
@@ -155,12 +158,18 @@ class _Attention:
         )
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBatch, cache: LayerCache
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slot_mapping: Tensor,
+        attention: AttentionBatch,
+        cache: LayerCache,
     ) -> Tensor:
         num, num_kv = self.heads.num, self.heads.num_kv
         qkv = self.qkv(x).view(len(x), num + 2 * num_kv, self.head_dim)
         q, k, v = torch.split(qkv, [num, num_kv, num_kv], dim=1)
-        attention.store(rotate(self.k_norm(k), cos, sin), v, cache)
+        store_kv(rotate(self.k_norm(k), cos, sin), v, cache, slot_mapping)
         mixed = attention.forward(rotate(self.q_norm(q), cos, sin), cache)
         return self.out(mixed.flatten(1))
 

@@ -1,0 +1,98 @@
+"""CUDA graphs of whole decode steps: from the slots that decode to their sampled tokens.
+
+A graph is captured for a fixed number of rows. A step with fewer is padded with rows of a slot that
+belongs to nobody. All graphs share one pool of memory, since only one runs at a time; so what a
+replay returns holds until the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.services.gpu_worker.slots import Int32s
+
+
+class Decoded(NamedTuple):
+    """Of n rows: token_ids int64 [n], and the logits [n, local vocabulary] they were drawn from."""
+
+    token_ids: Tensor
+    logits: Tensor
+
+
+Decode = Callable[[Tensor, bool], Decoded]
+"""A decode step of the slots int64 [n] on the device; the flag says whether some row filters."""
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    decoded: Decoded
+
+
+class DecodeGraphs:
+    """Captured decode steps for every number of rows up to `max_num_seqs`.
+
+    Args:
+        decode: what is captured. It may neither wait for the device nor read from it.
+        padding: the slot that belongs to nobody.
+        progress: told how many graphs are captured, of how many.
+    """
+
+    def __init__(
+        self,
+        decode: Decode,
+        max_num_seqs: int,
+        padding: int,
+        device: torch.device,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self._sizes = np.array(graph_sizes(max_num_seqs))
+        self._padding = padding
+        self._slots = torch.full((max_num_seqs,), padding, dtype=torch.int64, device=device)
+        self._host_slots = np.full(max_num_seqs, padding, dtype=np.int64)
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        keys = [(int(size), filtered) for size in self._sizes[::-1] for filtered in (False, True)]
+        pool = torch.cuda.graph_pool_handle()
+        progress(0, len(keys))
+        for done, (size, filtered) in enumerate(keys, 1):
+            slots = self._slots[:size]
+            decode(slots, filtered)  # compiles kernels, which a capture may not
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                decoded = decode(slots, filtered)
+            self._graphs[size, filtered] = _Graph(graph, decoded)
+            progress(done, len(keys))
+
+    def replay(self, slots: Int32s, filtered: bool) -> Decoded:
+        """Enqueues the decode step of `slots` int32 [n]."""
+        n = len(slots)
+        size = int(self._sizes[np.searchsorted(self._sizes, n)])
+        if (
+            not np.array_equal(self._host_slots[:n], slots)
+            or (self._host_slots[n:size] != self._padding).any()
+        ):
+            self._host_slots[:n] = slots
+            self._host_slots[n:size] = self._padding
+            # Pinned memory comes from torch's cache, which keeps it until the copy is done.
+            pinned = torch.from_numpy(self._host_slots[:size]).pin_memory()
+            self._slots[:size].copy_(pinned, non_blocking=True)
+        captured = self._graphs[size, filtered]
+        captured.graph.replay()
+        return Decoded(captured.decoded.token_ids[:n], captured.decoded.logits[:n])
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Numbers of rows to capture, in ascending order up to `most`: each up to 8, then at most an
+    eighth of padding up to 64 rows, a sixteenth beyond."""
+    sizes = list(range(1, min(most, 8) + 1))
+    while sizes[-1] < most:
+        last = sizes[-1]
+        step = max(2, last // 8) if last < 64 else last // 16
+        # Powers of two divide well among the device's processors.
+        step = 1 << (step.bit_length() - 1)
+        sizes.append(min(most, last + step))
+    return sizes

@@ -1,0 +1,109 @@
+"""The attention backends of a GPU against the formula; on a CPU, Triton's in its interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nanovllm.kernels.attention.by_phase import ByPhaseBackend
+from nanovllm.kernels.attention.choose import choose
+from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShape
+from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
+from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
+from tests.kernels.ragged import CPU, Ragged
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda") if ON_CUDA else CPU
+# Relative, ||out - expected|| / ||expected||.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def triton_backend(shape: AttentionShape) -> AttentionBackend:
+    return ByPhaseBackend(TritonDecodeBackend(shape), TritonPrefillBackend(shape))
+
+
+def check(
+    make: Callable[[AttentionShape], AttentionBackend],
+    shape: AttentionShape,
+    lengths: list[int],
+    contexts: list[int],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    ragged = Ragged(shape, lengths, contexts, dtype, DEVICE)
+    out, expected = ragged.run(make(shape)), ragged.expected()
+    assert out.dtype == dtype
+    error = torch.linalg.vector_norm(out.float() - expected) / torch.linalg.vector_norm(expected)
+    assert error.item() < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "per_kv_head", "head_dim", "block_size", "lengths", "contexts"),
+    [
+        (2, 2, 16, 16, [1, 1, 1, 5, 33], [1, 16, 130, 5, 40]),
+        (1, 8, 64, 32, [1, 1, 70], [65, 64, 81]),
+        (2, 3, 32, 48, [1, 1, 1], [48, 49, 96]),
+        (1, 1, 128, 256, [1, 1, 17], [100, 257, 300]),
+    ],
+)
+def test_small_batches(
+    kv_heads: int,
+    per_kv_head: int,
+    head_dim: int,
+    block_size: int,
+    lengths: list[int],
+    contexts: list[int],
+) -> None:
+    shape = AttentionShape(kv_heads * per_kv_head, kv_heads, head_dim, block_size)
+    check(triton_backend, shape, lengths, contexts)
+
+
+def test_many_splits_of_short_and_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = AttentionShape(4, 2, 16, 16)
+
+    def split(shape: AttentionShape) -> AttentionBackend:
+        backend = TritonDecodeBackend(shape)
+        monkeypatch.setattr(backend, "_processors", 14)
+        return backend
+
+    check(split, shape, [1, 1, 1, 1], [1, 64, 65, 600])
+
+
+def test_lengths_on_the_host_may_be_more_than_the_true_ones() -> None:
+    shape = AttentionShape(4, 2, 16, 16)
+    ragged = Ragged(shape, [1, 1], [30, 200], device=DEVICE)
+    expected = ragged.run(triton_backend(shape))
+    ragged.metadata.context_lens[:] = 4096
+    torch.testing.assert_close(ragged.run(triton_backend(shape)), expected)
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="the interpreter is too slow")
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 256])
+@pytest.mark.parametrize("per_kv_head", [1, 2, 5, 8])
+@pytest.mark.parametrize("name", ["triton", "flash-attn", "auto"])
+def test_large_random_batches(
+    name: str, per_kv_head: int, block_size: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    shape = AttentionShape(2 * per_kv_head, 2, head_dim, block_size)
+    if name == "flash-attn":
+        if importlib.util.find_spec("flash_attn") is None or block_size % 256:
+            pytest.skip("flash-attn cannot run")
+        if dtype != torch.bfloat16:
+            pytest.skip("builds of flash-attn for one dtype only exist")
+    if name == "auto" and dtype == torch.float16:
+        pytest.skip("may choose flash-attn, see above")
+    rng = random.Random(f"{name}{per_kv_head}{block_size}{head_dim}{dtype}")
+    decodes = [rng.choice([1, 17, 256, rng.randint(1, 4096)]) for _ in range(rng.randint(1, 40))]
+    prefills = [(rng.randint(2, 1500), rng.choice([0, 256, rng.randint(0, 2500)])) for _ in "abc"]
+    check(
+        lambda shape: choose(name, shape, dtype, DEVICE).backend,
+        shape,
+        [1] * len(decodes) + [length for length, _ in prefills],
+        decodes + [length + before for length, before in prefills],
+        dtype,
+    )
