@@ -104,7 +104,7 @@ def load(
         return Executor(model, backend, kv_cache, settings, device)
 
     try:
-        model = Qwen3ForCausalLM(config, tp, dtype, device)
+        model = Qwen3ForCausalLM(config, settings.max_model_len, tp, dtype, device)
         load_checkpoint(model, directory, partial(progress, "loading weights"))
         if device.type == "cpu":
             _use_worthwhile_threads(model)

@@ -23,7 +23,8 @@ def load_model(
     directory: Path, tp: TensorParallel | None = None, dtype: torch.dtype = torch.float32
 ) -> Qwen3ForCausalLM:
     config = ModelConfig.from_checkpoint(directory)
-    model = Qwen3ForCausalLM(config, tp or TensorParallel(), dtype, CPU)
+    length = config.max_position_embeddings
+    model = Qwen3ForCausalLM(config, length, tp or TensorParallel(), dtype, CPU)
     load_checkpoint(model, directory, lambda done, total: None)
     return model
 

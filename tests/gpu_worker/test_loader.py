@@ -77,7 +77,7 @@ def test_a_vocabulary_smaller_than_the_ranks_leaves_the_last_empty(tmp_path: Pat
 def test_weights_are_converted_and_progress_reaches_its_total(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path, shards=3)
     config = ModelConfig.from_checkpoint(directory)
-    model = Qwen3ForCausalLM(config, TensorParallel(), torch.bfloat16, CPU)
+    model = Qwen3ForCausalLM(config, 1, TensorParallel(), torch.bfloat16, CPU)
     seen: list[tuple[int, int]] = []
     load_checkpoint(model, directory, lambda done, total: seen.append((done, total)))
     tensors = list(model.checkpoint_tensors())

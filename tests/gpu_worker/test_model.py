@@ -14,9 +14,10 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
+from nanovllm.kernels.layers.ops import rotate
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
-from nanovllm.services.gpu_worker.model.rope import RotaryEmbedding, rope_frequencies, rotate
+from nanovllm.services.gpu_worker.model.rope import RotaryEmbedding, rope_frequencies
 from tests.checkpoints import read_model, write_checkpoint
 from tests.gpu_worker.paged import CPU, PagedSequences, load_model, relative_error
 
@@ -119,7 +120,7 @@ def test_bfloat16_weights_in_float32_equal_transformers(tmp_path: Path) -> None:
 def test_sizes_that_tensor_parallelism_cannot_cut_are_refused(checkpoint: Path) -> None:
     config = ModelConfig.from_checkpoint(checkpoint)
     with pytest.raises(CheckpointError, match="--tp 3 does not divide"):
-        Qwen3ForCausalLM(config, TensorParallel(0, 3), torch.float32, CPU)
+        Qwen3ForCausalLM(config, 1, TensorParallel(0, 3), torch.float32, CPU)
 
 
 ROPES: list[dict[str, Any]] = [
@@ -166,15 +167,17 @@ def test_rope_equals_transformers(rope: dict[str, Any], tmp_path: Path) -> None:
         head_dim=64, max_position_embeddings=4096, rope_parameters=dict(rope)
     )
     reference_config.save_pretrained(tmp_path)
-    rotary = RotaryEmbedding(ModelConfig.from_checkpoint(tmp_path), CPU)
+    config = ModelConfig.from_checkpoint(tmp_path)
     positions = torch.arange(0, 5000, 7)
-    cos, sin = rotary(positions)
+    cos, sin = RotaryEmbedding(config, 5000, CPU)(positions).chunk(2, dim=-1)
     wanted_cos, wanted_sin = Qwen3RotaryEmbedding(reference_config)(torch.zeros(1), positions[None])
     # An ulp of a frequency, times thousands of positions.
-    torch.testing.assert_close(cos[:, 0], wanted_cos[0, :, :32], rtol=0, atol=2e-3)
-    torch.testing.assert_close(sin[:, 0], wanted_sin[0, :, :32], rtol=0, atol=2e-3)
+    torch.testing.assert_close(cos, wanted_cos[0, :, :32], rtol=0, atol=2e-3)
+    torch.testing.assert_close(sin, wanted_sin[0, :, :32], rtol=0, atol=2e-3)
     reference_frequencies = Qwen3RotaryEmbedding(reference_config).inv_freq
-    torch.testing.assert_close(rotary.frequencies, reference_frequencies, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        rope_frequencies(config)[0], reference_frequencies, rtol=1e-6, atol=0
+    )
 
 
 def test_rotation_keeps_lengths_and_relative_positions() -> None:
@@ -183,8 +186,8 @@ def test_rotation_keeps_lengths_and_relative_positions() -> None:
     frequencies = torch.rand(8, generator=generator)
 
     def at(position: int, row: int) -> torch.Tensor:
-        angles = (position * frequencies)[None, None]
-        return rotate(x[row : row + 1], angles.cos(), angles.sin())[0, 0]
+        angles = (position * frequencies)[None]
+        return rotate(x[row : row + 1], torch.cat((angles.cos(), angles.sin()), dim=-1))[0, 0]
 
     torch.testing.assert_close(at(9, 0).norm(), x[0].norm())
     torch.testing.assert_close(at(9, 0) @ at(4, 1), at(25, 0) @ at(20, 1), rtol=1e-4, atol=1e-4)

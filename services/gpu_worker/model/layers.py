@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.kernels.layers.ops import LayerOps
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 
 
 class Factory(NamedTuple):
-    """Where and as what a model's weights are made."""
+    """Where and as what a model's weights are made, and what computes on them there."""
 
     dtype: torch.dtype
     device: torch.device
+    ops: LayerOps
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -50,9 +52,11 @@ class RMSNorm:
     def __init__(self, size: int, eps: float, factory: Factory) -> None:
         self.weight = factory.empty(size)
         self.eps = eps
+        self.ops = factory.ops
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Norm of the residual stream after `x`, and the stream; see `LayerOps.add_rms_norm`."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
         yield CheckpointTensor(f"{name}.weight", tuple(self.weight.shape), self.weight)

@@ -1,8 +1,8 @@
 """Qwen3, dense: decoder layers with grouped-query attention, q/k norm and a SwiGLU MLP.
 
-    model = Qwen3ForCausalLM(config, tp, dtype, device)      # uninitialized
-    load_checkpoint(model, directory, progress)              # see loader.py
-    hidden = model.forward(token_ids, positions, attention, kv_cache)
+    model = Qwen3ForCausalLM(config, max_model_len, tp, dtype, device)  # uninitialized
+    load_checkpoint(model, directory, progress)                         # see loader.py
+    hidden = model.forward(token_ids, positions, slot_mapping, attention, kv_cache)
     logits = model.logits(hidden[rows])
 
 Everything that a forward pass needs is passed to it; nothing reads a value back from the device,
@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache, store_kv
+from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache
+from nanovllm.kernels.layers.ops import choose_ops
 from nanovllm.services.gpu_worker.model.layers import (
     CheckpointTensor,
     ColumnParallelLinear,
@@ -30,25 +30,33 @@ from nanovllm.services.gpu_worker.model.layers import (
     VocabParallelMatrix,
 )
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, local_heads
-from nanovllm.services.gpu_worker.model.rope import RotaryEmbedding, rotate
+from nanovllm.services.gpu_worker.model.rope import RotaryEmbedding
 
 
 class Qwen3ForCausalLM:
     """This rank's shard of the model."""
 
     def __init__(
-        self, config: ModelConfig, tp: TensorParallel, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        max_model_len: int,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Allocates the weights, uninitialized.
+
+        Args:
+            max_model_len: one more than the highest position.
 
         Raises:
             CheckpointError: if the model cannot be cut into `tp.size` ranks, or its rope type is
                 not served.
         """
         config.check_tensor_parallel(tp.size)
-        factory = Factory(dtype, device)
+        factory = Factory(dtype, device, choose_ops(device))
         self.config = config
-        self.rotary = RotaryEmbedding(config, device)
+        self.rotary = RotaryEmbedding(config, max_model_len, device)
         self.embedding = VocabParallelMatrix(config.vocab_size, config.hidden_size, tp, factory)
         self.layers = [_DecoderLayer(config, tp, factory) for _ in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, factory)
@@ -78,11 +86,11 @@ class Qwen3ForCausalLM:
         Returns:
             [T, hidden_size], normalized: what `logits` takes.
         """
-        cos, sin = self.rotary(positions)
-        hidden = self.embedding.embed(token_ids)
+        rotation = self.rotary(positions)
+        x, residual = self.embedding.embed(token_ids), None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
-            hidden = layer.forward(hidden, cos, sin, slot_mapping, attention, cache)
-        return self.norm(hidden)
+            x, residual = layer.forward(x, residual, rotation, slot_mapping, attention, cache)
+        return self.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden_size]. Returns float32 [rows, vocab_size], the same on every rank:
@@ -108,16 +116,19 @@ class _DecoderLayer:
 
     def forward(
         self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
+        rotation: Tensor,
         slot_mapping: Tensor,
         attention: AttentionBatch,
         cache: LayerCache,
-    ) -> Tensor:
-        normed = self.input_norm(hidden)
-        hidden = hidden + self.attention.forward(normed, cos, sin, slot_mapping, attention, cache)
-        return hidden + self.mlp.forward(self.post_attention_norm(hidden))
+    ) -> tuple[Tensor, Tensor]:
+        """Args: x [T, hidden_size], what the layer before has yet to add to the residual stream;
+        there is no stream before the first. Returns the same for the layer after."""
+        x, residual = self.input_norm.add(x, residual)
+        x = self.attention.forward(x, rotation, slot_mapping, attention, cache)
+        x, residual = self.post_attention_norm.add(x, residual)
+        return self.mlp.forward(x), residual
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
         yield from self.input_norm.checkpoint_tensors(f"{prefix}.input_layernorm")
@@ -135,8 +146,7 @@ class _Attention:
             return Projection(name, total * width, local * width, first * width)
 
         kv = (config.num_key_value_heads, heads.num_kv, heads.first_kv)
-        self.heads = heads
-        self.head_dim = width
+        self.ops = factory.ops
         self.qkv = ColumnParallelLinear(
             [
                 projection("q_proj", config.num_attention_heads, heads.num, heads.first),
@@ -160,18 +170,21 @@ class _Attention:
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotation: Tensor,
         slot_mapping: Tensor,
         attention: AttentionBatch,
         cache: LayerCache,
     ) -> Tensor:
-        num, num_kv = self.heads.num, self.heads.num_kv
-        qkv = self.qkv(x).view(len(x), num + 2 * num_kv, self.head_dim)
-        q, k, v = torch.split(qkv, [num, num_kv, num_kv], dim=1)
-        store_kv(rotate(self.k_norm(k), cos, sin), v, cache, slot_mapping)
-        mixed = attention.forward(rotate(self.q_norm(q), cos, sin), cache)
-        return self.out(mixed.flatten(1))
+        q = self.ops.norm_rope_store(
+            self.qkv(x),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.q_norm.eps,
+            rotation,
+            cache,
+            slot_mapping,
+        )
+        return self.out(attention.forward(q, cache).flatten(1))
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
         yield from self.qkv.checkpoint_tensors(prefix)
@@ -184,6 +197,7 @@ class _Mlp:
     def __init__(self, config: ModelConfig, tp: TensorParallel, factory: Factory) -> None:
         size = config.intermediate_size
         local = size // tp.size
+        self.ops = factory.ops
         self.gate_up = ColumnParallelLinear(
             [Projection(name, size, local, tp.rank * local) for name in ("gate_proj", "up_proj")],
             inputs=config.hidden_size,
@@ -193,8 +207,7 @@ class _Mlp:
         self.down = RowParallelLinear(size, config.hidden_size, bias=False, tp=tp, factory=factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up))
+        return self.down(self.ops.silu_mul(self.gate_up(x)))
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
         yield from self.gate_up.checkpoint_tensors(prefix)

@@ -10,30 +10,25 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, RopeConfig
 
 
 class RotaryEmbedding:
-    """Cosines and sines for given positions."""
+    """Cosines and sines of every position below `max_model_len`, computed once."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, max_model_len: int, device: torch.device) -> None:
         """Raises CheckpointError for a rope type that is not served or lacks a parameter."""
-        frequencies, self.scale = rope_frequencies(config)
-        self.frequencies = frequencies.to(device)
+        frequencies, scale = rope_frequencies(config)
+        positions = torch.arange(max_model_len, dtype=torch.float32, device=device)
+        angles = positions[:, None] * frequencies.to(device)
+        self._table = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Args: positions int64 [T]. Returns cos and sin, each float32 [T, 1, head_dim / 2]."""
-        angles = (positions[:, None].float() * self.frequencies)[:, None, :]
-        return angles.cos() * self.scale, angles.sin() * self.scale
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [T, heads, head_dim], whose halves are the two coordinates, in float32."""
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Args: positions int64 [T]. Returns float32 [T, head_dim], cosines and then sines."""
+        return F.embedding(positions, self._table)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:

@@ -1,0 +1,194 @@
+"""The ops of a decoder layer in Triton, one kernel each; what they compute is in `ops`.
+
+They do next to nothing with what they read: for a prefill all that counts is that each byte is read
+and written once, for a decode that there are few of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.attention.interface import LayerCache
+from nanovllm.kernels.layers.ops import LayerOps
+
+# Elements that a thread has of a row: 16 bytes in bfloat16.
+PER_THREAD = 8
+MAX_WARPS = 16
+# Heads of one token that a program of `_norm_rope_store` takes, and its warps.
+HEADS = 8
+HEADS_WARPS = 2
+# Elements that a program of `_silu_mul` takes.
+SILU_TILE = 1024
+
+
+class FusedOps(LayerOps):
+    """For CUDA tensors."""
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        normed = torch.empty_like(x)
+        total = x if residual is None else torch.empty_like(x)
+        size = x.shape[1]
+        padded = triton.next_power_of_2(size)
+        _add_rms_norm[(len(x),)](
+            x,
+            x if residual is None else residual,
+            weight,
+            normed,
+            total,
+            eps,
+            ADD=residual is not None,
+            SIZE=size,
+            PADDED=padded,
+            num_warps=min(max(padded // (32 * PER_THREAD), 1), MAX_WARPS),
+        )
+        return normed, total
+
+    def norm_rope_store(
+        self,
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        rotation: Tensor,
+        cache: LayerCache,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        num_kv, dim = cache.k.shape[-2:]
+        if dim < 2 or dim & (dim - 1):
+            return super().norm_rope_store(
+                qkv, q_weight, k_weight, eps, rotation, cache, slot_mapping
+            )
+        num = qkv.shape[1] // dim - 2 * num_kv
+        q = torch.empty(len(qkv), num, dim, dtype=qkv.dtype, device=qkv.device)
+        _norm_rope_store[(len(qkv), triton.cdiv(num + 2 * num_kv, HEADS))](
+            qkv,
+            q_weight,
+            k_weight,
+            rotation,
+            slot_mapping,
+            q,
+            cache.k,
+            cache.v,
+            eps,
+            NUM=num,
+            NUM_KV=num_kv,
+            HALF=dim // 2,
+            HEADS=HEADS,
+            num_warps=HEADS_WARPS,
+        )
+        return q
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        size = gate_up.shape[1] // 2
+        out = torch.empty(len(gate_up), size, dtype=gate_up.dtype, device=gate_up.device)
+        _silu_mul[(len(gate_up), triton.cdiv(size, SILU_TILE))](
+            gate_up,
+            out,
+            SIZE=size,
+            TILE=SILU_TILE,
+            num_warps=SILU_TILE // (32 * PER_THREAD),
+        )
+        return out
+
+
+@triton.jit
+def _add_rms_norm(
+    x_ptr,  # [rows, SIZE]
+    residual_ptr,
+    weight_ptr,  # [SIZE]
+    normed_ptr,
+    total_ptr,  # written where ADD
+    eps,
+    ADD: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    columns = tl.arange(0, PADDED)
+    present = columns < SIZE
+    offsets = tl.program_id(0).to(tl.int64) * SIZE + columns
+    weight = tl.load(weight_ptr + columns, mask=present, other=0.0).to(tl.float32)
+    total = tl.load(x_ptr + offsets, mask=present, other=0.0).to(tl.float32)
+    if ADD:
+        total += tl.load(residual_ptr + offsets, mask=present, other=0.0).to(tl.float32)
+        rounded = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offsets, rounded, mask=present)
+        total = rounded.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(total * total, 0) / SIZE + eps)
+    normed = total * inverse * weight
+    tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _norm_rope_store(
+    qkv_ptr,  # [tokens, NUM + 2 * NUM_KV, 2 * HALF]
+    q_weight_ptr,  # [2 * HALF]
+    k_weight_ptr,
+    rotation_ptr,  # float32 [tokens, 2 * HALF]
+    slots_ptr,  # int64 [tokens]
+    q_ptr,  # [tokens, NUM, 2 * HALF]
+    k_ptr,  # [slots, NUM_KV, 2 * HALF]
+    v_ptr,
+    eps,
+    NUM: tl.constexpr,
+    NUM_KV: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    pairs = tl.arange(0, HALF)[None, :]
+    is_q = heads < NUM
+    is_k = (heads >= NUM) & (heads < NUM + NUM_KV)
+    is_v = (heads >= NUM + NUM_KV) & (heads < NUM + 2 * NUM_KV)
+
+    offsets = (token * (NUM + 2 * NUM_KV) + heads) * (2 * HALF) + pairs
+    present = heads < NUM + 2 * NUM_KV
+    first = tl.load(qkv_ptr + offsets, mask=present, other=0.0).to(tl.float32)
+    second = tl.load(qkv_ptr + offsets + HALF, mask=present, other=0.0).to(tl.float32)
+    first_q_weight = tl.load(q_weight_ptr + pairs).to(tl.float32)
+    second_q_weight = tl.load(q_weight_ptr + HALF + pairs).to(tl.float32)
+    first_k_weight = tl.load(k_weight_ptr + pairs).to(tl.float32)
+    second_k_weight = tl.load(k_weight_ptr + HALF + pairs).to(tl.float32)
+    cos = tl.load(rotation_ptr + token * (2 * HALF) + pairs)
+    sin = tl.load(rotation_ptr + token * (2 * HALF) + HALF + pairs)
+
+    squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+    inverse = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+    x = first * inverse * tl.where(is_q, first_q_weight, first_k_weight)
+    y = second * inverse * tl.where(is_q, second_q_weight, second_k_weight)
+    dtype = q_ptr.dtype.element_ty
+    rotated_first = (x * cos - y * sin).to(dtype)
+    rotated_second = (y * cos + x * sin).to(dtype)
+
+    q_offsets = (token * NUM + heads) * (2 * HALF) + pairs
+    tl.store(q_ptr + q_offsets, rotated_first, mask=is_q)
+    tl.store(q_ptr + q_offsets + HALF, rotated_second, mask=is_q)
+    k_offsets = (slot * NUM_KV + heads - NUM) * (2 * HALF) + pairs
+    tl.store(k_ptr + k_offsets, rotated_first, mask=is_k)
+    tl.store(k_ptr + k_offsets + HALF, rotated_second, mask=is_k)
+    v_offsets = (slot * NUM_KV + heads - NUM - NUM_KV) * (2 * HALF) + pairs
+    tl.store(v_ptr + v_offsets, first.to(dtype), mask=is_v)
+    tl.store(v_ptr + v_offsets + HALF, second.to(dtype), mask=is_v)
+
+
+@triton.jit
+def _silu_mul(
+    gate_up_ptr,  # [rows, 2 * SIZE]
+    out_ptr,  # [rows, SIZE]
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    present = columns < SIZE
+    gate_ptr = gate_up_ptr + row * (2 * SIZE) + columns
+    gate = tl.load(gate_ptr, mask=present, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + SIZE, mask=present, other=0.0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * SIZE + columns, out.to(out_ptr.dtype.element_ty), mask=present)

@@ -1,0 +1,106 @@
+"""The fused ops against the plain ones; on a CPU, Triton's in its interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.attention.interface import LayerCache
+from nanovllm.kernels.layers.fused import FusedOps
+from nanovllm.kernels.layers.ops import LayerOps
+from nanovllm.services.gpu_worker.model import qwen3
+from tests.checkpoints import write_checkpoint
+from tests.gpu_worker.paged import PagedSequences, load_model, relative_error
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+EPS = 1e-6
+# As a fraction of each element: float32 sums in any order; a rounding that falls the other way.
+# The interpreter does not round to bfloat16, but cuts off.
+TOLERANCES = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2**-7 if ON_CUDA else 2**-5,
+    torch.float16: 2**-10,
+}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES)
+
+
+class Random:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=DEVICE).to(self.dtype)
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    # Differences of products cancel; float32 is what they are computed in.
+    torch.testing.assert_close(found, expected, rtol=TOLERANCES[expected.dtype], atol=1e-5)
+
+
+@DTYPES
+def test_add_rms_norm(dtype: torch.dtype) -> None:
+    sizes = [(1, 1), (3, 48), (2, 1000), (1, 1024)]
+    if ON_CUDA:
+        sizes += [(513, 1024), (7, 2560), (16384, 4096), (33, 12288)]
+    random = Random(dtype)
+    for rows, size in sizes:
+        x, residual, weight = random(rows, size), random(rows, size), random(size)
+        for before in (None, residual):
+            normed, total = FusedOps().add_rms_norm(x, before, weight, EPS)
+            expected_normed, expected_total = LayerOps().add_rms_norm(x, before, weight, EPS)
+            assert_same(total, expected_total)
+            assert_same(normed, expected_normed)
+
+
+@DTYPES
+def test_norm_rope_store(dtype: torch.dtype) -> None:
+    shapes = [(1, 2, 2, 16), (5, 3, 1, 32), (3, 16, 8, 128), (2, 4, 2, 24)]
+    if ON_CUDA:
+        shapes += [(1, 16, 8, 128), (512, 16, 8, 128), (16384, 16, 8, 128), (100, 5, 1, 256)]
+    random = Random(dtype)
+    for tokens, num, num_kv, dim in shapes:
+        qkv = random(tokens, (num + 2 * num_kv) * dim)
+        weights = random(dim), random(dim)
+        angles = torch.rand(tokens, dim // 2, generator=random.generator, device=DEVICE) * 1000
+        rotation = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        blocks, block_size = tokens // 16 + 2, 16
+        slots = torch.randperm(blocks * block_size, generator=random.generator, device=DEVICE)
+        before = random(2, blocks, block_size, num_kv, dim)
+        caches = [LayerCache(*before.clone()) for _ in range(2)]
+        q, expected_q = (
+            ops.norm_rope_store(qkv, *weights, EPS, rotation, cache, slots[:tokens])
+            for ops, cache in zip((FusedOps(), LayerOps()), caches, strict=True)
+        )
+        assert_same(q, expected_q)
+        assert_same(caches[0].k, caches[1].k)
+        assert torch.equal(caches[0].v, caches[1].v)
+
+
+@DTYPES
+def test_silu_mul(dtype: torch.dtype) -> None:
+    random = Random(dtype)
+    sizes = [(1, 1), (3, 48), (2, 3072)]
+    if ON_CUDA:
+        sizes += [(512, 3072), (16384, 3072), (5, 25600)]
+    for rows, size in sizes:
+        gate_up = random(rows, 2 * size) * 10
+        assert_same(FusedOps().silu_mul(gate_up), LayerOps().silu_mul(gate_up))
+
+
+@pytest.mark.skipif(ON_CUDA, reason="a model on a CPU, whose kernels the interpreter runs")
+def test_a_model_of_fused_ops_has_the_same_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_checkpoint(tmp_path, head_dim=16)
+    sequences = [[5, 7, 500, 2, 88], [44]]
+    expected = PagedSequences(load_model(directory), sequences, 16).run(3)
+    monkeypatch.setattr(qwen3, "choose_ops", lambda device: FusedOps())
+    found = PagedSequences(load_model(directory), sequences, 16).run(3)
+    for logits, wanted in zip(found, expected, strict=True):
+        assert relative_error(logits, wanted) < 1e-5
