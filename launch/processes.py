@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from nanovllm.launch.policy import Place
+from nanovllm.launch.groups import Place
 from nanovllm.messages import Loading, Ready, Report, ServiceStatus
 from nanovllm.options import settings_argv
 from nanovllm.service import LIFELINE_VARIABLE

@@ -13,19 +13,19 @@ from typing import Any
 
 import zmq
 
-from nanovllm.launch.loading_bar import LoadingBar
-from nanovllm.launch.policy import (
+from nanovllm.launch.groups import (
     GRACE_S,
     Action,
     Answer,
     GiveUp,
     Kill,
     Place,
-    Policy,
     Start,
     Stop,
     work_of,
 )
+from nanovllm.launch.loading_bar import LoadingBar
+from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.messages import (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.launch.policy import (
+from nanovllm.launch.groups import (
     GRACE_S,
     LIVENESS_S,
     LONGEST_DELAY_S,
@@ -22,11 +22,11 @@ from nanovllm.launch.policy import (
     GiveUp,
     Kill,
     Place,
-    Policy,
     Start,
     Stop,
     Work,
 )
+from nanovllm.launch.policy import Policy
 from nanovllm.links import Peer
 
 SCHEDULER = Place("scheduler", 0)
