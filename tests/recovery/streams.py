@@ -1,8 +1,13 @@
-"""Streams that never pause: requests that start anew as others end, while services are killed."""
+"""Streams that never pause: requests that start anew as others end, while services are killed.
+
+What the tests of recovery and the benchmarks of it (`benchmarks.chaos`, `benchmarks.recovery`) have
+in common.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -11,14 +16,18 @@ from typing import NamedTuple
 import psutil
 
 from nanovllm import AsyncClient, SamplingParams
+from nanovllm.client.requests import Prompt
 from tests.pipelines import Pipeline
 
 TIMEOUT_S = 60.0
 NEW_TOKENS = 200
+PROMPTS = ("Once upon a time", "🦊🐻 Once", "Zoë", "A lighthouse keeper")
+# Strings in what each device writes.
+STOPS = {"sim": ("ree", "old "), "cpu": (" lantern", "kettle", ". T")}
 
 
 class Case(NamedTuple):
-    prompt: str
+    prompt: Prompt
     params: SamplingParams
 
 
@@ -31,9 +40,21 @@ class Outcome(NamedTuple):
     completion_tokens: int
 
 
+class Streamed(NamedTuple):
+    """One stream that has ended.
+
+    Attributes:
+        case: the number of what was asked.
+        times: when it was asked, when each delta came, and when its end did; `time.monotonic`.
+    """
+
+    case: int
+    outcome: Outcome
+    times: list[float]
+
+
 def mixed_cases(stops: Sequence[str]) -> list[Case]:
     """Greedy and seeded, long and short, with and without stop strings."""
-    prompts = ["Once upon a time", "🦊🐻 Once", "Zoë", "A lighthouse keeper"]
     cases = []
     for number in range(12):
         temperature = (0.0, 1.0, 1.5)[number % 3]
@@ -44,21 +65,48 @@ def mixed_cases(stops: Sequence[str]) -> list[Case]:
             seed=number,
             stop=list(stops) if number % 2 else [],
         )
-        cases.append(Case(prompts[number % len(prompts)], params))
+        cases.append(Case(PROMPTS[number % len(PROMPTS)], params))
     return cases
 
 
-async def stream(client: AsyncClient, case: Case, on_delta: threading.Event) -> Outcome:
+def random_cases(draw: random.Random, count: int, stops: Sequence[str]) -> list[Case]:
+    """Of every kind: text and chats, greedy and seeded, with filters, stop strings, logprobs."""
+    cases = []
+    for _ in range(count):
+        text = " ".join(draw.choices(PROMPTS, k=draw.randint(1, 12)))
+        chat = [{"role": "user", "content": text}]
+        params = SamplingParams(
+            temperature=draw.choice((0.0, 1.0, 1.5)),
+            top_p=draw.choice((1.0, 0.9)),
+            max_tokens=draw.randint(20, 120),
+            ignore_eos=draw.random() < 0.75,
+            seed=draw.getrandbits(32),
+            stop=list(stops) if draw.random() < 0.4 else [],
+            logprobs=draw.choice((None, None, None, 2)),
+        )
+        cases.append(Case(chat if draw.random() < 0.25 else text, params))
+    return cases
+
+
+async def stream(client: AsyncClient, number: int, case: Case, news: threading.Event) -> Streamed:
     tokens: list[int] = []
+    chosen: list[int] = []
     text: list[str] = []
+    times = [time.monotonic()]
     deltas = client.generate(case.prompt, case.params, stream=True)
     async for delta in deltas:
         tokens += delta.token_ids
+        chosen += [entry[0][0] for entry in delta.logprobs or ()]
         text.append(delta.text)
-        on_delta.set()
+        times.append(time.monotonic())
+        news.set()
     end = await deltas.result()
-    on_delta.set()
-    return Outcome(tokens, "".join(text), end.finish_reason, end.usage.completion_tokens)
+    times.append(time.monotonic())
+    news.set()
+    if case.params.logprobs is not None and chosen != tokens:
+        raise RuntimeError(f"{case}: logprobs are of the tokens {chosen}, and there are {tokens}")
+    outcome = Outcome(tokens, "".join(text), end.finish_reason, end.usage.completion_tokens)
+    return Streamed(number, outcome, times)
 
 
 class Streams:
@@ -68,10 +116,13 @@ class Streams:
         endpoint: the pipeline.
         cases: what is asked.
         rounds: how often each case is asked at least.
+
+    Attributes:
+        ended: all streams that have ended.
     """
 
     def __init__(self, endpoint: str, cases: Sequence[Case], rounds: int = 1) -> None:
-        self.outcomes: list[tuple[int, Outcome]] = []
+        self.ended: list[Streamed] = []
         self._endpoint = endpoint
         self._cases = cases
         self._rounds = rounds
@@ -93,15 +144,18 @@ class Streams:
             if not news.wait(deadline - time.monotonic()) or self._failure is not None:
                 raise TimeoutError(f"nothing came for {case}") from self._failure
 
-    def finish(self) -> list[tuple[int, Outcome]]:
-        """Starts no new streams; the number of the case and the outcome of all that there were."""
+    def finish(self, timeout_s: float = TIMEOUT_S) -> list[Streamed]:
+        """Starts no new streams; all that there were, once the last has ended.
+
+        Raises TimeoutError if one does not end.
+        """
         self._enough.set()
-        self._thread.join(TIMEOUT_S)
+        self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise TimeoutError("streams do not end")
         if self._failure is not None:
             raise self._failure
-        return self.outcomes
+        return self.ended
 
     def _run(self) -> None:
         try:
@@ -120,15 +174,14 @@ class Streams:
     async def _again_and_again(self, client: AsyncClient, number: int) -> None:
         done = 0
         while done < self._rounds or not self._enough.is_set():
-            outcome = await stream(client, self._cases[number], self._news[number])
-            self.outcomes.append((number, outcome))
+            self.ended.append(await stream(client, number, self._cases[number], self._news[number]))
             done += 1
 
 
 def undisturbed(endpoint: str, cases: Sequence[Case]) -> list[Outcome]:
     """The outcome of each case while nothing is killed."""
-    streams = Streams(endpoint, cases)
-    return [outcome for _, outcome in sorted(streams.finish(), key=lambda pair: pair[0])]
+    ended = Streams(endpoint, cases).finish()
+    return [one.outcome for one in sorted(ended, key=lambda one: one.case)]
 
 
 def services(pipeline: Pipeline) -> dict[tuple[str, int], psutil.Process]:
@@ -139,32 +192,35 @@ def services(pipeline: Pipeline) -> dict[tuple[str, int], psutil.Process]:
     for child in psutil.Process(pipeline.process.pid).children():
         try:
             command: list[str] = child.cmdline()
+            dead = child.status() == psutil.STATUS_ZOMBIE
         except psutil.Error:
             continue
         role = [word.split(".")[-1] for word in command if ".services." in word]
-        if role and child.status() != psutil.STATUS_ZOMBIE:
+        if role and not dead:
             found[role[0], int(command[command.index("--index") + 1])] = child
     return found
 
 
-def kill(pipeline: Pipeline, *places: tuple[str, int]) -> None:
-    """SIGKILL, as soon as there is a process to kill."""
+def living(pipeline: Pipeline, places: Sequence[tuple[str, int]]) -> list[psutil.Process]:
+    """The processes of these places, as soon as each has one."""
     deadline = time.monotonic() + TIMEOUT_S
-    victims: list[psutil.Process] = []
-    while len(victims) < len(places):
+    while True:
         alive = services(pipeline)
-        victims = [alive[place] for place in places if place in alive]
+        if all(place in alive for place in places):
+            return [alive[place] for place in places]
         if time.monotonic() > deadline:
             raise TimeoutError(f"{places} are not there:\n{pipeline.transcript}")
-    for victim in victims:
+
+
+def kill(pipeline: Pipeline, *places: tuple[str, int]) -> None:
+    """SIGKILL, as soon as there is a process to kill."""
+    for victim in living(pipeline, places):
         victim.kill()
 
 
-def check(
-    outcomes: Sequence[tuple[int, Outcome]], expected: Sequence[Outcome], pipeline: Pipeline
-) -> None:
+def check(ended: Sequence[Streamed], expected: Sequence[Outcome], pipeline: Pipeline) -> None:
     """Every stream brought what it brings undisturbed, and nothing is left in the scheduler."""
-    for number, outcome in outcomes:
+    for number, outcome, _ in ended:
         assert outcome == expected[number], f"case {number}\n{pipeline.transcript}"
     idle = pipeline.scheduler_stats_once(lambda stats: stats.records == 0)
     assert (idle.running, idle.waiting, idle.blocks_used) == (0, 0, 0)
