@@ -148,8 +148,10 @@ def _blows(draw: random.Random, kills: int, tp: int) -> Iterator[Blow]:
     until_stop = KILLS_A_STOP // 2
     left = False
     while victims:
-        together = {victims.pop() for _ in range(1 + (draw.random() < TWO_AT_ONCE)) if victims}
-        yield Blow(sorted(together))
+        together = [victims.pop()]
+        if victims and victims[-1] not in together and draw.random() < TWO_AT_ONCE:
+            together.append(victims.pop())
+        yield Blow(together)
         until_stop -= len(together)
         if until_stop <= 0:
             until_stop += KILLS_A_STOP

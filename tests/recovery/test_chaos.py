@@ -1,0 +1,20 @@
+"""Services are killed and stopped at random: a short run of the benchmark."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from benchmarks.chaos import wreak_havoc
+
+
+@pytest.mark.parametrize("device", ["sim", "cpu"])
+def test_nothing_is_lost_whatever_dies(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    seed = random.randrange(2**31)
+    with capsys.disabled():
+        print(f"\nseed {seed}")
+    figures = wreak_havoc(10, 40, device, tp=2, seed=seed, pauses_s=(0.3, 1.2))
+    assert sum(figures["kills"].values()) == 10
+    assert figures["streams"]["hit"] >= 40
+    assert figures["changed"] == 0
