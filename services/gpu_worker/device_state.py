@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.messages import Admission
-from nanovllm.services.gpu_worker.sampling import SamplingTensors
 from nanovllm.services.gpu_worker.slots import Batch, Int32s
 
 
@@ -72,7 +72,7 @@ class DeviceState:
             slots, columns, blocks = columns_to_device(list(batch.block_updates.T), self._device)
             self.block_tables[slots, columns] = blocks.int()
 
-    def sampling(self, slots: Tensor, any_random: bool, any_filter: bool) -> SamplingTensors:
+    def sampling(self, slots: Tensor) -> SamplingTensors:
         """The parameters of the rows that sample, whose slots are `slots` int64 [s]."""
         return SamplingTensors(
             temperature=self._temperature[slots],
@@ -80,8 +80,6 @@ class DeviceState:
             top_p=self._top_p[slots],
             min_p=self._min_p[slots],
             seed=self._seed[slots],
-            any_random=any_random,
-            any_filter=any_filter,
         )
 
     def sampled(self, slots: Tensor, token_ids: Tensor) -> None:

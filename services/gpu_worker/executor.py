@@ -136,7 +136,7 @@ class Executor:
         if not len(batch.query_lens):
             return self._sampled(plan.number, self._state.last_tokens[:0], None, started)
         if self._graphs is not None and not len(batch.chunk_slots):
-            token_ids, logits = self._graphs.replay(batch.decode_slots, batch.any_filter)
+            token_ids, logits = self._graphs.replay(batch.decode_slots)
             found = _logprobs(batch, logits, token_ids)
             return self._sampled(plan.number, token_ids, found, started)
         inputs = self._inputs(batch)
@@ -153,12 +153,11 @@ class Executor:
         logits = self._model.logits(hidden[inputs.sampling_tokens])
         # A sequence's length is the index of the token that comes next.
         positions = self._state.num_tokens[slots]
-        params = self._state.sampling(slots, batch.any_random, batch.any_filter)
-        token_ids = sample(logits, params, positions)
+        token_ids = sample(logits, self._state.sampling(slots), positions)
         self._state.sampled(slots, token_ids)
         return self._sampled(plan.number, token_ids, _logprobs(batch, logits, token_ids), started)
 
-    def _decode(self, slots: Tensor, any_filter: bool) -> Decoded:
+    def _decode(self, slots: Tensor) -> Decoded:
         """A decode step that knows nothing from the host: see `graphs.Decode`."""
         state, n = self._state, len(slots)
         contexts = state.num_tokens[slots]
@@ -181,8 +180,7 @@ class Executor:
             self._kv_cache,
         )
         logits = self._model.logits(hidden)
-        params = state.sampling(slots, any_random=True, any_filter=any_filter)
-        token_ids = sample(logits, params, contexts)
+        token_ids = sample(logits, state.sampling(slots), contexts)
         state.sampled(slots, token_ids)
         return Decoded(token_ids, logits)
 

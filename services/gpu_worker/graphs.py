@@ -24,8 +24,8 @@ class Decoded(NamedTuple):
     logits: Tensor
 
 
-Decode = Callable[[Tensor, bool], Decoded]
-"""A decode step of the slots int64 [n] on the device; the flag says whether some row filters."""
+Decode = Callable[[Tensor], Decoded]
+"""A decode step of the slots int64 [n] on the device."""
 
 
 class _Graph(NamedTuple):
@@ -54,20 +54,19 @@ class DecodeGraphs:
         self._padding = padding
         self._slots = torch.full((max_num_seqs,), padding, dtype=torch.int64, device=device)
         self._host_slots = np.full(max_num_seqs, padding, dtype=np.int64)
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
-        keys = [(int(size), filtered) for size in self._sizes[::-1] for filtered in (False, True)]
+        self._graphs: dict[int, _Graph] = {}
         pool = torch.cuda.graph_pool_handle()
-        progress(0, len(keys))
-        for done, (size, filtered) in enumerate(keys, 1):
+        progress(0, len(self._sizes))
+        for done, size in enumerate(self._sizes[::-1].tolist(), 1):
             slots = self._slots[:size]
-            decode(slots, filtered)  # compiles kernels, which a capture may not
+            decode(slots)  # compiles kernels, which a capture may not
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                decoded = decode(slots, filtered)
-            self._graphs[size, filtered] = _Graph(graph, decoded)
-            progress(done, len(keys))
+                decoded = decode(slots)
+            self._graphs[size] = _Graph(graph, decoded)
+            progress(done, len(self._sizes))
 
-    def replay(self, slots: Int32s, filtered: bool) -> Decoded:
+    def replay(self, slots: Int32s) -> Decoded:
         """Enqueues the decode step of `slots` int32 [n]."""
         n = len(slots)
         size = int(self._sizes[np.searchsorted(self._sizes, n)])
@@ -80,7 +79,7 @@ class DecodeGraphs:
             # Pinned memory comes from torch's cache, which keeps it until the copy is done.
             pinned = torch.from_numpy(self._host_slots[:size]).pin_memory()
             self._slots[:size].copy_(pinned, non_blocking=True)
-        captured = self._graphs[size, filtered]
+        captured = self._graphs[size]
         captured.graph.replay()
         return Decoded(captured.decoded.token_ids[:n], captured.decoded.logits[:n])
 

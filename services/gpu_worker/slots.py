@@ -37,8 +37,6 @@ class Batch(NamedTuple):
         sampling_slots: int32 [s], their slots: each at most once.
         sampled_positions: int32 [s], index in its sequence of each token to be sampled.
         logprobs: int32 [s], how many likeliest tokens each wants, or NO_LOGPROBS.
-        any_random: whether some row that samples has a temperature.
-        any_filter: whether some such row has top_k, top_p or min_p as well.
     """
 
     admitted: Sequence[Admission]
@@ -53,8 +51,6 @@ class Batch(NamedTuple):
     sampling_slots: Int32s
     sampled_positions: Int32s
     logprobs: Int32s
-    any_random: bool
-    any_filter: bool
 
     @property
     def wants_logprobs(self) -> list[tuple[int, int]]:
@@ -77,8 +73,6 @@ class SlotTable:
         self._num_tokens: Int32s = np.zeros(max_num_seqs, dtype=np.int32)
         self._num_blocks = [0] * max_num_seqs
         self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
-        self._random = np.zeros(max_num_seqs, dtype=np.bool_)
-        self._filtered = np.zeros(max_num_seqs, dtype=np.bool_)
         self.seeds = np.zeros(max_num_seqs, dtype=np.int64)
         self._indices = np.arange(max_num_seqs, dtype=np.int32)
         self._ones = np.ones(max_num_seqs, dtype=np.int32)
@@ -135,8 +129,6 @@ class SlotTable:
             sampling_slots=sampling_slots,
             sampled_positions=sampled_positions,
             logprobs=self._logprobs[sampling_slots],
-            any_random=bool(self._random[sampling_slots].any()),
-            any_filter=bool(self._filtered[sampling_slots].any()),
         )
 
     def _admit(self, admission: Admission) -> None:
@@ -147,10 +139,6 @@ class SlotTable:
         self._num_tokens[slot] = len(tokens)
         self._num_blocks[slot] = 0
         self._logprobs[slot] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
-        self._random[slot] = sampling.temperature > 0
-        self._filtered[slot] = sampling.temperature > 0 and (
-            sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-        )
         self.seeds[slot] = sampling.seed
 
     def _append(self, slot: int, blocks: list[int], updates: list[tuple[int, int, int]]) -> None:

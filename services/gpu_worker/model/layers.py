@@ -157,9 +157,9 @@ class VocabParallelMatrix:
         return self.tp.all_reduce(rows.masked_fill(elsewhere[:, None], 0))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, width]. Returns float32 [rows, vocab_size], the same on every rank."""
+        """hidden [rows, width]. Returns [rows, vocab_size], the same on every rank."""
         gathered = self.tp.all_gather(F.linear(hidden, self.weight))
-        return gathered[:, : self.vocab_size].float()
+        return gathered[:, : self.vocab_size]
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
         shape = (self.vocab_size, self.weight.shape[1])

@@ -93,8 +93,8 @@ class Qwen3ForCausalLM:
         return self.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden_size]. Returns float32 [rows, vocab_size], the same on every rank:
-        each samples from the same numbers."""
+        """hidden [rows, hidden_size]. Returns [rows, vocab_size], the same on every rank: each
+        samples from the same numbers."""
         return self.head.logits(hidden)
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:

@@ -10,16 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanovllm.services.gpu_worker import sampling
-from nanovllm.services.gpu_worker.sampling import (
-    SamplingTensors,
-    exponential_noise,
-    filter_mask,
-    logprobs,
-    sample,
-    stream_keys,
-    token_bits,
-)
+from nanovllm.kernels.sampling import reference, stream
+from nanovllm.kernels.sampling.reference import SamplingTensors, filter_mask, sample
+from nanovllm.kernels.sampling.stream import exponential_noise, stream_keys, token_bits
+from nanovllm.services.gpu_worker.sampling import logprobs
 
 VOCAB = 301
 
@@ -31,17 +25,13 @@ def parameters(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seeds: Tensor | None = None,
-    any_filter: bool | None = None,
 ) -> SamplingTensors:
-    on = top_k != 0 or top_p < 1 or min_p > 0
     return SamplingTensors(
         temperature=torch.full((rows,), temperature),
         top_k=torch.full((rows,), top_k, dtype=torch.int32),
         top_p=torch.full((rows,), top_p),
         min_p=torch.full((rows,), min_p),
         seed=torch.arange(rows) if seeds is None else seeds,
-        any_random=temperature > 0,
-        any_filter=on if any_filter is None else any_filter,
     )
 
 
@@ -52,8 +42,6 @@ def joined(parts: list[SamplingTensors]) -> SamplingTensors:
         top_p=torch.cat([part.top_p for part in parts]),
         min_p=torch.cat([part.min_p for part in parts]),
         seed=torch.cat([part.seed for part in parts]),
-        any_random=any(part.any_random for part in parts),
-        any_filter=any(part.any_filter for part in parts),
     )
 
 
@@ -135,7 +123,7 @@ def test_noise_is_exponential_down_to_its_tail() -> None:
 
 def test_the_extremes_of_the_bits_give_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     extremes = torch.tensor([[0, -1, 2**31 - 1, -(2**31)]], dtype=torch.int32)
-    monkeypatch.setattr(sampling, "token_bits", lambda *_: extremes.clone())
+    monkeypatch.setattr(stream, "token_bits", lambda *_: extremes.clone())
     noise = exponential_noise(torch.zeros(1, dtype=torch.int64), 4)
     assert noise.log().isfinite().all()
     assert noise.tolist()[0] == pytest.approx([2**-32, 24 * np.log(2), 24 * np.log(2), 2**-32])
@@ -292,15 +280,17 @@ def test_a_row_is_the_same_alone_and_in_any_batch(monkeypatch: pytest.MonkeyPatc
         seed=params.seed[order],
     )
     assert torch.equal(sample(logits[order], shuffled, positions[order]), together[order])
-    monkeypatch.setattr(sampling, "CHUNK_ELEMENTS", 4 * VOCAB)
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 4 * VOCAB)
     assert torch.equal(sample(logits, params, positions), together)
 
 
 def test_a_filter_elsewhere_in_the_batch_changes_no_row() -> None:
     logits = random_logits(200)
     positions = torch.arange(200)
-    without = sample(logits, parameters(200, 1.2, any_filter=False), positions)
-    assert torch.equal(sample(logits, parameters(200, 1.2, any_filter=True), positions), without)
+    without = sample(logits, parameters(200, 1.2), positions)
+    mixed = joined([parameters(200, 1.2), parameters(1, 1.2, top_k=3)])
+    logits, positions = torch.cat((logits, logits[:1])), torch.cat((positions, positions[:1]))
+    assert torch.equal(sample(logits, mixed, positions)[:200], without)
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-12, 1e-4, 10.0])
