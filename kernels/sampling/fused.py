@@ -47,14 +47,14 @@ class Tuning(NamedTuple):
     """
 
     group: int = 64
-    tile: int = 16
-    programs: int = 2048
+    tile: int = 32
+    programs: int = 1024
     page: int = 128
     gather: int = 32
     candidates: int = 256
     pairs: int = 32
     scan_warps: int = 4
-    choose_warps: int = 8
+    choose_warps: int = 16
 
 
 DEFAULT_TUNING = Tuning()
@@ -99,6 +99,7 @@ def sample(
         TILE=tuning.tile,
         GROUP=tuning.group,
         num_warps=tuning.scan_warps,
+        enable_fp_fusion=False,
     )
     _choose[(rows,)](
         logits,
@@ -122,6 +123,7 @@ def sample(
         CANDIDATES=tuning.candidates,
         PAIRS=tuning.pairs,
         num_warps=tuning.choose_warps,
+        enable_fp_fusion=False,
     )
     return sampled
 
@@ -129,6 +131,7 @@ def sample(
 _MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
 _UNIT = tl.constexpr(UNIT)
 _LN_2 = tl.constexpr(0.6931471805599453)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's
 _LAST = tl.constexpr(0x7FFFFFFF)  # an id after all others
 # The bound by groups' maxima is good enough once no more than so many reach it beyond k.
@@ -174,25 +177,18 @@ def _scan(
     num_groups = tl.cdiv(vocab, GROUP)
     maxima = maxima_ptr + row.to(tl.int64) * num_groups
     first_tile = chunk * tiles_each
-    best = tl.full([TILE, GROUP], float("-inf"), tl.float32)
-    best_ids = first_tile * (TILE * GROUP) + within
+    best = float("-inf")
+    best_id = first_tile * (TILE * GROUP)
     for tile in range(first_tile, first_tile + tiles_each):
         ids = tile * (TILE * GROUP) + within
-        scores = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32) * scale
+        values = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
         if filtered:
             groups = tile * TILE + tile_groups
-            tl.store(maxima + groups, tl.max(scores, 1), mask=groups < num_groups)
-        if noisy:
-            scores = scores + _gumbel(low, high, ids)
-        better = scores > best
-        best = tl.where(better, scores, best)
-        best_ids = tl.where(better, ids, best_ids)
-
-    highest = tl.max(tl.max(best, 1), 0)
-    lowest_ids = tl.min(tl.min(tl.where(best == highest, best_ids, _LAST), 1), 0)
+            tl.store(maxima + groups, tl.max(values, 1) * scale, mask=groups < num_groups)
+        best, best_id = _contest(values, scale, ids, best, best_id, noisy, low, high)
     out = row * tl.num_programs(1) + chunk
-    tl.store(best_ptr + out, highest)
-    tl.store(best_ids_ptr + out, lowest_ids)
+    tl.store(best_ptr + out, best)
+    tl.store(best_ids_ptr + out, best_id)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -305,7 +301,7 @@ def _choose(
             total = tl.sum(tl.where(in_top_k, tl.exp(scores - most), 0.0), 0)
             in_top_p = likelier < tl.where(top_p < 1, top_p * total, float("inf"))
             kept = in_top_k & ((in_top_p & (scores >= min_p_floor)) | (ranks == 0))
-            noisy = tl.where(kept, scores + _gumbel(low, high, ids), float("-inf"))
+            noisy = tl.where(kept, scores + _gumbel(_bits(low, high, ids)), float("-inf"))
             found = tl.min(tl.where(kept & (noisy == tl.max(noisy, 0)), ids, _LAST), 0)
             token = tl.where(found < _LAST, found, token)
         else:
@@ -499,19 +495,41 @@ def _draw_before(
 ):
     """The one with the highest score + noise of the listed tokens that come before (score, token)
     and reach `cut`; _LAST if there are none."""
-    best = tl.full([PAGE, GROUP], float("-inf"), tl.float32)
-    best_ids = tl.full([PAGE, GROUP], _LAST, tl.int32)
+    best = float("-inf")
+    best_id = _LAST
     for start in range(0, num_listed, PAGE):
         scores, ids = _page(
             logits, vocab, scale, listed, start, num_listed, num_groups, PAGE, GROUP
         )
         eligible = _before(scores, ids, score, token) & (scores >= cut)
-        noisy = scores + _gumbel(low, high, ids)
-        better = eligible & (noisy > best)
-        best = tl.where(better, noisy, best)
-        best_ids = tl.where(better, ids, best_ids)
-    highest = tl.max(tl.max(best, 1), 0)
-    return tl.min(tl.min(tl.where(best == highest, best_ids, _LAST), 1), 0)
+        scores = tl.where(eligible, scores, float("-inf"))
+        best, best_id = _contest(scores, 1.0, ids, best, best_id, True, low, high)
+    return best_id
+
+
+@triton.jit
+def _contest(logits, scale, ids, best, best_id, noisy, low, high):
+    """The best score so far, or if `noisy` score + noise, and its token, after these contested it.
+
+    Most tokens cannot win, whatever the exact value of their noise -log(E): as E = -log(1 - u) is
+    at least u, one whose u is above exp(score - best) cannot. Two logarithms are saved so.
+    """
+    if noisy:
+        # Of the 31 bits of u, with a little more for all that is rounded.
+        more = 31.001 - best * _LOG2_E + tl.abs(best) * 1e-6
+        room = tl.exp2(tl.fma(logits, tl.zeros_like(logits) + scale * _LOG2_E, more))
+        promising = tl.max(tl.max((_bits(low, high, ids) < room).to(tl.int32), 1), 0) > 0
+    else:
+        promising = tl.max(tl.max(logits, 1), 0) * scale > best
+    if promising:
+        scores = logits * scale
+        if noisy:
+            scores = scores + _gumbel(_bits(low, high, ids))
+        highest = tl.max(tl.max(scores, 1), 0)
+        if highest > best:
+            best = highest
+            best_id = tl.min(tl.min(tl.where(scores == highest, ids, _LAST), 1), 0)
+    return best, best_id
 
 
 @triton.jit
@@ -549,8 +567,8 @@ def _mix64(x):
 
 
 @triton.jit
-def _gumbel(low, high, tokens):
-    """-log(exponential_noise), to 1e-6."""
+def _bits(low, high, tokens):
+    """The 31 random bits of each token, as float32."""
     bits = tokens.to(tl.uint32) ^ low
     bits = bits ^ (bits >> 16)
     bits = bits * 0x21F0AAAD
@@ -558,7 +576,13 @@ def _gumbel(low, high, tokens):
     bits = bits ^ (bits >> 15)
     bits = bits * 0xD35A2D97
     bits = bits ^ (bits >> 15)
-    u = ((bits & 0x7FFFFFFF).to(tl.float32) + 0.5) * _UNIT
+    return (bits & 0x7FFFFFFF).to(tl.float32)
+
+
+@triton.jit
+def _gumbel(bits):
+    """-log(exponential_noise), to 1e-6."""
+    u = (bits + 0.5) * _UNIT
     # -log(1 - u), of which 1 - u rounded would leave too little where u is small: there it is u
     # times the Chebyshev interpolation of -log(1 - u) / u over [0, 1/4], good to 4e-8.
     series = 0.33863464 * u + 0.14463115

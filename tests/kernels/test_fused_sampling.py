@@ -13,6 +13,8 @@ from nanovllm.kernels.sampling.fused import Tuning
 from nanovllm.kernels.sampling.reference import SamplingTensors, filter_mask, temper
 from nanovllm.kernels.sampling.stream import exponential_noise, stream_keys
 
+# The interpreter computes with numpy, which warns of infinities.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 # So small that a few hundred tokens take several tiles and pages, and few are gathered.
