@@ -1,33 +1,26 @@
 """nano-vLLM's offline benchmark through the whole pipeline: random prompts, random lengths.
 
-python -m benchmarks.offline --random-weights qwen3-0.6b.json
+python -m benchmarks.offline --random-weights benchmarks/shapes/qwen3-0.6b.json
 python -m benchmarks.offline /path/to/checkpoint --num-seqs 16 --max-input 64 --max-output 64
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
+from benchmarks.random_model import checkpoint, random_weights_option
 from nanovllm import LLM, SamplingParams
-from nanovllm.checkpoint import DEMO_CHECKPOINT, ModelConfig, resolve_model
+from nanovllm.checkpoint import ModelConfig
 
 
 @click.command(help=__doc__)
 @click.argument("model", default="")
-@click.option(
-    "--random-weights",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A config.json: a model of this shape with random weights instead of MODEL.",
-)
+@random_weights_option
 @click.option("--num-seqs", default=256, show_default=True)
 @click.option("--min-input", default=100, show_default=True, help="Shortest prompt, in tokens.")
 @click.option("--max-input", default=1024, show_default=True)
@@ -54,7 +47,7 @@ def main(
     dtype: str,
     max_model_len: int,
 ) -> None:
-    with _checkpoint(model, random_weights) as directory:
+    with checkpoint(model, random_weights) as directory:
         vocabulary = min(10_000, ModelConfig.from_checkpoint(directory).vocab_size - 1)
         draw = random.Random(seed)
         prompts = [
@@ -92,28 +85,6 @@ def main(
             }
         )
     )
-
-
-@contextlib.contextmanager
-def _checkpoint(model: str, config: Path | None) -> Iterator[Path]:
-    if config is None:
-        yield resolve_model(model)
-        return
-    with tempfile.TemporaryDirectory(prefix="nanovllm-random-") as directory:
-        write_random_checkpoint(config, Path(directory))
-        yield Path(directory)
-
-
-def write_random_checkpoint(config: Path, directory: Path) -> None:
-    """Writes a checkpoint of `config`'s shape: random bf16 weights, the demo's tokenizer."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    shape = Qwen3Config.from_json_file(str(config))
-    Qwen3ForCausalLM(shape).to(torch.bfloat16).save_pretrained(str(directory))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_CHECKPOINT / name, directory)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ warms up:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -23,16 +24,17 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import msgspec
 
-from nanovllm import LLM, Client, SamplingParams
+from benchmarks.pipeline import Pipeline
+from benchmarks.random_model import checkpoint, random_weights_option
+from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import ModelConfig, resolve_model
-from nanovllm.client.private_pipeline import PrivatePipeline
-from nanovllm.launch.status import NEXT_REPORT_S, Control
-from nanovllm.messages import Admission, Sampling, StepPlan, WorkerStats, pack
+from nanovllm.messages import Admission, Sampling, StepPlan, pack
 from nanovllm.service import settled
 from nanovllm.services.gpu_worker.openmp import spin_briefly
 from nanovllm.settings import Settings
@@ -71,6 +73,7 @@ class Round(NamedTuple):
 
 @click.command(help=__doc__)
 @click.argument("model", default="")
+@random_weights_option
 @click.option("--num-seqs", type=click.IntRange(1, 512), default=64, show_default=True)
 @click.option("--input", "prompt_tokens", default=64, show_default=True, help="Prompt tokens each.")
 @click.option("--output", "output_tokens", default=128, show_default=True)
@@ -79,6 +82,7 @@ class Round(NamedTuple):
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto")
 def main(
     model: str,
+    random_weights: Path | None,
     num_seqs: int,
     prompt_tokens: int,
     output_tokens: int,
@@ -87,70 +91,50 @@ def main(
     device: str,
 ) -> None:
     work = Work(num_seqs, prompt_tokens, output_tokens, temperature)
-    directory = resolve_model(model)
-    config = ModelConfig.from_checkpoint(directory)
-    options = {
-        "model": str(directory),
-        "ingress": "",
-        "device": device,
-        "max_model_len": prompt_tokens + output_tokens,
-        # Twice what they take, so that none waits for a block.
-        "num_kvcache_blocks": 2 * num_seqs * work.blocks_each(Settings().kvcache_block_size),
-        "log_level": "warning",
-    }
-    settings = msgspec.convert(options, Settings)
-    bare = BareLoop(settled(settings, directory, config), config)
-    piped_rounds, bare_rounds = [], []
-    with Pipeline(settings) as piped:
-        for number in range(rounds + 1):
-            prompts = work.prompts(number, config.vocab_size)
-            piped_rounds.append(piped.run(prompts, work))
-            bare_rounds.append(bare.run(prompts, work))
+    with checkpoint(model, random_weights) as directory:
+        config = ModelConfig.from_checkpoint(directory)
+        options = {
+            "model": str(directory),
+            "ingress": "",
+            "device": device,
+            "max_model_len": prompt_tokens + output_tokens,
+            # Twice what they take, so that none waits for a block.
+            "num_kvcache_blocks": 2 * num_seqs * work.blocks_each(Settings().kvcache_block_size),
+            "log_level": "warning",
+        }
+        settings = msgspec.convert(options, Settings)
+        bare = BareLoop(settled(settings, directory, config), config)
+        piped_rounds, bare_rounds = [], []
+        with Pipeline(settings) as pipeline, contextlib.closing(Piped(pipeline)) as piped:
+            for number in range(rounds + 1):
+                prompts = work.prompts(number, config.vocab_size)
+                piped_rounds.append(piped.run(prompts, work))
+                bare_rounds.append(bare.run(prompts, work))
     click.echo(json.dumps(_figures(work, piped_rounds[1:], bare_rounds[1:])))
 
 
-class Pipeline:
-    """A pipeline of this benchmark's own, and one client of it."""
+class Piped:
+    """A pipeline, and one client of it."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._pipeline = PrivatePipeline(settings)
-        try:
-            with Client(self._pipeline.endpoint, timeout=120) as client:
-                self._pipeline.wait_until_ready(client)
-            self._llm = LLM(endpoint=self._pipeline.endpoint)
-            self._control = Control(self._pipeline.runtime_dir)
-        except BaseException:
-            self._pipeline.close()
-            raise
-
-    def __enter__(self) -> Pipeline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._control.close()
-        self._llm.close()
-        self._pipeline.close()
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._llm = LLM(endpoint=pipeline.endpoint)
 
     def run(self, prompts: Prompts, work: Work) -> Round:
         sampling = SamplingParams(
             temperature=work.temperature, max_tokens=work.output_tokens, ignore_eos=True
         )
-        before = self._worker()
+        before = self._pipeline.settled().worker
         start = time.perf_counter()
         outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
         if any(len(output["token_ids"]) != work.output_tokens for output in outputs):
             raise RuntimeError(f"an output has not {work.output_tokens} tokens")
-        after = self._worker()
+        after = self._pipeline.settled().worker
         return Round(seconds, after.steps - before.steps, after.busy_s - before.busy_s)
 
-    def _worker(self) -> WorkerStats:
-        """The worker's counts up to now."""
-        time.sleep(NEXT_REPORT_S)
-        for service in self._control.status().services:
-            if isinstance(service.stats, WorkerStats):
-                return service.stats
-        raise RuntimeError("the worker has not reported")
+    def close(self) -> None:
+        self._llm.close()
 
 
 class BareLoop:

@@ -1,0 +1,70 @@
+"""Requests that are sent at once, and when each of their tokens arrived."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+import zmq
+
+from nanovllm.protocol import Delta, Error, Generate, Sampling, ServerMessage
+
+# A burst that hears nothing for so long has been forgotten.
+SILENCE_S = 60.0
+
+
+class Burst:
+    """One client of the ingress at `endpoint`.
+
+    Attributes:
+        arrivals: of each request, by its id, when its deltas came (`time.monotonic`, in seconds)
+            and how many tokens each brought.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.connect(endpoint)
+        self._decoder = msgspec.msgpack.Decoder(list[ServerMessage])
+        self.arrivals: dict[str, list[tuple[float, int]]] = {}
+
+    def send(self, prompts: Iterable[list[int]], sampling: Sampling) -> list[str]:
+        """Sends a request for each prompt; returns their ids."""
+        requests = []
+        for number, prompt in enumerate(prompts, len(self.arrivals)):
+            requests.append(Generate(id=str(number), prompt_token_ids=prompt, sampling=sampling))
+            self.arrivals[str(number)] = []
+        self._socket.send(msgspec.msgpack.encode(requests))
+        return [request.id for request in requests]
+
+    def run_until(self, reached: Callable[[], bool]) -> None:
+        """Takes what comes until `reached()`.
+
+        Raises RuntimeError when a request fails, or nothing comes any more.
+        """
+        while not reached():
+            if not self._socket.poll(int(SILENCE_S * 1000)):
+                raise RuntimeError(f"no token for {SILENCE_S:g} s")
+            self._take(self._decoder.decode(self._socket.recv()))
+
+    def run_for(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        self.run_until(lambda: time.monotonic() >= deadline)
+
+    def tokens_until(self, when: float) -> int:
+        """How many tokens had arrived by then, of all requests."""
+        return sum(n for came in self.arrivals.values() for at, n in came if at <= when)
+
+    def close(self) -> None:
+        """Disconnects, which aborts what is unfinished."""
+        self._socket.close(linger=0)
+
+    def _take(self, messages: list[Any]) -> None:
+        now = time.monotonic()
+        for message in messages:
+            if isinstance(message, Delta) and message.token_ids:
+                self.arrivals[message.id].append((now, len(message.token_ids)))
+            elif isinstance(message, Error):
+                raise RuntimeError(f"{message.id}: {message.code}: {message.message}")

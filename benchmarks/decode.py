@@ -1,0 +1,180 @@
+"""Decode steps through the whole pipeline, against the least that the memory allows.
+
+    python -m benchmarks.decode --random-weights benchmarks/shapes/qwen3-0.6b.json
+
+For each number of sequences: all have a prompt of the same length and decode together, greedily or
+not, and are measured once every one of them has begun. Needs a GPU. Prints one JSON line each:
+
+    step_ms        from one step's end to the next one's
+    floor_ms       bytes of weights and of keys and values that a step reads, over the bandwidth of
+                   a large copy on the device (bytes read and written), measured before
+    ratio          of the two
+    device_busy    share of the time for which the device had work, by its own clock
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+from safetensors import safe_open
+
+from benchmarks.burst import Burst
+from benchmarks.pipeline import Pipeline, Reported
+from benchmarks.random_model import checkpoint, random_weights_option
+from nanovllm.checkpoint import ModelConfig
+from nanovllm.launch.status import NEXT_REPORT_S
+from nanovllm.protocol import Sampling
+from nanovllm.settings import Settings
+
+COPY_BYTES = 2 << 30
+COPIES = 20
+BYTES_PER_VALUE = 2
+
+
+@click.command(help=__doc__)
+@click.argument("model", default="")
+@random_weights_option
+@click.option(
+    "--num-seqs",
+    "sizes",
+    type=int,
+    multiple=True,
+    default=(1, 8, 32, 64, 128, 256, 512),
+    show_default=True,
+)
+@click.option("--input", "prompt_tokens", default=1024, show_default=True, help="Prompt tokens.")
+@click.option("--temperature", default=0.6, show_default=True)
+@click.option("--top-k", default=0, show_default=True)
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--seconds", default=1.0, show_default=True, help="Length of each measurement.")
+@click.option("--attention", default="auto", show_default=True)
+def main(
+    model: str,
+    random_weights: Path | None,
+    sizes: tuple[int, ...],
+    prompt_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seconds: float,
+    attention: str,
+) -> None:
+    bandwidth = copy_bandwidth()
+    with checkpoint(model, random_weights) as directory:
+        config = ModelConfig.from_checkpoint(directory)
+        settings = Settings(
+            model=str(directory),
+            ingress="",
+            device="cuda",
+            attention=attention,  # type: ignore[arg-type]
+            log_level="warning",
+        )
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            ignore_eos=True,
+            max_tokens=settings.max_model_len,
+        )
+        weights = weight_bytes(directory, config)
+        with Pipeline(settings) as pipeline:
+            click.echo(
+                json.dumps(
+                    {"start_s": round(pipeline.start_s, 1), "copy_gb_per_s": round(bandwidth / 1e9)}
+                )
+            )
+            for size in sizes:
+                prompts = random_prompts(size, prompt_tokens, config.vocab_size)
+                before, after, context = measure(pipeline, prompts, sampling, seconds)
+                read = weights + size * context * kv_bytes(config)
+                figures = _figures(before, after, read / bandwidth)
+                click.echo(
+                    json.dumps({"sequences": size, "mean_context": round(context), **figures})
+                )
+
+
+def measure(
+    pipeline: Pipeline, prompts: list[list[int]], sampling: Sampling, seconds: float
+) -> tuple[Reported, Reported, float]:
+    """Two reports while all of them decode, and the mean context between the two."""
+    burst = Burst(pipeline.endpoint)
+    try:
+        burst.send(prompts, sampling)
+        burst.run_until(lambda: all(burst.arrivals.values()))
+        burst.run_for(NEXT_REPORT_S)
+        before = pipeline.reported()
+        burst.run_for(seconds)
+        after = pipeline.reported()
+        generated = burst.tokens_until((before.at_s + after.at_s) / 2) / len(prompts)
+    finally:
+        burst.close()
+    while pipeline.settled().scheduler.records:
+        continue
+    return before, after, len(prompts[0]) + generated
+
+
+def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [draw.choices(range(min(10_000, vocab_size)), k=length) for _ in range(count)]
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large copy on the device; the median of several."""
+    import torch
+
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    times_ms = []
+    for _ in range(COPIES):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times_ms.append(start.elapsed_time(end))
+    del source, target
+    torch.cuda.empty_cache()
+    return float(2 * COPY_BYTES / (statistics.median(times_ms) / 1000))
+
+
+def weight_bytes(directory: Path, config: ModelConfig) -> int:
+    """Of the weights that a step reads whole: of the embedding it reads a row a token, unless it
+    is the head as well."""
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="np") as opened:
+            for name in opened.keys():  # noqa: SIM118  # no mapping
+                size = 1
+                for length in opened.get_slice(name).get_shape():
+                    size *= length
+                if name != "model.embed_tokens.weight" or config.tie_word_embeddings:
+                    total += size * BYTES_PER_VALUE
+    return total
+
+
+def kv_bytes(config: ModelConfig) -> int:
+    """Of one token's keys and values."""
+    values = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return 2 * values * BYTES_PER_VALUE
+
+
+def _figures(before: Reported, after: Reported, floor_s: float) -> dict[str, Any]:
+    seconds = after.at_s - before.at_s
+    steps = after.worker.steps - before.worker.steps
+    step_s = seconds / steps
+    return {
+        "step_ms": round(step_s * 1000, 3),
+        "floor_ms": round(floor_s * 1000, 3),
+        "ratio": round(step_s / floor_s, 3),
+        "device_busy": round((after.worker.busy_s - before.worker.busy_s) / seconds, 3),
+        "tokens_per_s": round((after.scheduler.generated - before.scheduler.generated) / seconds),
+    }
+
+
+if __name__ == "__main__":
+    main()

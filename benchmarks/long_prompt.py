@@ -1,0 +1,109 @@
+"""A long prompt arrives while others read their answers: what it waits, and what they do.
+
+    python -m benchmarks.long_prompt --random-weights benchmarks/shapes/qwen3-0.6b.json
+
+Prints one JSON line for each `--max-prefill-tokens`:
+
+    first_token_ms    of the long prompt, from its sending
+    longest_pause_ms  between two arrivals at one of the others, until then
+    usual_pause_ms    the longest before it came
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import click
+
+from benchmarks.burst import Burst
+from benchmarks.decode import random_prompts
+from benchmarks.pipeline import Pipeline
+from benchmarks.random_model import checkpoint, random_weights_option
+from nanovllm.checkpoint import ModelConfig
+from nanovllm.protocol import Sampling
+from nanovllm.settings import Settings
+
+OTHERS_PROMPT = 256
+BEFORE_S = 1.0
+
+
+@click.command(help=__doc__)
+@click.argument("model", default="")
+@random_weights_option
+@click.option("--others", default=128, show_default=True, help="Sequences that decode.")
+@click.option("--input", "prompt_tokens", default=8000, show_default=True, help="Its length.")
+@click.option(
+    "--max-prefill-tokens",
+    "budgets",
+    type=int,
+    multiple=True,
+    default=(512, 2048, 8192),
+    show_default=True,
+)
+@click.option("--device", default="auto", show_default=True)
+def main(
+    model: str,
+    random_weights: Path | None,
+    others: int,
+    prompt_tokens: int,
+    budgets: tuple[int, ...],
+    device: str,
+) -> None:
+    with checkpoint(model, random_weights) as directory:
+        config = ModelConfig.from_checkpoint(directory)
+        prompts = random_prompts(others, OTHERS_PROMPT, config.vocab_size)
+        *_, long_prompt, warm_up = random_prompts(others + 2, prompt_tokens, config.vocab_size)
+        for budget in budgets:
+            settings = Settings(
+                model=str(directory),
+                ingress="",
+                device=device,  # type: ignore[arg-type]
+                max_model_len=2 * prompt_tokens,
+                max_prefill_tokens=budget,
+                log_level="warning",
+            )
+            with Pipeline(settings) as pipeline:
+                _intrude(pipeline, prompts, warm_up)
+                figures = _intrude(pipeline, prompts, long_prompt)
+            click.echo(json.dumps({"max_prefill_tokens": budget, "others": others, **figures}))
+
+
+def _intrude(
+    pipeline: Pipeline, prompts: list[list[int]], long_prompt: list[int]
+) -> dict[str, float]:
+    burst = Burst(pipeline.endpoint)
+    try:
+        others = burst.send(prompts, Sampling(ignore_eos=True, max_tokens=2 * len(long_prompt)))
+        burst.run_until(lambda: all(burst.arrivals.values()))
+        begun = time.monotonic()
+        burst.run_for(BEFORE_S)
+        sent = time.monotonic()
+        (intruder,) = burst.send([long_prompt], Sampling(ignore_eos=True, max_tokens=2))
+        burst.run_until(lambda: bool(burst.arrivals[intruder]))
+        first = burst.arrivals[intruder][0][0]
+    finally:
+        burst.close()
+    while pipeline.settled().scheduler.records:
+        continue
+    return {
+        "first_token_ms": round((first - sent) * 1000, 1),
+        "longest_pause_ms": _longest_pause_ms(burst, others, sent, first),
+        "usual_pause_ms": _longest_pause_ms(burst, others, begun, sent),
+    }
+
+
+def _longest_pause_ms(burst: Burst, ids: list[str], start: float, end: float) -> float:
+    pauses = [
+        after - before
+        for request in ids
+        for (before, _), (after, _) in pairwise(burst.arrivals[request])
+        if after > start and before < end
+    ]
+    return round(max(pauses) * 1000, 1)
+
+
+if __name__ == "__main__":
+    main()
