@@ -1,0 +1,121 @@
+"""Matrix products of up to 8 rows in Triton, without tensor cores.
+
+A product of so few rows reads its weight once and does little with it, and takes microseconds: what
+counts is that all processors have loads in flight at once and for the whole time. A program has all
+inputs of a few outputs. Each thread keeps sums of its own over its inputs, and only at the end are
+they added up, so that nothing in between waits for anything but memory. With tensor cores a sum
+would wait for the one before, each time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.layers.linear import Around
+
+MAX_ROWS = 8
+
+
+class Tuning(NamedTuple):
+    """A program's tile: powers of two."""
+
+    outputs: int
+    inputs: int
+    warps: int
+
+
+def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning) -> Tensor:
+    """See `linear.linear`; x has at most `MAX_ROWS` rows."""
+    rows, inputs = x.shape
+    outputs = len(weight) // 2 if around.gated else len(weight)
+    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    norm, residual = around.norm, around.residual
+    _linear[(triton.cdiv(outputs, tuning.outputs),)](
+        x,
+        weight,
+        x if norm is None else norm.weight,
+        x if residual is None else residual,
+        out,
+        rows,
+        0.0 if norm is None else norm.eps,
+        NORM=norm is not None,
+        GATED=around.gated,
+        ADD=residual is not None,
+        ROWS=triton.next_power_of_2(rows),
+        OUTPUTS=outputs,
+        INPUTS=inputs,
+        TILE_OUT=tuning.outputs,
+        TILE_IN=tuning.inputs,
+        num_warps=tuning.warps,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear(
+    x_ptr,  # [rows, INPUTS]
+    weight_ptr,  # [OUTPUTS, INPUTS], twice if GATED
+    norm_ptr,  # [INPUTS], if NORM
+    residual_ptr,  # [rows, OUTPUTS], if ADD
+    out_ptr,  # [rows, OUTPUTS]
+    rows,
+    eps,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+):
+    outputs = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
+    is_output = outputs < OUTPUTS
+    row = tl.arange(0, ROWS)
+    is_row = row < rows
+    weight_rows = weight_ptr + outputs.to(tl.int64)[:, None] * INPUTS
+
+    # Sums over every TILE_IN-th input.
+    sums = tl.zeros([ROWS, TILE_OUT, TILE_IN], tl.float32)
+    up_sums = tl.zeros([ROWS, TILE_OUT, TILE_IN], tl.float32)
+    squares = tl.zeros([ROWS, TILE_IN], tl.float32)
+    # Unrolled, so that loads need not wait for the sums before.
+    for start in tl.static_range(0, INPUTS, TILE_IN):
+        inputs = start + tl.arange(0, TILE_IN)
+        is_input = inputs < INPUTS
+        inside = is_output[:, None] & is_input[None, :]
+        pointers = weight_rows + inputs[None, :]
+        weight = tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            up_pointers = pointers + OUTPUTS * INPUTS
+            up = tl.load(up_pointers, mask=inside, other=0.0, eviction_policy="evict_first")
+        x_offsets = row[:, None] * INPUTS + inputs[None, :]
+        x = tl.load(x_ptr + x_offsets, mask=is_row[:, None] & is_input[None, :], other=0.0)
+        x = x.to(tl.float32)
+        if NORM:
+            squares += x * x
+            x *= tl.load(norm_ptr + inputs, mask=is_input, other=0.0).to(tl.float32)[None, :]
+        sums += x[:, None, :] * weight.to(tl.float32)[None, :, :]
+        if GATED:
+            up_sums += x[:, None, :] * up.to(tl.float32)[None, :, :]
+
+    out = tl.sum(sums, 2)
+    if NORM:
+        # The norm's factor is the same for all inputs of a row, so it can come last.
+        scale = tl.rsqrt(tl.sum(squares, 1) / INPUTS + eps)[:, None]
+        out *= scale
+    if GATED:
+        let_pass = tl.sum(up_sums, 2)
+        if NORM:
+            let_pass *= scale
+        out = out / (1.0 + tl.exp(-out)) * let_pass
+    offsets = row[:, None] * OUTPUTS + outputs[None, :]
+    inside = is_row[:, None] & is_output[None, :]
+    if ADD:
+        out += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)

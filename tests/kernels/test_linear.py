@@ -1,0 +1,71 @@
+"""Matrix products of a few rows against the plain one; on a CPU, in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.layers import gemv, skinny
+from nanovllm.kernels.layers.linear import Around, Norm, linear
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+# Relative, ||out - expected|| / ||expected||.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+Product = Callable[[Tensor, Tensor, Around], Tensor]
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
+
+
+def check(product: Product, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """With everything that may be around it, but for a norm where that is refused."""
+    x = random(rows, inputs, dtype=dtype) * 3
+    norm = Norm(random(inputs, dtype=dtype), 1e-6)
+    residual = random(rows, outputs, dtype=dtype)
+    for around in (
+        Around(),
+        Around(norm=norm),
+        Around(residual=residual),
+        Around(gated=True),
+        Around(norm, gated=True, residual=residual),
+    ):
+        weight = random((1 + around.gated) * outputs, inputs, dtype=dtype) * inputs**-0.5
+        try:
+            out = product(x, weight, around)
+        except ValueError:
+            assert around.norm is not None
+            continue
+        expected = linear(x, weight, around)
+        assert out.dtype == dtype
+        error = (out.float() - expected.float()).norm() / expected.float().norm()
+        assert error.item() < TOLERANCES[dtype]
+
+
+def shapes() -> Iterator[tuple[int, int, int]]:
+    """Rows, inputs and outputs."""
+    yield from ((1, 64, 40), (3, 100, 33), (8, 129, 16))
+    if ON_CUDA:
+        yield from ((rows, 1024, 4096) for rows in (1, 2, 5, 8))
+        yield from ((1, 3072, 1024), (7, 2048, 1024), (1, 9728, 2560))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_gemv(dtype: torch.dtype) -> None:
+    for tuning in (gemv.Tuning(4, 64, 4), gemv.Tuning(8, 256, 8)):
+        for shape in shapes():
+            check(partial(gemv.linear, tuning=tuning), *shape, dtype)
+
+
+# The interpreter's dot takes bfloat16 for integers.
+@pytest.mark.parametrize("dtype", [d for d in TOLERANCES if ON_CUDA or d != torch.bfloat16])
+def test_skinny(dtype: torch.dtype) -> None:
+    for tuning in (skinny.Tuning(16, 32, 1, 4, 3), skinny.Tuning(32, 64, 3, 4, 2)):
+        for shape in [*shapes(), (16, 96, 48)]:
+            check(partial(skinny.linear, tuning=tuning), *shape, dtype)
