@@ -44,6 +44,7 @@ from tests.recovery.streams import (
     living,
     random_cases,
     undisturbed,
+    wait_until_ready,
 )
 
 TIMEOUT_S = 180.0
@@ -167,6 +168,8 @@ def _strike(
     struck: list[tuple[float, Blow]] = []
     for blow in tqdm(blows, desc="blows", disable=None, leave=False):
         time.sleep(draw.uniform(*pauses_s))
+        if blow.stop_s is not None:  # a start may take a minute until it is taken for hung
+            wait_until_ready(pipeline, blow.victims)
         victims = living(pipeline, blow.victims)
         struck.append((time.monotonic(), blow))
         for victim in victims:

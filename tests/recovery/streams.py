@@ -17,10 +17,13 @@ import psutil
 
 from nanovllm import AsyncClient, SamplingParams
 from nanovllm.client.requests import Prompt
+from nanovllm.launch.status import Control
 from tests.pipelines import Pipeline
 
 TIMEOUT_S = 60.0
 NEW_TOKENS = 200
+# Between two looks at processes, so that looking takes no time from their restart.
+LOOK_AGAIN_S = 0.01
 PROMPTS = ("Once upon a time", "🦊🐻 Once", "Zoë", "A lighthouse keeper")
 # Strings in what each device writes.
 STOPS = {"sim": ("ree", "old "), "cpu": (" lantern", "kettle", ". T")}
@@ -210,6 +213,20 @@ def living(pipeline: Pipeline, places: Sequence[tuple[str, int]]) -> list[psutil
             return [alive[place] for place in places]
         if time.monotonic() > deadline:
             raise TimeoutError(f"{places} are not there:\n{pipeline.transcript}")
+        time.sleep(LOOK_AGAIN_S)
+
+
+def wait_until_ready(pipeline: Pipeline, places: Sequence[tuple[str, int]]) -> None:
+    """Returns when these services are alive and have said that they are ready."""
+    deadline = time.monotonic() + TIMEOUT_S
+    with Control(str(pipeline.runtime_dir)) as control:
+        while True:
+            states = {(s.role, s.index): s.state for s in control.status().services}
+            if all(states.get(place) == "ready" for place in places):
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{states}:\n{pipeline.transcript}")
+            time.sleep(LOOK_AGAIN_S)
 
 
 def kill(pipeline: Pipeline, *places: tuple[str, int]) -> None:
