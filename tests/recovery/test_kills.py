@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from nanovllm.messages import WorkerStats
+from nanovllm.settings import Settings
 from tests.pipelines import Pipeline
 from tests.recovery.streams import (
+    TIMEOUT_S,
     Case,
     Outcome,
     Streams,
@@ -18,8 +22,10 @@ from tests.recovery.streams import (
     mixed_cases,
     services,
     undisturbed,
+    wait_until_ready,
 )
 
+PIPELINE_DEPTH = Settings().pipeline_depth
 INGRESS, SCHEDULER = ("ingress", 0), ("scheduler", 0)
 RANKS = [("gpu_worker", 0), ("gpu_worker", 1)]
 TOKENIZERS = [("tokenizer", 0), ("tokenizer", 1)]
@@ -86,6 +92,42 @@ def test_streams_survive_the_same_service_killed_again_and_again(running: Runnin
         kill(running.pipeline, DETOKENIZERS[1])
     streams.wait_for_news()
     check(streams.finish(), running.expected, running.pipeline)
+
+
+@pytest.mark.parametrize("running", ["cpu, two ranks"], indirect=True)
+def test_a_scheduler_dies_with_plans_in_flight(running: Running) -> None:
+    """Rank 1 stands still in the middle of a step, so that its plan and the next one outlive the
+    scheduler that sent them. The new scheduler's reset has to wait for them."""
+    pipeline = running.pipeline
+    streams = Streams(pipeline.endpoint, running.cases)
+    streams.wait_for_news()
+    before = services(pipeline)
+    rank_1 = before[RANKS[1]]
+    rank_1.suspend()
+    try:
+        wait_for_plans_in_flight(pipeline, PIPELINE_DEPTH)
+        kill(pipeline, SCHEDULER)
+        wait_until_ready(pipeline, [SCHEDULER])
+        wait_for_plans_in_flight(pipeline, PIPELINE_DEPTH)
+    finally:
+        rank_1.resume()
+    streams.wait_for_news()
+    check(streams.finish(), running.expected, pipeline)
+    after = services(pipeline)
+    assert [after[rank].pid for rank in RANKS] == [before[rank].pid for rank in RANKS]
+    assert after[SCHEDULER].pid != before[SCHEDULER].pid
+
+
+def wait_for_plans_in_flight(pipeline: Pipeline, count: int) -> None:
+    """Returns once rank 0, in a report made from now on, has so many."""
+    start = time.monotonic()
+    while True:
+        for service in pipeline.status().services:
+            if isinstance(service.stats, WorkerStats) and service.index == 0:
+                if service.at_s >= start and service.stats.in_flight == count:
+                    return
+                if time.monotonic() > start + TIMEOUT_S:
+                    raise TimeoutError(f"rank 0 still reports {service.stats}")
 
 
 def test_a_stopped_service_is_killed_and_replaced(running: Running) -> None:
