@@ -1,0 +1,167 @@
+"""How long is the pause when a service dies?
+
+    python -m benchmarks.recovery --streams 1
+    python -m benchmarks.recovery --streams 32 --service ingress --service detokenizer
+
+The services are killed in turns while streams run, on a CPU at tp 2, with one tokenizer and one
+detokenizer, so that no other takes over. Each has been in good health for a while when it is
+killed. A tokenizer is killed with all the requests in hand, none of which has a token. Prints one
+JSON line for each service, in seconds from the kill:
+
+    next_token   to the next token at the client, of whichever stream: median of all kills
+    all_go_on    until each stream has had one, likewise
+    times        `all_go_on` of each kill
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import click
+from tqdm import tqdm
+
+from nanovllm import SamplingParams
+from nanovllm.launch.groups import STABLE_S
+from tests.pipelines import Pipeline
+from tests.recovery.streams import Case, Streamed, Streams, kill, living, wait_until_ready
+
+Place = tuple[str, int]
+
+TOKENIZER = ("tokenizer", 0)
+PLACES: dict[str, Place] = {
+    "ingress": ("ingress", 0),
+    "scheduler": ("scheduler", 0),
+    "gpu_worker 0": ("gpu_worker", 0),
+    "gpu_worker 1": ("gpu_worker", 1),
+    "detokenizer": ("detokenizer", 0),
+    "tokenizer": TOKENIZER,
+}
+ARGUMENTS = ("--device", "cpu", "--tp", "2", "--max-model-len", "1024", "--log-level", "warning")
+OUTPUT_TOKENS = 500
+# Until a stopped tokenizer has been sent what was asked.
+SENT_S = 0.5
+
+
+class Pause(NamedTuple):
+    """Seconds from a kill to the next token at all, and until all streams had one."""
+
+    next_token: float
+    all_go_on: float
+
+
+@click.command(help=__doc__)
+@click.option("--streams", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--kills", type=click.IntRange(1), default=10, show_default=True, help="Of each.")
+@click.option(
+    "--service", "names", type=click.Choice(list(PLACES)), multiple=True, default=list(PLACES)
+)
+def main(streams: int, kills: int, names: tuple[str, ...]) -> None:
+    with Pipeline("", *ARGUMENTS) as pipeline:
+        places = {name: PLACES[name] for name in names}
+        tokenizers = [place for place in places.values() if place == TOKENIZER]
+        others = [place for place in places.values() if place != TOKENIZER]
+        pauses: dict[Place, list[Pause]] = {place: [] for place in places.values()}
+        with tqdm(total=kills * len(places), desc="kills", disable=None, leave=False) as bar:
+            killer = Killer(pipeline, bar)
+            if others:
+                _while_streaming(killer, streams, others * kills, pauses)
+            for place in tokenizers * kills:
+                pauses[place].append(_with_requests_in_hand(killer, streams))
+    for name, place in places.items():
+        click.echo(json.dumps({"service": name, "streams": streams, **_figures(pauses[place])}))
+
+
+class Killer:
+    """Kills services that are in good health."""
+
+    def __init__(self, pipeline: Pipeline, bar: tqdm) -> None:
+        self.pipeline = pipeline
+        self._bar = bar
+        self._ready_since: dict[str, float] = {}
+
+    def rest(self, place: Place) -> None:
+        """Returns once all services are ready, and this one's deaths are forgotten."""
+        wait_until_ready(self.pipeline, list(PLACES.values()))
+        now = time.monotonic()
+        # The group's, of which a rank's death is the death.
+        healthy_at = self._ready_since.setdefault(place[0], now) + STABLE_S
+        time.sleep(max(0.0, healthy_at - now))
+
+    def kill(self, place: Place) -> float:
+        """When it was."""
+        at = time.monotonic()
+        kill(self.pipeline, place)
+        self._ready_since.pop(place[0], None)
+        self._bar.update()
+        return at
+
+
+def _cases(streams: int, output_tokens: int) -> list[Case]:
+    return [
+        Case(
+            "Once upon a time",
+            SamplingParams(max_tokens=output_tokens, ignore_eos=True, seed=number),
+        )
+        for number in range(streams)
+    ]
+
+
+def _while_streaming(
+    killer: Killer, streams: int, victims: Sequence[Place], pauses: dict[Place, list[Pause]]
+) -> None:
+    load = Streams(killer.pipeline.endpoint, _cases(streams, OUTPUT_TOKENS))
+    killed: list[tuple[Place, float]] = []
+    for place in victims:
+        killer.rest(place)
+        load.wait_for_news()
+        killed.append((place, killer.kill(place)))
+        wait_until_ready(killer.pipeline, list(PLACES.values()))
+        load.wait_for_news()
+    ended = load.finish()
+    untils = [*[at for _, at in killed[1:]], float("inf")]
+    for (place, at), until in zip(killed, untils, strict=True):
+        pauses[place].append(_pause([_arrivals(ended, case, at, until) for case in range(streams)]))
+
+
+def _with_requests_in_hand(killer: Killer, streams: int) -> Pause:
+    killer.rest(TOKENIZER)
+    for tokenizer in living(killer.pipeline, [TOKENIZER]):
+        tokenizer.suspend()
+    load = Streams(killer.pipeline.endpoint, _cases(streams, output_tokens=2))
+    time.sleep(SENT_S)
+    at = killer.kill(TOKENIZER)
+    ended = load.finish()
+    first = [one.times[1] - at for one in ended]
+    return Pause(min(first), max(first))
+
+
+def _arrivals(ended: Sequence[Streamed], case: int, at: float, until: float) -> list[float]:
+    """When tokens came, in seconds from a kill until the next, of the streams of one case."""
+    times = sorted(time for one in ended if one.case == case for time in one.times[1:])
+    return [time - at for time in times if at < time < until]
+
+
+def _pause(arrivals: Sequence[Sequence[float]]) -> Pause:
+    """The longest pause in each stream ends when it goes on: before it came what was on its way."""
+    ends = []
+    for times in arrivals:
+        gaps = zip([0.0, *times], times, strict=False)
+        ends.append(max(gaps, key=lambda gap: gap[1] - gap[0])[1])
+    return Pause(min(ends), max(ends))
+
+
+def _figures(pauses: Sequence[Pause]) -> dict[str, object]:
+    return {
+        "kills": len(pauses),
+        "next_token": round(statistics.median(pause.next_token for pause in pauses), 2),
+        "all_go_on": round(statistics.median(pause.all_go_on for pause in pauses), 2),
+        "times": [round(pause.all_go_on, 2) for pause in pauses],
+    }
+
+
+if __name__ == "__main__":
+    main()
