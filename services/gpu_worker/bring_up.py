@@ -15,6 +15,7 @@ from nanovllm.kernels.attention.choose import choose
 from nanovllm.messages import Admission, Sampling, StepPlan, pack
 from nanovllm.services.gpu_worker import memory
 from nanovllm.services.gpu_worker.executor import Executor
+from nanovllm.services.gpu_worker.graphs import graph_sizes
 from nanovllm.services.gpu_worker.model.kv_cache import (
     allocate_kv_cache,
     attention_shape,
@@ -124,7 +125,9 @@ def load(
         memory.check_room_for_one(num_blocks, settings, size, remedy)
         loaded = executor(num_blocks)
         if graphs:
-            loaded.capture_graphs(partial(progress, "capturing graphs"))
+            loaded.capture_graphs(
+                graph_sizes(settings.max_num_seqs), partial(progress, "capturing graphs")
+            )
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
@@ -149,16 +152,11 @@ def _blocks_on_cuda(
     size: int,
     graphs: bool,
 ) -> int:
-    """As many as fit beside the largest steps and the graphs, which are run and captured to find
-    out what they take."""
+    """As many as fit beside the graphs and the largest steps, which are run to find out."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     executor = make_executor(0)
-    held = 0
-    if graphs:
-        executor.capture_graphs(lambda done, total: None)
-        torch.cuda.empty_cache()
-        held = free - torch.cuda.mem_get_info(device)[0]
+    held = _bytes_of_graphs(executor, settings, device) if graphs else 0
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     for plan in largest_steps(settings):
@@ -168,6 +166,20 @@ def _blocks_on_cuda(
     del executor
     torch.cuda.empty_cache()
     return memory.cuda_blocks(settings, size, total, total - free + held, peak)
+
+
+def _bytes_of_graphs(executor: Executor, settings: Settings, device: torch.device) -> int:
+    """What all graphs together will hold. Two are captured to find out: the largest, with the
+    temporaries that all share, and one more."""
+    sizes = graph_sizes(settings.max_num_seqs)
+    free: list[int] = []
+
+    def look(done: int, total: int) -> None:
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info(device)[0])
+
+    executor.capture_graphs(sizes[-2:], look)
+    return free[0] - free[1] + (len(sizes) - 1) * (free[1] - free[-1])
 
 
 def largest_steps(settings: Settings) -> list[StepPlan]:

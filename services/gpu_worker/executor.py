@@ -109,18 +109,15 @@ class Executor:
         self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
-    def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
+    def capture_graphs(self, sizes: Sequence[int], progress: Callable[[int, int], None]) -> None:
         """From here on, steps of decodes alone are replayed. CUDA only.
 
         Args:
+            sizes: see `DecodeGraphs`; the last one is `max_num_seqs`.
             progress: told how many graphs are captured, of how many.
         """
         self._graphs = DecodeGraphs(
-            self._decode,
-            self._settings.max_num_seqs,
-            self._state.padding_slot,
-            self._device,
-            progress,
+            self._decode, sizes, self._state.padding_slot, self._device, progress
         )
 
     def reset(self) -> None:
@@ -130,8 +127,8 @@ class Executor:
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> Sampled:
         """Enqueues a step. All ranks must call it with the same plans."""
-        started = _event(self._device)
         batch = self.slots.apply(plan)
+        started = _event(self._device)
         self._state.update(batch)
         if not len(batch.query_lens):
             return self._sampled(plan.number, self._state.last_tokens[:0], None, started)
@@ -182,7 +179,7 @@ class Executor:
         logits = self._model.logits(hidden)
         token_ids = sample(logits, state.sampling(slots), contexts)
         state.sampled(slots, token_ids)
-        return Decoded(token_ids, logits)
+        return Decoded(token_ids.int(), logits)
 
     def _inputs(self, batch: Batch) -> _Inputs:
         decodes, state = len(batch.decode_slots), self._state
@@ -283,7 +280,7 @@ def _logprobs(batch: Batch, logits: Tensor, token_ids: Tensor) -> SampledLogprob
         return None
     chosen = to_device(np.array([row for row, _ in rows]), logits.device)
     most = min(max(count for _, count in rows), logits.shape[1])
-    ids, values = logprobs(logits[chosen], token_ids[chosen], most)
+    ids, values = logprobs(logits[chosen], token_ids[chosen].long(), most)
     return SampledLogprobs(rows, ids.int(), values)
 
 

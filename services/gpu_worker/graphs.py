@@ -7,7 +7,7 @@ replay returns holds until the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from nanovllm.services.gpu_worker.slots import Int32s
 
 
 class Decoded(NamedTuple):
-    """Of n rows: token_ids int64 [n], and the logits [n, local vocabulary] they were drawn from."""
+    """Of n rows: token_ids int32 [n], and the logits [n, local vocabulary] they were drawn from."""
 
     token_ids: Tensor
     logits: Tensor
@@ -34,10 +34,11 @@ class _Graph(NamedTuple):
 
 
 class DecodeGraphs:
-    """Captured decode steps for every number of rows up to `max_num_seqs`.
+    """Captured decode steps.
 
     Args:
         decode: what is captured. It may neither wait for the device nor read from it.
+        sizes: numbers of rows to capture, in ascending order.
         padding: the slot that belongs to nobody.
         progress: told how many graphs are captured, of how many.
     """
@@ -45,29 +46,29 @@ class DecodeGraphs:
     def __init__(
         self,
         decode: Decode,
-        max_num_seqs: int,
+        sizes: Sequence[int],
         padding: int,
         device: torch.device,
         progress: Callable[[int, int], None],
     ) -> None:
-        self._sizes = np.array(graph_sizes(max_num_seqs))
+        self._sizes = np.array(sizes)
         self._padding = padding
-        self._slots = torch.full((max_num_seqs,), padding, dtype=torch.int64, device=device)
-        self._host_slots = np.full(max_num_seqs, padding, dtype=np.int64)
+        self._slots = torch.full((sizes[-1],), padding, dtype=torch.int64, device=device)
+        self._host_slots = np.full(sizes[-1], padding, dtype=np.int64)
         self._graphs: dict[int, _Graph] = {}
         pool = torch.cuda.graph_pool_handle()
-        progress(0, len(self._sizes))
-        for done, size in enumerate(self._sizes[::-1].tolist(), 1):
+        progress(0, len(sizes))
+        for done, size in enumerate(reversed(sizes), 1):
             slots = self._slots[:size]
             decode(slots)  # compiles kernels, which a capture may not
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 decoded = decode(slots)
             self._graphs[size] = _Graph(graph, decoded)
-            progress(done, len(self._sizes))
+            progress(done, len(sizes))
 
     def replay(self, slots: Int32s) -> Decoded:
-        """Enqueues the decode step of `slots` int32 [n]."""
+        """Enqueues the decode step of `slots` int32 [n], n no more than the largest size."""
         n = len(slots)
         size = int(self._sizes[np.searchsorted(self._sizes, n)])
         if (

@@ -34,7 +34,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def batch_metadata(
-    block_tables: Tensor, lengths: list[int], contexts: list[int]
+    block_tables: Tensor, lengths: list[int], contexts: list[int], device: torch.device = CPU
 ) -> AttentionMetadata:
     """Of sequences with `lengths` query tokens at the end of `contexts`; those with one first."""
     decodes = 0
@@ -44,9 +44,9 @@ def batch_metadata(
         num_decodes=decodes,
         query_lens=np.array(lengths, dtype=np.int32),
         context_lens=np.array(contexts, dtype=np.int32),
-        cu_seqlens_q=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        cache_seqlens=torch.tensor(contexts, dtype=torch.int32),
-        block_tables=block_tables,
+        cu_seqlens_q=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device),
+        cache_seqlens=torch.tensor(contexts, dtype=torch.int32, device=device),
+        block_tables=block_tables.to(device),
     )
 
 

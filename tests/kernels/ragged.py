@@ -7,7 +7,6 @@ from torch import Tensor
 
 from nanovllm.kernels.attention.interface import (
     AttentionBackend,
-    AttentionMetadata,
     AttentionShape,
     LayerCache,
     store_kv,
@@ -55,15 +54,7 @@ class Ragged:
         size = (blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
         huge = torch.full(size, 1e4, dtype=dtype, device=device)
         self.cache = LayerCache(huge, huge.clone())
-        host = batch_metadata(tables.cpu(), lengths, contexts)
-        self.metadata = AttentionMetadata(
-            num_decodes=host.num_decodes,
-            query_lens=host.query_lens,
-            context_lens=host.context_lens,
-            cu_seqlens_q=host.cu_seqlens_q.to(device),
-            cache_seqlens=host.cache_seqlens.to(device),
-            block_tables=tables,
-        )
+        self.metadata = batch_metadata(tables, lengths, contexts, device)
         self.lengths = lengths
 
         def random(tokens: int, heads: int) -> Tensor:

@@ -103,7 +103,9 @@ def test_greedy_output_equals_transformers(
         checkpoint, shards=case.shards, tokenizer=DEMO_CHECKPOINT, **SMALL, **case.shape
     )
     arguments = case.arguments.split()
-    pipeline = start_pipeline(checkpoint, "--device", "cpu", *arguments)
+    if "--tp" in arguments and 0 < torch.cuda.device_count() < 4:
+        pytest.skip("there are fewer GPUs than ranks")
+    pipeline = start_pipeline(checkpoint, "--dtype", "float32", *arguments)
     block_size = int(arguments[arguments.index("--kvcache-block-size") + 1])
     prompts = prompts_for(case.shape["vocab_size"], block_size)
     model = read_model(checkpoint)

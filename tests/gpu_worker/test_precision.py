@@ -1,0 +1,82 @@
+"""Half precision on a GPU: no further from float32 than transformers' own model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from nanovllm.checkpoint import ModelConfig
+from nanovllm.kernels.attention.choose import choose
+from nanovllm.services.gpu_worker.model.kv_cache import allocate_kv_cache, attention_shape
+from nanovllm.services.gpu_worker.model.loader import load_checkpoint
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM as Model
+from tests.checkpoints import write_checkpoint
+from tests.gpu_worker.paged import batch_metadata
+
+CUDA = torch.device("cuda", 0)
+SHAPE: dict[str, Any] = {
+    "vocab_size": 20_000,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+BLOCK_SIZE = 256
+TOKENS = 600
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["auto", "triton", "sdpa"])
+@torch.inference_mode()
+def test_logits_are_as_good_as_transformers(
+    dtype: torch.dtype, attention: str, tmp_path: Path
+) -> None:
+    if attention == "auto" and dtype == torch.float16:
+        pytest.skip("builds of flash-attn for one dtype only exist")
+    directory = write_checkpoint(tmp_path / "checkpoint", dtype=dtype, **SHAPE)
+    ids = torch.randint(SHAPE["vocab_size"], (1, TOKENS), device=CUDA)
+
+    def of_transformers(precision: torch.dtype) -> torch.Tensor:
+        model = Qwen3ForCausalLM.from_pretrained(directory, dtype=precision).to(CUDA).eval()
+        logits: torch.Tensor = model(ids).logits[0].float()
+        return logits
+
+    expected = of_transformers(torch.float32)
+
+    def error(logits: torch.Tensor) -> float:
+        norm = torch.linalg.vector_norm
+        return float(norm(logits.float() - expected) / norm(expected))
+
+    ours = error(_logits(directory, ids[0], dtype, attention))
+    # Either has its own rounding; equal but for that.
+    assert ours < 1.05 * error(of_transformers(dtype))
+
+
+def _logits(directory: Path, ids: torch.Tensor, dtype: torch.dtype, attention: str) -> torch.Tensor:
+    """Of every token, the last one computed by itself, as a decode."""
+    config, tp = ModelConfig.from_checkpoint(directory), TensorParallel()
+    model = Model(config, TOKENS, tp, dtype, CUDA)
+    load_checkpoint(model, directory, lambda done, total: None)
+    shape = attention_shape(config, tp, BLOCK_SIZE)
+    backend = choose(attention, shape, dtype, CUDA).backend
+    blocks = -(-TOKENS // BLOCK_SIZE)
+    cache = allocate_kv_cache(config, shape, blocks, dtype, CUDA)
+    tables = torch.arange(blocks, dtype=torch.int32)[None]
+    found = []
+    for start, end in ((0, TOKENS - 1), (TOKENS - 1, TOKENS)):
+        metadata = batch_metadata(tables, [end - start], [end], CUDA)
+        positions = torch.arange(start, end, device=CUDA)
+        hidden = model.forward(
+            ids[start:end], positions, positions, backend.prepare(metadata), cache
+        )
+        found.append(model.logits(hidden))
+    return torch.cat(found)
