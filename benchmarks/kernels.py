@@ -185,17 +185,18 @@ class Inputs(NamedTuple):
 
 
 def gemv_tunings(product: Product, rows: int) -> list[gemv.Tuning]:
-    """Those whose sums take 32 or 64 of a thread's registers."""
+    """Those whose tiles are not larger than the inputs, with at most 64 sums a thread."""
     padded = 1 << (rows - 1).bit_length()
     if padded > gemv.MAX_ROWS:
         return []
-    found = set()
-    for outputs, warps in ((2, 4), (4, 4), (4, 8), (8, 4), (8, 8), (16, 8)):
-        sums = (32 if padded <= 2 else 64) * 32 * warps
-        inputs = sums // (padded * (1 + product.gated) * outputs)
-        if inputs >= 128:
-            found.add(gemv.Tuning(outputs, min(inputs, 1024), warps))
-    return sorted(found)
+    return [
+        gemv.Tuning(outputs, warps)
+        for warps in (1, 2, 4, 8)
+        for outputs in (1, 2, 4, 8)
+        if 32 * warps * gemv.PER_LOAD <= product.inputs
+        and padded * outputs * (1 + product.gated) <= 64
+        and (outputs > 1 or product.gated)
+    ]
 
 
 def skinny_tunings(product: Product) -> list[skinny.Tuning]:
@@ -273,7 +274,7 @@ def compile_product(product: Product, rows: int) -> None:
 def time_products() -> list[str]:
     """Prints the best tunings beside cuBLAS; returns what is wrong."""
     wrong = []
-    print("\nProducts with what is around them, in µs and GB/s; best tunings, tiles first")
+    print("\nProducts with what is around them, in µs and GB/s; best tunings, outputs first")
     print(f"{'':<10}{'rows':>5}{'cublas':>9}{'gemv':>9}{'':>7}{'skinny':>9}")
     for rows in ROWS:
         sums = {"cublas": 0.0, "gemv": 0.0, "skinny": 0.0}
