@@ -19,7 +19,7 @@ PER_THREAD = 8
 MAX_WARPS = 16
 # Heads of one token that a program of `_norm_rope_store` takes, and its warps.
 HEADS = 8
-HEADS_WARPS = 2
+HEADS_WARPS = 4
 # Elements that a program of `_silu_mul` takes.
 SILU_TILE = 1024
 
