@@ -92,7 +92,7 @@ class _Decodes(AttentionBatch):
             self._metadata.cache_seqlens,
             self._metadata.block_tables.stride(0),
             self._shape.head_dim**-0.5 * math.log2(math.e),
-            SPLITS=self._splits,
+            SPLIT=self._splits > 1,
             GROUP=group,
             ROWS=max(MIN_ROWS, triton.next_power_of_2(group)),
             HEADS=self._shape.num_kv_heads,
@@ -107,8 +107,8 @@ class _Decodes(AttentionBatch):
                 parts,
                 logs,
                 out,
-                SPLITS=self._splits,
-                PADDED=triton.next_power_of_2(self._splits),
+                self._splits,
+                MOST=MAX_SPLITS,
                 DIM=self._shape.head_dim,
                 num_warps=4,
             )
@@ -120,14 +120,14 @@ def _decode(
     q_ptr,  # [n, HEADS * GROUP, DIM]
     k_ptr,  # [blocks, BLOCK, HEADS, DIM]
     v_ptr,
-    out_ptr,  # as q; written where SPLITS is 1
-    parts_ptr,  # float32 [n, HEADS * GROUP, SPLITS, DIM]
-    logs_ptr,  # float32 [n, HEADS * GROUP, SPLITS]: log2 of the sum of exponentials
+    out_ptr,  # as q; written unless SPLIT
+    parts_ptr,  # float32 [n, HEADS * GROUP, splits, DIM]; else written
+    logs_ptr,  # float32 [n, HEADS * GROUP, splits]: log2 of the sum of exponentials
     tables_ptr,
     lengths_ptr,
     table_stride,
     scale,  # of the scores, in base 2
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -138,8 +138,9 @@ def _decode(
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
+    splits = tl.num_programs(2)
     length = tl.load(lengths_ptr + sequence)
-    each = tl.cdiv(tl.cdiv(length, SPLITS), TILE) * TILE
+    each = tl.cdiv(tl.cdiv(length, splits), TILE) * TILE
     start = split * each
     end = tl.minimum(start + each, length)
 
@@ -175,7 +176,7 @@ def _decode(
         mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         most = new_most
 
-    if SPLITS == 1:
+    if not SPLIT:
         result = mixed / total[:, None]
         tl.store(
             out_ptr + heads[:, None] * DIM + dims[None, :],
@@ -183,37 +184,36 @@ def _decode(
             mask=in_group,
         )
     else:
-        # A part beyond a short context has no tokens: its weight is zero.
-        empty = start >= end
-        total = tl.where(empty, 1.0, total)
-        logs = tl.where(empty, float("-inf"), most + tl.log2(total))
-        parts = heads * SPLITS + split
+        # A part beyond a short context has no tokens: its weight is zero, and it is not read.
+        parts = heads * splits + split
+        total = tl.where(start < end, total, 1.0)
+        logs = tl.where(start < end, most + tl.log2(total), float("-inf"))
         tl.store(logs_ptr + parts, logs, mask=rows < GROUP)
         tl.store(
             parts_ptr + parts[:, None] * DIM + dims[None, :],
             mixed / total[:, None],
-            mask=in_group,
+            mask=rows[:, None] < tl.where(start < end, GROUP, 0),
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join(
     parts_ptr,
     logs_ptr,
     out_ptr,
-    SPLITS: tl.constexpr,
-    PADDED: tl.constexpr,
+    splits,
+    MOST: tl.constexpr,
     DIM: tl.constexpr,
 ):
     row = tl.program_id(0)
-    splits = tl.arange(0, PADDED)
+    split = tl.arange(0, MOST)
     dims = tl.arange(0, DIM)
-    present = splits < SPLITS
-    logs = tl.load(logs_ptr + row * SPLITS + splits, mask=present, other=float("-inf"))
+    present = split < splits
+    logs = tl.load(logs_ptr + row * splits + split, mask=present, other=float("-inf"))
     weights = tl.exp2(logs - tl.max(logs, 0))
     parts = tl.load(
-        parts_ptr + (row * SPLITS + splits)[:, None] * DIM + dims[None, :],
-        mask=present[:, None],
+        parts_ptr + (row * splits + split)[:, None] * DIM + dims[None, :],
+        mask=(present & (logs > float("-inf")))[:, None],
         other=0.0,
     )
     mixed = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)

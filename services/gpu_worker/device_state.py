@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.kernels.slots.ops import SlotState
 from nanovllm.messages import Admission
 from nanovllm.services.gpu_worker.slots import Batch, Int32s
 
@@ -35,12 +36,9 @@ class DeviceState:
         spare_block: a block that no sequence has.
 
     Attributes:
-        padding_slot: one more than there are, in which a sequence of one token seems to be, over
-            and over. It takes the rows that a captured step has too many.
-        block_tables: int32 [max_num_seqs + 1, max_blocks]; entries beyond a sequence's blocks name
-            any block.
-        num_tokens: int64 [max_num_seqs + 1], length of each sequence, sampled tokens included.
-        last_tokens: int64 [max_num_seqs + 1], the token sampled last.
+        padding_slot: one more than there are, which is nobody's. It takes the rows that a captured
+            step has too many.
+        held: what there is of each slot.
     """
 
     def __init__(
@@ -53,16 +51,20 @@ class DeviceState:
 
         self._device = device
         self.padding_slot = max_num_seqs
-        self.block_tables = zeros(slots, max_blocks, dtype=torch.int32)
-        self.block_tables[self.padding_slot] = spare_block
-        self.num_tokens = zeros(slots, dtype=torch.int64)
-        self.num_tokens[self.padding_slot] = 1
-        self.last_tokens = zeros(slots, dtype=torch.int64)
-        self._temperature = zeros(slots, dtype=torch.float32)
-        self._top_p = zeros(slots, dtype=torch.float32)
-        self._min_p = zeros(slots, dtype=torch.float32)
-        self._top_k = zeros(slots, dtype=torch.int32)
-        self._seed = zeros(slots, dtype=torch.int64)
+        self.held = SlotState(
+            block_tables=zeros(slots, max_blocks, dtype=torch.int32),
+            num_tokens=zeros(slots, dtype=torch.int64),
+            last_tokens=zeros(slots, dtype=torch.int64),
+            sampling=SamplingTensors(
+                temperature=zeros(slots, dtype=torch.float32),
+                top_k=zeros(slots, dtype=torch.int32),
+                top_p=zeros(slots, dtype=torch.float32),
+                min_p=zeros(slots, dtype=torch.float32),
+                seed=zeros(slots, dtype=torch.int64),
+            ),
+        )
+        self.held.block_tables[self.padding_slot] = spare_block
+        self.held.num_tokens[self.padding_slot] = 1
 
     def update(self, batch: Batch) -> None:
         """Writes what the batch's plan changed."""
@@ -70,23 +72,11 @@ class DeviceState:
             self._admit(batch.admitted)
         if len(batch.block_updates):
             slots, columns, blocks = columns_to_device(list(batch.block_updates.T), self._device)
-            self.block_tables[slots, columns] = blocks.int()
+            self.held.block_tables[slots, columns] = blocks.int()
 
     def sampling(self, slots: Tensor) -> SamplingTensors:
         """The parameters of the rows that sample, whose slots are `slots` int64 [s]."""
-        return SamplingTensors(
-            temperature=self._temperature[slots],
-            top_k=self._top_k[slots],
-            top_p=self._top_p[slots],
-            min_p=self._min_p[slots],
-            seed=self._seed[slots],
-        )
-
-    def sampled(self, slots: Tensor, token_ids: Tensor) -> None:
-        """Each of the slots int64 [s] goes on by one token, int64 [s]."""
-        self.last_tokens[slots] = token_ids
-        self.num_tokens[slots] += 1
-        self.num_tokens[self.padding_slot :] = 1
+        return SamplingTensors(*(column[slots] for column in self.held.sampling))
 
     def _admit(self, admitted: Sequence[Admission]) -> None:
         asked = [admission.sampling for admission in admitted]
@@ -109,9 +99,10 @@ class DeviceState:
         )
         slots, num_tokens, top_k, seed = to_device(integers, self._device)
         temperature, top_p, min_p = to_device(fractions, self._device)
-        self.num_tokens[slots] = num_tokens
-        self._top_k[slots] = top_k.int()
-        self._seed[slots] = seed
-        self._temperature[slots] = temperature
-        self._top_p[slots] = top_p
-        self._min_p[slots] = min_p
+        self.held.num_tokens[slots] = num_tokens
+        held = self.held.sampling
+        held.top_k[slots] = top_k.int()
+        held.seed[slots] = seed
+        held.temperature[slots] = temperature
+        held.top_p[slots] = top_p
+        held.min_p[slots] = min_p

@@ -19,6 +19,7 @@ from nanovllm.kernels.attention.interface import (
     AttentionMetadata,
     LayerCache,
 )
+from nanovllm.kernels.slots.ops import choose_slot_ops
 from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, pack
 from nanovllm.services.gpu_worker.device_state import DeviceState, columns_to_device, to_device
 from nanovllm.services.gpu_worker.graphs import Decoded, DecodeGraphs
@@ -106,6 +107,11 @@ class Executor:
         self._state = DeviceState(
             settings.max_num_seqs, blocks_per_sequence(settings), spare_block, device
         )
+        self._ops = choose_slot_ops(device)
+        self._row_numbers = torch.arange(
+            settings.max_num_seqs + 1, dtype=torch.int32, device=device
+        )
+        self._no_tokens = torch.empty(0, dtype=torch.int32, device=device)
         self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
@@ -131,7 +137,7 @@ class Executor:
         started = _event(self._device)
         self._state.update(batch)
         if not len(batch.query_lens):
-            return self._sampled(plan.number, self._state.last_tokens[:0], None, started)
+            return self._sampled(plan.number, self._no_tokens, None, started)
         if self._graphs is not None and not len(batch.chunk_slots):
             token_ids, logits = self._graphs.replay(batch.decode_slots)
             found = _logprobs(batch, logits, token_ids)
@@ -146,43 +152,39 @@ class Executor:
         )
         slots = inputs.sampling_slots
         if not len(slots):
-            return self._sampled(plan.number, slots, None, started)
+            return self._sampled(plan.number, self._no_tokens, None, started)
         logits = self._model.logits(hidden[inputs.sampling_tokens])
         # A sequence's length is the index of the token that comes next.
-        positions = self._state.num_tokens[slots]
-        token_ids = sample(logits, self._state.sampling(slots), positions)
-        self._state.sampled(slots, token_ids)
+        positions = self._state.held.num_tokens[slots]
+        drawn = sample(logits, self._state.sampling(slots), positions)
+        token_ids = self._ops.advance(self._state.held, slots, drawn)
         return self._sampled(plan.number, token_ids, _logprobs(batch, logits, token_ids), started)
 
     def _decode(self, slots: Tensor) -> Decoded:
         """A decode step that knows nothing from the host: see `graphs.Decode`."""
-        state, n = self._state, len(slots)
-        contexts = state.num_tokens[slots]
-        positions = contexts - 1
-        tables = state.block_tables.index_select(0, slots)
-        blocks = tables.gather(1, (positions // self._block_size)[:, None]).squeeze(1).long()
+        inputs = self._ops.gather(self._state.held, slots, self._block_size)
+        n = len(slots)
         attention = AttentionMetadata(
             num_decodes=n,
             query_lens=np.ones(n, dtype=np.int32),
             context_lens=np.full(n, self._settings.max_model_len, dtype=np.int32),
-            cu_seqlens_q=torch.arange(n + 1, dtype=torch.int32, device=self._device),
-            cache_seqlens=contexts.int(),
-            block_tables=tables,
+            cu_seqlens_q=self._row_numbers[: n + 1],
+            cache_seqlens=inputs.context_lens,
+            block_tables=inputs.block_tables,
         )
         hidden = self._model.forward(
-            state.last_tokens[slots],
-            positions,
-            blocks * self._block_size + positions % self._block_size,
+            inputs.token_ids,
+            inputs.positions,
+            inputs.slot_mapping,
             self._backend.prepare(attention),
             self._kv_cache,
         )
         logits = self._model.logits(hidden)
-        token_ids = sample(logits, state.sampling(slots), contexts)
-        state.sampled(slots, token_ids)
-        return Decoded(token_ids.int(), logits)
+        token_ids = sample(logits, inputs.sampling, inputs.next_positions)
+        return Decoded(self._ops.advance(self._state.held, slots, token_ids), logits)
 
     def _inputs(self, batch: Batch) -> _Inputs:
-        decodes, state = len(batch.decode_slots), self._state
+        decodes, state = len(batch.decode_slots), self._state.held
         (
             row_slots,
             chunk_token_slots,
@@ -233,13 +235,12 @@ class Executor:
         logprobs: SampledLogprobs | None,
         started: torch.cuda.Event | None,
     ) -> Sampled:
-        """Sends what was sampled on its way to the host."""
+        """Sends what was sampled, int32 [s], on its way to the host."""
         if logprobs is not None:
             logprobs = SampledLogprobs(
                 logprobs.rows, _to_host(logprobs.token_ids), _to_host(logprobs.values)
             )
-        ids = _to_host(token_ids.int())
-        return Sampled(number, ids, logprobs, started, _event(self._device))
+        return Sampled(number, _to_host(token_ids), logprobs, started, _event(self._device))
 
 
 class _Inputs(NamedTuple):

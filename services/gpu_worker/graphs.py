@@ -57,15 +57,20 @@ class DecodeGraphs:
         self._host_slots = np.full(sizes[-1], padding, dtype=np.int64)
         self._graphs: dict[int, _Graph] = {}
         pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         progress(0, len(sizes))
-        for done, size in enumerate(reversed(sizes), 1):
-            slots = self._slots[:size]
-            decode(slots)  # compiles kernels, which a capture may not
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.stream(stream):
+            for done, size in enumerate(reversed(sizes), 1):
+                slots = self._slots[:size]
+                decode(slots)  # compiles kernels, which a capture may not
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool)
                 decoded = decode(slots)
-            self._graphs[size] = _Graph(graph, decoded)
-            progress(done, len(sizes))
+                graph.capture_end()
+                self._graphs[size] = _Graph(graph, decoded)
+                progress(done, len(sizes))
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def replay(self, slots: Int32s) -> Decoded:
         """Enqueues the decode step of `slots` int32 [n], n no more than the largest size."""
@@ -86,13 +91,10 @@ class DecodeGraphs:
 
 
 def graph_sizes(most: int) -> list[int]:
-    """Numbers of rows to capture, in ascending order up to `most`: each up to 8, then at most an
-    eighth of padding up to 64 rows, a sixteenth beyond."""
-    sizes = list(range(1, min(most, 8) + 1))
-    while sizes[-1] < most:
-        last = sizes[-1]
-        step = max(2, last // 8) if last < 64 else last // 16
-        # Powers of two divide well among the device's processors.
-        step = 1 << (step.bit_length() - 1)
-        sizes.append(min(most, last + step))
-    return sizes
+    """Numbers of rows to capture, in ascending order up to `most`.
+
+    A row too many costs a few µs of a step, of which at 64 rows there are thousands, but a graph
+    costs a tenth of a second at start. So there are few, and steps grow with the size.
+    """
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 32)]
+    return [size for size in sizes if size < most] + [most]

@@ -1,0 +1,123 @@
+"""The ops of `kernels.slots.ops` in Triton, one kernel each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.kernels.slots.ops import DecodeInputs, SlotOps, SlotState
+
+
+class FusedSlotOps(SlotOps):
+    """For CUDA tensors."""
+
+    def gather(self, state: SlotState, slots: Tensor, block_size: int) -> DecodeInputs:
+        n, columns = len(slots), state.block_tables.shape[1]
+
+        def like(held: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            return torch.empty((n, *held.shape[1:]), dtype=dtype or held.dtype, device=held.device)
+
+        found = DecodeInputs(
+            token_ids=like(state.last_tokens),
+            positions=like(state.num_tokens),
+            slot_mapping=like(state.num_tokens),
+            context_lens=like(state.num_tokens, torch.int32),
+            block_tables=like(state.block_tables),
+            next_positions=like(state.num_tokens),
+            sampling=SamplingTensors(*map(like, state.sampling)),
+        )
+        _gather[(n,)](
+            slots,
+            state.block_tables,
+            state.num_tokens,
+            state.last_tokens,
+            *state.sampling,
+            *found[:-1],
+            *found.sampling,
+            columns,
+            PADDED=triton.next_power_of_2(columns),
+            BLOCK=block_size,
+            num_warps=1,
+        )
+        return found
+
+    def advance(self, state: SlotState, slots: Tensor, token_ids: Tensor) -> Tensor:
+        sampled = torch.empty(len(slots), dtype=torch.int32, device=slots.device)
+        nobodys = len(state.num_tokens) - 1
+        _advance[(len(slots),)](
+            slots, token_ids, state.num_tokens, state.last_tokens, sampled, nobodys, num_warps=1
+        )
+        return sampled
+
+
+@triton.jit
+def _gather(
+    slots_ptr,
+    tables_ptr,
+    num_tokens_ptr,
+    last_tokens_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_ptr,
+    token_ids_ptr,
+    positions_ptr,
+    slot_mapping_ptr,
+    context_lens_ptr,
+    out_tables_ptr,
+    next_positions_ptr,
+    out_temperature_ptr,
+    out_top_k_ptr,
+    out_top_p_ptr,
+    out_min_p_ptr,
+    out_seed_ptr,
+    columns,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row)
+    length = tl.load(num_tokens_ptr + slot)
+    position = length - 1
+    table = tables_ptr + slot * columns
+    block = tl.load(table + position // BLOCK).to(tl.int64)
+    tl.store(token_ids_ptr + row, tl.load(last_tokens_ptr + slot))
+    tl.store(positions_ptr + row, position)
+    tl.store(slot_mapping_ptr + row, block * BLOCK + position % BLOCK)
+    tl.store(context_lens_ptr + row, length.to(tl.int32))
+    tl.store(next_positions_ptr + row, length)
+    tl.store(out_temperature_ptr + row, tl.load(temperature_ptr + slot))
+    tl.store(out_top_k_ptr + row, tl.load(top_k_ptr + slot))
+    tl.store(out_top_p_ptr + row, tl.load(top_p_ptr + slot))
+    tl.store(out_min_p_ptr + row, tl.load(min_p_ptr + slot))
+    tl.store(out_seed_ptr + row, tl.load(seed_ptr + slot))
+    column = tl.arange(0, PADDED)
+    present = column < columns
+    tl.store(
+        out_tables_ptr + row * columns + column,
+        tl.load(table + column, mask=present),
+        mask=present,
+    )
+
+
+@triton.jit
+def _advance(
+    slots_ptr,
+    token_ids_ptr,
+    num_tokens_ptr,
+    last_tokens_ptr,
+    sampled_ptr,  # int32 [n]
+    nobodys,  # the last slot
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row)
+    token = tl.load(token_ids_ptr + row)
+    tl.store(sampled_ptr + row, token.to(tl.int32))
+    owned = slot != nobodys
+    tl.store(last_tokens_ptr + slot, token, mask=owned)
+    length = tl.load(num_tokens_ptr + slot)
+    tl.store(num_tokens_ptr + slot, length + 1, mask=owned)

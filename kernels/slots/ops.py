@@ -1,0 +1,90 @@
+"""What a decode step takes from its slots and gives back to them, in plain torch.
+
+`FusedSlotOps` in `kernels.slots.fused` does the same on a GPU, where a step of one sequence would
+else spend a thirtieth of its time on a dozen small copies.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.sampling.reference import SamplingTensors
+
+
+class SlotState(NamedTuple):
+    """What is held of s slots. The last one is nobody's: a sequence of one token seems to be in it,
+    over and over.
+
+    Attributes:
+        block_tables: int32 [s, max_blocks]; entries beyond a sequence's blocks name any block.
+        num_tokens: int64 [s], length of each sequence, sampled tokens included.
+        last_tokens: int64 [s], the token sampled last.
+        sampling: tensors [s].
+    """
+
+    block_tables: Tensor
+    num_tokens: Tensor
+    last_tokens: Tensor
+    sampling: SamplingTensors
+
+
+class DecodeInputs(NamedTuple):
+    """What n decodes need.
+
+    Attributes:
+        token_ids, positions: int64 [n], the token to compute and its index in its sequence.
+        slot_mapping: int64 [n], where its key and value go: block * block_size + offset.
+        context_lens: int32 [n], the sequence's length.
+        block_tables: int32 [n, max_blocks].
+        next_positions: int64 [n], the index that the sampled token will have.
+        sampling: tensors [n].
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    next_positions: Tensor
+    sampling: SamplingTensors
+
+
+class SlotOps:
+    """The reference."""
+
+    def gather(self, state: SlotState, slots: Tensor, block_size: int) -> DecodeInputs:
+        """The inputs of a decode of `slots` int64 [n]."""
+        lengths = state.num_tokens[slots]
+        positions = lengths - 1
+        tables = state.block_tables.index_select(0, slots)
+        blocks = tables.gather(1, (positions // block_size)[:, None]).squeeze(1).long()
+        return DecodeInputs(
+            token_ids=state.last_tokens[slots],
+            positions=positions,
+            slot_mapping=blocks * block_size + positions % block_size,
+            context_lens=lengths.int(),
+            block_tables=tables,
+            next_positions=lengths,
+            sampling=SamplingTensors(*(held[slots] for held in state.sampling)),
+        )
+
+    def advance(self, state: SlotState, slots: Tensor, token_ids: Tensor) -> Tensor:
+        """Each of the slots int64 [n] goes on by its token of int64 [n]; only the last slot may be
+        there more than once. Returns the tokens as int32 [n]."""
+        state.last_tokens[slots] = token_ids
+        state.num_tokens[slots] += 1
+        state.num_tokens[-1:] = 1
+        return token_ids.int()
+
+
+def choose_slot_ops(device: torch.device) -> SlotOps:
+    """The fastest that run on `device`."""
+    if device.type != "cuda":
+        return SlotOps()
+    # Imported where it is chosen: on a CPU there is no Triton to import, and it takes its time.
+    from nanovllm.kernels.slots.fused import FusedSlotOps
+
+    return FusedSlotOps()
