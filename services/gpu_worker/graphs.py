@@ -57,7 +57,7 @@ class DecodeGraphs:
         self._host_slots = np.full(sizes[-1], padding, dtype=np.int64)
         self._graphs: dict[int, _Graph] = {}
         pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         progress(0, len(sizes))
         with torch.cuda.stream(stream):
