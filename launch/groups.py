@@ -14,7 +14,7 @@ import msgspec
 
 from nanovllm.links import Peer
 from nanovllm.messages import Stats, TokenizerStats, WorkerStats
-from nanovllm.service import EXIT_MISCONFIGURED
+from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 
 # Back-off: the first restart is at once, later ones wait, twice as long each time.
 FIRST_DELAY_S: Final = 0.1
@@ -87,7 +87,13 @@ class Answer(NamedTuple):
     asked_by: Peer
 
 
-Action = Start | Stop | Kill | GiveUp | Answer
+class Blame(NamedTuple):
+    """`place` has ended for a reason of its own."""
+
+    place: Place
+
+
+Action = Start | Stop | Kill | GiveUp | Answer | Blame
 
 
 class Work(NamedTuple):
@@ -109,8 +115,8 @@ def work_of(stats: Stats) -> Work | None:
 
 def by_itself(code: int) -> bool:
     """Whether a service ended for a reason of its own. SIGTERM, which makes it exit with 0, and
-    SIGKILL come from outside."""
-    return code > 0 or code in _CRASHES
+    SIGKILL come from outside; a rank that lost another one only followed it."""
+    return (code > 0 and code != EXIT_FOLLOWED) or code in _CRASHES
 
 
 class _Watch:
@@ -199,6 +205,8 @@ class Group:
         self._alive.discard(place)
         if self.phase is Phase.RUNNING:
             self._note_death(place, code, by_itself(code), now)
+            if by_itself(code):
+                self._actions.append(Blame(place))
             self.phase = Phase.ENDING
             self._kill_at = now
         if not self._alive:

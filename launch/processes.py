@@ -37,12 +37,14 @@ class ServiceProcess:
     Attributes:
         stopping: the signal with which it was told to end; None while it was not.
         alive: whether its end was not noticed yet, see `close`.
+        incarnation: this life's, once it has said hello.
     """
 
     def __init__(self, place: Place, settings: Settings, lifeline: Lifeline) -> None:
         self.place = place
         self.stopping: signal.Signals | None = None
         self.alive = True
+        self.incarnation: int | None = None
         self.loading: Loading | None = None
         self.ready: Ready | None = None
         self.last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
@@ -82,6 +84,12 @@ class ServiceProcess:
         if self._partial and self.process.poll() is not None:
             line, self._partial = self._partial, b""
             yield self._kept(line)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether someone has stopped it, by SIGSTOP or the like."""
+        what = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.process.pid, what) is not None
 
     def stop(self, number: signal.Signals) -> None:
         self.stopping = number

@@ -17,6 +17,7 @@ from nanovllm.launch.groups import (
     GRACE_S,
     Action,
     Answer,
+    Blame,
     GiveUp,
     Kill,
     Place,
@@ -29,6 +30,7 @@ from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.messages import (
+    Crashed,
     Done,
     Drain,
     Drained,
@@ -42,7 +44,7 @@ from nanovllm.messages import (
     StatusRequest,
     ToSupervisor,
 )
-from nanovllm.service import EXIT_MISCONFIGURED
+from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.settings import MAX_SERVICES, Settings
 
 INGRESS = Place("ingress", 0)
@@ -139,6 +141,7 @@ class Supervisor:
         service = self._services.get(place)
         if service is None or control.pids.get(peer) != service.process.pid:
             return  # gone meanwhile
+        service.incarnation = peer.incarnation
         self._policy.sign(place, now)
         match event:
             case Up() if place == INGRESS:
@@ -187,11 +190,11 @@ class Supervisor:
     def _look_after_processes(self, now: float) -> None:
         """Passes on what they wrote, and notes who has ended."""
         ended: list[ServiceProcess] = []
-        for service in self._services.values():
-            if not service.alive:
-                continue
-            if service.process.poll() is not None:
-                ended.append(service)
+        alive = [service for service in self._services.values() if service.alive]
+        if any(service.process.poll() is not None for service in alive):
+            # Looked at again: one that has ended because another had is not seen before it.
+            ended = [service for service in alive if service.process.poll() is not None]
+        for service in alive:
             for line in service.lines():
                 self._bar.write(f"{service.place} | {line}")
         for service in sorted(ended, key=_nearness_to_the_cause):
@@ -214,11 +217,23 @@ class Supervisor:
             case Kill(place=place, why=why):
                 if why:
                     self._bar.write(f"supervisor | {place} is killed: {why}")
+                    if not self._services[place].stopped:
+                        self._blame(control, place)
                 self._services[place].stop(signal.SIGKILL)
+            case Blame(place=place):
+                self._blame(control, place)
             case GiveUp(place=place, code=code, times=times):
                 raise ServiceFailed(_last_words(self._services[place], code, times))
             case Answer(asked_by=peer):
                 control.send(peer, [Done(None)])
+
+    def _blame(self, control: BoundLink[Any], place: Place) -> None:
+        """The ingress is to know that a service died by itself: what it had in hand is suspect."""
+        group = self._policy.group_of(place)
+        first = place if group is None else group.places[0]
+        incarnation = self._services[first].incarnation
+        if self._ingress is not None and incarnation is not None:
+            control.send(self._ingress, [Crashed(first.role, first.index, incarnation)])
 
     def _show(self) -> None:
         if self._announced:
@@ -274,11 +289,11 @@ class _SignalPipe:
         os.close(self._write_end)
 
 
-def _nearness_to_the_cause(service: ServiceProcess) -> tuple[bool, bool]:
+def _nearness_to_the_cause(service: ServiceProcess) -> tuple[bool, bool, bool]:
     """Of ranks that have ended together, whoever knows why comes first, then who was killed: the
     others only followed."""
     code = service.process.returncode
-    return code != EXIT_MISCONFIGURED, code > 0
+    return code != EXIT_MISCONFIGURED, code == EXIT_FOLLOWED, code > 0
 
 
 def _last_words(service: ServiceProcess, code: int, times: int) -> str:

@@ -156,8 +156,16 @@ class End(Message, tag="end"):
     uid: int
 
 
+class Recall(Message, tag="recall"):
+    """This attempt, and older ones, are not to be run: the ingress submits a newer one later."""
+
+    uid: int
+    attempt: int
+
+
 class Admitted(Message, tag="admitted"):
-    """The scheduler has this attempt. The ingress answers with `End` if it is not its latest."""
+    """The scheduler has this attempt. The ingress answers with `Recall` if it is not its latest,
+    and with `End` if the request is over."""
 
     uid: int
     attempt: int
@@ -169,8 +177,21 @@ class EngineState(Message, tag="engine_state"):
     ready: bool
 
 
-IngressToScheduler = End
-SchedulerToIngress = Admitted | EngineState
+class Lost(Message, tag="lost"):
+    """The link to a service is gone, in this life of it, and `uids` (int64[n]) are the requests
+    that it had in hand. `others`: it may have worked on more, which have left since. If the link
+    is made again in the same life, this comes again, with no uids.
+    """
+
+    role: str
+    index: int
+    incarnation: int
+    uids: bytes
+    others: bool
+
+
+IngressToScheduler = End | Recall
+SchedulerToIngress = Admitted | EngineState | Lost
 
 
 # scheduler -> detokenizer -----------------------------------------------------------------------
@@ -439,6 +460,15 @@ class Drain(Message, tag="drain"):
     """To the ingress: take no new requests, and say `Drained` once none is left."""
 
 
+class Crashed(Message, tag="crashed"):
+    """To the ingress: this life of a service (of a worker group, by its rank 0) ended for a reason
+    of its own, and not by a kill from outside."""
+
+    role: str
+    index: int
+    incarnation: int
+
+
 class Drained(Message, tag="drained"):
     """The ingress has no unfinished request, and takes no new one."""
 
@@ -467,4 +497,4 @@ class Status(Message, tag="status"):
 
 
 ToSupervisor = Loading | Ready | Report | Drained | StatusRequest | Scale | Restart
-FromSupervisor = Status | Done | Drain
+FromSupervisor = Status | Done | Drain | Crashed

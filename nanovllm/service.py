@@ -33,7 +33,7 @@ from nanovllm.links import (
     Received,
     new_incarnation,
 )
-from nanovllm.messages import Drain, Drained, FromSupervisor, Loading, Ready, Report, Stats
+from nanovllm.messages import Drained, FromSupervisor, Loading, Ready, Report, Stats
 from nanovllm.options import settings_from, settings_options
 from nanovllm.settings import Settings, SettingsError
 
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 # The exit code of a service that cannot run as it was told to: nothing that a restart would mend.
 EXIT_MISCONFIGURED = 2
+# That of one that ends because another has.
+EXIT_FOLLOWED = 3
 OFF_STEP_PATH_NICENESS = 10
 LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"
 
@@ -67,7 +69,7 @@ class Service:
         self._poller = zmq.Poller()
         self._next_beat = 0.0
         self._standing: Loading | Ready | Drained | None = None
-        self._on_drain: Callable[[], None] | None = None
+        self._on_told: Callable[[FromSupervisor], None] | None = None
         self._control: ConnectedLink[FromSupervisor] = self.connect(
             self.settings.control_endpoint, FromSupervisor, self._on_control
         )
@@ -107,10 +109,9 @@ class Service:
         log.info("ready%s", f": {detail}" if detail else "")
         self._announce(Ready(detail))
 
-    def on_drain(self, handler: Callable[[], None]) -> None:
-        """`handler` is called when no new request is to be taken; call `drained` once none is
-        left."""
-        self._on_drain = handler
+    def on_told(self, handler: Callable[[FromSupervisor], None]) -> None:
+        """`handler` is called with what the supervisor says."""
+        self._on_told = handler
 
     def drained(self) -> None:
         """Tells the supervisor that no request is left."""
@@ -172,8 +173,8 @@ class Service:
 
     def _on_control(self, event: Event[FromSupervisor]) -> None:
         if isinstance(event, Received):
-            if isinstance(event.message, Drain) and self._on_drain is not None:
-                self._on_drain()
+            if self._on_told is not None:
+                self._on_told(event.message)
         elif self._standing is not None:
             self._control.send([self._standing])
 

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
-from nanovllm.service import service_command
+from nanovllm.service import EXIT_FOLLOWED, service_command
 from nanovllm.services.gpu_worker.group import GroupBroken
 from nanovllm.services.gpu_worker.loop import serve
 
@@ -27,6 +27,7 @@ def main() -> NoReturn:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except GroupBroken as error:
         log.error("%s", error)
+        code = EXIT_FOLLOWED
     except BaseException:
         log.exception("gpu_worker ends")
     finally:

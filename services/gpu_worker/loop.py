@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+from nanovllm.faults import crash_on, fault
 from nanovllm.links import HEARTBEAT_S, BoundLink, Down, Event, Peer, Received, Up
 from nanovllm.messages import (
     GroupReady,
@@ -49,6 +51,20 @@ def _make_runner(service: Service) -> Runner:
     return TorchRunner(service.directory, service.config, settings, service.me.index)
 
 
+def _launch(runner: Runner) -> Callable[[StepPlan], None]:
+    """`runner.launch`, unless a test wants it to crash."""
+    token = fault("gpu_worker")
+    if token is None:
+        return runner.launch
+
+    def crash_or_launch(plan: StepPlan) -> None:
+        for admission in plan.admit:
+            crash_on(token, admission.tokens)
+        runner.launch(plan)
+
+    return crash_or_launch
+
+
 class Counts:
     """What this rank did so far."""
 
@@ -77,6 +93,7 @@ class Leader:
         self.counts = Counts(runner)
         self._service = service
         self._runner = runner
+        self._launch = _launch(runner)
         self._session = Session(service.settings.pipeline_depth)
         self._loaded: Loaded | None = None
         self._port: int | None = None
@@ -141,7 +158,7 @@ class Leader:
             case Received(message=StepPlan(number=number) as plan):
                 if self._session.accepts_plan(number):
                     self._tell_followers(plan)
-                    self._runner.launch(plan)
+                    self._launch(plan)
                     self.counts.launched()
 
     def _on_follower(self, event: Event[Any]) -> None:
@@ -169,6 +186,7 @@ class Follower:
         self.counts = Counts(runner)
         self._service = service
         self._runner = runner
+        self._launch = _launch(runner)
         service.connect(service.settings.workers_endpoint, LeaderToFollower, self._on_leader)
 
     def take_reports(self) -> None:
@@ -193,5 +211,5 @@ class Follower:
             case Received(message=Reset()):
                 self._runner.reset()
             case Received(message=StepPlan() as plan):
-                self._runner.launch(plan)
+                self._launch(plan)
                 self.counts.launched()

@@ -16,6 +16,7 @@ from nanovllm.messages import (
     EngineState,
     HandedOn,
     IngressStats,
+    Lost,
     SchedulerToIngress,
     TokenizerToIngress,
 )
@@ -33,7 +34,8 @@ from nanovllm.services.ingress import frames
 from nanovllm.services.ingress.dispatch import Dispatcher
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.intake import Intake
-from nanovllm.services.ingress.requests import Request, Stage
+from nanovllm.services.ingress.quarantine import Quarantine
+from nanovllm.services.ingress.requests import Request, Stage, begun
 from nanovllm.services.ingress.sessions import Exchange, Session
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Core:
         draw_seed: for requests that bring none.
 
     Attributes:
+        quarantine: the requests that may be what brings services down.
         ends: uids that the scheduler is to be told nobody needs any more.
         unsent: sessions that are owed something.
     """
@@ -85,6 +88,7 @@ class Core:
         self._sessions: dict[bytes, Session] = {}
         self._sessions_opened = 0
         self._requests: dict[int, Request] = {}
+        self.quarantine = Quarantine(self._requests, self.dispatcher, self._poison)
         self._requests_begun = 0
         self._finished = 0
         self._intake = Intake(limits)
@@ -159,6 +163,7 @@ class Core:
 
     def service_up(self, peer: Peer) -> None:
         if peer.role == "tokenizer":
+            self.quarantine.connected(peer)
             self.dispatcher.tokenizer_up(peer)
         elif peer.role == "detokenizer":
             self._detokenizers.add(peer)
@@ -166,24 +171,25 @@ class Core:
     def service_down(self, peer: Peer) -> None:
         if peer in self.dispatcher.tokenizers:
             log.warning("%s is gone; others get what it had", peer)
+            self.quarantine.lost(peer, self.dispatcher.in_hand(peer))
             self.dispatcher.tokenizer_down(peer)
         self._detokenizers.discard(peer)
 
-    def scheduler_up(self, reborn: bool) -> None:
+    def scheduler_up(self, peer: Peer, reborn: bool) -> None:
         """A reborn one has nothing; another may have missed what was on its way."""
         self._scheduler_up = True
+        self.quarantine.scheduler_up(peer, reborn)
         if not reborn:
             self.dispatcher.scheduler_connected()
             return
         self.ends.clear()
-        rest = (Stage.WAITING, Stage.OVER)
-        begun = [request for request in self._requests.values() if request.stage not in rest]
-        if begun:
-            log.warning("the scheduler is a new one; %d requests start anew", len(begun))
-            self.dispatcher.submit_again(begun)
+        if again := begun(self._requests.values()):
+            log.warning("the scheduler is a new one; %d requests start anew", len(again))
+            self.dispatcher.submit_again(again)
 
-    def scheduler_down(self) -> None:
+    def scheduler_down(self, peer: Peer) -> None:
         self._scheduler_up = self._engine_ready = False
+        self.quarantine.scheduler_down(peer)
 
     def from_tokenizer(self, message: TokenizerToIngress, now: float) -> None:
         request = self._latest(message.uid, message.attempt)
@@ -204,6 +210,9 @@ class Core:
         if isinstance(message, EngineState):
             self._engine_ready = message.ready
             return
+        if isinstance(message, Lost):
+            self.quarantine.reported(message)
+            return
         request = self._requests.get(message.uid)
         if request is None or request.stage is Stage.OVER:
             self.ends.add(message.uid)
@@ -211,6 +220,8 @@ class Core:
         request.may_be_scheduled = True
         if request.attempt == message.attempt:
             self._admitted(request)
+        else:
+            self.quarantine.recalls[message.uid] = message.attempt
 
     def from_detokenizer(self, delta: Delta) -> None:
         request = self._requests.get(delta.uid)
@@ -237,6 +248,7 @@ class Core:
                 Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
             )
             self.dispatcher.over(request)
+        self.quarantine.moved(request)
         request.session.has_news(request)
         self.unsent.add(request.session)
 
@@ -351,3 +363,12 @@ class Core:
             self.dispatcher.withdraw(request)
         if request.may_be_scheduled:
             self.ends.add(request.uid)
+        self.quarantine.moved(request)
+
+    def _poison(self, request: Request, role: str) -> None:
+        log.error("request %x is set aside: it brings down the %s", request.uid, role)
+        message = f"the {role} died again and again with nothing but this request in hand"
+        request.outcome = Error(id=request.id, code="poisoned", message=message)
+        self._withdraw(request)
+        request.session.has_news(request)
+        self.unsent.add(request.session)

@@ -8,11 +8,16 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from nanovllm.checkpoint import model_name
-from nanovllm.links import BoundLink, ConnectedLink, Down, Event, Received, Up
+from nanovllm.links import BoundLink, ConnectedLink, Down, Event, Peer, Received, Up
 from nanovllm.messages import (
+    Crashed,
     Delta,
     DetokenizerToIngress,
+    Drain,
     End,
+    FromSupervisor,
+    IngressToScheduler,
+    Recall,
     SchedulerToIngress,
     TokenizerToIngress,
 )
@@ -54,7 +59,7 @@ class Ingress:
         self._clients = ClientSocket(
             service.context, settings.client_endpoints, settings.max_message_bytes
         )
-        service.on_drain(self._core.drain)
+        service.on_told(self._on_told)
         service.watch(self._clients.socket, self._read_clients)
         service.watch(self._clients.monitor, self._from_clients)
 
@@ -92,9 +97,16 @@ class Ingress:
         if isinstance(event, Received):
             self._core.from_scheduler(event.message)
         elif isinstance(event, Up):
-            self._core.scheduler_up(event.reborn)
+            self._core.scheduler_up(event.peer, event.reborn)
         elif isinstance(event, Down):
-            self._core.scheduler_down()
+            self._core.scheduler_down(event.peer)
+
+    def _on_told(self, message: FromSupervisor) -> None:
+        if isinstance(message, Drain):
+            self._core.drain()
+        elif isinstance(message, Crashed):
+            life = Peer(message.role, message.index, message.incarnation)
+            self._core.quarantine.crashed(life)
 
     def _step(self, now: float) -> float | None:
         core = self._core
@@ -121,10 +133,13 @@ class Ingress:
                 messages.clear()
             else:
                 all_sent = False
-        ends = self._core.ends
-        if ends and self._scheduler.peer is not None:
-            if self._scheduler.send([End(uid) for uid in ends]):
+        ends, recalls = self._core.ends, self._core.quarantine.recalls
+        if (ends or recalls) and self._scheduler.peer is not None:
+            over: list[IngressToScheduler] = [End(uid) for uid in ends]
+            over += [Recall(uid, attempt) for uid, attempt in recalls.items()]
+            if self._scheduler.send(over):
                 ends.clear()
+                recalls.clear()
             else:
                 all_sent = False
         return all_sent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -124,6 +125,12 @@ class Request:
         if self.outcome is not None:
             messages.append(self.outcome)
         return messages
+
+
+def begun(requests: Iterable[Request]) -> list[Request]:
+    """Those that have left this process, and are not over."""
+    here = (Stage.WAITING, Stage.OVER)
+    return [request for request in requests if request.stage not in here]
 
 
 def _first_attempt(

@@ -7,12 +7,14 @@ next plan does not need is done while the device works.
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 from nanovllm.links import Peer
 from nanovllm.messages import (
     Admitted,
     EngineState,
     GroupReady,
+    Lost,
     RowLogprobs,
     SchedulerStats,
     SchedulerToIngress,
@@ -26,7 +28,7 @@ from nanovllm.messages import (
 from nanovllm.services.scheduler.engine import Engine
 from nanovllm.services.scheduler.group import WorkerGroup
 from nanovllm.services.scheduler.routing import Parcel, Router
-from nanovllm.services.scheduler.sequences import Sequence
+from nanovllm.services.scheduler.sequences import InHand, Sequence
 from nanovllm.services.scheduler.steps import Sampled
 from nanovllm.settings import Settings
 
@@ -43,6 +45,7 @@ class Scheduler:
         self._ingress: int | None = None
         self._dead_epochs: set[int] = set()
         self._admitted: dict[int, Admitted] = {}
+        self._lost: list[Lost] = []
         self._told_ready: bool | None = None
         # Whether a plan or a result may have filled blocks since the last look.
         self._filling = False
@@ -80,6 +83,12 @@ class Scheduler:
         if sequence is not None:
             self._drop(sequence)
 
+    def recall(self, uid: int, attempt: int) -> None:
+        """This attempt, and older ones, are not to be run."""
+        held = self._records.get(uid)
+        if held is not None and held.attempt <= attempt:
+            self.end(uid)
+
     def _drop(self, sequence: Sequence) -> None:
         self._engine.remove(sequence)
         self._router.forget(sequence.uid)
@@ -99,17 +108,19 @@ class Scheduler:
         self._admitted = {
             uid: Admitted(uid, sequence.attempt) for uid, sequence in self._records.items()
         }
+        self._lost.clear()
         self._told_ready = None
 
     def for_ingress(self) -> list[SchedulerToIngress]:
         """What the ingress is to be told; call `ingress_told` once it was."""
-        messages: list[SchedulerToIngress] = list(self._admitted.values())
+        messages: list[SchedulerToIngress] = [*self._admitted.values(), *self._lost]
         if self._told_ready is not self._group.ready:
             messages.append(EngineState(self._group.ready))
         return messages
 
     def ingress_told(self) -> None:
         self._admitted.clear()
+        self._lost.clear()
         self._told_ready = self._group.ready
 
     # The worker group ---------------------------------------------------------------------------
@@ -124,9 +135,13 @@ class Scheduler:
 
     def worker_up(self, peer: Peer) -> None:
         """A connection to rank 0 was made."""
+        if peer == self._group.peer:
+            self._note_lost(peer, InHand([], others=False))
         self._group.up(peer)
 
     def worker_down(self, peer: Peer) -> None:
+        if peer == self._group.peer:
+            self._note_lost(peer, self._engine.in_hand)
         self._group.down(peer)
 
     def result(self, peer: Peer, result: StepResult) -> None:
@@ -185,9 +200,11 @@ class Scheduler:
     # Detokenizers -------------------------------------------------------------------------------
 
     def detokenizer_up(self, peer: Peer) -> None:
+        self._note_lost(peer, InHand([], others=False))
         self._router.up(peer)
 
     def detokenizer_down(self, peer: Peer) -> None:
+        self._note_lost(peer, self._router.in_hand(peer))
         self._router.down(peer)
 
     def parcels(self) -> list[Parcel]:
@@ -227,6 +244,11 @@ class Scheduler:
             preemptions=engine.preemptions,
             plan_bytes=0 if plan is None else len(msgspec.msgpack.encode(plan)),
         )
+
+    def _note_lost(self, peer: Peer, in_hand: InHand) -> None:
+        """The ingress is to hear who was in hand when the link to a service was lost."""
+        uids = np.array(in_hand.uids, dtype="<i8").tobytes()
+        self._lost.append(Lost(peer.role, peer.index, peer.incarnation, uids, in_hand.others))
 
     def _tell_of_ended(self) -> None:
         for ended in self._engine.ended:

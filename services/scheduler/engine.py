@@ -10,7 +10,7 @@ import numpy as np
 
 from nanovllm.messages import Admission, FinishReason, pack, unpack
 from nanovllm.services.scheduler.blocks import TOKEN_BYTES, BlockManager, root
-from nanovllm.services.scheduler.sequences import NO_SLOT, Finish, Sequence
+from nanovllm.services.scheduler.sequences import NO_SLOT, Finish, InHand, Sequence
 from nanovllm.services.scheduler.slots import Indices, Ints, Slots
 from nanovllm.services.scheduler.steps import Draft, Ended, Sampled, Step
 from nanovllm.settings import Settings
@@ -92,6 +92,12 @@ class Engine:
         self._draining.pop(sequence.uid, None)
         if sequence.slot != NO_SLOT:
             self._vacate(sequence)
+
+    @property
+    def in_hand(self) -> InHand:
+        """What the worker group has: those in slots, and others that left with rows in flight."""
+        uids = [sequence.uid for sequence in self.slots.sequences if sequence is not None]
+        return InHand(uids, others=bool(self._leftovers))
 
     # A step -------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from nanovllm.messages import (
     End,
     GroupReady,
     IngressToScheduler,
+    Recall,
     StepResult,
     Submit,
     TokenizerToScheduler,
@@ -83,6 +84,8 @@ class SchedulerLoop:
                 self._core.submit(submit)
             case Received(peer=Peer(role="ingress"), message=End(uid=uid)):
                 self._core.end(uid)
+            case Received(peer=Peer(role="ingress"), message=Recall(uid=uid, attempt=attempt)):
+                self._core.recall(uid, attempt)
             case Received(peer=peer, message=GroupReady() as message) if _is_rank_0(peer):
                 self._core.group_ready(peer, message)
             case Up(peer=Peer(role="ingress") as peer):

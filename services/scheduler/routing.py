@@ -24,7 +24,7 @@ from nanovllm.messages import (
     SchedulerToDetokenizer,
     pack,
 )
-from nanovllm.services.scheduler.sequences import NO_SLOT, Sequence
+from nanovllm.services.scheduler.sequences import NO_SLOT, InHand, Sequence
 from nanovllm.services.scheduler.slots import NO_LANE, Indices, Slots
 from nanovllm.services.scheduler.steps import Ended, Sampled
 
@@ -47,6 +47,7 @@ class Lane:
         up: whether it is connected.
         blocked: a send has failed, and was not tried again since.
         held: the sequences whose output it decodes.
+        had: one that it has had, and `had_others`: whether there were more.
         owed: those that it must be sent a `Begin` of.
         ends: uids that it must be told to forget.
         steps, finished: what is new of sequences that it has begun.
@@ -57,6 +58,8 @@ class Lane:
         self.up = True
         self.blocked = False
         self.held: dict[int, Sequence] = {}
+        self.had: int | None = None
+        self.had_others = False
         self.owed: dict[int, Sequence] = {}
         self.ends: dict[int, None] = {}
         self.steps: list[NewTokens] = []
@@ -116,6 +119,8 @@ class Router:
             lane = min(ups, key=lambda lane: len(lane.held))
             self._home[uid] = lane
             lane.held[uid] = sequence
+            lane.had_others |= lane.had not in (None, uid)
+            lane.had = uid
             lane.ends.pop(uid, None)
         lane.owed[uid] = sequence
 
@@ -127,6 +132,13 @@ class Router:
             del lane.held[uid]
             lane.owed.pop(uid, None)
             lane.ends[uid] = None
+
+    def in_hand(self, peer: Peer) -> InHand:
+        """What a detokenizer has. It may have anything that it ever had in hand still."""
+        lane = self._lanes.get(peer.index)
+        if lane is None or lane.peer != peer:
+            return InHand([], others=False)
+        return InHand(list(lane.held), lane.had_others)
 
     # Detokenizers come and go -------------------------------------------------------------------
 

@@ -20,6 +20,13 @@ class Finish(NamedTuple):
     completion_tokens: int
 
 
+class InHand(NamedTuple):
+    """Whom a service works on; `others`: it may be at work on more still, which have left."""
+
+    uids: list[int]
+    others: bool
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One attempt of a request.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 
 from nanovllm.messages import (
@@ -14,7 +15,8 @@ from nanovllm.messages import (
     TokenizerToIngress,
     uid_epoch,
 )
-from nanovllm.services.tokenizer.prompts import PromptEncoder
+
+Encode = Callable[[Tokenize], Submit | Refused]
 
 # Requests in one frame at most: each may hold a long prompt.
 SUBMITS_A_FRAME = 64
@@ -27,8 +29,8 @@ class Desk:
     attempt takes the place of an older one.
     """
 
-    def __init__(self, encoder: PromptEncoder) -> None:
-        self._encoder = encoder
+    def __init__(self, encode: Encode) -> None:
+        self._encode = encode
         self._queue: dict[int, Tokenize] = {}
         self._submits: dict[int, Submit] = {}
         self._replies: list[TokenizerToIngress] = []
@@ -58,7 +60,7 @@ class Desk:
     def work(self) -> None:
         """Encodes the request that has waited longest."""
         uid = next(iter(self._queue))
-        result = self._encoder.encode(self._queue.pop(uid))
+        result = self._encode(self._queue.pop(uid))
         if isinstance(result, Refused):
             self._replies.append(result)
         else:

@@ -32,7 +32,7 @@ from nanovllm.messages import (
     pack,
 )
 from nanovllm.options import settings_argv
-from nanovllm.service import EXIT_MISCONFIGURED
+from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.services.gpu_worker import bring_up
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.settings import Settings
@@ -248,7 +248,7 @@ def test_a_simulated_group_lives_and_dies_as_one(
     assert group.scheduler.message(StepResult).number == 0
     group.ranks[0].kill()
     code, output = group.ended(1)
-    assert code == 1
+    assert code == EXIT_FOLLOWED
     assert "gpu_worker 0 is gone" in output
 
 
@@ -278,7 +278,7 @@ def test_two_ranks_sample_what_one_does(start: Callable[..., Group], cpu_model: 
 
     group.ranks[1].kill()
     code, output = group.ended(0)
-    assert code == 1
+    assert code == EXIT_FOLLOWED
     assert "gpu_worker 1 is gone" in output
 
 

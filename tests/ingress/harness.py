@@ -26,6 +26,7 @@ from nanovllm.services.ingress.sessions import Session
 INCARNATION = 0x0ABCDEF0
 TOKENIZER = Peer("tokenizer", 0, 11)
 DETOKENIZER = Peer("detokenizer", 0, 12)
+SCHEDULER = Peer("scheduler", 0, 13)
 CLIENT = b"\x00cli1"
 
 _server_messages = msgspec.msgpack.Decoder(list[ServerMessage])
@@ -51,7 +52,7 @@ class World:
         if services:
             self.core.service_up(TOKENIZER)
             self.core.service_up(DETOKENIZER)
-            self.core.scheduler_up(reborn=True)
+            self.core.scheduler_up(SCHEDULER, reborn=True)
             self.core.from_scheduler(EngineState(True))
 
     def say(self, *messages: Any, client: bytes = CLIENT, delimiter: bool = False) -> None:

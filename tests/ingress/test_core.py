@@ -18,6 +18,7 @@ from tests.ingress.harness import (
     CLIENT,
     DETOKENIZER,
     INCARNATION,
+    SCHEDULER,
     TOKENIZER,
     World,
     decode,
@@ -116,7 +117,7 @@ def test_overloaded() -> None:
 def test_abort_at_every_stage() -> None:
     for stage in ("waiting", "tokenizing", "handed on", "admitted", "running"):
         world = World(services=False)
-        world.core.scheduler_up(reborn=True)
+        world.core.scheduler_up(SCHEDULER, reborn=True)
         world.generate("a", prompt=None, prompt_token_ids=[1, 2, 3], resume_token_ids=[7])
         uid = INCARNATION << 32 | 1
         if stage != "waiting":
@@ -166,9 +167,9 @@ def test_ping() -> None:
     world.core.from_scheduler(EngineState(False))
     assert not ready()
     world.core.from_scheduler(EngineState(True))
-    world.core.scheduler_down()
+    world.core.scheduler_down(SCHEDULER)
     assert not ready()
-    world.core.scheduler_up(reborn=False)
+    world.core.scheduler_up(SCHEDULER, reborn=False)
     assert not ready(), "the engine's state is not known yet"
     world.core.from_scheduler(EngineState(True))
     world.core.service_down(DETOKENIZER)
@@ -326,8 +327,8 @@ def test_a_new_scheduler_gets_all_that_is_unfinished_with_its_output() -> None:
     running, done = world.start("a", "b", resume_token_ids=[5])
     world.core.from_detokenizer(delta(running, 1, [11, 12]))
     world.core.from_detokenizer(delta(done, 1, [13], end=True))
-    world.core.scheduler_down()
-    world.core.scheduler_up(reborn=True)
+    world.core.scheduler_down(SCHEDULER)
+    world.core.scheduler_up(SCHEDULER, reborn=True)
     (again,) = world.tokenizes()
     assert (again.uid, again.attempt, again.resumed) == (running.uid, 2, 1)
     assert unpack(again.output).tolist() == [5, 11, 12]
@@ -345,8 +346,8 @@ def test_a_scheduler_that_was_away_gets_again_what_it_had_not_admitted() -> None
     world.generate("b")
     (lost,) = world.tokenizes()
     world.core.from_tokenizer(HandedOn(lost.uid, 1, 1), now=0.0)
-    world.core.scheduler_down()
-    world.core.scheduler_up(reborn=False)
+    world.core.scheduler_down(SCHEDULER)
+    world.core.scheduler_up(SCHEDULER, reborn=False)
     assert [(t.uid, t.attempt) for t in world.tokenizes()] == [(lost.uid, 2)]
     world.core.from_scheduler(Admitted(known.uid, 1))
     world.core.from_scheduler(Admitted(lost.uid, 1))
@@ -385,8 +386,8 @@ def test_exactly_once_whatever_dies(data: st.DataObject) -> None:
             attempt = data.draw(st.integers(1, latest.attempt + 1))
             world.core.from_detokenizer(delta(latest, start, truth[start:end], attempt=attempt))
         elif action == "scheduler":
-            world.core.scheduler_down()
-            world.core.scheduler_up(reborn=data.draw(st.booleans()))
+            world.core.scheduler_down(SCHEDULER)
+            world.core.scheduler_up(SCHEDULER, reborn=data.draw(st.booleans()))
         elif action == "tokenizer":
             world.core.service_down(TOKENIZER)
             world.core.service_up(TOKENIZER)

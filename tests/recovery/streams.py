@@ -235,6 +235,14 @@ def kill(pipeline: Pipeline, *places: tuple[str, int]) -> None:
         victim.kill()
 
 
+def wait_for_another(pipeline: Pipeline, place: tuple[str, int], before: psutil.Process) -> None:
+    """Returns when another process than `before` is in this place."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while services(pipeline).get(place, before).pid == before.pid:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{place} does not come back:\n{pipeline.transcript}")
+
+
 def check(ended: Sequence[Streamed], expected: Sequence[Outcome], pipeline: Pipeline) -> None:
     """Every stream brought what it brings undisturbed, and nothing is left in the scheduler."""
     for number, outcome, _ in ended:

@@ -19,6 +19,7 @@ from nanovllm.launch.groups import (
     START_LIVENESS_S,
     Action,
     Answer,
+    Blame,
     GiveUp,
     Kill,
     Place,
@@ -28,6 +29,7 @@ from nanovllm.launch.groups import (
 )
 from nanovllm.launch.policy import Policy
 from nanovllm.links import Peer
+from nanovllm.service import EXIT_FOLLOWED
 
 SCHEDULER = Place("scheduler", 0)
 RANKS = [Place("gpu_worker", 0), Place("gpu_worker", 1)]
@@ -59,6 +61,7 @@ class World:
         self.killed: list[tuple[Place, str]] = []
         self.given_up: GiveUp | None = None
         self.answered: list[Peer] = []
+        self.blamed: list[Place] = []
 
     def run(self, seconds: float, each: Callable[[], None] = lambda: None) -> None:
         """Time passes, in eighths of a second, which are exact; `each` is called at each."""
@@ -107,6 +110,8 @@ class World:
                 self.given_up = self.given_up or action
             case Answer(asked_by=peer):
                 self.answered.append(peer)
+            case Blame(place=place):
+                self.blamed.append(place)
 
 
 def test_all_are_started_at_once_and_then_left_alone() -> None:
@@ -158,7 +163,7 @@ def test_the_same_service_is_borne_to_be_killed_each_second() -> None:
     assert world.policy.all_ready
 
 
-@given(st.sampled_from(PLACES), st.sampled_from([1, 3, -signal.SIGSEGV, -signal.SIGABRT]))
+@given(st.sampled_from(PLACES), st.sampled_from([1, 4, -signal.SIGSEGV, -signal.SIGABRT]))
 def test_a_service_that_cannot_become_ready_is_given_up(place: Place, code: int) -> None:
     world = World(load_s=5.0)
 
@@ -259,6 +264,19 @@ def test_loading_is_no_lack_of_progress() -> None:
     world.busy.update(PLACES)
     world.run(2 * PROGRESS_S)
     assert not world.killed
+
+
+@pytest.mark.parametrize(
+    ("code", "own"),
+    [(0, False), (KILLED, False), (EXIT_FOLLOWED, False), (1, True), (-signal.SIGABRT, True)],
+)
+def test_a_service_is_blamed_for_its_own_deaths_alone(code: int, own: bool) -> None:
+    world = World()
+    world.run(3)
+    world.end(RANKS[1], code)
+    world.run(3)
+    assert world.blamed == [RANKS[1]] * own
+    assert world.policy.all_ready
 
 
 # Commands ---------------------------------------------------------------------------------------

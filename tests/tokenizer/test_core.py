@@ -22,7 +22,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
 
 @pytest.fixture
 def desk(encoder: PromptEncoder) -> Desk:
-    return Desk(encoder)
+    return Desk(encoder.encode)
 
 
 def take(desk: Desk, number: int, attempt: int = 1, prompt: tuple[int, ...] = (5,)) -> None:
