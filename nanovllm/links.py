@@ -197,10 +197,11 @@ class ConnectedLink(Generic[M]):
     def receive(self) -> list[Event[M]]:
         """What has happened since; at most a batch. Never blocks."""
         events: list[Event[M]] = []
-        frames = _read_batch(self._socket)
-        self._drain_monitor(events)
-        for parts in frames:
+        # First the frames: what the monitor has to say came after them, or else concerns a
+        # connection on which nothing was answered yet.
+        for parts in _read_batch(self._socket):
             self._take(parts, events)
+        self._drain_monitor(events)
         return events
 
     def send(self, messages: Sequence[Message]) -> bool:
