@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import signal
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Final, NamedTuple
 
 import msgspec
@@ -132,10 +132,11 @@ class _Watch:
             self.work_at = now
         self.work = work
 
-    def hung(self, ready: bool, now: float) -> str | None:
-        """Why it is to be taken for hung; None if it is not."""
+    def hung(self, ready: bool, answers: bool, now: float) -> str | None:
+        """Why it is to be taken for hung; None if it is not. `answers`: it may say nothing for as
+        long as its work takes."""
         limit = LIVENESS_S if ready else START_LIVENESS_S
-        if now - self.sign_at >= limit:
+        if now - self.sign_at >= limit and not (ready and answers):
             return f"it has given no sign for {limit:g} s"
         if ready and now - self.work_at >= PROGRESS_S:
             return f"it has work in hand, and nothing was done for {PROGRESS_S:g} s"
@@ -189,11 +190,11 @@ class Group:
             return self._start_at
         return self._kill_at if self.phase is Phase.ENDING else None
 
-    def due(self, now: float) -> list[Action]:
+    def due(self, now: float, answering: Set[Place]) -> list[Action]:
         if self.phase is Phase.WAITING and now >= self._start_at:
             self._start(now)
         elif self.phase is Phase.RUNNING:
-            self._end_if_hung(now)
+            self._end_if_hung(now, answering)
         if self.phase is Phase.ENDING and self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
             self._actions += [Kill(place, "") for place in self.places if place in self._alive]
@@ -258,10 +259,10 @@ class Group:
         self._watches = {place: _Watch(now) for place in self.places}
         self._actions += map(Start, self.places)
 
-    def _end_if_hung(self, now: float) -> None:
+    def _end_if_hung(self, now: float, answering: Set[Place]) -> None:
         for place, watch in self._watches.items():
             ready = place not in self._not_ready
-            if (why := watch.hung(ready, now)) is not None:
+            if (why := watch.hung(ready, place in answering, now)) is not None:
                 self._note_death(place, -signal.SIGKILL, True, now)
                 self.phase = Phase.ENDING
                 self._actions += [

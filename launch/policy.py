@@ -7,7 +7,7 @@ what is `due`. Times are seconds of one monotonic clock.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Final
 
 from nanovllm.launch.groups import Action, Answer, Group, Phase, Place, Work
@@ -73,15 +73,16 @@ class Policy:
 
     # What there is to do --------------------------------------------------------------------------
 
-    def due(self, now: float) -> list[Action]:
-        """What is to be done now, in order."""
+    def due(self, now: float, answering: Set[Place] = frozenset()) -> list[Action]:
+        """What is to be done now, in order. Those that are `answering` are busy, if they say
+        nothing, and not hung."""
         away, self._looked_at = now - self._looked_at, now
         if away > LONGEST_LOOK_S:
             for group in self.groups:
                 group.forgive(away)
         actions = self._due_for_commands(now)
         for group in self.groups:
-            actions += group.due(now)
+            actions += group.due(now, answering)
         self.groups = [group for group in self.groups if group.phase is not Phase.GONE]
         return actions
 

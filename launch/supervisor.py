@@ -120,7 +120,7 @@ class Supervisor:
                 self._on_event(control, event, now)
             self._on_signals(control, wakeup.caught(), now)
             self._look_after_processes(now)
-            for action in self._policy.due(now):
+            for action in self._policy.due(now, _busy(control)):
                 self._do(control, action)
             self._show()
             if self._drain_until is not None and now >= self._drain_until:
@@ -262,6 +262,12 @@ def _groups(settings: Settings) -> list[list[Place]]:
         *[[Place("tokenizer", index)] for index in range(settings.tokenizers)],
         *[[Place("detokenizer", index)] for index in range(settings.detokenizers)],
     ]
+
+
+def _busy(control: BoundLink[Any]) -> set[Place]:
+    """Services that may say nothing for long because their loop is at work: a tokenizer, while it
+    encodes. That it lives is seen by the connection, which ZeroMQ's thread there keeps."""
+    return {Place(p.role, p.index) for p in control.peers if p.role == "tokenizer"}
 
 
 class _SignalPipe:

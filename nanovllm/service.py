@@ -6,6 +6,7 @@ ends by simply ending: on SIGTERM, when its lifeline breaks, or on an exception,
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -44,6 +45,7 @@ EXIT_MISCONFIGURED = 2
 # That of one that ends because another has.
 EXIT_FOLLOWED = 3
 OFF_STEP_PATH_NICENESS = 10
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"
 
 
@@ -227,13 +229,24 @@ def _live_and_die_with_the_launcher() -> None:
     """Ignores the terminal's Ctrl-C (the launcher decides), ends on SIGTERM and a broken lifeline.
 
     The lifeline is a pipe whose other end the launcher holds: it breaks when the launcher ends,
-    however it ends.
+    however it ends. A process that is stopped (SIGSTOP) cannot see that, so the kernel is asked to
+    kill it too; the pipe is there for a launcher that ended before that, and for other systems.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     descriptor = os.environ.get(LIFELINE_VARIABLE)
     if descriptor is not None:
+        if sys.platform == "linux":
+            _die_with_the_parent()
         watch_lifeline(int(descriptor))
+
+
+def _die_with_the_parent() -> None:
+    """The kernel sends SIGKILL when the thread that started this process has ended: in the
+    launcher that is the main thread."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
 def watch_lifeline(descriptor: int) -> None:

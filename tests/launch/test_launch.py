@@ -57,6 +57,8 @@ def test_a_signal_ends_everything_and_leaves_nothing(sim: Pipeline, number: sign
 
 def test_a_killed_launcher_takes_its_services_along(sim: Pipeline) -> None:
     running = services(sim)
+    for process in running[::2]:
+        process.suspend()
     assert sim.process is not None
     sim.process.kill()
     assert gone(running, 2.0)

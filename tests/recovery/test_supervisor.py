@@ -58,6 +58,7 @@ class World:
         self.starts: dict[Place, list[float]] = {}
         self.silent: set[Place] = set()
         self.busy: set[Place] = set()
+        self.answering: set[Place] = set()
         self.killed: list[tuple[Place, str]] = []
         self.given_up: GiveUp | None = None
         self.answered: list[Peer] = []
@@ -81,7 +82,7 @@ class World:
 
     def look(self) -> None:
         assert self.policy.wait_s(self.now) <= 1.0
-        for action in self.policy.due(self.now):
+        for action in self.policy.due(self.now, self.answering):
             self.do(action)
 
     def end(self, place: Place, code: int = KILLED) -> None:
@@ -257,6 +258,22 @@ def test_a_service_with_work_but_no_progress_is_killed_and_an_idle_one_is_not() 
     assert not world.killed
     world.run(3)
     assert [place for place, _ in world.killed] == [TOKENIZERS[0]]
+
+
+def test_a_service_that_answers_may_be_silent_for_as_long_as_its_work_may_take() -> None:
+    world = World()
+    world.run(3)
+    world.silent.add(TOKENIZERS[0])
+    world.answering.add(TOKENIZERS[0])
+    world.run(PROGRESS_S - 4)
+    assert not world.killed
+    world.answering.clear()
+    world.run(1)
+    assert [place for place, _ in world.killed] == [TOKENIZERS[0]]
+    world.silent.add(TOKENIZERS[0])
+    world.answering.add(TOKENIZERS[0])
+    world.run(PROGRESS_S + 2)
+    assert len(world.killed) == 2
 
 
 def test_loading_is_no_lack_of_progress() -> None:
