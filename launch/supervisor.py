@@ -49,6 +49,9 @@ from nanovllm.settings import MAX_SERVICES, Settings
 
 INGRESS = Place("ingress", 0)
 ROLES = ("ingress", "scheduler", "gpu_worker", "tokenizer", "detokenizer")
+# How long an ingress that is born into a drain takes requests: clients of the one before find out,
+# and submit again what they had there.
+RESUME_S = 3.0
 SCALABLE = ("tokenizer", "detokenizer")
 
 
@@ -147,7 +150,7 @@ class Supervisor:
             case Up() if place == INGRESS:
                 self._ingress = peer
                 if self._drain_until is not None:
-                    control.send(peer, [Drain()])
+                    control.send(peer, [Drain(RESUME_S)])
             case Received(message=Drained()):
                 self._over = True
             case Received(message=Loading() | Ready() | Report() as said):
@@ -185,7 +188,7 @@ class Supervisor:
             return
         self._drain_until = now + self._settings.drain_timeout
         if self._ingress is not None:  # else when it is there
-            control.send(self._ingress, [Drain()])
+            control.send(self._ingress, [Drain(0.0)])
 
     def _look_after_processes(self, now: float) -> None:
         """Passes on what they wrote, and notes who has ended."""

@@ -457,7 +457,10 @@ class Done(Message, tag="done"):
 
 
 class Drain(Message, tag="drain"):
-    """To the ingress: take no new requests, and say `Drained` once none is left."""
+    """To the ingress: in `resume_s` seconds, take no new requests, and say `Drained` once none is
+    left. Until then clients may resume what they had in an earlier life of the ingress."""
+
+    resume_s: float
 
 
 class Crashed(Message, tag="crashed"):

@@ -109,8 +109,13 @@ class Core:
         return IngressStats(len(self._sessions), len(self._requests), self._finished)
 
     def drain(self) -> None:
-        """From now on new requests are refused as `overloaded`."""
+        """From now on new requests are refused as `overloaded`, and those that go on with output
+        that their client has are not."""
         self._draining = True
+
+    @property
+    def drains(self) -> bool:
+        return self._draining
 
     @property
     def drained(self) -> bool:
@@ -279,7 +284,7 @@ class Core:
             reason = "id: an unfinished request of this session has it"
             self._reject(session, exchange, ask, "duplicate_id", reason)
             return
-        if self._draining:
+        if self._draining and not ask.resume_token_ids:
             reason = "the pipeline is shutting down; try later"
             self._reject(session, exchange, ask, "overloaded", reason)
             return

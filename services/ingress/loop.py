@@ -59,6 +59,7 @@ class Ingress:
         self._clients = ClientSocket(
             service.context, settings.client_endpoints, settings.max_message_bytes
         )
+        self._drain_at: float | None = None
         service.on_told(self._on_told)
         service.watch(self._clients.socket, self._read_clients)
         service.watch(self._clients.monitor, self._from_clients)
@@ -103,13 +104,16 @@ class Ingress:
 
     def _on_told(self, message: FromSupervisor) -> None:
         if isinstance(message, Drain):
-            self._core.drain()
+            if self._drain_at is None:
+                self._drain_at = time.monotonic() + message.resume_s
         elif isinstance(message, Crashed):
             life = Peer(message.role, message.index, message.incarnation)
             self._core.quarantine.crashed(life)
 
     def _step(self, now: float) -> float | None:
         core = self._core
+        if self._drain_at is not None and now >= self._drain_at:
+            core.drain()
         core.work()
         core.submit_lost(now)
         all_sent = True
@@ -123,8 +127,8 @@ class Ingress:
             return 0.0
         if not all_sent:
             return RETRY_S
-        deadline = core.next_deadline
-        return None if deadline is None else max(0.0, deadline - now)
+        deadlines = [core.next_deadline, None if core.drains else self._drain_at]
+        return min((max(0.0, t - now) for t in deadlines if t is not None), default=None)
 
     def _send_to_services(self) -> bool:
         all_sent = True

@@ -114,6 +114,19 @@ def test_overloaded() -> None:
     assert len(world.tokenizes()) == 1
 
 
+def test_a_drain_refuses_what_is_new_and_takes_what_goes_on() -> None:
+    world = World()
+    world.core.drain()
+    world.generate("new")
+    world.generate("old", resume_token_ids=[7, 8])
+    (error,) = world.heard()
+    assert isinstance(error, Error)
+    assert (error.id, error.code) == ("new", "overloaded")
+    (tokenize,) = world.tokenizes()
+    assert unpack(tokenize.output).tolist() == [7, 8]
+    assert not world.core.drained
+
+
 def test_abort_at_every_stage() -> None:
     for stage in ("waiting", "tokenizing", "handed on", "admitted", "running"):
         world = World(services=False)

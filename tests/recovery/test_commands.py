@@ -113,15 +113,17 @@ def test_a_second_signal_ends_at_once(own: Pipeline) -> None:
         assert own.process.wait(END_TIMEOUT_S) == 0
 
 
-def test_an_ingress_that_dies_while_it_drains_does_not_keep_the_pipeline(own: Pipeline) -> None:
+def test_an_ingress_that_dies_while_it_drains_loses_nothing(own: Pipeline) -> None:
     assert own.process is not None
     with Client(own.endpoint) as client:
-        stream = client.generate("Once", ENDLESS, stream=True)
+        whole = client.generate("Once", LONG)
+        stream = client.generate("Once", LONG, stream=True)
         next(stream)
         signalled(own)
         while client.ping().ready:
             pass
         services(own)["ingress", 0].kill()
+        assert stream.result().token_ids == whole.token_ids
         assert own.process.wait(END_TIMEOUT_S) == 0
 
 
