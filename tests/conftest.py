@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Where there is no GPU, Triton's kernels run in its interpreter. Triton reads this when it is
 # imported.
@@ -15,6 +16,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.pipelines import Pipeline
+
+# How long an example takes says something of the machine, not of the code.
+settings.register_profile("nanovllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nanovllm")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ SEQUENCES = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 60)), min_size
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     decodes=st.lists(st.integers(1, 90), max_size=8),
     others=SEQUENCES,

@@ -83,7 +83,7 @@ def loaded(checkpoint: Path) -> tuple[Qwen3ForCausalLM, list[list[int]], list[to
     return load_model(checkpoint), sequences, expected_logits(checkpoint, sequences)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     block_size=st.integers(1, 20),
     chunks=st.lists(

@@ -103,7 +103,7 @@ requests = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(requests, min_size=1, max_size=12), st.randoms(use_true_random=False))
 def test_equals_the_naive_model(asked: list[Request], rng: random.Random) -> None:
     schedule = random_schedule(

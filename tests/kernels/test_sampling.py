@@ -217,7 +217,7 @@ def numpy_filter(
     return kept
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 1000),
     ties=st.booleans(),

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.links import Peer
@@ -18,10 +18,8 @@ from tests.scheduler.world import World, random_prompt
 # The seed of a random walk does not shrink.
 EXAMPLES = settings(
     max_examples=120,
-    deadline=None,
     derandomize=True,
     phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow],
 )
 
 
