@@ -14,6 +14,10 @@ its connections in turns. They are told by their routing ids, which it numbers i
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
@@ -62,6 +66,18 @@ class Connections:
             self._replaced.append(other)  # it ended before its first frame was looked at
         self._routing_id[descriptor] = routing_id
         return True
+
+    def cut(self, routing_id: bytes) -> None:
+        """Ends a connection, and with it what ZeroMQ holds for its peer; `closed` will tell of it.
+
+        The descriptor is known as of the last `closed`. Should ZeroMQ have closed it in this very
+        moment and given it to a new connection, that one is ended: its peer connects again.
+        """
+        for descriptor, other in self._routing_id.items():
+            if other == routing_id:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as ours:
+                    ours.shutdown(socket.SHUT_RDWR)
+                return
 
 
 def _is_newer(routing_id: bytes, other: bytes) -> bool:

@@ -14,15 +14,19 @@ from nanovllm.settings import SettingsError
 
 _DONTWAIT = int(zmq.DONTWAIT)  # a plain integer: enum arithmetic is slow
 # What one wake-up reads at most.
-MAX_BATCH = 256
+MAX_BATCH = 1024
 MAX_BATCH_BYTES = 16 << 20
 # Messages that ZeroMQ holds for one client. Output goes out merged as soon as there is room again,
-# so more would only make a slow client's memory here grow.
-SEND_HIGH_WATER_MARK = 64
-RECEIVE_HIGH_WATER_MARK = 64
-# A client that is stopped, or whose cable is pulled, is noticed after this long.
-ZMTP_HEARTBEAT_MS = 500
-ZMTP_TIMEOUT_MS = 1500
+# so more would only make a slow client's memory here grow, and a stopped one's fill later.
+SEND_HIGH_WATER_MARK = 16
+# libzmq (4.3.5) aborts the process when a heartbeat is due on a connection that has ended while its
+# receive queue was full. So none is: all that comes is read at once, and bounded by the core.
+RECEIVE_HIGH_WATER_MARK = 0
+# A client that is stopped, or whose cable is pulled, is noticed after the sum of the two, by the
+# heartbeat that it does not answer. It is told of no time-to-live: a client that reads slowly would
+# end the connection by it, and libzmq abort its process in connecting anew.
+ZMTP_HEARTBEAT_MS = 400
+ZMTP_TIMEOUT_MS = 1200
 # A longer frame closes its connection, so that nobody makes ZeroMQ hold it.
 CLOSING_FACTOR = 8
 
@@ -56,7 +60,6 @@ class ClientSocket:
         self.socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
         self.socket.setsockopt(zmq.HEARTBEAT_IVL, ZMTP_HEARTBEAT_MS)
         self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, ZMTP_TIMEOUT_MS)
-        self.socket.setsockopt(zmq.HEARTBEAT_TTL, ZMTP_TIMEOUT_MS)
         self._connections = Connections(self.socket)
         self.monitor = self._connections.monitor
         self._batch: list[list[zmq.Frame]] = []
@@ -104,6 +107,10 @@ class ClientSocket:
                 raise
             return Sent.GONE
         return Sent.DONE
+
+    def disconnect(self, connection: bytes) -> None:
+        """Ends a connection, with what ZeroMQ holds for it."""
+        self._connections.cut(connection)
 
     def close(self) -> None:
         self.socket.disable_monitor()

@@ -30,10 +30,10 @@ from nanovllm.protocol import (
     Pong,
     Usage,
 )
-from nanovllm.services.ingress import frames
 from nanovllm.services.ingress.dispatch import Dispatcher
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.intake import Intake
+from nanovllm.services.ingress.output import size_of
 from nanovllm.services.ingress.quarantine import Quarantine
 from nanovllm.services.ingress.requests import Request, Stage, begun
 from nanovllm.services.ingress.sessions import Exchange, Session
@@ -42,8 +42,15 @@ log = logging.getLogger(__name__)
 
 # Client messages looked at in one wake-up, so that an array of thousands stops nobody's stream.
 MESSAGES_PER_WAKE_UP = 128
-# A client that lets so many answers pile up unread is treated as one that has gone.
-MAX_ANSWERS = 2 * frames.MAX_MESSAGES_IN_FRAME
+# A client that does not read is treated as one that has gone: when its socket has taken nothing for
+# so long, as if a heartbeat had not been answered (none can be sent while its buffers are full), or
+# when so much is kept for it.
+MAX_FULL_S = 1.2
+MAX_UNREAD_BYTES = 16 << 20
+# Unfinished requests are held whole, to be submitted again: so many at most, and so many bytes.
+MAX_REQUEST_BYTES = 1 << 30
+# What was received and not looked at, of all clients.
+MAX_INTAKE_BYTES = 512 << 20
 
 
 class About(NamedTuple):
@@ -90,6 +97,7 @@ class Core:
         self._requests: dict[int, Request] = {}
         self.quarantine = Quarantine(self._requests, self.dispatcher, self._poison)
         self._requests_begun = 0
+        self._request_bytes = 0
         self._finished = 0
         self._intake = Intake(limits)
         self._detokenizers: set[Peer] = set()
@@ -128,16 +136,26 @@ class Core:
         """A ZeroMQ message came from a client; `work` will look at what is in it."""
         self._intake.add(self._sessions.get(connection) or self._open(connection), parts)
 
+    def flooded(self) -> bytes | None:
+        """The connection to be ended because too much was received that nobody has looked at yet:
+        that which sent most of it. Its requests are gone then."""
+        if self._intake.size <= MAX_INTAKE_BYTES:
+            return None
+        session = self._intake.largest()
+        log.warning("session %s sends more than can be taken in: disconnected", session.name)
+        self.closed(session.connection)
+        return session.connection
+
     @property
     def has_work(self) -> bool:
-        """Whether messages have been received but not looked at; no more should be read then."""
+        """Whether messages have been received but not looked at."""
         return bool(self._intake)
 
     def work(self) -> None:
         """Looks at some of the messages received."""
-        for session, exchange, message in self._intake.take(MESSAGES_PER_WAKE_UP):
+        for session, exchange, message, size in self._intake.take(MESSAGES_PER_WAKE_UP):
             if isinstance(message, Generate):
-                self._generate(session, exchange, message)
+                self._generate(session, exchange, message, size)
             elif isinstance(message, Abort):
                 self._abort(session, message)
             elif isinstance(message, Ping):
@@ -154,6 +172,7 @@ class Core:
         if session is None:
             return
         session.closed = True
+        self._intake.drop(session)
         self.unsent.discard(session)
         for request in session.requests.values():
             self._forget(request)
@@ -163,6 +182,22 @@ class Core:
         for request in session.sent():
             del session.requests[request.id]
             self._forget(request)
+
+    def full(self, session: Session, now: float) -> bool:
+        """The session's socket does not take what it is owed; whether it is to be disconnected,
+        since it does not read. Its requests are gone then."""
+        if session.full_since is None:
+            session.full_since = now
+        seconds = now - session.full_since
+        if seconds < MAX_FULL_S and session.unread_bytes <= MAX_UNREAD_BYTES:
+            return False
+        log.warning(
+            "session %s does not read: nothing for %.1f s, %d bytes wait; it is disconnected, and"
+            " its %d requests are aborted",
+            *(session.name, seconds, session.unread_bytes, len(session.requests)),
+        )
+        self.closed(session.connection)
+        return True
 
     # Services -----------------------------------------------------------------------------------
 
@@ -208,8 +243,7 @@ class Core:
             return
         request.outcome = Error(id=request.id, code=message.code, message=message.message)
         self.dispatcher.over(request)
-        request.session.has_news(request)
-        self.unsent.add(request.session)
+        self._has_news(request)
 
     def from_scheduler(self, message: SchedulerToIngress) -> None:
         if isinstance(message, EngineState):
@@ -254,8 +288,7 @@ class Core:
             )
             self.dispatcher.over(request)
         self.quarantine.moved(request)
-        request.session.has_news(request)
-        self.unsent.add(request.session)
+        self._has_news(request, size_of(delta))
 
     def submit_lost(self, now: float) -> None:
         """Starts anew what the scheduler should have admitted by now."""
@@ -275,7 +308,9 @@ class Core:
         self._sessions[connection] = session
         return session
 
-    def _generate(self, session: Session, exchange: Exchange | None, ask: Generate) -> None:
+    def _generate(
+        self, session: Session, exchange: Exchange | None, ask: Generate, size: int
+    ) -> None:
         if exchange is not None and ask.stream:
             reason = "stream: must be false behind an empty delimiter frame (REQ)"
             self._reject(session, exchange, ask, "invalid_request", reason)
@@ -292,10 +327,15 @@ class Core:
             reason = f"max_pending_requests ({self._max_pending_requests}) are held; try later"
             self._reject(session, exchange, ask, "overloaded", reason)
             return
+        if self._request_bytes + size > MAX_REQUEST_BYTES:
+            reason = f"{self._request_bytes >> 20} MiB of requests are held; try later"
+            self._reject(session, exchange, ask, "overloaded", reason)
+            return
+        self._request_bytes += size
         self._requests_begun += 1
         uid = self._incarnation << 32 | self._requests_begun
         seed = self._draw_seed() if ask.sampling.seed is None else ask.sampling.seed
-        request = Request(uid, ask, seed, self._limits.max_model_len, session, exchange)
+        request = Request(uid, ask, size, seed, self._limits.max_model_len, session, exchange)
         session.requests[ask.id] = self._requests[uid] = request
         if exchange is not None:
             exchange.unanswered += 1
@@ -317,8 +357,7 @@ class Core:
             return
         request.finish("abort", request.usage_so_far())
         self._withdraw(request)
-        session.has_news(request)
-        self.unsent.add(session)
+        self._has_news(request)
 
     def _pong(self, session: Session, ping: Ping) -> Pong:
         return Pong(
@@ -330,12 +369,12 @@ class Core:
         )
 
     def _answer(self, session: Session, message: Error | Pong, exchange: Exchange | None) -> None:
-        if session.num_answers >= MAX_ANSWERS:
-            log.warning("session %s does not read its answers; ended it", session.name)
-            self.closed(session.connection)
-        if not session.closed:
-            session.answer(message, exchange)
-            self.unsent.add(session)
+        session.answer(message, exchange)
+        self.unsent.add(session)
+
+    def _has_news(self, request: Request, size: int = 0) -> None:
+        request.session.has_news(request, size)
+        self.unsent.add(request.session)
 
     def _latest(self, uid: int, attempt: int) -> Request | None:
         """The unfinished request, if this is its latest attempt."""
@@ -358,7 +397,8 @@ class Core:
 
     def _forget(self, request: Request) -> None:
         """Frees what is held for it here, and elsewhere in the pipeline."""
-        self._requests.pop(request.uid, None)
+        del self._requests[request.uid]
+        self._request_bytes -= request.size
         self._finished += 1
         self._withdraw(request)
 
@@ -375,5 +415,4 @@ class Core:
         message = f"the {role} died again and again with nothing but this request in hand"
         request.outcome = Error(id=request.id, code="poisoned", message=message)
         self._withdraw(request)
-        request.session.has_news(request)
-        self.unsent.add(request.session)
+        self._has_news(request)

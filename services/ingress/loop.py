@@ -61,7 +61,7 @@ class Ingress:
         )
         self._drain_at: float | None = None
         service.on_told(self._on_told)
-        service.watch(self._clients.socket, self._read_clients)
+        service.watch(self._clients.socket, self._clients.read)
         service.watch(self._clients.monitor, self._from_clients)
 
     def run(self) -> NoReturn:
@@ -72,15 +72,13 @@ class Ingress:
             self._clients.close()
             self._service.close()
 
-    def _read_clients(self) -> None:
-        if not self._core.has_work:
-            self._clients.read()
-
     def _from_clients(self) -> None:
         for connection in self._clients.gone():
             self._core.closed(connection)
         for connection, parts in self._clients.receive():
             self._core.receive(connection, parts)
+        while (flooding := self._core.flooded()) is not None:
+            self._clients.disconnect(flooding)
 
     def _from_services(self, event: Event[TokenizerToIngress | DetokenizerToIngress]) -> None:
         if isinstance(event, Received):
@@ -118,7 +116,7 @@ class Ingress:
         core.submit_lost(now)
         all_sent = True
         for session in list(core.unsent):
-            all_sent &= self._send_to_client(session)
+            all_sent &= self._send_to_client(session, now)
         # Last, because what was delivered to clients is to be ended in the scheduler.
         all_sent &= self._send_to_services()
         if core.drained:
@@ -148,12 +146,15 @@ class Ingress:
                 all_sent = False
         return all_sent
 
-    def _send_to_client(self, session: Session) -> bool:
+    def _send_to_client(self, session: Session, now: float) -> bool:
         """Sends all that the session is owed; False if its socket would not take it."""
         while (outgoing := session.outgoing()) is not None:
             sent = self._clients.send(session.connection, outgoing.parts)
             if sent is Sent.FULL:
-                return False
+                if not self._core.full(session, now):
+                    return False
+                self._clients.disconnect(session.connection)
+                return True
             if sent is Sent.GONE:
                 self._core.closed(session.connection)
                 return True

@@ -11,6 +11,8 @@ from nanovllm.protocol import Delta as PublicDelta
 from nanovllm.protocol import Logprobs
 
 _TOKEN = struct.Struct("<i")
+# What the logprobs of a token take beside their bytes, roughly.
+_LOGPROBS_BYTES = 256
 
 
 class Output:
@@ -104,6 +106,12 @@ class Output:
         logprobs = [_public(entry) for entry in self._logprobs]
         self._logprobs.clear()
         return logprobs
+
+
+def size_of(delta: Delta) -> int:
+    """How many bytes it takes to keep what is new in it, roughly."""
+    logprobs = sum(_LOGPROBS_BYTES + 2 * len(entry.values) for entry in delta.logprobs)
+    return len(delta.token_ids) + len(delta.text) + logprobs
 
 
 def _public(entry: TokenLogprobs) -> list[tuple[int, float]]:

@@ -35,6 +35,7 @@ class Request:
         uid: its name inside the pipeline.
         session: who asked.
         exchange: the REQ message that it came in, whose reply waits for it; else None.
+        size: how many bytes it came in.
         seed: the client's, or the one that was drawn.
         output: what it has produced.
         prompt_tokens: the prompt's length; of text it is known once a tokenizer has told it, and 0
@@ -44,7 +45,7 @@ class Request:
         may_be_scheduled: whether the scheduler may know it, so that its end must be told.
         accepted: whether the client was told that it will be carried to its end.
         outcome: its last message, once known.
-        unsent: whether it stands in its session's list of those with something to send.
+        unsent: whether it stands in its session's list of streams with something to send.
     """
 
     __slots__ = (
@@ -59,6 +60,7 @@ class Request:
         "prompt_tokens",
         "seed",
         "session",
+        "size",
         "stage",
         "stream",
         "tokenizer",
@@ -70,6 +72,7 @@ class Request:
         self,
         uid: int,
         ask: Generate,
+        size: int,
         seed: int,
         max_model_len: int,
         session: Session,
@@ -81,6 +84,7 @@ class Request:
         self.session = session
         self.exchange = exchange
         self.stream = ask.stream
+        self.size = size
         self.seed = seed
         self.output = Output(resumed, with_logprobs=ask.sampling.logprobs is not None)
         self.prompt_tokens = len(ask.prompt_token_ids or ())
@@ -118,9 +122,9 @@ class Request:
         )
 
     def take(self) -> list[protocol.ServerMessage]:
-        """What its client has not been sent yet."""
+        """What the client of a stream has not been sent yet."""
         messages: list[protocol.ServerMessage] = []
-        if self.stream and (delta := self.output.take(self.id)) is not None:
+        if (delta := self.output.take(self.id)) is not None:
             messages.append(delta)
         if self.outcome is not None:
             messages.append(self.outcome)

@@ -14,6 +14,9 @@ import msgspec
 from nanovllm.protocol import ServerMessage
 from nanovllm.services.ingress.requests import Request
 
+# What an answer takes in memory beside its bytes, roughly.
+OVERHEAD_BYTES = 128
+
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -23,12 +26,12 @@ class Exchange:
 
     Attributes:
         unanswered: requests that run, and one while the message is still being read.
-        answers: what the reply holds so far.
+        answers: what the reply holds so far, encoded.
         ended: the requests whose last message is among them.
     """
 
     unanswered: int = 1
-    answers: list[ServerMessage] = field(default_factory=list)
+    answers: list[msgspec.Raw] = field(default_factory=list)
     ended: list[Request] = field(default_factory=list)
 
 
@@ -47,8 +50,7 @@ class Session:
         connection: the ROUTER's routing id.
         name: what the client is told.
         requests: those that have not ended for the client, by the client's id.
-        answers: messages that belong to no running request, in the order of arrival.
-        num_answers: how many answers are held, those of exchanges included.
+        full_since: since when its socket takes nothing (seconds); None while it does.
         closed: the client has gone.
     """
 
@@ -56,34 +58,49 @@ class Session:
         self.connection = connection
         self.name = name
         self.requests: dict[str, Request] = {}
-        self.num_answers = 0
+        self.full_since: float | None = None
         self.closed = False
-        self._answers: list[ServerMessage] = []
+        # Messages that are not a stream's, encoded, in the order of arrival; and the requests whose
+        # last message is among them.
+        self._answers: list[msgspec.Raw] = []
+        self._ended: list[Request] = []
+        # Those of exchanges included.
+        self._answer_bytes = 0
+        self._output_bytes = 0
         self._unsent: list[Request] = []
         self._replies: deque[Exchange] = deque()
         self._held: Outgoing | None = None
 
+    @property
+    def unread_bytes(self) -> int:
+        """What is kept for the client, roughly, beside the one message that was given out."""
+        return self._answer_bytes + self._output_bytes
+
     def answer(self, message: ServerMessage, exchange: Exchange | None) -> None:
         """Owes the client a message that is not a request's output."""
-        self.num_answers += 1
-        (self._answers if exchange is None else exchange.answers).append(message)
+        raw = msgspec.Raw(_encoder.encode(message))
+        self._answer_bytes += _size(raw)
+        (self._answers if exchange is None else exchange.answers).append(raw)
 
-    def has_news(self, request: Request) -> None:
-        """`request` has output or an outcome to send."""
-        exchange = request.exchange
-        if exchange is not None:
-            if request.outcome is not None:
-                self.answer(request.outcome, exchange)
-                exchange.ended.append(request)
+    def has_news(self, request: Request, size: int = 0) -> None:
+        """`request` has output, which takes `size` bytes, or an outcome to send."""
+        if request.stream:
+            self._output_bytes += size
+            if not request.unsent:
+                request.unsent = True
+                self._unsent.append(request)
+        elif request.outcome is not None:
+            exchange = request.exchange
+            self.answer(request.outcome, exchange)
+            (self._ended if exchange is None else exchange.ended).append(request)
+            if exchange is not None:
                 self.answered(exchange)
-        elif not request.unsent and (request.stream or request.outcome is not None):
-            request.unsent = True
-            self._unsent.append(request)
 
     def answered(self, exchange: Exchange) -> None:
         """One part of an exchange is done."""
         exchange.unanswered -= 1
         if exchange.unanswered == 0:
+            self._answer_bytes += OVERHEAD_BYTES
             self._replies.append(exchange)
 
     def outgoing(self) -> Outgoing | None:
@@ -95,17 +112,19 @@ class Session:
     def sent(self) -> list[Request]:
         """The message is in the socket; returns the requests that have ended with it."""
         held, self._held = self._held, None
+        self.full_since = None
         return [] if held is None else held.ended
 
     def _next(self) -> Outgoing | None:
         if self._replies:
             exchange = self._replies.popleft()
-            self.num_answers -= len(exchange.answers)
+            self._answer_bytes -= OVERHEAD_BYTES + sum(map(_size, exchange.answers))
             return Outgoing([b"", _encoder.encode(exchange.answers)], exchange.ended)
-        messages = self._answers
-        self._answers = []
-        self.num_answers -= len(messages)
-        ended: list[Request] = []
+        messages: list[msgspec.Raw | ServerMessage] = [*self._answers]
+        self._answer_bytes -= sum(map(_size, self._answers))
+        self._answers.clear()
+        self._output_bytes = 0
+        ended, self._ended = self._ended, []
         for request in self._unsent:
             request.unsent = False
             messages += request.take()
@@ -113,3 +132,7 @@ class Session:
                 ended.append(request)
         self._unsent.clear()
         return Outgoing([_encoder.encode(messages)], ended) if messages else None
+
+
+def _size(answer: msgspec.Raw) -> int:
+    return OVERHEAD_BYTES + memoryview(answer).nbytes

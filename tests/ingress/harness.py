@@ -48,7 +48,10 @@ class World:
             draw_seed=lambda: 4242,
         )
         self.cancelled: list[int] = []
+        self.disconnected: list[bytes] = []
         self.full: set[bytes] = set()
+        self.now = 0.0
+        self.steps = 0
         if services:
             self.core.service_up(TOKENIZER)
             self.core.service_up(DETOKENIZER)
@@ -98,6 +101,8 @@ class World:
                 self.core.sent(session)
             if client not in self.full:
                 self.core.unsent.discard(session)
+            elif outgoing is not None and self.core.full(session, self.now):
+                self.disconnected.append(client)
         return sent
 
     def heard(self, client: bytes = CLIENT) -> list[ServerMessage]:

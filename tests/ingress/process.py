@@ -20,6 +20,7 @@ from nanovllm.connections import readable
 from nanovllm.links import BoundLink, ConnectedLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.messages import (
     Admitted,
+    Cancel,
     End,
     EngineState,
     HandedOn,
@@ -71,8 +72,12 @@ class Client:
 
     def read(self) -> None:
         while readable(self.socket):
-            self.heard += _server_messages.decode(self.socket.recv())
-            self.frames += 1
+            self.read_one()
+
+    def read_one(self) -> None:
+        """Waits for the next frame, if need be."""
+        self.heard += _server_messages.decode(self.socket.recv())
+        self.frames += 1
 
     def of(self, *kinds: type) -> list[Any]:
         return [message for message in self.heard if isinstance(message, kinds)]
@@ -89,6 +94,7 @@ class Surroundings:
 
     Attributes:
         tokenizes: what the tokenizer was sent, in order.
+        cancelled: the uids that it was told nobody needs.
         ended: the uids that the scheduler was told nobody needs.
     """
 
@@ -104,6 +110,7 @@ class Surroundings:
         self.context: zmq.Context[Any] = zmq.Context()
         self.clients: list[Client] = []
         self.tokenizes: list[Tokenize] = []
+        self.cancelled: list[int] = []
         self.ended: list[int] = []
         self.scheduler = self.start_scheduler()
         self.tokenizer = self._connect("tokenizer", IngressToTokenizer)
@@ -134,8 +141,9 @@ class Surroundings:
         deadline = time.monotonic() + TIMEOUT_S
         while not until():
             if time.monotonic() > deadline:
-                heard = [client.heard for client in self.clients]
-                raise TimeoutError(f"ended {self.ended}, tokenize {self.tokenizes}, heard {heard}")
+                heard = [client.heard[-9:] for client in self.clients]
+                what = f"ended {self.ended}, tokenize {self.tokenizes[-9:]}, heard {heard}"
+                raise TimeoutError(what[:10_000])
             poller = zmq.Poller()
             links = (self.scheduler, self.tokenizer, self.detokenizer)
             for link in links:
@@ -159,15 +167,18 @@ class Surroundings:
         """Until a request of the client has got its last message."""
         self.wait(lambda: client.of(Finish, Error))
 
-    def started(self, count: int) -> list[Tokenize]:
+    def started(self, count: int, *, unread: Client | None = None) -> list[Tokenize]:
         """Waits for the tokenizer's next `count` requests, and admits them."""
         before = len(self.tokenizes)
-        self.wait(lambda: len(self.tokenizes) >= before + count)
+        self.wait(lambda: len(self.tokenizes) >= before + count, unread=unread)
         started = self.tokenizes[before:]
-        handed_on = [HandedOn(t.uid, t.attempt, 1) for t in started]
-        self.wait(lambda: self.tokenizer.send(handed_on))
-        self.admit(*started)
+        self.hand_on(*started)
         return started
+
+    def hand_on(self, *tokenizes: Tokenize) -> None:
+        """The tokenizer hands them on, and the scheduler admits them."""
+        assert self.tokenizer.send([HandedOn(t.uid, t.attempt, 1) for t in tokenizes])
+        self.admit(*tokenizes)
 
     def admit(self, *started: Tokenize) -> None:
         (ingress,) = self.scheduler.peers
@@ -199,5 +210,7 @@ class Surroundings:
         elif isinstance(event, Received):
             if isinstance(event.message, Tokenize):
                 self.tokenizes.append(event.message)
+            elif isinstance(event.message, Cancel):
+                self.cancelled.append(event.message.uid)
             elif isinstance(event.message, End):
                 self.ended.append(event.message.uid)

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.links import Peer
-from nanovllm.messages import Admitted, EngineState, HandedOn, Refused, Tokenize, unpack
+from nanovllm.messages import (
+    Admitted,
+    EngineState,
+    HandedOn,
+    IngressStats,
+    Refused,
+    Tokenize,
+    TokenLogprobs,
+    unpack,
+)
 from nanovllm.protocol import Accepted, Delta, Error, Finish, Pong, Usage
-from nanovllm.services.ingress.core import MAX_ANSWERS
+from nanovllm.services.ingress import core
+from nanovllm.services.ingress.core import MAX_FULL_S, MAX_INTAKE_BYTES, MAX_UNREAD_BYTES
 from nanovllm.services.ingress.dispatch import ADMISSION_TIMEOUT_S, WINDOW
+from nanovllm.services.ingress.intake import MESSAGES_A_TURN
 from tests.ingress.harness import (
     CLIENT,
     DETOKENIZER,
@@ -264,17 +277,137 @@ def test_a_large_array_is_looked_at_bit_by_bit() -> None:
     assert some + len(world.heard()) == 1000
 
 
-def test_a_client_that_leaves_too_many_answers_unread_is_treated_as_gone() -> None:
+def test_clients_take_turns() -> None:
+    """Each sends more than one turn takes, one of them far more; all in order."""
     world = World()
-    world.start("a")
+    orders = {CLIENT: [f"{n}" for n in range(6000)], OTHER: [f"{n}" for n in range(60)]}
+    for client, ids in orders.items():
+        for start in range(0, len(ids), 20):
+            pings = [{"type": "ping", "id": name} for name in ids[start : start + 20]]
+            world.core.receive(client, [msgspec.msgpack.encode(pings)])
+    heard: dict[bytes, list[str | None]] = {CLIENT: [], OTHER: []}
+    while world.core.has_work:
+        world.core.work()
+        for client in orders:
+            heard[client] += [pong.id for pong in world.heard(client) if isinstance(pong, Pong)]
+        assert len(heard[OTHER]) in (len(orders[OTHER]), len(heard[CLIENT])) or (
+            abs(len(heard[OTHER]) - len(heard[CLIENT])) <= MESSAGES_A_TURN
+        )
+    assert heard == orders
+
+
+def test_what_nobody_has_looked_at_yet_is_bounded() -> None:
+    world = World()
+    frame = bytes(16 << 20)
+    for _ in range(MAX_INTAKE_BYTES // len(frame) - 1):
+        world.core.receive(CLIENT, [frame])
+    world.core.receive(OTHER, [msgspec.msgpack.encode({"type": "ping"})])
+    assert world.core.flooded() is None
+    world.core.receive(OTHER, [frame])
+    assert world.core.flooded() == CLIENT, "which sent most of it"
+    assert world.core.flooded() is None
+    world.work()
+    pong, error = world.heard(OTHER)
+    assert isinstance(pong, Pong)
+    assert isinstance(error, Error)
+    assert world.core.stats.sessions == 1
+
+
+def test_the_bytes_of_requests_that_are_held_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "MAX_REQUEST_BYTES", 100_000)
+    world = World()
+    for name in "abc":
+        world.generate(name, prompt="x" * 40_000)
+    (error,) = world.heard()
+    assert isinstance(error, Error)
+    assert (error.id, error.code) == ("c", "overloaded")
+    world.say({"type": "abort", "id": "a"})
     world.heard()
+    world.generate("d", prompt="x" * 40_000)
+    assert world.heard() == []
+
+
+def pings(world: World, tokenize: Tokenize) -> None:
+    world.say({"type": "ping", "id": "x" * 30_000})
+
+
+def exchanges_with_nothing_in_them(world: World, tokenize: Tokenize) -> None:
+    for _ in range(1000):
+        world.say(delimiter=True)
+
+
+def stream(world: World, tokenize: Tokenize) -> None:
+    new = delta(tokenize, world.steps, [world.steps])
+    new.text, new.text_offset = "x" * 30_000, world.steps * 30_000
+    world.core.from_detokenizer(new)
+
+
+def logprobs(world: World, tokenize: Tokenize) -> None:
+    new = delta(tokenize, 100 * world.steps, list(range(100)))
+    new.logprobs = [TokenLogprobs(bytes(84), bytes(84))] * 100
+    new.text, new.text_offset = "", 0
+    world.core.from_detokenizer(new)
+
+
+def whole_answers(world: World, tokenize: Tokenize) -> None:
+    (whole,) = world.start(f"whole {world.steps}", stream=False)
+    end = delta(whole, 0, [1], end=True)
+    end.text = "x" * 30_000
+    world.core.from_detokenizer(end)
+
+
+@pytest.mark.parametrize(
+    "owe", [pings, exchanges_with_nothing_in_them, stream, logprobs, whole_answers]
+)
+def test_what_is_kept_for_a_client_that_does_not_read_is_bounded(
+    owe: Callable[[World, Tokenize], None],
+) -> None:
+    world = World(max_pending_requests=1000)
+    (tokenize,) = world.start("a", sampling={"logprobs": 20})
+    world.start("b", client=OTHER)
     world.full.add(CLIENT)
-    world.say({"type": "ping"})
+    (session,) = (s for s in world.core.unsent if s.connection == CLIENT)
+    for world.steps in range(2000):
+        owe(world, tokenize)
+        assert session.unread_bytes < 1.1 * MAX_UNREAD_BYTES
+        assert world.sent() == []
+        if world.disconnected:
+            break
+    assert world.disconnected == [CLIENT]
+    assert session.unread_bytes > MAX_UNREAD_BYTES
+    assert tokenize.uid in world.core.ends, "its request was aborted"
+    assert world.core.stats.requests == 1, "others go on"
+
+
+def test_what_was_read_is_not_counted() -> None:
+    world = World()
+    (tokenize,) = world.start("a")
+    for world.steps in range(300):
+        for owe in (pings, exchanges_with_nothing_in_them, stream, whole_answers):
+            owe(world, tokenize)
+        (session,) = world.core.unsent
+        world.heard()
+        assert session.unread_bytes == 0
+
+
+def test_a_client_whose_socket_takes_nothing_is_treated_as_gone() -> None:
+    world = World()
+    (tokenize,) = world.start("a")
+    for world.now in (0.0, MAX_FULL_S - 0.1):
+        world.full.add(CLIENT)
+        assert world.sent() == []
+    world.full.clear()
+    assert world.heard(), "it reads again, before it is too late"
+    world.full.add(CLIENT)
+    for world.now in (10.0, 10.0 + MAX_FULL_S - 0.1):
+        world.core.from_detokenizer(delta(tokenize, 0, [1]))
+        world.sent()
+        assert not world.disconnected
+    world.now = 10.1 + MAX_FULL_S
     world.sent()
-    for _ in range(MAX_ANSWERS // 10_000 + 1):
-        world.say(*[{"type": "ping"}] * 10_000)
-    assert world.core.ends, "its request was aborted"
-    assert world.core.stats.requests == 0
+    assert world.disconnected == [CLIENT]
+    assert world.core.ends == {tokenize.uid}
+    assert world.core.stats == IngressStats(0, 0, 1)
 
 
 def test_a_slow_reader_gets_everything_merged() -> None:

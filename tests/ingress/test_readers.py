@@ -1,0 +1,165 @@
+"""Clients that read slowly, not at all, or not any more; beside one that does."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+
+from nanovllm.messages import Tokenize
+from nanovllm.protocol import Accepted, Delta, Finish
+from tests.ingress.harness import delta
+from tests.ingress.process import TIMEOUT_S, Client, Surroundings
+
+# Small buffers. Without a reconnection, since libzmq (4.3.5) aborts the process of a socket that is
+# connected anew while its receive queue is full.
+SLOW = {"RCVHWM": 1, "RCVBUF": 4096, "RECONNECT_IVL": -1}
+# Connects once to each endpoint for each frame, sends it, and reads whatever comes.
+READER = """
+import sys, zmq
+endpoints, frames = sys.argv[1].split(), map(bytes.fromhex, sys.argv[2:])
+poller = zmq.Poller()
+for frame in frames:
+    for endpoint in endpoints:
+        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket.connect(endpoint)
+        socket.send(frame)
+        poller.register(socket, zmq.POLLIN)
+while True:
+    for socket, _ in poller.poll():
+        socket.recv()
+"""
+
+
+@pytest.fixture(scope="module")
+def tcp() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def around(tcp: str) -> Iterator[Surroundings]:
+    """One ingress for the tests that leave it as they found it."""
+    surroundings = Surroundings("--ingress", tcp)
+    yield surroundings
+    surroundings.close()
+
+
+class Output:
+    """What the detokenizer tells of a request: texts of `size` characters, one after another."""
+
+    def __init__(self, around: Surroundings, tokenize: Tokenize, size: int) -> None:
+        self.around, self.tokenize, self.size = around, tokenize, size
+        self.count = 0
+
+    def more(self, *, end: bool = False) -> None:
+        new = delta(self.tokenize, self.count, [self.count], end=end)
+        new.text, new.text_offset = "x" * self.size, self.count * self.size
+        assert self.around.detokenizer.send([new])
+        self.count += 1
+
+
+def whole(client: Client, output: Output) -> None:
+    """Asserts that the client got all of it, and in order."""
+    offset = 0
+    for got in client.of(Delta):
+        assert got.offset == offset
+        assert len(got.text) == len(got.token_ids) * output.size
+        offset += len(got.token_ids)
+    assert offset == output.count
+
+
+def test_a_slow_reader_gets_the_rest_merged(around: Surroundings) -> None:
+    slow, other = around.client(**SLOW), around.client()
+    slow.generate("a")
+    (tokenize,) = around.started(1)
+    around.wait(lambda: slow.of(Accepted))
+    output = Output(around, tokenize, 20_000)
+    for number in range(300):
+        output.more(end=number == 299)
+        # Another client's answer shows that the ingress has woken up since, and does not wait.
+        other.ping(around, unread=slow)
+        if number % 5 == 0:
+            slow.read_one()
+    around.wait(lambda: slow.of(Finish))
+    whole(slow, output)
+    assert slow.frames < output.count
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_one_that_does_not_read_is_disconnected(around: Surroundings, stream: bool) -> None:
+    silent, good = around.client(**SLOW), around.client()
+    good.generate("good")
+    (tokenize,) = around.started(1)
+    good_output = Output(around, tokenize, 20_000)
+    silent.generate("long")
+    asked = around.started(1)
+    output = Output(around, asked[0], 20_000)
+    for batch in range(0 if stream else 30):
+        asks = [{"type": "generate", "prompt": "x", "stream": False} for _ in range(50)]
+        silent.say(*({**ask, "id": f"{batch} {number}"} for number, ask in enumerate(asks)))
+        asked += around.started(50)
+    whole_answers = [Output(around, tokenize, 20_000) for tokenize in asked[1:]]
+    while asked[0].uid not in around.ended:
+        if stream:
+            output.more()
+        elif whole_answers:
+            whole_answers.pop().more(end=True)
+        good_output.more()
+        good.ping(around, unread=silent)
+    good_output.more(end=True)
+    around.wait(lambda: good.of(Finish))
+    whole(good, good_output)
+    around.wait_ended(*asked)
+    assert around.process.poll() is None
+
+
+@contextmanager
+def reader(endpoints: list[str], asks: list[dict[str, Any]]) -> Iterator[subprocess.Popen[bytes]]:
+    """A client process that has asked each of `asks` at each endpoint, on connections of their
+    own."""
+    frames = [msgspec.msgpack.encode({"type": "generate", "prompt": "x", **ask}) for ask in asks]
+    arguments = [" ".join(endpoints), *(frame.hex() for frame in frames)]
+    process = subprocess.Popen([sys.executable, "-c", READER, *arguments])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_client_that_is_stopped_or_killed_in_every_stage(
+    around: Surroundings, tcp: str, how: signal.Signals
+) -> None:
+    """What it had is given up, over both transports, however much its buffers hold."""
+    states = ["queued", "in prefill", "streaming", "streaming much", "whole"]
+    asks = [{"id": state, "prompt": state, "stream": state != "whole"} for state in states]
+    before = len(around.tokenizes)
+    with reader([around.endpoint, tcp], asks) as process:
+        around.wait(lambda: len(around.tokenizes) == before + 2 * len(states))
+        of = {state: [t for t in around.tokenizes[before:] if t.text == state] for state in states}
+        running = [tokenize for state in states[1:] for tokenize in of[state]]
+        around.hand_on(*running)
+        outputs = [
+            *(Output(around, tokenize, 10) for tokenize in of["streaming"] + of["whole"]),
+            *(Output(around, tokenize, 20_000) for tokenize in of["streaming much"]),
+        ]
+
+        def all_given_up() -> bool:
+            for output in outputs:
+                for _ in range(1 if output.size == 10 else 20):
+                    output.more()
+            ended = {tokenize.uid for tokenize in running} <= set(around.ended)
+            return ended and {t.uid for t in of["queued"]} <= set(around.cancelled)
+
+        process.send_signal(how)
+        around.wait(all_given_up)
