@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -50,21 +51,31 @@ def _obstacle(
     """Why a backend cannot run, or None."""
     if device.type != "cuda":
         return f"it needs a GPU, and the device is a {device.type}"
-    if name == "flash-attn":
-        if importlib.util.find_spec("flash_attn") is None:
-            return "the package flash-attn is not installed"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-        if shape.block_size % 256:
-            return f"--kvcache-block-size {shape.block_size} is no multiple of 256"
-        if shape.head_dim % 8 or shape.head_dim > 256:
-            return f"head_dim {shape.head_dim} is no multiple of 8 up to 256"
-    else:
+    if name == "triton":
         if shape.block_size % 16:
             return f"--kvcache-block-size {shape.block_size} is no multiple of 16"
         if shape.head_dim < 16 or shape.head_dim & (shape.head_dim - 1):
             return f"head_dim {shape.head_dim} is no power of two from 16"
+        return None
+    if name == "torch" and not _torch_has_block_tables():
+        return f"torch {torch.__version__} has no attention over block tables; 2.12 has"
+    if name == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if shape.block_size % 256:
+        return f"--kvcache-block-size {shape.block_size} is no multiple of 256"
+    if shape.head_dim % 8 or shape.head_dim > 256:
+        return f"head_dim {shape.head_dim} is no multiple of 8 up to 256"
     return None
+
+
+def _torch_has_block_tables() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "block_table" in inspect.signature(varlen_attn).parameters
 
 
 def _by_phase(decode: str, prefill: str, shape: AttentionShape) -> Chosen:
@@ -81,6 +92,10 @@ def _decode_backend(name: str, shape: AttentionShape) -> AttentionBackend:
         from nanovllm.kernels.attention.flash import FlashDecodeBackend
 
         return FlashDecodeBackend(shape)
+    if name == "torch":
+        from nanovllm.kernels.attention.varlen import VarlenBackend
+
+        return VarlenBackend(shape)
     from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 
     return TritonDecodeBackend(shape)
@@ -91,6 +106,10 @@ def _prefill_backend(name: str, shape: AttentionShape) -> AttentionBackend:
         from nanovllm.kernels.attention.flash import FlashPrefillBackend
 
         return FlashPrefillBackend(shape)
+    if name == "torch":
+        from nanovllm.kernels.attention.varlen import VarlenBackend
+
+        return VarlenBackend(shape)
     from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
 
     return TritonPrefillBackend(shape)

@@ -1,9 +1,10 @@
 """Paged decode attention in Triton: split-KV, with the query heads of a KV head in one tile.
 
 One program has one sequence, one key/value head and one part of the context, and computes softmax
-and weighted sum over that part online (Milakov and Gimelshein, 2018); a second kernel joins the
-parts by their maxima and sums (Dao et al., 2023, "Flash-Decoding"). A decode reads each key and
-value once and does little with it, so that all that counts is to have enough bytes in flight.
+and weighted sum over that part online (Milakov and Gimelshein, 2018). Whichever program
+of a sequence and head is the last to finish joins the parts by their maxima and sums (Dao et al.,
+2023, "Flash-Decoding", where a second kernel does). A decode reads each key and value once and does
+little with it, so that all that counts is to have enough bytes in flight.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nanovllm.kernels.attention.interface import (
     LayerCache,
 )
 
-MAX_SPLITS = 64
+MAX_SPLITS = 32
 # tl.dot takes no fewer rows.
 MIN_ROWS = 16
 
@@ -37,9 +38,9 @@ class Tuning(NamedTuple):
         programs_per_processor: contexts are split until there are so many.
     """
 
-    tile: int = 64
+    tile: int = 128
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
     programs_per_processor: int = 4
 
 
@@ -69,30 +70,26 @@ class _Decodes(AttentionBatch):
         self._tuning = tuning
         self._splits = splits
         self._metadata = metadata
-        self._parts: tuple[Tensor, Tensor] | None = None
+        self._parts: _Parts | None = None
         if splits > 1:
-            rows, device = (metadata.num_decodes, shape.num_heads, splits), metadata.block_tables
-            self._parts = (
-                torch.empty(*rows, shape.head_dim, dtype=torch.float32, device=device.device),
-                torch.empty(rows, dtype=torch.float32, device=device.device),
-            )
+            self._parts = _Parts.of(shape, metadata.num_decodes, splits, metadata.cache_seqlens)
 
     def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
         out = torch.empty_like(q)
         group = self._shape.num_heads // self._shape.num_kv_heads
-        parts, logs = self._parts or (out, out)
+        parts = self._parts or (out, out, out)
         _decode[(self._metadata.num_decodes, self._shape.num_kv_heads, self._splits)](
             q,
             cache.k,
             cache.v,
             out,
-            parts,
-            logs,
+            *parts,
             self._metadata.block_tables,
             self._metadata.cache_seqlens,
             self._metadata.block_tables.stride(0),
             self._shape.head_dim**-0.5 * math.log2(math.e),
             SPLIT=self._splits > 1,
+            MOST_SPLITS=MAX_SPLITS,
             GROUP=group,
             ROWS=max(MIN_ROWS, triton.next_power_of_2(group)),
             HEADS=self._shape.num_kv_heads,
@@ -102,17 +99,30 @@ class _Decodes(AttentionBatch):
             num_warps=self._tuning.warps,
             num_stages=self._tuning.stages,
         )
-        if self._splits > 1:
-            _join[(self._metadata.num_decodes * self._shape.num_heads,)](
-                parts,
-                logs,
-                out,
-                self._splits,
-                MOST=MAX_SPLITS,
-                DIM=self._shape.head_dim,
-                num_warps=4,
-            )
         return out
+
+
+class _Parts(NamedTuple):
+    """What the parts of n contexts come to, until they are joined; all layers use the same.
+
+    Attributes:
+        mixed: float32 [n, heads, splits, head_dim], each part's result.
+        logs: float32 [n, heads, splits], log2 of each part's sum of exponentials.
+        finished: int32 [n, kv_heads], how many parts are finished; 0 between layers.
+    """
+
+    mixed: Tensor
+    logs: Tensor
+    finished: Tensor
+
+    @classmethod
+    def of(cls, shape: AttentionShape, n: int, splits: int, like: Tensor) -> _Parts:
+        rows = (n, shape.num_heads, splits)
+        return cls(
+            torch.empty(*rows, shape.head_dim, dtype=torch.float32, device=like.device),
+            torch.empty(rows, dtype=torch.float32, device=like.device),
+            torch.zeros(n, shape.num_kv_heads, dtype=torch.int32, device=like.device),
+        )
 
 
 @triton.jit
@@ -120,14 +130,16 @@ def _decode(
     q_ptr,  # [n, HEADS * GROUP, DIM]
     k_ptr,  # [blocks, BLOCK, HEADS, DIM]
     v_ptr,
-    out_ptr,  # as q; written unless SPLIT
-    parts_ptr,  # float32 [n, HEADS * GROUP, splits, DIM]; else written
-    logs_ptr,  # float32 [n, HEADS * GROUP, splits]: log2 of the sum of exponentials
+    out_ptr,  # as q
+    parts_ptr,  # see _Parts
+    logs_ptr,
+    finished_ptr,
     tables_ptr,
     lengths_ptr,
     table_stride,
     scale,  # of the scores, in base 2
     SPLIT: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -194,27 +206,26 @@ def _decode(
             mixed / total[:, None],
             mask=rows[:, None] < tl.where(start < end, GROUP, 0),
         )
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _join(
-    parts_ptr,
-    logs_ptr,
-    out_ptr,
-    splits,
-    MOST: tl.constexpr,
-    DIM: tl.constexpr,
-):
-    row = tl.program_id(0)
-    split = tl.arange(0, MOST)
-    dims = tl.arange(0, DIM)
-    present = split < splits
-    logs = tl.load(logs_ptr + row * splits + split, mask=present, other=float("-inf"))
-    weights = tl.exp2(logs - tl.max(logs, 0))
-    parts = tl.load(
-        parts_ptr + (row * splits + split)[:, None] * DIM + dims[None, :],
-        mask=(present & (logs > float("-inf")))[:, None],
-        other=0.0,
-    )
-    mixed = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(out_ptr + row * DIM + dims, mixed.to(out_ptr.dtype.element_ty))
+        tl.debug_barrier()  # the parts of all threads are written before any is counted
+        counter = finished_ptr + sequence * HEADS + head
+        if tl.atomic_add(counter, 1) == splits - 1:
+            tl.store(counter, 0)
+            every = tl.arange(0, MOST_SPLITS)
+            for member in range(GROUP):
+                row = sequence * (HEADS * GROUP) + head * GROUP + member
+                # Other programs have written them: what this processor has cached may be older.
+                found = tl.load(
+                    logs_ptr + row * splits + every,
+                    mask=every < splits,
+                    other=float("-inf"),
+                    cache_modifier=".cg",
+                )
+                shares = tl.exp2(found - tl.max(found, 0))
+                part = tl.load(
+                    parts_ptr + (row * splits + every)[:, None] * DIM + dims[None, :],
+                    mask=(shares > 0)[:, None],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                joined = tl.sum(part * shares[:, None], 0) / tl.sum(shares, 0)
+                tl.store(out_ptr + row * DIM + dims, joined.to(out_ptr.dtype.element_ty))

@@ -70,6 +70,25 @@ def test_many_splits_of_short_and_long_contexts(monkeypatch: pytest.MonkeyPatch)
         return backend
 
     check(split, shape, [1, 1, 1, 1], [1, 64, 65, 600])
+    # Layers share what counts the parts that are finished.
+    ragged = Ragged(shape, [1, 1], [300, 20], device=DEVICE)
+    batch = split(shape).prepare(ragged.metadata)
+    first = batch.forward(ragged.q, ragged.cache)
+    assert torch.equal(batch.forward(ragged.q, ragged.cache), first)
+
+
+def test_why_a_backend_cannot_run() -> None:
+    shape = AttentionShape(4, 2, 64, 48)
+    for name in ("triton", "flash-attn", "torch"):
+        with pytest.raises(ValueError, match=f"--attention {name} cannot run: it needs a GPU"):
+            choose(name, shape, torch.bfloat16, CPU)
+    cuda = torch.device("cuda")
+    with pytest.raises(ValueError, match="no power of two"):
+        choose("triton", shape._replace(head_dim=24), torch.bfloat16, cuda)
+    with pytest.raises(ValueError, match="no multiple of 16"):
+        choose("triton", shape._replace(block_size=8), torch.bfloat16, cuda)
+    with pytest.raises(ValueError, match=r"not installed|48 is no multiple of 256"):
+        choose("flash-attn", shape, torch.bfloat16, cuda)
 
 
 def test_lengths_on_the_host_may_be_more_than_the_true_ones() -> None:
