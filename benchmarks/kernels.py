@@ -133,14 +133,15 @@ def time_ops() -> list[str]:
 
 def _ops(tokens: int) -> Iterator[tuple[str, int, Callable[[LayerOps, int], tuple[Tensor, ...]]]]:
     """Each op's name, the bytes that it moves, and what gives its results."""
-    x, residual, weight = random(tokens, HIDDEN), random(tokens, HIDDEN), random(HIDDEN)
+    x, residual = random(tokens, HIDDEN), random(tokens, HIDDEN)
+    norm = Norm(random(HIDDEN), EPS)
     yield (
         "add_rms_norm",
         4 * x.nbytes,
-        lambda ops, _: ops.add_rms_norm(x, residual, weight, EPS),
+        lambda ops, _: ops.add_rms_norm(x, residual, norm),
     )
     qkv = random(tokens, (NUM + 2 * NUM_KV) * DIM)
-    weights = random(DIM), random(DIM)
+    norms = Norm(random(DIM), EPS), Norm(random(DIM), EPS)
     rotation = random(tokens, DIM, dtype=torch.float32)
     k, v = random(2, tokens // 256 + 1, 256, NUM_KV, DIM)
     slots = torch.randperm(len(k) * 256, device="cuda")[:tokens]
@@ -149,7 +150,7 @@ def _ops(tokens: int) -> Iterator[tuple[str, int, Callable[[LayerOps, int], tupl
 
     def norm_rope_store(ops: LayerOps, _: int) -> tuple[Tensor, ...]:
         cache = caches[type(ops)]
-        return ops.norm_rope_store(qkv, *weights, EPS, rotation, cache, slots), *cache
+        return ops.norm_rope_store(qkv, *norms, rotation, cache, slots), *cache
 
     yield "norm_rope_store", 2 * qkv.nbytes + rotation.nbytes, norm_rope_store
     gate_up = random(tokens, 2 * INTERMEDIATE)
@@ -238,7 +239,7 @@ def ways(product: Product, rows: int, inputs: Inputs) -> Iterator[Way]:
         return weights[number % len(weights)]
 
     def normed() -> Tensor:
-        return ops.add_rms_norm(x, stream, *norm)[0] if product.normed else x
+        return ops.add_rms_norm(x, stream, norm)[0] if product.normed else x
 
     def cublas(number: int) -> Tensor:
         out = F.linear(normed(), weight(number))

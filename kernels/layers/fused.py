@@ -1,7 +1,8 @@
-"""The ops of a decoder layer in Triton, one kernel each; what they compute is in `ops`.
+"""The ops of a decoder layer in Triton; what they compute is in `ops`.
 
 They do next to nothing with what they read: for a prefill all that counts is that each byte is read
-and written once, for a decode that there are few of them.
+and written once, for a decode that there are few of them. So with a few rows, norms, gates and the
+sums of the residual stream become part of the matrix products.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention.interface import LayerCache
+from nanovllm.kernels.layers import gemv
+from nanovllm.kernels.layers.linear import Around, Norm
 from nanovllm.kernels.layers.ops import LayerOps
 
 # Elements that a thread has of a row: 16 bytes in bfloat16.
 PER_THREAD = 8
 MAX_WARPS = 16
+# Up to so many rows, the matrix products are `gemv`'s, with all that is around them.
+GEMV_ROWS = 4
 # Heads of one token that a program of `_norm_rope_store` takes, and its warps.
 HEADS = 8
 HEADS_WARPS = 4
@@ -27,9 +32,7 @@ SILU_TILE = 1024
 class FusedOps(LayerOps):
     """For CUDA tensors."""
 
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         normed = torch.empty_like(x)
         total = x if residual is None else torch.empty_like(x)
         size = x.shape[1]
@@ -37,10 +40,10 @@ class FusedOps(LayerOps):
         _add_rms_norm[(len(x),)](
             x,
             x if residual is None else residual,
-            weight,
+            norm.weight,
             normed,
             total,
-            eps,
+            norm.eps,
             ADD=residual is not None,
             SIZE=size,
             PADDED=padded,
@@ -48,33 +51,50 @@ class FusedOps(LayerOps):
         )
         return normed, total
 
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: Norm,
+        weight: Tensor,
+        bias: Tensor | None,
+        gated: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if residual is not None or bias is not None or len(x) > GEMV_ROWS:
+            return super().norm_linear(x, residual, norm, weight, bias, gated)
+        return gemv.linear(x, weight, Around(norm, gated)), x
+
+    def linear_add(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        if bias is not None or len(x) > GEMV_ROWS:
+            return super().linear_add(x, weight, bias, residual)
+        return gemv.linear(x, weight, Around(residual=residual)), None
+
     def norm_rope_store(
         self,
         qkv: Tensor,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        eps: float,
+        q_norm: Norm,
+        k_norm: Norm,
         rotation: Tensor,
         cache: LayerCache,
         slot_mapping: Tensor,
     ) -> Tensor:
         num_kv, dim = cache.k.shape[-2:]
         if dim < 2 or dim & (dim - 1):
-            return super().norm_rope_store(
-                qkv, q_weight, k_weight, eps, rotation, cache, slot_mapping
-            )
+            return super().norm_rope_store(qkv, q_norm, k_norm, rotation, cache, slot_mapping)
         num = qkv.shape[1] // dim - 2 * num_kv
         q = torch.empty(len(qkv), num, dim, dtype=qkv.dtype, device=qkv.device)
         _norm_rope_store[(len(qkv), triton.cdiv(num + 2 * num_kv, HEADS))](
             qkv,
-            q_weight,
-            k_weight,
+            q_norm.weight,
+            k_norm.weight,
             rotation,
             slot_mapping,
             q,
             cache.k,
             cache.v,
-            eps,
+            q_norm.eps,
             NUM=num,
             NUM_KV=num_kv,
             HALF=dim // 2,

@@ -33,12 +33,13 @@ class Tuning(NamedTuple):
     warps: int
 
 
-def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning) -> Tensor:
+def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning | None = None) -> Tensor:
     """See `linear.linear`; x has at most `MAX_ROWS` rows."""
     rows, inputs = x.shape
     outputs = len(weight) // 2 if around.gated else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     norm, residual = around.norm, around.residual
+    tuning = tuning or choose_tuning(weight, around.gated)
     _linear[(triton.cdiv(outputs, tuning.outputs),)](
         x,
         weight,
@@ -59,6 +60,11 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning) -> Tensor:
         num_warps=tuning.warps,
     )
     return out
+
+
+def choose_tuning(weight: Tensor, gated: bool) -> Tuning:
+    """Enough programs for all processors, and few enough sums for a thread's registers."""
+    return Tuning((4 if len(weight) <= 2048 else 8) // (1 + gated), 4)
 
 
 @triton.jit(do_not_specialize=["rows"])

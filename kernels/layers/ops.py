@@ -1,6 +1,10 @@
-"""What a decoder layer does besides matrix products and attention, in plain torch.
+"""What a decoder layer does besides attention, in plain torch.
 
-`FusedOps` in `kernels.layers.fused` does the same on a GPU, with one kernel for each.
+`FusedOps` in `kernels.layers.fused` does the same on a GPU, with fewer kernels.
+
+The residual stream goes from layer to layer as two tensors [T, hidden]: `x` and the `residual` that
+x has yet to be added to, or None where x is the stream itself. So each op that could add them can
+leave it to the next.
 """
 
 from __future__ import annotations
@@ -10,33 +14,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.attention.interface import LayerCache, store_kv
+from nanovllm.kernels.layers.linear import Norm
 
 
 class LayerOps:
     """The reference. Inputs are contiguous; each op computes in float32 and rounds once."""
 
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+        """The normalized stream, and the stream, added up and rounded before it is normalized."""
+        total = x if residual is None else residual + x
+        return F.rms_norm(total, norm.weight.shape, norm.weight, norm.eps), total
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: Norm,
+        weight: Tensor,
+        bias: Tensor | None,
+        gated: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream goes on by `x`, and is normalized for what comes next.
+        """The product of the normalized stream with weight [outputs, hidden], and the stream.
 
         Args:
-            x: [T, hidden].
-            residual: [T, hidden], or None where the stream begins with `x`.
-            weight: [hidden].
-
-        Returns:
-            sum / rms(sum) * weight and the sum, which is x's dtype before it is normalized.
+            gated: the product's first half are gates; returns silu(gate) * up [T, outputs / 2].
         """
-        total = x if residual is None else residual + x
-        return F.rms_norm(total, weight.shape, weight, eps), total
+        normed, total = self.add_rms_norm(x, residual, norm)
+        out = F.linear(normed, weight, bias)
+        return self.silu_mul(out) if gated else out, total
+
+    def linear_add(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream `residual` with a product of something else, x [T, inputs], on its way into
+        it."""
+        return F.linear(x, weight, bias), residual
 
     def norm_rope_store(
         self,
         qkv: Tensor,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        eps: float,
+        q_norm: Norm,
+        k_norm: Norm,
         rotation: Tensor,
         cache: LayerCache,
         slot_mapping: Tensor,
@@ -45,7 +63,7 @@ class LayerOps:
 
         Args:
             qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim].
-            q_weight, k_weight: [head_dim], of the RMSNorm over each head.
+            q_norm, k_norm: over each head, with the same eps.
             rotation: float32 [T, head_dim], see `rotate`.
             slot_mapping: int64 [T], see `store_kv`.
 
@@ -56,9 +74,9 @@ class LayerOps:
         num = qkv.shape[1] // dim - 2 * num_kv
         heads = qkv.view(len(qkv), num + 2 * num_kv, dim)
         q, k, v = torch.split(heads, [num, num_kv, num_kv], dim=1)
-        k = F.rms_norm(k.float(), k_weight.shape, k_weight.float(), eps)
+        k = F.rms_norm(k.float(), (dim,), k_norm.weight.float(), k_norm.eps)
         store_kv(rotate(k, rotation).to(v.dtype), v, cache, slot_mapping)
-        q = F.rms_norm(q.float(), q_weight.shape, q_weight.float(), eps)
+        q = F.rms_norm(q.float(), (dim,), q_norm.weight.float(), q_norm.eps)
         return rotate(q, rotation).to(v.dtype)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:

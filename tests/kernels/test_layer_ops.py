@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.layers.fused import FusedOps
+from nanovllm.kernels.layers.linear import Norm
 from nanovllm.kernels.layers.ops import LayerOps
 from nanovllm.services.gpu_worker.model import qwen3
 from tests.checkpoints import write_checkpoint
@@ -50,10 +51,10 @@ def test_add_rms_norm(dtype: torch.dtype) -> None:
         sizes += [(513, 1024), (7, 2560), (16384, 4096), (33, 12288)]
     random = Random(dtype)
     for rows, size in sizes:
-        x, residual, weight = random(rows, size), random(rows, size), random(size)
+        x, residual, norm = random(rows, size), random(rows, size), Norm(random(size), EPS)
         for before in (None, residual):
-            normed, total = FusedOps().add_rms_norm(x, before, weight, EPS)
-            expected_normed, expected_total = LayerOps().add_rms_norm(x, before, weight, EPS)
+            normed, total = FusedOps().add_rms_norm(x, before, norm)
+            expected_normed, expected_total = LayerOps().add_rms_norm(x, before, norm)
             assert_same(total, expected_total)
             assert_same(normed, expected_normed)
 
@@ -66,7 +67,7 @@ def test_norm_rope_store(dtype: torch.dtype) -> None:
     random = Random(dtype)
     for tokens, num, num_kv, dim in shapes:
         qkv = random(tokens, (num + 2 * num_kv) * dim)
-        weights = random(dim), random(dim)
+        norms = Norm(random(dim), EPS), Norm(random(dim), EPS)
         angles = torch.rand(tokens, dim // 2, generator=random.generator, device=DEVICE) * 1000
         rotation = torch.cat((angles.cos(), angles.sin()), dim=-1)
         blocks, block_size = tokens // 16 + 2, 16
@@ -74,7 +75,7 @@ def test_norm_rope_store(dtype: torch.dtype) -> None:
         before = random(2, blocks, block_size, num_kv, dim)
         caches = [LayerCache(*before.clone()) for _ in range(2)]
         q, expected_q = (
-            ops.norm_rope_store(qkv, *weights, EPS, rotation, cache, slots[:tokens])
+            ops.norm_rope_store(qkv, *norms, rotation, cache, slots[:tokens])
             for ops, cache in zip((FusedOps(), LayerOps()), caches, strict=True)
         )
         assert_same(q, expected_q)
@@ -98,9 +99,10 @@ def test_a_model_of_fused_ops_has_the_same_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = write_checkpoint(tmp_path, head_dim=16)
-    sequences = [[5, 7, 500, 2, 88], [44]]
-    expected = PagedSequences(load_model(directory), sequences, 16).run(3)
+    sequences = [[5, 7, 500, 2, 88, 90, 3, 4, 8, 1], [44]]
+    expected = PagedSequences(load_model(directory), sequences, 16).run(9)
     monkeypatch.setattr(qwen3, "choose_ops", lambda device: FusedOps())
-    found = PagedSequences(load_model(directory), sequences, 16).run(3)
+    # Steps of 10 rows and of one.
+    found = PagedSequences(load_model(directory), sequences, 16).run(9)
     for logits, wanted in zip(found, expected, strict=True):
         assert relative_error(logits, wanted) < 1e-5

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.kernels.layers.linear import Norm
 from nanovllm.kernels.layers.ops import LayerOps
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 
@@ -26,6 +27,9 @@ class Factory(NamedTuple):
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def norm(self, size: int, eps: float) -> Norm:
+        return Norm(self.empty(size), eps)
 
 
 class CheckpointTensor(NamedTuple):
@@ -45,21 +49,9 @@ class CheckpointTensor(NamedTuple):
     dim: int | None = None
     start: int = 0
 
-
-class RMSNorm:
-    """x / rms(x) * weight, over the last dimension."""
-
-    def __init__(self, size: int, eps: float, factory: Factory) -> None:
-        self.weight = factory.empty(size)
-        self.eps = eps
-        self.ops = factory.ops
-
-    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Norm of the residual stream after `x`, and the stream; see `LayerOps.add_rms_norm`."""
-        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
-
-    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
-        yield CheckpointTensor(f"{name}.weight", tuple(self.weight.shape), self.weight)
+    @classmethod
+    def whole(cls, name: str, target: Tensor) -> CheckpointTensor:
+        return cls(name, tuple(target.shape), target)
 
 
 class Projection(NamedTuple):
@@ -79,18 +71,28 @@ class Projection(NamedTuple):
 
 
 class ColumnParallelLinear:
-    """Projections of the same input, as one matrix; each rank has some outputs of each."""
+    """Projections of the normalized residual stream, as one matrix; each rank has some outputs of
+    each. Where gated, the first one's give silu(gate) * up with the second's."""
 
     def __init__(
-        self, projections: list[Projection], inputs: int, bias: bool, factory: Factory
+        self,
+        norm: Norm,
+        projections: list[Projection],
+        bias: bool,
+        gated: bool,
+        factory: Factory,
     ) -> None:
+        self.norm = norm
         outputs = sum(projection.local_size for projection in projections)
         self.projections = projections
-        self.weight = factory.empty(outputs, inputs)
+        self.weight = factory.empty(outputs, len(self.norm.weight))
         self.bias = factory.empty(outputs) if bias else None
+        self.gated = gated
+        self.ops = factory.ops
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the projections and the stream, see `kernels.layers.ops`."""
+        return self.ops.norm_linear(x, residual, self.norm, self.weight, self.bias, self.gated)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
         sizes = [projection.local_size for projection in self.projections]
@@ -108,7 +110,8 @@ class ColumnParallelLinear:
 
 
 class RowParallelLinear:
-    """A projection whose inputs are spread over the ranks; its output is their sum."""
+    """A projection into the residual stream whose inputs are spread over the ranks; its output is
+    their sum."""
 
     def __init__(
         self, inputs: int, outputs: int, bias: bool, tp: TensorParallel, factory: Factory
@@ -117,12 +120,14 @@ class RowParallelLinear:
         self.tp = tp
         self.weight = factory.empty(outputs, inputs // tp.size)
         self.bias = factory.empty(outputs) if bias else None
+        self.ops = factory.ops
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the stream, see `kernels.layers.ops`."""
         if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
+            return self.ops.linear_add(x, self.weight, self.bias, residual)
         total = self.tp.all_reduce(F.linear(x, self.weight))
-        return total if self.bias is None else total + self.bias
+        return (total if self.bias is None else total + self.bias), residual
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
         outputs, local = self.weight.shape
@@ -130,7 +135,7 @@ class RowParallelLinear:
             f"{name}.weight", (outputs, self.inputs), self.weight, 1, self.tp.rank * local
         )
         if self.bias is not None:
-            yield CheckpointTensor(f"{name}.bias", (outputs,), self.bias)
+            yield CheckpointTensor.whole(f"{name}.bias", self.bias)
 
 
 class VocabParallelMatrix:

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache
+from nanovllm.kernels.layers.linear import Norm
 from nanovllm.kernels.layers.ops import choose_ops
 from nanovllm.services.gpu_worker.model.layers import (
     CheckpointTensor,
     ColumnParallelLinear,
     Factory,
     Projection,
-    RMSNorm,
     RowParallelLinear,
     VocabParallelMatrix,
 )
@@ -56,10 +56,11 @@ class Qwen3ForCausalLM:
         config.check_tensor_parallel(tp.size)
         factory = Factory(dtype, device, choose_ops(device))
         self.config = config
+        self.ops = factory.ops
         self.rotary = RotaryEmbedding(config, max_model_len, device)
         self.embedding = VocabParallelMatrix(config.vocab_size, config.hidden_size, tp, factory)
         self.layers = [_DecoderLayer(config, tp, factory) for _ in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, factory)
+        self.norm = factory.norm(config.hidden_size, config.rms_norm_eps)
         self.head = (
             self.embedding
             if config.tie_word_embeddings
@@ -90,7 +91,7 @@ class Qwen3ForCausalLM:
         x, residual = self.embedding.embed(token_ids), None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             x, residual = layer.forward(x, residual, rotation, slot_mapping, attention, cache)
-        return self.norm.add(x, residual)[0]
+        return self.ops.add_rms_norm(x, residual, self.norm)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden_size]. Returns [rows, vocab_size], the same on every rank: each
@@ -102,17 +103,17 @@ class Qwen3ForCausalLM:
         yield from self.embedding.checkpoint_tensors("model.embed_tokens")
         for index, layer in enumerate(self.layers):
             yield from layer.checkpoint_tensors(f"model.layers.{index}")
-        yield from self.norm.checkpoint_tensors("model.norm")
+        yield CheckpointTensor.whole("model.norm.weight", self.norm.weight)
         if self.head is not self.embedding:
             yield from self.head.checkpoint_tensors("lm_head")
 
 
 class _DecoderLayer:
     def __init__(self, config: ModelConfig, tp: TensorParallel, factory: Factory) -> None:
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, factory)
-        self.attention = _Attention(config, tp, factory)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, factory)
-        self.mlp = _Mlp(config, tp, factory)
+        self.input_norm = factory.norm(config.hidden_size, config.rms_norm_eps)
+        self.attention = _Attention(config, self.input_norm, tp, factory)
+        self.post_attention_norm = factory.norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = _Mlp(config, self.post_attention_norm, tp, factory)
 
     def forward(
         self,
@@ -122,23 +123,24 @@ class _DecoderLayer:
         slot_mapping: Tensor,
         attention: AttentionBatch,
         cache: LayerCache,
-    ) -> tuple[Tensor, Tensor]:
-        """Args: x [T, hidden_size], what the layer before has yet to add to the residual stream;
-        there is no stream before the first. Returns the same for the layer after."""
-        x, residual = self.input_norm.add(x, residual)
-        x = self.attention.forward(x, rotation, slot_mapping, attention, cache)
-        x, residual = self.post_attention_norm.add(x, residual)
-        return self.mlp.forward(x), residual
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream before and after, see `kernels.layers.ops`."""
+        x, residual = self.attention.forward(x, residual, rotation, slot_mapping, attention, cache)
+        return self.mlp.forward(x, residual)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
-        yield from self.input_norm.checkpoint_tensors(f"{prefix}.input_layernorm")
+        yield CheckpointTensor.whole(f"{prefix}.input_layernorm.weight", self.input_norm.weight)
         yield from self.attention.checkpoint_tensors(f"{prefix}.self_attn")
-        yield from self.post_attention_norm.checkpoint_tensors(f"{prefix}.post_attention_layernorm")
+        yield CheckpointTensor.whole(
+            f"{prefix}.post_attention_layernorm.weight", self.post_attention_norm.weight
+        )
         yield from self.mlp.checkpoint_tensors(f"{prefix}.mlp")
 
 
 class _Attention:
-    def __init__(self, config: ModelConfig, tp: TensorParallel, factory: Factory) -> None:
+    def __init__(
+        self, config: ModelConfig, norm: Norm, tp: TensorParallel, factory: Factory
+    ) -> None:
         heads = local_heads(config, tp)
         width = config.head_dim
 
@@ -148,17 +150,18 @@ class _Attention:
         kv = (config.num_key_value_heads, heads.num_kv, heads.first_kv)
         self.ops = factory.ops
         self.qkv = ColumnParallelLinear(
+            norm,
             [
                 projection("q_proj", config.num_attention_heads, heads.num, heads.first),
                 projection("k_proj", *kv),
                 projection("v_proj", *kv),
             ],
-            inputs=config.hidden_size,
             bias=config.attention_bias,
+            gated=False,
             factory=factory,
         )
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, factory)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, factory)
+        self.q_norm = factory.norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = factory.norm(config.head_dim, config.rms_norm_eps)
         self.out = RowParallelLinear(
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
@@ -170,44 +173,40 @@ class _Attention:
     def forward(
         self,
         x: Tensor,
+        residual: Tensor | None,
         rotation: Tensor,
         slot_mapping: Tensor,
         attention: AttentionBatch,
         cache: LayerCache,
-    ) -> Tensor:
-        q = self.ops.norm_rope_store(
-            self.qkv(x),
-            self.q_norm.weight,
-            self.k_norm.weight,
-            self.q_norm.eps,
-            rotation,
-            cache,
-            slot_mapping,
-        )
-        return self.out(attention.forward(q, cache).flatten(1))
+    ) -> tuple[Tensor, Tensor | None]:
+        qkv, stream = self.qkv(x, residual)
+        q = self.ops.norm_rope_store(qkv, self.q_norm, self.k_norm, rotation, cache, slot_mapping)
+        return self.out(attention.forward(q, cache).flatten(1), stream)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
         yield from self.qkv.checkpoint_tensors(prefix)
-        yield from self.q_norm.checkpoint_tensors(f"{prefix}.q_norm")
-        yield from self.k_norm.checkpoint_tensors(f"{prefix}.k_norm")
+        yield CheckpointTensor.whole(f"{prefix}.q_norm.weight", self.q_norm.weight)
+        yield CheckpointTensor.whole(f"{prefix}.k_norm.weight", self.k_norm.weight)
         yield from self.out.checkpoint_tensors(f"{prefix}.o_proj")
 
 
 class _Mlp:
-    def __init__(self, config: ModelConfig, tp: TensorParallel, factory: Factory) -> None:
+    def __init__(
+        self, config: ModelConfig, norm: Norm, tp: TensorParallel, factory: Factory
+    ) -> None:
         size = config.intermediate_size
         local = size // tp.size
-        self.ops = factory.ops
         self.gate_up = ColumnParallelLinear(
+            norm,
             [Projection(name, size, local, tp.rank * local) for name in ("gate_proj", "up_proj")],
-            inputs=config.hidden_size,
             bias=False,
+            gated=True,
             factory=factory,
         )
         self.down = RowParallelLinear(size, config.hidden_size, bias=False, tp=tp, factory=factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.ops.silu_mul(self.gate_up(x)))
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.down(*self.gate_up(x, residual))
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
         yield from self.gate_up.checkpoint_tensors(prefix)
