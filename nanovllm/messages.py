@@ -101,11 +101,13 @@ class Cancel(Message, tag="cancel"):
 
 
 class HandedOn(Message, tag="handed_on"):
-    """The scheduler was sent this attempt, whose prompt has `prompt_tokens` tokens."""
+    """The scheduler, in the life `scheduler`, was sent this attempt, whose prompt has
+    `prompt_tokens` tokens."""
 
     uid: int
     attempt: int
     prompt_tokens: int
+    scheduler: int
 
 
 class Refused(Message, tag="refused"):

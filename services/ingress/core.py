@@ -101,7 +101,7 @@ class Core:
         self._finished = 0
         self._intake = Intake(limits)
         self._detokenizers: set[Peer] = set()
-        self._scheduler_up = False
+        self._scheduler: Peer | None = None
         self._engine_ready = False
         self._draining = False
 
@@ -109,7 +109,7 @@ class Core:
     def ready(self) -> bool:
         """Whether a request could start now."""
         services_up = bool(self.dispatcher.tokenizers) and bool(self._detokenizers)
-        engine_up = self._scheduler_up and self._engine_ready
+        engine_up = self._scheduler is not None and self._engine_ready
         return services_up and engine_up and not self._draining
 
     @property
@@ -217,7 +217,7 @@ class Core:
 
     def scheduler_up(self, peer: Peer, reborn: bool) -> None:
         """A reborn one has nothing; another may have missed what was on its way."""
-        self._scheduler_up = True
+        self._scheduler = peer
         self.quarantine.scheduler_up(peer, reborn)
         if not reborn:
             self.dispatcher.scheduler_connected()
@@ -228,7 +228,8 @@ class Core:
             self.dispatcher.submit_again(again)
 
     def scheduler_down(self, peer: Peer) -> None:
-        self._scheduler_up = self._engine_ready = False
+        self._scheduler = None
+        self._engine_ready = False
         self.quarantine.scheduler_down(peer)
 
     def from_tokenizer(self, message: TokenizerToIngress, now: float) -> None:
@@ -239,6 +240,9 @@ class Core:
             request.may_be_scheduled = True
             request.prompt_tokens = message.prompt_tokens
             self.dispatcher.handed_on(request, now)
+            if self._scheduler is not None and self._scheduler.incarnation != message.scheduler:
+                # To one that is gone: the tokenizer has not noticed yet.
+                self.dispatcher.submit_again([request])
             self._accept(request)
             return
         request.outcome = Error(id=request.id, code=message.code, message=message.message)
@@ -292,13 +296,13 @@ class Core:
 
     def submit_lost(self, now: float) -> None:
         """Starts anew what the scheduler should have admitted by now."""
-        if self._scheduler_up:
+        if self._scheduler is not None:
             self.dispatcher.submit_lost(now)
 
     @property
     def next_deadline(self) -> float | None:
         """When `submit_lost` next has something to do."""
-        return self.dispatcher.next_deadline if self._scheduler_up else None
+        return None if self._scheduler is None else self.dispatcher.next_deadline
 
     # ---------------------------------------------------------------------------------------------
 

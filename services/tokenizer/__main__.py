@@ -45,11 +45,12 @@ class TokenizerLoop:
     def _send(self) -> bool:
         """False if a peer that is there does not take what there is for it."""
         taken = True
-        while submits := self._desk.submits():
+        scheduler = self._scheduler.peer
+        while scheduler is not None and (submits := self._desk.submits()):
             if not self._scheduler.send(submits):
-                taken = self._scheduler.peer is None
+                taken = False
                 break
-            self._desk.submitted(submits)
+            self._desk.submitted(submits, scheduler.incarnation)
         if replies := self._desk.replies():
             if self._ingress.send(replies):
                 self._desk.replied()

@@ -71,11 +71,12 @@ class Desk:
         """The next frame to the scheduler; empty when all was sent."""
         return list(islice(self._submits.values(), SUBMITS_A_FRAME))
 
-    def submitted(self, submits: list[Submit]) -> None:
-        """`submits` were sent: they are the scheduler's now."""
+    def submitted(self, submits: list[Submit], scheduler: int) -> None:
+        """`submits` were sent: they are the scheduler's now, in this life of it."""
         for submit in submits:
             del self._submits[submit.uid]
-            self._replies.append(HandedOn(submit.uid, submit.attempt, len(submit.prompt) // 4))
+            prompt_tokens = len(submit.prompt) // 4
+            self._replies.append(HandedOn(submit.uid, submit.attempt, prompt_tokens, scheduler))
 
     def replies(self) -> list[TokenizerToIngress]:
         """What the ingress is to be told; empty when all was sent."""

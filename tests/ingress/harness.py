@@ -88,7 +88,9 @@ class World:
             self.generate(request_id, **keys)
         started = self.tokenizes()
         for tokenize in started:
-            self.core.from_tokenizer(HandedOn(tokenize.uid, tokenize.attempt, 1), now=0.0)
+            self.core.from_tokenizer(
+                HandedOn(tokenize.uid, tokenize.attempt, 1, SCHEDULER.incarnation), now=0.0
+            )
             self.core.from_scheduler(Admitted(tokenize.uid, tokenize.attempt))
         return started
 

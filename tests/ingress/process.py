@@ -130,6 +130,7 @@ class Surroundings:
 
     def start_scheduler(self) -> BoundLink[IngressToScheduler]:
         me = Peer("scheduler", 0, new_incarnation())
+        self._scheduler_life = me.incarnation
         return BoundLink(self.context, self.settings.scheduler_endpoint, me, IngressToScheduler)
 
     def client(self, kind: int = zmq.DEALER, **options: int) -> Client:
@@ -177,7 +178,8 @@ class Surroundings:
 
     def hand_on(self, *tokenizes: Tokenize) -> None:
         """The tokenizer hands them on, and the scheduler admits them."""
-        assert self.tokenizer.send([HandedOn(t.uid, t.attempt, 1) for t in tokenizes])
+        life = self._scheduler_life
+        assert self.tokenizer.send([HandedOn(t.uid, t.attempt, 1, life) for t in tokenizes])
         self.admit(*tokenizes)
 
     def admit(self, *started: Tokenize) -> None:

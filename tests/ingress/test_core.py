@@ -52,7 +52,7 @@ def test_a_stream_from_request_to_finish() -> None:
     assert unpack(tokenize.stop_token_ids).tolist() == [3, 5]
     assert tokenize.sampling.seed == 4242
     assert world.heard() == [], "not accepted before the tokenizer has handed it on"
-    world.core.from_tokenizer(HandedOn(tokenize.uid, 1, 1), now=0.0)
+    world.core.from_tokenizer(HandedOn(tokenize.uid, 1, 1, SCHEDULER.incarnation), now=0.0)
     assert world.heard() == [Accepted(id="a", session=SESSION, seed=4242)]
     world.core.from_scheduler(Admitted(tokenize.uid, 1))
     world.core.from_detokenizer(delta(tokenize, 0, [11]))
@@ -150,7 +150,7 @@ def test_abort_at_every_stage() -> None:
             world.core.service_up(TOKENIZER)
             (tokenize,) = world.tokenizes()
         if stage in ("handed on", "admitted", "running"):
-            world.core.from_tokenizer(HandedOn(uid, 1, 3), now=0.0)
+            world.core.from_tokenizer(HandedOn(uid, 1, 3, SCHEDULER.incarnation), now=0.0)
         if stage in ("admitted", "running"):
             world.core.from_scheduler(Admitted(uid, 1))
         if stage == "running":
@@ -171,7 +171,7 @@ def test_abort_at_every_stage() -> None:
         assert world.cancelled == ([uid] if stage == "tokenizing" else [])
         # What was under way comes back as if nothing had happened: it is ended.
         world.core.ends.clear()
-        world.core.from_tokenizer(HandedOn(uid, 1, 3), now=0.0)
+        world.core.from_tokenizer(HandedOn(uid, 1, 3, SCHEDULER.incarnation), now=0.0)
         world.core.from_scheduler(Admitted(uid, 1))
         assert world.core.ends == {uid}
         assert world.heard() == []
@@ -442,7 +442,7 @@ def test_the_window_of_a_tokenizer_and_the_order_of_arrival() -> None:
     first, second = world.tokenizes(), world.tokenizes(SECOND)
     assert len(first) == len(second) == WINDOW
     world.core.service_down(SECOND)
-    world.core.from_tokenizer(HandedOn(first[0].uid, 1, 1), now=0.0)
+    world.core.from_tokenizer(HandedOn(first[0].uid, 1, 1, SCHEDULER.incarnation), now=0.0)
     world.core.from_tokenizer(Refused(first[1].uid, 1, "internal", "no"), now=0.0)
     again = world.tokenizes()
     assert [t.uid for t in again] == [second[0].uid, second[1].uid], "the earliest of the lost"
@@ -455,8 +455,8 @@ def test_a_tokenizer_that_dies_loses_nothing() -> None:
     world.generate("handed on")
     world.generate("admitted")
     tokenizing, handed_on, admitted = world.tokenizes()
-    world.core.from_tokenizer(HandedOn(handed_on.uid, 1, 1), now=0.0)
-    world.core.from_tokenizer(HandedOn(admitted.uid, 1, 1), now=0.0)
+    world.core.from_tokenizer(HandedOn(handed_on.uid, 1, 1, SCHEDULER.incarnation), now=0.0)
+    world.core.from_tokenizer(HandedOn(admitted.uid, 1, 1, SCHEDULER.incarnation), now=0.0)
     world.core.from_scheduler(Admitted(admitted.uid, 1))
     world.core.service_down(TOKENIZER)
     world.core.service_up(SECOND)
@@ -491,7 +491,7 @@ def test_a_scheduler_that_was_away_gets_again_what_it_had_not_admitted() -> None
     (known,) = world.start("a")
     world.generate("b")
     (lost,) = world.tokenizes()
-    world.core.from_tokenizer(HandedOn(lost.uid, 1, 1), now=0.0)
+    world.core.from_tokenizer(HandedOn(lost.uid, 1, 1, SCHEDULER.incarnation), now=0.0)
     world.core.scheduler_down(SCHEDULER)
     world.core.scheduler_up(SCHEDULER, reborn=False)
     assert [(t.uid, t.attempt) for t in world.tokenizes()] == [(lost.uid, 2)]
@@ -501,11 +501,23 @@ def test_a_scheduler_that_was_away_gets_again_what_it_had_not_admitted() -> None
     assert world.core.ends == {77}
 
 
+def test_what_was_handed_to_a_scheduler_that_is_gone_is_submitted_again_at_once() -> None:
+    world = World()
+    world.generate("a")
+    world.core.scheduler_down(SCHEDULER)
+    world.core.scheduler_up(Peer("scheduler", 0, 14), reborn=True)
+    *_, tokenize = world.tokenizes()
+    assert tokenize.attempt == 2
+    world.core.from_tokenizer(HandedOn(tokenize.uid, 2, 1, SCHEDULER.incarnation), now=0.0)
+    assert [t.attempt for t in world.tokenizes()] == [3]
+    assert world.heard() == [Accepted(id="a", session=SESSION, seed=4242)]
+
+
 def test_what_is_never_admitted_is_submitted_again() -> None:
     world = World()
     world.generate("a")
     (tokenize,) = world.tokenizes()
-    world.core.from_tokenizer(HandedOn(tokenize.uid, 1, 1), now=100.0)
+    world.core.from_tokenizer(HandedOn(tokenize.uid, 1, 1, SCHEDULER.incarnation), now=100.0)
     deadline = world.core.next_deadline
     assert deadline == 100.0 + ADMISSION_TIMEOUT_S
     world.core.submit_lost(math.nextafter(deadline, 0))
@@ -543,7 +555,9 @@ def test_exactly_once_whatever_dies(data: st.DataObject) -> None:
             known = unpack(latest.output).tolist()
             assert known == truth[: len(known)]
             if data.draw(st.booleans()):
-                world.core.from_tokenizer(HandedOn(latest.uid, latest.attempt, 1), now=0.0)
+                world.core.from_tokenizer(
+                    HandedOn(latest.uid, latest.attempt, 1, SCHEDULER.incarnation), now=0.0
+                )
     world.core.from_detokenizer(delta(latest, resumed, truth[resumed:], end=True))
     heard += world.heard()
     finish = heard.pop()

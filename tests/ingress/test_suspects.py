@@ -102,7 +102,9 @@ class Pipeline:
         if self.guilt[uid] == "scheduler":
             self.scheduler_dies(by_itself=True)
             return
-        self.core.from_tokenizer(HandedOn(uid, tokenize.attempt, 1), now=0.0)
+        self.core.from_tokenizer(
+            HandedOn(uid, tokenize.attempt, 1, self.scheduler.incarnation), now=0.0
+        )
         self.core.from_scheduler(Admitted(uid, tokenize.attempt))
 
     def step(self) -> None:

@@ -50,10 +50,10 @@ def test_a_request_is_handed_on_when_the_scheduler_was_sent_it(desk: Desk) -> No
     assert in_hand(desk) == [(1, 1), (3, 1)]
     assert desk.replies() == []
     prompt_tokens = len(desk.submits()[0].prompt) // 4
-    desk.submitted(desk.submits())
+    desk.submitted(desk.submits(), 7)
     assert desk.replies() == [
-        HandedOn(UID + 1, 1, prompt_tokens),
-        HandedOn(UID + 3, 1, prompt_tokens),
+        HandedOn(UID + 1, 1, prompt_tokens, 7),
+        HandedOn(UID + 3, 1, prompt_tokens, 7),
     ]
     assert desk.submits() == []
     stats = desk.stats()
@@ -104,5 +104,5 @@ def test_many_requests_take_several_frames(desk: Desk) -> None:
     for number in range(SUBMITS_A_FRAME + 1):
         take(desk, number)
     work_all(desk)
-    desk.submitted(desk.submits())
+    desk.submitted(desk.submits(), 7)
     assert in_hand(desk) == [(SUBMITS_A_FRAME, 1)]

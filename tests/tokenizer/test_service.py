@@ -44,7 +44,8 @@ def test_requests_wait_for_the_scheduler(model: Path) -> None:
         (submit,) = scheduler.expect(1)
         assert submit.uid == uid + 1
         assert list(memoryview(submit.prompt).cast("i")) == tiny_tokenizer().encode(text).ids
-        assert ingress.expect(1) == [HandedOn(uid + 1, 3, len(submit.prompt) // 4)]
+        handed_on = HandedOn(uid + 1, 3, len(submit.prompt) // 4, scheduler.incarnation)
+        assert ingress.expect(1) == [handed_on]
 
         # The requests of an ingress that died while they waited reach nobody.
         here.end(scheduler)
@@ -57,7 +58,8 @@ def test_requests_wait_for_the_scheduler(model: Path) -> None:
         scheduler = here.scheduler(inbound=Submit).connected()
         (submit,) = scheduler.expect(1)
         assert submit.uid == uid + 1
-        assert ingress.expect(1) == [HandedOn(uid + 1, 3, len(submit.prompt) // 4)]
+        handed_on = HandedOn(uid + 1, 3, len(submit.prompt) // 4, scheduler.incarnation)
+        assert ingress.expect(1) == [handed_on]
 
 
 def test_a_model_without_tokenizer_gets_one_clear_line(tmp_path: Path) -> None:
