@@ -312,6 +312,9 @@ class BoundLink(Generic[M]):
         events: list[Event[M]] = []
         batch = _read_batch(self._socket)
         for routing_id in self._connections.closed():
+            for parts in batch:
+                if parts[0].bytes == routing_id and routing_id in self._peers:
+                    self._take(routing_id, parts, events)  # its last words
             self._drop(routing_id, events)
         for parts in batch:
             routing_id = parts[0].bytes

@@ -10,6 +10,7 @@ from nanovllm.messages import (
     Begin,
     End,
     Finished,
+    Lost,
     Message,
     NewTokens,
     Reset,
@@ -364,7 +365,82 @@ def test_the_ingress_hears_what_is_held_and_whether_it_is_ready() -> None:
     assert world.engine_ready == [False, True, True, False]
 
 
+def test_a_recall_concerns_an_attempt_and_those_before_it() -> None:
+    world = World()
+    request = world.submit([1, 2, 3], max_tokens=20)
+    uid = request.submit.uid
+    world.step()
+    world.submit_raw(again(request, 2, []))
+    world.core.recall(uid, 1)
+    world.core.recall(uid + 1, 1)
+    world.step()
+    assert world.core.stats().running == 1
+    world.core.recall(uid, 2)
+    assert world.core.stats().records == 0
+    world.submit_raw(again(request, 3, []))
+    world.run()
+    assert world.admitted[uid] == 3
+    world.check_all_delivered()
+    world.check_nothing_left()
+
+
 # The worker group ---------------------------------------------------------------------------------
+
+
+def test_the_ingress_hears_who_was_in_a_group_that_is_gone() -> None:
+    world = World(depth=2, max_num_seqs=2)
+    requests = [world.submit([1, 2, 3, number], max_tokens=20) for number in range(4)]
+    for _ in range(3):
+        world.step()
+    world.core.worker_down(world.worker_peer)
+    (lost,) = lost_of(world)
+    assert (lost.role, lost.index) == ("gpu_worker", 0)
+    assert lost.incarnation == world.worker_peer.incarnation
+    first_two = [request.submit.uid for request in requests[:2]]
+    assert np.frombuffer(lost.uids, "<i8").tolist() == first_two, "the others waited"
+    assert not lost.others
+    world.core.ingress_told()
+    assert lost_of(world) == []
+    world.core.worker_up(world.worker_peer)
+    (nothing,) = lost_of(world)
+    assert nothing.uids == b"", "it was but the link"
+
+
+def test_a_request_that_has_left_a_group_with_rows_in_flight_may_be_in_it_still() -> None:
+    world = World(depth=2)
+    requests = [world.submit([1, 2, 3, number], max_tokens=20) for number in range(2)]
+    for _ in range(3):
+        world.step()
+    world.core.end(requests[0].submit.uid)
+    world.core.worker_down(world.worker_peer)
+    (lost,) = lost_of(world)
+    assert np.frombuffer(lost.uids, "<i8").tolist() == [requests[1].submit.uid]
+    assert lost.others
+
+
+def test_the_ingress_hears_who_was_in_a_detokenizer_that_is_gone() -> None:
+    world = World(detokenizers=2)
+    requests = [world.submit([1, 2, number], max_tokens=20) for number in range(2)]
+    for _ in range(3):
+        world.step()
+    world.core.ingress_told()
+    first, second = world.detokenizers
+    world.detokenizer_down(first)
+    (lost,) = lost_of(world)
+    assert (lost.role, lost.index, lost.others) == ("detokenizer", first.index, False)
+    (uid,) = np.frombuffer(lost.uids, "<i8").tolist()
+    world.core.ingress_told()
+    world.step()
+    world.core.end(uid)
+    world.detokenizer_down(second)
+    (lost,) = lost_of(world)
+    (other,) = np.frombuffer(lost.uids, "<i8").tolist()
+    assert {uid, other} == {request.submit.uid for request in requests}
+    assert lost.others, "it has had the first one too"
+
+
+def lost_of(world: World) -> list[Lost]:
+    return [m for m in world.core.for_ingress() if isinstance(m, Lost)]
 
 
 def test_a_new_group_computes_everything_again() -> None:

@@ -94,6 +94,24 @@ def test_a_peer_that_closes_is_noticed_while_nothing_is_sent(
     assert not binder.send(INGRESS, [Admitted(1, 1)])
 
 
+def test_the_last_words_of_a_peer_come_before_its_end(
+    context: zmq.Context[Any], endpoint: str
+) -> None:
+    """They are read in one wake-up, as by one that was busy meanwhile."""
+    binder = bound(context, endpoint)
+    for incarnation in range(1, 20):
+        life: zmq.Context[Any] = zmq.Context()
+        connector = connected(life, endpoint, Peer("ingress", 0, incarnation))
+        events_until(has(Up), connector, binder)
+        assert connector.send([End(incarnation)])
+        connector.close()
+        life.term()
+        assert binder.sockets[1].poll(int(TIMEOUT_S * 1000))
+        (got,) = events_until(has(Down), binder)
+        me = Peer("ingress", 0, incarnation)
+        assert got == [Received(me, End(incarnation)), Down(me)]
+
+
 def test_a_reborn_binder_is_told_apart_and_gets_nothing_meant_for_the_old(
     context: zmq.Context[Any], endpoint: str
 ) -> None:
