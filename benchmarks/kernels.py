@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from nanovllm.kernels.attention.interface import LayerCache
-from nanovllm.kernels.layers import gemv, skinny
+from nanovllm.kernels.layers import gemv
 from nanovllm.kernels.layers.fused import FusedOps
 from nanovllm.kernels.layers.linear import Around, Norm, linear
 from nanovllm.kernels.layers.ops import LayerOps
@@ -34,7 +34,7 @@ HIDDEN, NUM, NUM_KV, DIM, INTERMEDIATE, VOCABULARY = 1024, 16, 8, 128, 3072, 151
 EPS = 1e-6
 DTYPE = torch.bfloat16
 TOKENS = (1, 8, 64, 256, 512, 16384)
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 4, 8)
 # Relative, ||out - expected|| / ||expected||.
 TOLERANCE = 1e-2
 # What the copies of a weight take together; an H200's L2 has 50 MB.
@@ -203,27 +203,11 @@ def gemv_tunings(product: Product, rows: int) -> list[gemv.Tuning]:
     ]
 
 
-def skinny_tunings(product: Product) -> list[skinny.Tuning]:
-    narrow = [
-        skinny.Tuning(16, 256, 1, 4, 3),
-        skinny.Tuning(16, 128, 1, 4, 5),
-        skinny.Tuning(32, 128, 1, 4, 4),
-        skinny.Tuning(64, 128, 1, 4, 3),
-    ]
-    split = [
-        skinny.Tuning(16, 128, 2, 4, 4),
-        skinny.Tuning(16, 128, 4, 4, 4),
-        skinny.Tuning(32, 128, 4, 4, 4),
-        skinny.Tuning(32, 128, 8, 4, 3),
-    ]
-    return narrow + split if product.outputs <= 2 * HIDDEN else narrow
-
-
 class Way(NamedTuple):
     """A way to compute a product, and what is around it."""
 
     kind: str
-    tuning: gemv.Tuning | skinny.Tuning | None
+    tuning: gemv.Tuning | None
     call: Callable[[int], Tensor]
     expected: Callable[[], Tensor]
 
@@ -259,13 +243,6 @@ def ways(product: Product, rows: int, inputs: Inputs) -> Iterator[Way]:
             lambda number, g=g: gemv.linear(x, weight(number), fused, g),  # type: ignore[misc]
             lambda: linear(x, weights[0], fused),
         )
-    for s in skinny_tunings(product):
-        yield Way(
-            "skinny",
-            s,
-            lambda number, s=s: skinny.linear(normed(), weight(number), apart, s),  # type: ignore[misc]
-            expected,
-        )
 
 
 def compile_product(product: Product, rows: int) -> None:
@@ -279,9 +256,9 @@ def time_products() -> list[str]:
     """Prints the best tunings beside cuBLAS; returns what is wrong."""
     wrong = []
     print("\nProducts with what is around them, in µs and GB/s; best tunings, outputs first")
-    print(f"{'':<10}{'rows':>5}{'cublas':>9}{'gemv':>9}{'':>7}{'skinny':>9}")
+    print(f"{'':<10}{'rows':>5}{'cublas':>9}{'gemv':>9}")
     for rows in ROWS:
-        sums = {"cublas": 0.0, "gemv": 0.0, "skinny": 0.0}
+        sums = {"cublas": 0.0, "gemv": 0.0}
         for product in PRODUCTS:
             inputs = Inputs.of(product, rows, ROTATED_BYTES)
             best: dict[str, tuple[float, Way]] = {}
@@ -295,7 +272,7 @@ def time_products() -> list[str]:
                 if way.kind not in best or seconds < best[way.kind][0]:
                     best[way.kind] = seconds, way
             row, tunings = f"{product.name:<10}{rows:>5}", ""
-            for kind in ("cublas", "gemv", "skinny"):
+            for kind in ("cublas", "gemv"):
                 if kind not in best:
                     row += " " * 16
                     continue

@@ -19,8 +19,9 @@ from torch import Tensor
 from nanovllm.kernels.layers.linear import Around
 
 MAX_ROWS = 8
-
-
+# With no more outputs, a program for each few of them has to be larger for all processors to have
+# enough loads in flight.
+NARROW = 2048
 # Neighbouring inputs that a thread has of each tile: 16 bytes in bfloat16, its widest load. With
 # all threads side by side along the inputs, each multiplies what it has loaded itself.
 PER_LOAD = 8
@@ -39,7 +40,8 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning | None = No
     outputs = len(weight) // 2 if around.gated else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     norm, residual = around.norm, around.residual
-    tuning = tuning or choose_tuning(weight, around.gated)
+    padded = triton.next_power_of_2(rows)
+    tuning = tuning or choose_tuning(padded, outputs, around.gated)
     _linear[(triton.cdiv(outputs, tuning.outputs),)](
         x,
         weight,
@@ -51,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning | None = No
         NORM=norm is not None,
         GATED=around.gated,
         ADD=residual is not None,
-        ROWS=triton.next_power_of_2(rows),
+        ROWS=padded,
         OUTPUTS=outputs,
         INPUTS=inputs,
         TILE_OUT=tuning.outputs,
@@ -62,9 +64,13 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning | None = No
     return out
 
 
-def choose_tuning(weight: Tensor, gated: bool) -> Tuning:
-    """Enough programs for all processors, and few enough sums for a thread's registers."""
-    return Tuning((4 if len(weight) <= 2048 else 8) // (1 + gated), 4)
+def choose_tuning(rows: int, outputs: int, gated: bool) -> Tuning:
+    """The fastest on an H200 (`benchmarks.kernels`). `rows` is a power of two."""
+    if gated:
+        return Tuning(outputs=rows, warps=1 if rows <= 2 else 2)
+    if outputs <= NARROW:
+        return Tuning(outputs=2, warps=8 if rows == 1 else 4)
+    return Tuning(outputs=2, warps=1) if rows <= 2 else Tuning(outputs=8, warps=2)
 
 
 @triton.jit(do_not_specialize=["rows"])
