@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 
 import click
+import msgspec
 
+from benchmarks.pipeline import Pipeline, Reported
 from benchmarks.random_model import checkpoint, random_weights_option
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import ModelConfig
+from nanovllm.settings import Settings
 
 
 @click.command(help=__doc__)
@@ -62,17 +65,25 @@ def main(
             )
             for _ in range(num_seqs)
         ]
-        with LLM(
-            str(directory),
-            tensor_parallel_size=tensor_parallel_size,
-            device=device,
-            dtype=dtype,
-            max_model_len=max_model_len,
-        ) as llm:
-            llm.generate(["warm-up"], SamplingParams(max_tokens=4), use_tqdm=False)
-            start = time.perf_counter()
-            outputs = llm.generate(prompts, sampling)
-            seconds = time.perf_counter() - start
+        options = {
+            "model": str(directory),
+            "ingress": "",
+            "tensor_parallel_size": tensor_parallel_size,
+            "device": device,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "log_level": "warning",
+        }
+        with (
+            Pipeline(msgspec.convert(options, Settings)) as pipeline,
+            LLM(endpoint=pipeline.endpoint) as llm,
+        ):
+            llm.generate(prompts[:2], SamplingParams(max_tokens=4), use_tqdm=False)
+            reports: list[Reported] = []
+            with pipeline.watched(reports):
+                start = time.perf_counter()
+                outputs = llm.generate(prompts, sampling)
+                seconds = time.perf_counter() - start
     tokens = sum(len(output["token_ids"]) for output in outputs)
     click.echo(
         json.dumps(
@@ -80,11 +91,23 @@ def main(
                 "sequences": num_seqs,
                 "prompt_tokens": sum(len(prompt) for prompt in prompts),
                 "output_tokens": tokens,
+                "start_s": round(pipeline.start_s, 1),
                 "seconds": round(seconds, 2),
                 "output_tokens_per_s": round(tokens / seconds, 1),
+                "device_busy_decoding": _busy_decoding(reports),
             }
         )
     )
+
+
+def _busy_decoding(reports: list[Reported]) -> float | None:
+    """The share of the time for which the device had work, once nobody waited to be admitted and
+    until the first report of nobody running; None if that was over within a report."""
+    decoding = [r for r in reports if r.scheduler.running and not r.scheduler.waiting]
+    if len(decoding) < 2:
+        return None
+    first, last = decoding[0], decoding[-1]
+    return round((last.worker.busy_s - first.worker.busy_s) / (last.at_s - first.at_s), 3)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 from nanovllm import Client
@@ -63,6 +66,23 @@ class Pipeline:
         return Reported(
             worker.at_s, _of(WorkerStats, worker.stats), _of(SchedulerStats, scheduler.stats)
         )
+
+    @contextlib.contextmanager
+    def watched(self, reports: list[Reported]) -> Iterator[None]:
+        """Meanwhile, `reports` grows by one a second."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(NEXT_REPORT_S):
+                reports.append(self.reported())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
 
     def settled(self) -> Reported:
         """Reports made from now on."""
