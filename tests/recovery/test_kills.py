@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from nanovllm import Client, SamplingParams
 from nanovllm.messages import WorkerStats
 from nanovllm.settings import Settings
 from tests.pipelines import Pipeline
@@ -139,14 +140,23 @@ def test_a_stopped_service_is_killed_and_replaced(running: Running) -> None:
     check(streams.finish(), running.expected, running.pipeline)
     assert services(running.pipeline)[SCHEDULER].pid != stopped.pid
     running.pipeline.wait_for("scheduler 0 is killed: it has given no sign", 5)
+    blamed = [line for line in running.pipeline.output if "died by itself" in line]
+    assert not blamed, "who is stopped or killed from outside has not died by itself"
 
 
-def test_a_launch_after_the_supervisor_is_killed_serves_at_once(tmp_path: Path) -> None:
-    first = Pipeline("", *SIM).start()
+def test_a_launch_after_the_supervisor_is_killed_serves_at_once() -> None:
+    """On the same endpoints; and a stream of the pipeline that was killed goes on there."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    first = Pipeline("", *SIM, "--ingress", endpoint).start()
     assert first.process is not None
-    first.process.kill()
-    again = Pipeline("", *SIM, "--runtime-dir", str(first.runtime_dir))
-    again.endpoint, again.runtime_dir = first.endpoint, first.runtime_dir
-    with again:
-        cases = mixed_cases([])[:2]
-        assert all(outcome.completion_tokens for outcome in undisturbed(again.endpoint, cases))
+    with Client(endpoint, timeout=TIMEOUT_S) as client:
+        long = SamplingParams(max_tokens=500, ignore_eos=True, seed=1)
+        whole = client.generate("Once", long)
+        stream = client.generate("Once", long, stream=True)
+        next(stream)
+        first.process.kill()
+        again = Pipeline("", *SIM, "--runtime-dir", str(first.runtime_dir), "--ingress", endpoint)
+        again.runtime_dir = first.runtime_dir
+        with again:
+            assert stream.result().token_ids == whole.token_ids
