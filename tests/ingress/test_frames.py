@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nanovllm.protocol import Abort, ClientMessage, Error, Generate, Ping
 from nanovllm.services.ingress import frames
 from nanovllm.services.ingress.frames import Limits
+from tests.hostile import full_ask
 
 LIMITS = Limits(vocab_size=1000, max_model_len=64, max_message_bytes=1 << 20)
 encode = msgspec.msgpack.encode
@@ -47,30 +48,6 @@ def read_one(message: Any) -> ClientMessage | Error:
 
 def ask(**keys: Any) -> dict[str, Any]:
     return {"type": "generate", "id": "a", "prompt": "x", **keys}
-
-
-def full_ask() -> dict[str, Any]:
-    return {
-        "type": "generate",
-        "id": "a",
-        "messages": [{"role": "user", "content": "hé"}],
-        "chat_template_kwargs": {"enable_thinking": False, "deep": [{"a": 1.5}]},
-        "sampling": {
-            "temperature": 0,
-            "top_p": 0.5,
-            "top_k": 3,
-            "min_p": 0.1,
-            "max_tokens": 7,
-            "stop": ["\n"],
-            "stop_token_ids": [4],
-            "ignore_eos": True,
-            "seed": -(2**63),
-            "logprobs": 20,
-        },
-        "stream": False,
-        "resume_token_ids": [1, 2],
-        "cache_salt": "s",
-    }
 
 
 def test_a_message_and_an_array_of_messages() -> None:
