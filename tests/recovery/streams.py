@@ -30,8 +30,12 @@ STOPS = {"sim": ("ree", "old "), "cpu": (" lantern", "kettle", ". T")}
 
 
 class Case(NamedTuple):
+    """What is asked; with `leaves_after`, by a client that wants no more than so many tokens, and
+    then aborts."""
+
     prompt: Prompt
     params: SamplingParams
+    leaves_after: int | None = None
 
 
 class Outcome(NamedTuple):
@@ -73,7 +77,8 @@ def mixed_cases(stops: Sequence[str]) -> list[Case]:
 
 
 def random_cases(draw: random.Random, count: int, stops: Sequence[str]) -> list[Case]:
-    """Of every kind: text and chats, greedy and seeded, with filters, stop strings, logprobs."""
+    """Of every kind: text and chats, greedy and seeded, with filters, stop strings and logprobs.
+    One in ten is aborted."""
     cases = []
     for _ in range(count):
         text = " ".join(draw.choices(PROMPTS, k=draw.randint(1, 12)))
@@ -87,7 +92,9 @@ def random_cases(draw: random.Random, count: int, stops: Sequence[str]) -> list[
             stop=list(stops) if draw.random() < 0.4 else [],
             logprobs=draw.choice((None, None, None, 2)),
         )
-        cases.append(Case(chat if draw.random() < 0.25 else text, params))
+        prompt: Prompt = chat if draw.random() < 0.25 else text
+        leaves_after = draw.randint(1, params.max_tokens) if draw.random() < 0.1 else None
+        cases.append(Case(prompt, params, leaves_after))
     return cases
 
 
@@ -103,6 +110,10 @@ async def stream(client: AsyncClient, number: int, case: Case, news: threading.E
         text.append(delta.text)
         times.append(time.monotonic())
         news.set()
+        if case.leaves_after is not None and len(tokens) >= case.leaves_after:
+            deltas.close()
+            outcome = Outcome(tokens[: case.leaves_after], "", "left", case.leaves_after)
+            return Streamed(number, outcome, times)
     end = await deltas.result()
     times.append(time.monotonic())
     news.set()
