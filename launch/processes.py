@@ -88,6 +88,8 @@ class ServiceProcess:
     @property
     def stopped(self) -> bool:
         """Whether someone has stopped it, by SIGSTOP or the like."""
+        if self.process.poll() is not None:
+            return False
         what = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.process.pid, what) is not None
 
