@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -46,31 +47,65 @@ def sample(logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor
     Returns:
         int64 [n].
     """
-    random = params.temperature > 0
-    filtered = random & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
-    if not random.any():
-        return logits.argmax(dim=-1)
-    any_filtered = bool(filtered.any())
-    rows, vocab = logits.shape
-    chunk = max(1, CHUNK_ELEMENTS // vocab)
+    filtered = filters(params)
     keys = stream_keys(params.seed, positions)
+    if not filtered.any():
+        return noisy_best(logits, params.temperature, keys)[1]
+    rows, vocab = logits.shape
     sampled = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
-        scores = temper(logits[part], params.temperature[part, None])
-        if any_filtered:
-            kept = filter_mask(
-                scores, params.top_k[part, None], params.top_p[part, None], params.min_p[part, None]
-            )
-            scores.masked_fill_(~kept, -torch.inf)
-        scores -= exponential_noise(keys[part], vocab).log_()
-        sampled[part] = torch.where(random[part, None], scores, logits[part].float()).argmax(-1)
+    for part in _parts(rows, vocab):
+        temperature = params.temperature[part]
+        kept = filter_mask(
+            temper(logits[part], temperature),
+            params.top_k[part, None],
+            params.top_p[part, None],
+            params.min_p[part, None],
+        )
+        left = logits[part].masked_fill(~kept, -torch.inf)
+        sampled[part] = noisy_best(left, temperature, keys[part])[1]
     return sampled
 
 
+def filters(params: SamplingTensors) -> Tensor:
+    """Which rows have a filter that matters: bool [n]."""
+    on = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
+    return on & (params.temperature > 0)
+
+
+def noisy_best(
+    logits: Tensor, temperature: Tensor, keys: Tensor, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The highest score + noise, or at temperature 0 logit, of each row: float32 [n], and its
+    column, int64 [n]. Column c is token first + c.
+
+    Args:
+        logits: [n, c].
+        temperature: [n].
+        keys: int64 [n], see `stream_keys`.
+    """
+    rows, columns = logits.shape
+    random = temperature > 0
+    if not random.any():
+        best, where = logits.max(dim=-1)
+        return best.float(), where
+    best = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    where = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    for part in _parts(rows, columns):
+        noisy = temper(logits[part], temperature[part])
+        noisy -= exponential_noise(keys[part], columns, first).log_()
+        values = torch.where(random[part, None], noisy, logits[part].float())
+        torch.max(values, dim=-1, out=(best[part], where[part]))
+    return best, where
+
+
 def temper(logits: Tensor, temperature: Tensor) -> Tensor:
-    """The scores float32 [n, vocab] of logits at the temperatures [n, 1]."""
-    return logits.float() * temperature.clamp_min(MIN_TEMPERATURE).reciprocal()
+    """The scores float32 [n, vocab] of logits at the temperatures [n]."""
+    return logits.float() * temperature[:, None].clamp_min(MIN_TEMPERATURE).reciprocal()
+
+
+def _parts(rows: int, columns: int) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS // columns)
+    return (slice(start, start + size) for start in range(0, rows, size))
 
 
 def filter_mask(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

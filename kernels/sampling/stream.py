@@ -19,17 +19,23 @@ def stream_keys(seed: Tensor, positions: Tensor) -> Tensor:
 
 
 def exponential_noise(keys: Tensor, vocab: int, first: int = 0) -> Tensor:
-    """Samples of Exp(1) for the tokens [first, first + vocab): float32 [n, vocab].
+    """Samples of Exp(1) for the tokens [first, first + vocab): float32 [n, vocab]."""
+    tokens = torch.arange(first, first + vocab, dtype=torch.int32, device=keys.device)
+    return exponential_noise_of(keys, tokens)
+
+
+def exponential_noise_of(keys: Tensor, tokens: Tensor) -> Tensor:
+    """Samples of Exp(1) for the tokens, int32 [c] or [n, c]: float32 [n, c].
 
     Their precision is relative: 2**-24 down to values of 2**-7, and below that steps of 2**-31.
     The least is 2**-32, so their logarithm is finite.
     """
-    bits = token_bits(keys, vocab, first).bitwise_and_(0x7FFFFFFF)
+    bits = token_bits(keys, tokens).bitwise_and_(0x7FFFFFFF)
     return bits.to(torch.float32).add_(0.5).mul_(-UNIT).log1p_().neg_()
 
 
-def token_bits(keys: Tensor, vocab: int, first: int = 0) -> Tensor:
-    """32 random bits for each row and each token of [first, first + vocab): int32 [n, vocab].
+def token_bits(keys: Tensor, tokens: Tensor) -> Tensor:
+    """32 random bits for each row and each of its tokens, int32 [c] or [n, c]: int32 [n, c].
 
     The hash is `lowbias32` (Wellons, "Prospecting for Hash Functions", with the constants found
     later by TheIronBorn), to which the two halves of the row's key are given: one at its start,
@@ -37,7 +43,6 @@ def token_bits(keys: Tensor, vocab: int, first: int = 0) -> Tensor:
     """
     low = (keys & 0xFFFFFFFF).to(torch.int32)[:, None]
     high = (keys >> 32).to(torch.int32)[:, None]
-    tokens = torch.arange(first, first + vocab, dtype=torch.int32, device=keys.device)
     bits = tokens ^ low
     bits ^= _shifted32(bits, 16)
     bits *= _signed32(0x21F0AAAD)

@@ -96,6 +96,7 @@ class Executor:
         device: torch.device,
     ) -> None:
         self._model = model
+        self._ids = model.head.ids
         self._backend = backend
         self._kv_cache = kv_cache
         self._device = device
@@ -140,7 +141,7 @@ class Executor:
             return self._sampled(plan.number, self._no_tokens, None, started)
         if self._graphs is not None and not len(batch.chunk_slots):
             token_ids, logits = self._graphs.replay(batch.decode_slots)
-            found = _logprobs(batch, logits, token_ids)
+            found = self._logprobs(batch, logits, token_ids)
             return self._sampled(plan.number, token_ids, found, started)
         inputs = self._inputs(batch)
         hidden = self._model.forward(
@@ -156,9 +157,10 @@ class Executor:
         logits = self._model.logits(hidden[inputs.sampling_tokens])
         # A sequence's length is the index of the token that comes next.
         positions = self._state.held.num_tokens[slots]
-        drawn = sample(logits, self._state.sampling(slots), positions)
+        drawn = sample(logits, self._state.sampling(slots), positions, self._ids)
         token_ids = self._ops.advance(self._state.held, slots, drawn)
-        return self._sampled(plan.number, token_ids, _logprobs(batch, logits, token_ids), started)
+        found = self._logprobs(batch, logits, token_ids)
+        return self._sampled(plan.number, token_ids, found, started)
 
     def _decode(self, slots: Tensor) -> Decoded:
         """A decode step that knows nothing from the host: see `graphs.Decode`."""
@@ -180,7 +182,7 @@ class Executor:
             self._kv_cache,
         )
         logits = self._model.logits(hidden)
-        token_ids = sample(logits, inputs.sampling, inputs.next_positions)
+        token_ids = sample(logits, inputs.sampling, inputs.next_positions, self._ids)
         return Decoded(self._ops.advance(self._state.held, slots, token_ids), logits)
 
     def _inputs(self, batch: Batch) -> _Inputs:
@@ -242,6 +244,15 @@ class Executor:
             )
         return Sampled(number, _to_host(token_ids), logprobs, started, _event(self._device))
 
+    def _logprobs(self, batch: Batch, logits: Tensor, token_ids: Tensor) -> SampledLogprobs | None:
+        rows = batch.wants_logprobs
+        if not rows:
+            return None
+        chosen = to_device(np.array([row for row, _ in rows]), logits.device)
+        most = min(max(count for _, count in rows), self._model.config.vocab_size)
+        ids, values = logprobs(logits[chosen], token_ids[chosen].long(), most, self._ids)
+        return SampledLogprobs(rows, ids.int(), values)
+
 
 class _Inputs(NamedTuple):
     """Of a step with T query tokens, s rows of which sample.
@@ -273,16 +284,6 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 def _to_host(x: Tensor) -> Tensor:
     # From CUDA this lands in pinned memory, else it could not go on by itself.
     return x.to("cpu", non_blocking=True)
-
-
-def _logprobs(batch: Batch, logits: Tensor, token_ids: Tensor) -> SampledLogprobs | None:
-    rows = batch.wants_logprobs
-    if not rows:
-        return None
-    chosen = to_device(np.array([row for row, _ in rows]), logits.device)
-    most = min(max(count for _, count in rows), logits.shape[1])
-    ids, values = logprobs(logits[chosen], token_ids[chosen].long(), most)
-    return SampledLogprobs(rows, ids.int(), values)
 
 
 def _rows(found: SampledLogprobs) -> list[RowLogprobs]:

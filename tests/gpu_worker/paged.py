@@ -73,10 +73,11 @@ class PagedSequences:
         tp: TensorParallel | None = None,
     ) -> None:
         self.model = model
+        self.tp = tp or TensorParallel()
         self.sequences = sequences
         self.block_size = block_size
         self.computed = [0] * len(sequences)
-        shape = attention_shape(model.config, tp or TensorParallel(), block_size)
+        shape = attention_shape(model.config, self.tp, block_size)
         most = -(-max(map(len, sequences)) // block_size)
         blocks = most * len(sequences)
         self.cache = allocate_kv_cache(model.config, shape, blocks, torch.float32, CPU)
@@ -106,7 +107,9 @@ class PagedSequences:
             hidden = self.model.forward(
                 torch.tensor(tokens), torch.tensor(positions), slots, attention, self.cache
             )
-            logits = self.model.logits(hidden)
+            logits = self.tp.all_gather(self.model.logits(hidden))[
+                :, : self.model.config.vocab_size
+            ]
         return dict(zip(order, torch.split(logits, lengths), strict=True))
 
     def run(self, chunk: int) -> list[Tensor]:

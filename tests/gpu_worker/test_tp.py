@@ -1,4 +1,4 @@
-"""Tensor parallelism over real processes (gloo): the same logits, on every rank."""
+"""Tensor parallelism over real processes (gloo): the same logits, and the same tokens drawn."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from nanovllm.kernels.sampling import reference
 from tests.checkpoints import read_model, write_checkpoint
-from tests.gpu_worker.paged import relative_error
+from tests.gpu_worker.paged import CPU, relative_error
 from tests.gpu_worker.tp_rank import (
+    LOGPROBS,
     SEQUENCES,
     SIZES,
     checkpoint_directory,
     logits_file,
+    logits_to_sample,
     run_rank,
+    samples_file,
 )
+from tests.kernels.drawn import KINDS, count_other, row_tensors
 
 # Two key/value heads unless said otherwise: with four ranks they are replicated.
 CASES: dict[str, dict[str, Any]] = {
@@ -61,3 +66,36 @@ def test_logits_equal_transformers_on_every_rank(root: Path, case: int, size: in
     found = [torch.load(logits_file(root, case, size, rank)) for rank in range(size)]
     assert relative_error(found[0], expected) < 1e-4
     assert all(torch.equal(logits, found[0]) for logits in found[1:])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", logits_to_sample())
+def test_every_rank_draws_the_reference_s_tokens(root: Path, name: str, size: int) -> None:
+    logits = logits_to_sample()[name]
+    found = [
+        torch.load(samples_file(root, size, rank), weights_only=False)[name] for rank in range(size)
+    ]
+    for others in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(others, found[0], strict=True))
+    params = row_tensors(list(KINDS.values()), 0, CPU)
+    positions = torch.arange(len(KINDS))
+    expected = reference.sample(logits, params, positions)
+    assert torch.equal(found[0].by_rows, expected)
+    assert torch.equal(found[0].of_few, expected[:3])
+    other = count_other(found[0].tokens, logits, params, positions)
+    # The edge of top-p falls on a token only where weights are equal.
+    assert other == 0 or name in ("ties", "equal")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logprobs_of_a_sharded_vocabulary(root: Path, size: int) -> None:
+    for name, found in torch.load(samples_file(root, size, 0), weights_only=False).items():
+        expected = logits_to_sample()[name].double().log_softmax(dim=-1)
+        torch.testing.assert_close(
+            found.logprobs.double(), expected.gather(1, found.logprob_ids), rtol=1e-5, atol=1e-5
+        )
+        assert torch.equal(found.logprob_ids[:, 0], found.tokens)
+        likeliest = expected.topk(LOGPROBS, dim=-1).values
+        torch.testing.assert_close(found.logprobs[:, 1:].double(), likeliest, rtol=1e-5, atol=1e-5)
+        distinct = [len(set(row)) for row in found.logprob_ids[:, 1:].tolist()]
+        assert distinct == [LOGPROBS] * len(distinct)

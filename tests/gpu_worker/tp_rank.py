@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.kernels.sampling import reference
+from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
+from nanovllm.services.gpu_worker.sampling import logprobs, sample
+from nanovllm.services.gpu_worker.vocab_parallel import sample_by_rows
 from tests.gpu_worker.paged import CPU, PagedSequences, load_model
+from tests.kernels.drawn import KINDS, row_tensors
 
 SIZES = (2, 4)
 SEQUENCES = [[3, 141, 59, 26, 5, 358, 97, 93, 238], list(range(60, 99)), [514]]
@@ -23,8 +31,59 @@ def logits_file(root: Path, case: int, size: int, rank: int) -> Path:
     return root / f"logits-{case}-{size}-{rank}.pt"
 
 
+def samples_file(root: Path, size: int, rank: int) -> Path:
+    return root / f"samples-{size}-{rank}.pt"
+
+
+def logits_to_sample() -> dict[str, Tensor]:
+    """Float32 [len(KINDS), 4003] each."""
+    random = torch.randn(len(KINDS), 4003, generator=torch.Generator().manual_seed(3))
+    sparse = random * 3
+    sparse[sparse < 4] = -torch.inf
+    return {
+        "flat": random * 0.3,
+        "peaked": random * 4,
+        "ties": (random * 2).round(),
+        "equal": torch.full_like(random, 1.25),
+        "mostly -inf": sparse,
+    }
+
+
+class Samples(NamedTuple):
+    """Of each logits in `logits_to_sample`: tokens, also as they are drawn on a GPU, of the first
+    rows alone, and their log-probabilities with those of the likeliest LOGPROBS."""
+
+    tokens: Tensor
+    by_rows: Tensor
+    of_few: Tensor
+    logprob_ids: Tensor
+    logprobs: Tensor
+
+
+LOGPROBS = 5
+
+
+def draw(tp: TensorParallel) -> dict[str, Samples]:
+    params = row_tensors(list(KINDS.values()), 0, CPU)
+    positions = torch.arange(len(KINDS))
+    found = {}
+    for name, logits in logits_to_sample().items():
+        shard = -(-logits.shape[1] // tp.size)
+        padded = F.pad(logits, (0, shard * tp.size - logits.shape[1]), value=-torch.inf)
+        local = padded[:, tp.rank * shard : (tp.rank + 1) * shard]
+        ids = VocabShard(tp, tp.rank * shard)
+        tokens = sample(local, params, positions, ids)
+        by_rows = sample_by_rows(local, params, positions, ids, reference.sample)
+        few = SamplingTensors(*(values[:3] for values in params))
+        of_few = sample(local[:3], few, positions[:3], ids)
+        probabilities = logprobs(local, tokens, LOGPROBS, ids)
+        found[name] = Samples(tokens, by_rows, of_few, *probabilities)
+    return found
+
+
 def run_rank(rank: int, root: Path, cases: int) -> None:
-    """Is this rank of every group that has it: writes the logits of SEQUENCES for each case."""
+    """Is this rank of every group that has it: writes the logits of SEQUENCES for each case, and
+    what it draws."""
     torch.set_num_threads(1)
     for size in SIZES:
         if rank >= size:
@@ -38,4 +97,5 @@ def run_rank(rank: int, root: Path, cases: int) -> None:
             model = load_model(checkpoint_directory(root, case), tp)
             found = PagedSequences(model, SEQUENCES, 16, tp).run(8)
             torch.save(torch.cat(found), logits_file(root, case, size, rank))
+        torch.save(draw(tp), samples_file(root, size, rank))
         tp.close()

@@ -13,9 +13,11 @@ from torch import Tensor
 from nanovllm.kernels.sampling import reference, stream
 from nanovllm.kernels.sampling.reference import SamplingTensors, filter_mask, sample
 from nanovllm.kernels.sampling.stream import exponential_noise, stream_keys, token_bits
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
 from nanovllm.services.gpu_worker.sampling import logprobs
 
 VOCAB = 301
+TOKENS = torch.arange(VOCAB, dtype=torch.int32)
 
 
 def parameters(
@@ -95,7 +97,7 @@ def test_the_stream_is_the_same_in_unsigned_arithmetic(pairs: list[tuple[int, in
     keys = stream_keys(torch.tensor(seeds), torch.tensor(positions))
     wanted = numpy_keys(seeds, positions)
     assert [key % 2**64 for key in keys.tolist()] == wanted
-    bits = token_bits(keys, VOCAB).numpy().view(np.uint32)
+    bits = token_bits(keys, TOKENS).numpy().view(np.uint32)
     tokens = np.arange(VOCAB, dtype=np.uint32)
     for found, key in zip(bits, wanted, strict=True):
         assert np.array_equal(found, numpy_bits(key, tokens))
@@ -144,7 +146,7 @@ def test_streams_of_neighbours_are_independent(by: str) -> None:
         ):
             assert abs(product.mean().item()) * 12 * samples**0.5 < 4.5
     # Every bit is as often set as not, and flips half the time from one key to the next.
-    bits = token_bits(keys, 500).numpy().view(np.uint32)
+    bits = token_bits(keys, torch.arange(500, dtype=torch.int32)).numpy().view(np.uint32)
     for words in (bits, bits[1:] ^ bits[:-1], bits[:, 1:] ^ bits[:, :-1]):
         for bit in range(32):
             share = ((words >> np.uint32(bit)) & 1).mean()
@@ -314,7 +316,7 @@ def test_logits_are_left_as_they_were_and_no_rows_give_none() -> None:
 def test_logprobs_are_the_chosen_ones_then_the_likeliest(k: int) -> None:
     logits = random_logits(6)
     chosen = torch.tensor([0, 300, 5, 7, 11, 13])
-    ids, values = logprobs(logits, chosen, k)
+    ids, values = logprobs(logits, chosen, k, VocabShard(TensorParallel(), 0))
     assert ids.shape == values.shape == (6, k + 1)
     wanted = logits.double().log_softmax(-1)
     torch.testing.assert_close(values.double(), wanted.gather(1, ids), rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanovllm.kernels.layers.linear import Norm
 from nanovllm.kernels.layers.ops import LayerOps
-from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
 
 
 class Factory(NamedTuple):
@@ -148,6 +148,7 @@ class VocabParallelMatrix:
         self.tp = tp
         self.shard = -(-vocab_size // tp.size)
         self.start = tp.rank * self.shard
+        self.ids = VocabShard(tp, self.start)
         self.rows = max(0, min(self.shard, vocab_size - self.start))
         self.weight = factory.empty(self.shard, width)
         self.weight[self.rows :].zero_()
@@ -162,9 +163,12 @@ class VocabParallelMatrix:
         return self.tp.all_reduce(rows.masked_fill(elsewhere[:, None], 0))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, width]. Returns [rows, vocab_size], the same on every rank."""
-        gathered = self.tp.all_gather(F.linear(hidden, self.weight))
-        return gathered[:, : self.vocab_size]
+        """hidden [rows, width]. Returns [rows, shard]: those of this rank's ids, and -inf where the
+        shard is padded."""
+        local = F.linear(hidden, self.weight)
+        if self.rows < self.shard:
+            local[:, self.rows :] = -torch.inf
+        return local
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
         shape = (self.vocab_size, self.weight.shape[1])

@@ -63,6 +63,12 @@ class TensorParallel:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """The maximum of all ranks' `x`, written into it and returned."""
+        if self.group is not None:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
     def all_gather(self, x: Tensor) -> Tensor:
         """All ranks' `x` [rows, columns] side by side: [rows, size * columns]."""
         if self.group is None:
@@ -71,6 +77,14 @@ class TensorParallel:
         dist.all_gather(parts, x, group=self.group)
         return torch.cat(parts, dim=-1)
 
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Of x [size, ...], part r goes to rank r; returns what came from each rank."""
+        if self.group is None:
+            return x
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=self.group)
+        return received
+
     def minimum(self, value: int, device: torch.device) -> int:
         """The least of all ranks' `value`, on the host (not for the step's path: it waits)."""
         if self.group is None:
@@ -78,6 +92,13 @@ class TensorParallel:
         least = torch.tensor(value, dtype=torch.int64, device=device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.group)
         return int(least.item())
+
+
+class VocabShard(NamedTuple):
+    """The token ids that this rank has logits of: from `first` on."""
+
+    tp: TensorParallel
+    first: int
 
 
 class LocalHeads(NamedTuple):

@@ -94,8 +94,8 @@ class Qwen3ForCausalLM:
         return self.ops.add_rms_norm(x, residual, self.norm)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden_size]. Returns [rows, vocab_size], the same on every rank: each
-        samples from the same numbers."""
+        """hidden [rows, hidden_size]. Returns [rows, shard], this rank's share of the vocabulary:
+        see `VocabParallelMatrix.logits`."""
         return self.head.logits(hidden)
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
