@@ -291,7 +291,8 @@ class Core:
                 Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
             )
             self.dispatcher.over(request)
-        self.quarantine.moved(request)
+        if self.quarantine.suspects.records:
+            self.quarantine.moved(request)
         self._has_news(request, size_of(delta))
 
     def submit_lost(self, now: float) -> None:
@@ -412,7 +413,8 @@ class Core:
             self.dispatcher.withdraw(request)
         if request.may_be_scheduled:
             self.ends.add(request.uid)
-        self.quarantine.moved(request)
+        if self.quarantine.suspects.records:
+            self.quarantine.moved(request)
 
     def _poison(self, request: Request, role: str) -> None:
         log.error("request %x is set aside: it brings down the %s", request.uid, role)

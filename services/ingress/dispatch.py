@@ -189,6 +189,6 @@ class Dispatcher:
 
     def _takes_more(self, peer: Peer) -> bool:
         in_hand = self.tokenizers[peer].in_hand
-        if self.suspects and any(map(self.suspects.must_be_alone, in_hand)):
+        if self.suspects.records and any(map(self.suspects.must_be_alone, in_hand)):
             return False
         return len(in_hand) < WINDOW

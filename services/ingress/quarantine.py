@@ -28,6 +28,7 @@ class Quarantine:
 
     Attributes:
         recalls: attempts, by uid, that the scheduler is to be told not to run.
+        suspects: of deaths of what comes after the tokenizers.
     """
 
     def __init__(
@@ -37,11 +38,11 @@ class Quarantine:
         poison: Callable[[Request, str], None],
     ) -> None:
         self.recalls: dict[int, int] = {}
+        self.suspects = Suspects()
         self._requests = requests
         self._dispatcher = dispatcher
         self._poison = poison
         self._deaths = Deaths()
-        self._suspects = Suspects()
         self._alone: Request | None = None
         # Whether nothing but `_alone` can have come to this life of the scheduler.
         self._scheduler_is_fresh = False
@@ -83,18 +84,17 @@ class Quarantine:
     # Suspects -----------------------------------------------------------------------------------
 
     def moved(self, request: Request) -> None:
-        """The request has new output, or is over: both can clear it."""
-        if not self._suspects:
-            return
+        """A request has new output, or is over: both can clear it. While there are no suspects it
+        need not be told."""
         if request.outcome is not None or request.stage is Stage.OVER:
-            self._suspects.forget(request.uid)
-        elif not self._suspects.got_to(request.uid, request.output.num_tokens):
+            self.suspects.forget(request.uid)
+        elif not self.suspects.got_to(request.uid, request.output.num_tokens):
             return
         self._isolate()
 
     def _suspect(self, life: Peer, in_hand: InHand) -> None:
         """A service died by itself, and had these in hand."""
-        suspects = self._dispatcher.suspects if life.role == "tokenizer" else self._suspects
+        suspects = self._dispatcher.suspects if life.role == "tokenizer" else self.suspects
         there = [self._requests[uid] for uid in in_hand.uids if uid in self._requests]
         log.warning("%s died by itself with %d requests in hand", life, len(in_hand.uids))
         for request in there:
@@ -106,7 +106,7 @@ class Quarantine:
 
     def _isolate(self) -> None:
         """Lets the next suspect run alone, and takes all others back; or lets all go on."""
-        uid = self._suspects.next()
+        uid = self.suspects.next()
         alone = None if uid is None else self._requests[uid]
         if alone is self._alone:
             return

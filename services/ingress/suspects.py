@@ -78,7 +78,10 @@ class Deaths:
 
 
 @dataclass(slots=True)
-class _Record:
+class Record:
+    """What speaks against a request: deaths that it was there at, and alone at; how many output
+    tokens it had at the latest; and how often it has been cleared."""
+
     deaths: int = 0
     alone: int = 0
     tokens: int = 0
@@ -86,41 +89,42 @@ class _Record:
 
 
 class Suspects:
-    """The suspects of services that do the same: tokenizers, or all that comes after them."""
+    """The suspects of services that do the same: tokenizers, or all that comes after them.
+
+    Attributes:
+        records: of each, by uid.
+    """
 
     def __init__(self) -> None:
-        self._records: dict[int, _Record] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._records)
+        self.records: dict[int, Record] = {}
 
     def was_there(self, uid: int, tokens: int, *, alone: bool) -> bool:
         """The request, with so many output tokens, was in hand at a death; returns whether it is
         guilty. Then others, but for those that were alone once, are suspects no more: they were
         only there."""
-        record = self._records.setdefault(uid, _Record())
+        record = self.records.setdefault(uid, Record())
         record.deaths += 1
         record.alone += alone
         record.tokens = tokens
         guilty = record.alone >= DEATHS_ALONE
         if guilty:
-            del self._records[uid]
-            self._records = {other: r for other, r in self._records.items() if r.alone}
+            del self.records[uid]
+            self.records = {other: r for other, r in self.records.items() if r.alone}
         return guilty
 
     def must_be_alone(self, uid: int) -> bool:
-        record = self._records.get(uid)
+        record = self.records.get(uid)
         return record is not None and record.deaths >= DEATHS
 
     def next(self) -> int | None:
         """Who is to run alone now: who was there most often, and of those the latest; what came
         last before a death is the likeliest reason."""
-        ranked = ((r.deaths, uid) for uid, r in self._records.items() if r.deaths >= DEATHS)
+        ranked = ((r.deaths, uid) for uid, r in self.records.items() if r.deaths >= DEATHS)
         return max(ranked, default=(0, None))[1]
 
     def got_to(self, uid: int, tokens: int) -> bool:
         """The request has so many output tokens now; returns whether that clears it."""
-        record = self._records.get(uid)
+        record = self.records.get(uid)
         if record is None or not record.deaths:
             return False
         if tokens < record.tokens + (CLEARING_TOKENS << record.clearings):
@@ -131,4 +135,4 @@ class Suspects:
 
     def forget(self, uid: int) -> None:
         """It is through, or over."""
-        self._records.pop(uid, None)
+        self.records.pop(uid, None)
