@@ -49,13 +49,12 @@ class Request:
     # The core's side ----------------------------------------------------------------------------
 
     def encoded(self, encoder: msgspec.msgpack.Encoder) -> bytes:
-        """The request as it is to be submitted now: a stream resumes after what it has."""
-        message = self.message
+        """The request as it is to be submitted now: a stream resumes after what it has, and one
+        that has nothing begins anew with the seed that it was told."""
+        sampling = msgspec.structs.replace(self.message.sampling, seed=self._seed)
+        message = msgspec.structs.replace(self.message, sampling=sampling)
         if self._token_ids:
-            sampling = msgspec.structs.replace(message.sampling, seed=self._seed)
-            message = msgspec.structs.replace(
-                message, sampling=sampling, resume_token_ids=self._token_ids
-            )
+            message.resume_token_ids = self._token_ids
         self._answered = False
         raw = encoder.encode(message)
         self._size = len(raw)
