@@ -51,7 +51,7 @@ INGRESS = Place("ingress", 0)
 ROLES = ("ingress", "scheduler", "gpu_worker", "tokenizer", "detokenizer")
 # How long an ingress that is born into a drain takes requests: clients of the one before find out,
 # and submit again what they had there.
-RESUME_S = 3.0
+RESUME_S = 5.0
 SCALABLE = ("tokenizer", "detokenizer")
 
 
