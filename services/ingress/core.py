@@ -247,6 +247,8 @@ class Core:
             return
         request.outcome = Error(id=request.id, code=message.code, message=message.message)
         self.dispatcher.over(request)
+        if self.quarantine.suspects.records:
+            self.quarantine.moved(request)
         self._has_news(request)
 
     def from_scheduler(self, message: SchedulerToIngress) -> None:

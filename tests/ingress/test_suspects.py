@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.links import Peer
-from nanovllm.messages import Admitted, Cancel, HandedOn, Lost, Tokenize, unpack
+from nanovllm.messages import Admitted, Cancel, HandedOn, Lost, Refused, Tokenize, unpack
 from nanovllm.protocol import Error, Finish
 from nanovllm.services.ingress.suspects import (
     CLEARING_TOKENS,
@@ -21,7 +21,7 @@ from nanovllm.services.ingress.suspects import (
     InHand,
     Suspects,
 )
-from tests.ingress.harness import INCARNATION, World, delta
+from tests.ingress.harness import INCARNATION, SCHEDULER, World, delta
 
 Guilt = Literal["", "tokenizer", "scheduler", "gpu_worker", "gpu_worker, late", "detokenizer"]
 GUILTS: tuple[Guilt, ...] = ("", "tokenizer", "scheduler", "gpu_worker", "gpu_worker, late")
@@ -234,6 +234,25 @@ def test_the_guilty_are_found_and_the_others_finish(
     disturbances = len(aborted) + pipeline.kills
     num_guilty = sum(map(bool, guilt))
     assert pipeline.crashes <= MOST_DEATHS * num_guilty + disturbances
+
+
+def test_a_suspect_that_is_refused_holds_nobody_back() -> None:
+    world = World()
+    first, second = world.start("a", "b")
+    for incarnation in range(DEATHS):
+        worker = Peer("gpu_worker", 0, 1 + incarnation)
+        uids = np.array([first.uid, second.uid], dtype="<i8").tobytes()
+        world.core.from_scheduler(Lost(worker.role, 0, worker.incarnation, uids, others=False))
+        world.core.quarantine.crashed(worker)
+    assert world.core.quarantine.recalls == {first.uid: 1}, "the latest runs alone"
+    assert world.tokenizes() == []
+    world.core.scheduler_down(SCHEDULER)
+    world.core.scheduler_up(Peer("scheduler", 0, 99), reborn=True)
+    (alone,) = world.tokenizes()
+    assert alone.uid == second.uid
+    world.core.from_tokenizer(Refused(alone.uid, alone.attempt, "internal", "no"), now=0.0)
+    (other,) = world.tokenizes()
+    assert other.uid == first.uid, "it is the other's turn, though nobody has read the error"
 
 
 @given(
