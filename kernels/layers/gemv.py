@@ -40,7 +40,8 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning | None = No
     outputs = len(weight) // 2 if around.gated else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     norm, residual = around.norm, around.residual
-    padded = triton.next_power_of_2(rows)
+    # Few kernels, since each has to be compiled.
+    padded = 1 if rows == 1 else max(4, triton.next_power_of_2(rows))
     tuning = tuning or choose_tuning(padded, outputs, around.gated)
     _linear[(triton.cdiv(outputs, tuning.outputs),)](
         x,
@@ -65,12 +66,13 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning | None = No
 
 
 def choose_tuning(rows: int, outputs: int, gated: bool) -> Tuning:
-    """The fastest on an H200 (`benchmarks.kernels`). `rows` is a power of two."""
+    """The fastest on an H200 (`benchmarks.kernels`), at 1 and 4 rows."""
+    alone = rows == 1
     if gated:
-        return Tuning(outputs=rows, warps=1 if rows <= 2 else 2)
+        return Tuning(outputs=1, warps=1) if alone else Tuning(outputs=4, warps=2)
     if outputs <= NARROW:
-        return Tuning(outputs=2, warps=8 if rows == 1 else 4)
-    return Tuning(outputs=2, warps=1) if rows <= 2 else Tuning(outputs=8, warps=2)
+        return Tuning(outputs=2, warps=8 if alone else 4)
+    return Tuning(outputs=2, warps=1) if alone else Tuning(outputs=8, warps=2)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -15,7 +15,7 @@ from nanovllm.kernels.attention.choose import choose
 from nanovllm.messages import Admission, Sampling, StepPlan, pack
 from nanovllm.services.gpu_worker import memory
 from nanovllm.services.gpu_worker.executor import Executor
-from nanovllm.services.gpu_worker.graphs import graph_sizes
+from nanovllm.services.gpu_worker.graphs import CudaCapture, Sizes, graph_sizes
 from nanovllm.services.gpu_worker.model.kv_cache import (
     allocate_kv_cache,
     attention_shape,
@@ -125,9 +125,8 @@ def load(
         memory.check_room_for_one(num_blocks, settings, size, remedy)
         loaded = executor(num_blocks)
         if graphs:
-            loaded.capture_graphs(
-                graph_sizes(settings.max_num_seqs), partial(progress, "capturing graphs")
-            )
+            sizes = graph_sizes(settings.max_num_seqs, settings.max_prefill_tokens)
+            loaded.capture_graphs(sizes, CudaCapture(device), partial(progress, "capturing graphs"))
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
@@ -171,15 +170,16 @@ def _blocks_on_cuda(
 def _bytes_of_graphs(executor: Executor, settings: Settings, device: torch.device) -> int:
     """What all graphs together will hold. Two are captured to find out: the largest, with the
     temporaries that all share, and one more."""
-    sizes = graph_sizes(settings.max_num_seqs)
-    free: list[int] = []
+    sizes = graph_sizes(settings.max_num_seqs, settings.max_prefill_tokens)
+    free = [torch.cuda.mem_get_info(device)[0]]
 
     def look(done: int, total: int) -> None:
         torch.cuda.empty_cache()
         free.append(torch.cuda.mem_get_info(device)[0])
 
-    executor.capture_graphs(sizes[-2:], look)
-    return free[0] - free[1] + (len(sizes) - 1) * (free[1] - free[-1])
+    two = Sizes(sizes.decodes[-1:], sizes.mixed[-1:])
+    executor.capture_graphs(two, CudaCapture(device), look)
+    return free[0] - free[2] + (sizes.total - 1) * (free[2] - free[3])
 
 
 def largest_steps(settings: Settings) -> list[StepPlan]:

@@ -11,22 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.attention.interface import (
-    AttentionBackend,
-    AttentionMetadata,
-    LayerCache,
-)
-from nanovllm.kernels.slots.ops import choose_slot_ops
+from nanovllm.kernels.attention.interface import AttentionBackend, LayerCache
 from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, pack
-from nanovllm.services.gpu_worker.device_state import DeviceState, columns_to_device, to_device
-from nanovllm.services.gpu_worker.graphs import Decoded, DecodeGraphs
+from nanovllm.services.gpu_worker.device_state import DeviceState, to_device
+from nanovllm.services.gpu_worker.graphs import Capture, Sizes, StepGraphs
+from nanovllm.services.gpu_worker.layout import Layout, columns
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence
 from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
-from nanovllm.services.gpu_worker.sampling import logprobs, sample
+from nanovllm.services.gpu_worker.sampling import logprobs
 from nanovllm.services.gpu_worker.slots import Batch, SlotTable
+from nanovllm.services.gpu_worker.steps import Decoded, Lengths, Steps
 from nanovllm.settings import Settings
 
 
@@ -95,37 +91,41 @@ class Executor:
         settings: Settings,
         device: torch.device,
     ) -> None:
-        self._model = model
         self._ids = model.head.ids
-        self._backend = backend
-        self._kv_cache = kv_cache
+        self._vocab_size = model.config.vocab_size
+        self._logits_like = model.head.weight
         self._device = device
-        self._settings = settings
-        self._block_size = settings.kvcache_block_size
         self.slots = SlotTable(settings.max_num_seqs)
         # The last block belongs to no sequence.
         spare_block = len(kv_cache[0].k) - 1
-        self._state = DeviceState(
-            settings.max_num_seqs, blocks_per_sequence(settings), spare_block, device
-        )
-        self._ops = choose_slot_ops(device)
-        self._row_numbers = torch.arange(
-            settings.max_num_seqs + 1, dtype=torch.int32, device=device
-        )
-        self._no_tokens = torch.empty(0, dtype=torch.int32, device=device)
-        self._graphs: DecodeGraphs | None = None
+        max_blocks = blocks_per_sequence(settings)
+        self._state = DeviceState(settings.max_num_seqs, max_blocks, spare_block, device)
+        self._steps = Steps(model, backend, kv_cache, self._state, settings, device)
+        self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
-    def capture_graphs(self, sizes: Sequence[int], progress: Callable[[int, int], None]) -> None:
-        """From here on, steps of decodes alone are replayed. CUDA only.
+    def capture_graphs(
+        self, sizes: Sizes, capture: Capture, progress: Callable[[int, int], None]
+    ) -> None:
+        """From here on, steps are replayed where one of these sizes has room for them.
 
         Args:
-            sizes: see `DecodeGraphs`; the last one is `max_num_seqs`.
+            capture: turns a step into what replays it.
             progress: told how many graphs are captured, of how many.
         """
-        self._graphs = DecodeGraphs(
-            self._decode, sizes, self._state.padding_slot, self._device, progress
-        )
+        steps = self._steps
+        rows = max(sizes.decodes[-1], *(layout.samples for layout in sizes.mixed))
+        # One for all graphs: else each would keep its own.
+        logits = self._logits_like.new_empty(rows, len(self._logits_like))
+
+        def decode(slots: Tensor) -> Decoded:
+            return steps.decode(slots, logits[: len(slots)])
+
+        def mixed(columns: Tensor, layout: Layout) -> Decoded:
+            return steps.mixed(columns, layout, steps.bounds(layout), logits[: layout.samples])
+
+        nobodys = self._state.padding_slot
+        self._graphs = StepGraphs(decode, mixed, sizes, nobodys, self._device, capture, progress)
 
     def reset(self) -> None:
         """Empties all slots."""
@@ -138,97 +138,15 @@ class Executor:
         started = _event(self._device)
         self._state.update(batch)
         if not len(batch.query_lens):
-            return self._sampled(plan.number, self._no_tokens, None, started)
-        if self._graphs is not None and not len(batch.chunk_slots):
-            token_ids, logits = self._graphs.replay(batch.decode_slots)
-            found = self._logprobs(batch, logits, token_ids)
-            return self._sampled(plan.number, token_ids, found, started)
-        inputs = self._inputs(batch)
-        hidden = self._model.forward(
-            inputs.token_ids,
-            inputs.positions,
-            inputs.slot_mapping,
-            self._backend.prepare(inputs.attention),
-            self._kv_cache,
-        )
-        slots = inputs.sampling_slots
-        if not len(slots):
-            return self._sampled(plan.number, self._no_tokens, None, started)
-        logits = self._model.logits(hidden[inputs.sampling_tokens])
-        # A sequence's length is the index of the token that comes next.
-        positions = self._state.held.num_tokens[slots]
-        drawn = sample(logits, self._state.sampling(slots), positions, self._ids)
-        token_ids = self._ops.advance(self._state.held, slots, drawn)
-        found = self._logprobs(batch, logits, token_ids)
-        return self._sampled(plan.number, token_ids, found, started)
-
-    def _decode(self, slots: Tensor) -> Decoded:
-        """A decode step that knows nothing from the host: see `graphs.Decode`."""
-        inputs = self._ops.gather(self._state.held, slots, self._block_size)
-        n = len(slots)
-        attention = AttentionMetadata(
-            num_decodes=n,
-            query_lens=np.ones(n, dtype=np.int32),
-            context_lens=np.full(n, self._settings.max_model_len, dtype=np.int32),
-            cu_seqlens_q=self._row_numbers[: n + 1],
-            cache_seqlens=inputs.context_lens,
-            block_tables=inputs.block_tables,
-        )
-        hidden = self._model.forward(
-            inputs.token_ids,
-            inputs.positions,
-            inputs.slot_mapping,
-            self._backend.prepare(attention),
-            self._kv_cache,
-        )
-        logits = self._model.logits(hidden)
-        token_ids = sample(logits, inputs.sampling, inputs.next_positions, self._ids)
-        return Decoded(self._ops.advance(self._state.held, slots, token_ids), logits)
-
-    def _inputs(self, batch: Batch) -> _Inputs:
-        decodes, state = len(batch.decode_slots), self._state.held
-        (
-            row_slots,
-            chunk_token_slots,
-            chunk_tokens,
-            chunk_positions,
-            chunk_contexts,
-            query_lens,
-            sampling_rows,
-        ) = columns_to_device(
-            (
-                np.concatenate((batch.decode_slots, batch.chunk_slots)),
-                np.repeat(batch.chunk_slots, batch.query_lens[decodes:]),
-                batch.chunk_tokens,
-                batch.chunk_positions,
-                batch.context_lens[decodes:],
-                batch.query_lens,
-                batch.sampling_rows,
-            ),
-            self._device,
-        )
-        decode_slots = row_slots[:decodes]
-        decode_contexts = state.num_tokens[decode_slots]
-        positions = torch.cat((decode_contexts - 1, chunk_positions))
-        token_slots = torch.cat((decode_slots, chunk_token_slots))
-        blocks = state.block_tables[token_slots, positions // self._block_size].long()
-        ends = query_lens.cumsum(0)
-        columns = -(-int(batch.context_lens.max()) // self._block_size)
-        return _Inputs(
-            token_ids=torch.cat((state.last_tokens[decode_slots], chunk_tokens)),
-            positions=positions,
-            slot_mapping=blocks * self._block_size + positions % self._block_size,
-            sampling_tokens=ends[sampling_rows] - 1,
-            sampling_slots=row_slots[sampling_rows],
-            attention=AttentionMetadata(
-                num_decodes=decodes,
-                query_lens=batch.query_lens,
-                context_lens=batch.context_lens,
-                cu_seqlens_q=F.pad(ends, (1, 0)).int(),
-                cache_seqlens=torch.cat((decode_contexts, chunk_contexts)).int(),
-                block_tables=state.block_tables[:, :columns].index_select(0, row_slots),
-            ),
-        )
+            return self._sampled(plan.number, self._steps.no_tokens, None, started)
+        decoded = None if self._graphs is None else self._graphs.replay(batch)
+        if decoded is None:
+            layout = Layout.of(batch)
+            flat = to_device(columns(batch, layout, self._state.padding_slot), self._device)
+            lengths = Lengths(batch.query_lens, batch.context_lens)
+            decoded = self._steps.mixed(flat, layout, lengths)
+        found = self._logprobs(batch, decoded.logits, decoded.token_ids)
+        return self._sampled(plan.number, decoded.token_ids, found, started)
 
     def _sampled(
         self,
@@ -249,26 +167,9 @@ class Executor:
         if not rows:
             return None
         chosen = to_device(np.array([row for row, _ in rows]), logits.device)
-        most = min(max(count for _, count in rows), self._model.config.vocab_size)
+        most = min(max(count for _, count in rows), self._vocab_size)
         ids, values = logprobs(logits[chosen], token_ids[chosen].long(), most, self._ids)
         return SampledLogprobs(rows, ids.int(), values)
-
-
-class _Inputs(NamedTuple):
-    """Of a step with T query tokens, s rows of which sample.
-
-    Attributes:
-        token_ids, positions: int64 [T].
-        slot_mapping: int64 [T], where each token's key and value go: block * block_size + offset.
-        sampling_tokens, sampling_slots: int64 [s]; the rows' last query tokens, and their slots.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
-    sampling_tokens: Tensor
-    sampling_slots: Tensor
-    attention: AttentionMetadata
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:

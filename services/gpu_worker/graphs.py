@@ -1,100 +1,176 @@
-"""CUDA graphs of whole decode steps: from the slots that decode to their sampled tokens.
+"""CUDA graphs of whole steps: from what the host says of a step to its sampled tokens.
 
-A graph is captured for a fixed number of rows. A step with fewer is padded with rows of a slot that
-belongs to nobody. All graphs share one pool of memory, since only one runs at a time; so what a
-replay returns holds until the next one.
+A graph is captured for a fixed number of rows and tokens. A step with fewer is padded with rows of
+a slot that belongs to nobody. All graphs share one pool of memory, since only one runs at a time;
+so what a replay returns holds until the next one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.services.gpu_worker.slots import Int32s
+from nanovllm.services.gpu_worker.layout import Layout, columns
+from nanovllm.services.gpu_worker.slots import Batch, Int32s
+from nanovllm.services.gpu_worker.steps import Decoded
+
+# Prefill chunks in a step that is replayed, at most.
+MAX_CHUNKS = 32
+FEWEST_CHUNK_TOKENS = 128
 
 
-class Decoded(NamedTuple):
-    """Of n rows: token_ids int32 [n], and the logits [n, local vocabulary] they were drawn from."""
+class Sizes(NamedTuple):
+    """The steps to capture: numbers of decodes, and layouts of mixed steps; ascending."""
 
-    token_ids: Tensor
-    logits: Tensor
+    decodes: Sequence[int]
+    mixed: Sequence[Layout]
 
-
-Decode = Callable[[Tensor], Decoded]
-"""A decode step of the slots int64 [n] on the device."""
-
-
-class _Graph(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    decoded: Decoded
+    @property
+    def total(self) -> int:
+        return len(self.decodes) + len(self.mixed)
 
 
-class DecodeGraphs:
-    """Captured decode steps.
+Replay = Callable[[], Decoded]
+Capture = Callable[[Callable[[], Decoded]], Replay]
+
+
+class StepGraphs:
+    """Captured steps.
 
     Args:
-        decode: what is captured. It may neither wait for the device nor read from it.
-        sizes: numbers of rows to capture, in ascending order.
-        padding: the slot that belongs to nobody.
+        decode: a step of the slots int64 [n] that all decode.
+        mixed: a step with prefill chunks; takes `layout.columns` on the device, and their layout.
+        nobodys: the slot that belongs to nobody.
+        capture: turns a step into what replays it.
         progress: told how many graphs are captured, of how many.
     """
 
     def __init__(
         self,
-        decode: Decode,
-        sizes: Sequence[int],
-        padding: int,
+        decode: Callable[[Tensor], Decoded],
+        mixed: Callable[[Tensor, Layout], Decoded],
+        sizes: Sizes,
+        nobodys: int,
         device: torch.device,
+        capture: Capture,
         progress: Callable[[int, int], None],
     ) -> None:
-        self._sizes = np.array(sizes)
-        self._padding = padding
-        self._slots = torch.full((sizes[-1],), padding, dtype=torch.int64, device=device)
-        self._host_slots = np.full(sizes[-1], padding, dtype=np.int64)
-        self._graphs: dict[int, _Graph] = {}
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        progress(0, len(sizes))
-        with torch.cuda.stream(stream):
-            for done, size in enumerate(reversed(sizes), 1):
-                slots = self._slots[:size]
-                decode(slots)  # compiles kernels, which a capture may not
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool)
-                decoded = decode(slots)
-                graph.capture_end()
-                self._graphs[size] = _Graph(graph, decoded)
-                progress(done, len(sizes))
-        torch.cuda.current_stream(device).wait_stream(stream)
+        self._decode_sizes = np.array(sizes.decodes)
+        self._nobodys = nobodys
+        most = sizes.decodes[-1]
+        self._slots = torch.full((most,), nobodys, dtype=torch.int64, device=device)
+        self._host_slots = np.full(most, nobodys, dtype=np.int64)
+        self._columns: dict[Layout, Tensor] = {}
+        for layout in sizes.mixed:
+            self._columns[layout] = torch.from_numpy(columns(_NOTHING, layout, nobodys)).to(device)
+        self._decodes: dict[int, Replay] = {}
+        self._mixed: dict[Layout, Replay] = {}
+        progress(0, sizes.total)
+        # The largest first: it needs the most of the memory that they share.
+        for done, layout in enumerate(reversed(sizes.mixed), 1):
+            self._mixed[layout] = capture(partial(mixed, self._columns[layout], layout))
+            progress(done, sizes.total)
+        for done, size in enumerate(reversed(sizes.decodes), 1 + len(sizes.mixed)):
+            self._decodes[size] = capture(partial(decode, self._slots[:size]))
+            progress(done, sizes.total)
 
-    def replay(self, slots: Int32s) -> Decoded:
-        """Enqueues the decode step of `slots` int32 [n], n no more than the largest size."""
+    def replay(self, batch: Batch) -> Decoded | None:
+        """Enqueues the step, if it has been captured."""
+        if not len(batch.chunk_slots):
+            return self._replay_decodes(batch.decode_slots)
+        layout = self._room_for(Layout.of(batch))
+        if layout is None:
+            return None
+        self._columns[layout].copy_(
+            _pinned(columns(batch, layout, self._nobodys)), non_blocking=True
+        )
+        return _first(self._mixed[layout](), len(batch.sampling_rows))
+
+    def _replay_decodes(self, slots: Int32s) -> Decoded:
         n = len(slots)
-        size = int(self._sizes[np.searchsorted(self._sizes, n)])
+        size = int(self._decode_sizes[np.searchsorted(self._decode_sizes, n)])
         if (
             not np.array_equal(self._host_slots[:n], slots)
-            or (self._host_slots[n:size] != self._padding).any()
+            or (self._host_slots[n:size] != self._nobodys).any()
         ):
             self._host_slots[:n] = slots
-            self._host_slots[n:size] = self._padding
-            # Pinned memory comes from torch's cache, which keeps it until the copy is done.
-            pinned = torch.from_numpy(self._host_slots[:size]).pin_memory()
-            self._slots[:size].copy_(pinned, non_blocking=True)
-        captured = self._graphs[size]
-        captured.graph.replay()
-        return Decoded(captured.decoded.token_ids[:n], captured.decoded.logits[:n])
+            self._host_slots[n:size] = self._nobodys
+            self._slots[:size].copy_(_pinned(self._host_slots[:size]), non_blocking=True)
+        return _first(self._decodes[size](), n)
+
+    def _room_for(self, needed: Layout) -> Layout | None:
+        """The smallest layout that has room."""
+        return next(
+            (
+                layout
+                for layout in self._columns
+                if all(have >= need for have, need in zip(layout, needed, strict=True))
+            ),
+            None,
+        )
 
 
-def graph_sizes(most: int) -> list[int]:
-    """Numbers of rows to capture, in ascending order up to `most`.
+class CudaCapture:
+    """Captures steps, all of which share a pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, step: Callable[[], Decoded]) -> Replay:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            step()  # compiles kernels, which a capture may not
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(self._pool)
+            decoded = step()
+            graph.capture_end()
+        current.wait_stream(self._stream)
+
+        def replay() -> Decoded:
+            graph.replay()
+            return decoded
+
+        return replay
+
+
+def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
+    """The steps to capture.
 
     A row too many costs a few µs of a step, of which at 64 rows there are thousands, but a graph
-    costs a tenth of a second at start. So there are few, and steps grow with the size.
+    costs some hundredths of a second at start. So there are few, and steps grow with the size.
+    Mixed steps, which are longer, are padded by up to as many tokens as they have.
     """
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 32)]
-    return [size for size in sizes if size < most] + [most]
+    decodes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
+    tokens = FEWEST_CHUNK_TOKENS
+    mixed: list[Layout] = []
+    while not mixed or tokens < 2 * max_prefill_tokens:
+        fitting = min(tokens, max_prefill_tokens)
+        mixed += [
+            Layout(rows, MAX_CHUNKS, fitting, rows + MAX_CHUNKS)
+            for rows in [*(r for r in (8, 64, 256) if r < max_num_seqs), max_num_seqs]
+        ]
+        tokens *= 2
+    return Sizes([size for size in decodes if size < max_num_seqs] + [max_num_seqs], mixed)
+
+
+def _first(decoded: Decoded, rows: int) -> Decoded:
+    return Decoded(decoded.token_ids[:rows], decoded.logits[:rows])
+
+
+def _pinned(array: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+    """For a copy that nobody waits for. Pinned memory comes from torch's cache, which keeps it
+    until the copy is done."""
+    host = torch.from_numpy(array)
+    return host.pin_memory() if torch.cuda.is_available() else host.clone()
+
+
+_NO_ROWS = np.empty(0, dtype=np.int32)
+_NOTHING = Batch([], _NO_ROWS.reshape(0, 3), *[_NO_ROWS] * 10)

@@ -1,8 +1,9 @@
-"""CUDA graphs: the numbers of rows that are captured, and steps replayed against steps launched."""
+"""Steps that are replayed: which are captured, how others fit into them, and what they sample."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,19 +14,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.checkpoint import ModelConfig
+from nanovllm.kernels.attention.by_phase import ByPhaseBackend
+from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
+from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
 from nanovllm.messages import Sampling
 from nanovllm.services.gpu_worker import bring_up
-from nanovllm.services.gpu_worker.graphs import graph_sizes
+from nanovllm.services.gpu_worker.executor import Executor
+from nanovllm.services.gpu_worker.graphs import MAX_CHUNKS, Sizes, graph_sizes
+from nanovllm.services.gpu_worker.layout import Layout
+from nanovllm.services.gpu_worker.model.kv_cache import allocate_kv_cache, attention_shape
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.services.gpu_worker.steps import Decoded
 from nanovllm.settings import Settings
 from tests.checkpoints import write_checkpoint
-from tests.gpu_worker.plans import Request, outputs, random_schedule
+from tests.gpu_worker.paged import CPU, load_model
+from tests.gpu_worker.plans import Request, Scheduled, outputs, random_schedule
 
 SETTINGS = Settings(
     device="cuda",
     dtype="float32",
     max_num_seqs=40,
     max_num_batched_tokens=512,
+    max_prefill_tokens=200,
     max_model_len=256,
     num_kvcache_blocks=400,
     kvcache_block_size=16,
@@ -33,23 +43,27 @@ SETTINGS = Settings(
 )
 
 
-@given(st.integers(1, 2000))
-def test_a_step_of_many_rows_is_hardly_padded(most: int) -> None:
-    sizes = graph_sizes(most)
-    assert sizes[0] == 1
-    assert sizes[-1] == most
-    for size, larger in pairwise(sizes):
+@given(st.integers(1, 2000), st.integers(1, 10_000))
+def test_a_step_is_hardly_padded(max_num_seqs: int, max_prefill_tokens: int) -> None:
+    sizes = graph_sizes(max_num_seqs, max_prefill_tokens)
+    assert sizes.decodes[0] == 1
+    assert sizes.decodes[-1] == max_num_seqs
+    for size, larger in pairwise(sizes.decodes):
         assert size < larger <= max(size + 8, size * 1.25)
+    tokens = sorted({layout.tokens for layout in sizes.mixed})
+    assert tokens[-1] == max_prefill_tokens
+    assert all(larger <= 2 * size for size, larger in pairwise(tokens))
+    for layout in sizes.mixed:
+        assert layout.samples == layout.decodes + MAX_CHUNKS
+    assert max_num_seqs in {layout.decodes for layout in sizes.mixed}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_replayed_steps_sample_what_launched_steps_do(tmp_path: Path) -> None:
-    directory = write_checkpoint(tmp_path / "checkpoint", vocab_size=515, head_dim=64)
-    rng = random.Random(3)
-    requests = [
+def random_requests(count: int, longest_output: int, seed: int) -> list[Request]:
+    rng = random.Random(seed)
+    return [
         Request(
-            rng.choices(range(515), k=rng.choice((1, 16, 17, 100))),
-            rng.randint(1, 60),
+            rng.choices(range(515), k=rng.choice((1, 16, 17, 60))),
+            rng.randint(1, longest_output),
             Sampling(
                 temperature=rng.choice((0.0, 0.8)),
                 top_p=rng.choice((0.7, 1.0)),
@@ -59,8 +73,63 @@ def test_replayed_steps_sample_what_launched_steps_do(tmp_path: Path) -> None:
                 logprobs=rng.choice((None, 3)),
             ),
         )
-        for n in range(60)
+        for n in range(count)
     ]
+
+
+def execute(on: Executor, schedule: list[Scheduled], requests: int) -> list[list[int]]:
+    sampled = [on.step(plan) for plan, _ in schedule]
+    for step in sampled:
+        step.wait()
+    return outputs(schedule, [step.result(busy_us=0, at_us=0) for step in sampled], requests)
+
+
+class RunAgain:
+    """A double of a CUDA graph, for want of a GPU: a replay runs the step once more, on the buffers
+    that it was captured with. Counts them."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def __call__(self, step: Callable[[], Decoded]) -> Callable[[], Decoded]:
+        step()
+
+        def replay() -> Decoded:
+            self.replays += 1
+            return step()
+
+        return replay
+
+
+def test_padded_steps_sample_what_exact_ones_do(tmp_path: Path) -> None:
+    directory = write_checkpoint(
+        tmp_path / "checkpoint", vocab_size=515, num_hidden_layers=1, num_attention_heads=4
+    )
+    used = msgspec.structs.replace(SETTINGS, max_num_seqs=5, max_model_len=96)
+    requests = random_requests(8, 6, seed=4)
+    schedule = random_schedule(
+        requests, random.Random(2), slots=5, blocks=40, block_size=16, largest_chunk=25
+    )
+    model = load_model(directory)
+    shape = attention_shape(model.config, TensorParallel(), 16)
+    backend = ByPhaseBackend(TritonDecodeBackend(shape), TritonPrefillBackend(shape))
+    capture = RunAgain()
+    found = []
+    for replayed in (True, False):
+        cache = allocate_kv_cache(model.config, shape, 40, torch.float32, CPU)
+        executor = Executor(model, backend, cache, used, CPU)
+        if replayed:
+            mixed = [Layout(5, 3, tokens, 8) for tokens in (30, 60)]
+            executor.capture_graphs(Sizes([2, 5], mixed), capture, lambda done, total: None)
+        found.append(execute(executor, schedule, len(requests)))
+    assert found[0] == found[1]
+    assert len(schedule) // 2 < capture.replays < len(schedule), "some steps fit, and some do not"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_replayed_steps_sample_what_launched_steps_do(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "checkpoint", vocab_size=515, head_dim=64)
+    requests = random_requests(60, 60, seed=3)
     schedule = random_schedule(
         requests, random.Random(1), slots=40, blocks=400, block_size=16, largest_chunk=50
     )
@@ -70,9 +139,5 @@ def test_replayed_steps_sample_what_launched_steps_do(tmp_path: Path) -> None:
         config = ModelConfig.from_checkpoint(directory)
         device = torch.device("cuda", 0)
         loaded = bring_up.load(directory, config, used, device, TensorParallel(), lambda *_: None)
-        sampled = [loaded.executor.step(plan) for plan, _ in schedule]
-        for step in sampled:
-            step.wait()
-        results = [step.result(busy_us=0, at_us=0) for step in sampled]
-        found.append(outputs(schedule, results, len(requests)))
+        found.append(execute(loaded.executor, schedule, len(requests)))
     assert found[0] == found[1]

@@ -162,10 +162,10 @@ class VocabParallelMatrix:
         rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         return self.tp.all_reduce(rows.masked_fill(elsewhere[:, None], 0))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, width]. Returns [rows, shard]: those of this rank's ids, and -inf where the
-        shard is padded."""
-        local = F.linear(hidden, self.weight)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [rows, width]. Returns [rows, shard], in `out` if given: those of this rank's ids,
+        and -inf where the shard is padded."""
+        local = torch.mm(hidden, self.weight.t(), out=out)
         if self.rows < self.shard:
             local[:, self.rows :] = -torch.inf
         return local

@@ -93,10 +93,10 @@ class Qwen3ForCausalLM:
             x, residual = layer.forward(x, residual, rotation, slot_mapping, attention, cache)
         return self.ops.add_rms_norm(x, residual, self.norm)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [rows, hidden_size]. Returns [rows, shard], this rank's share of the vocabulary:
         see `VocabParallelMatrix.logits`."""
-        return self.head.logits(hidden)
+        return self.head.logits(hidden, out)
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         """Every tensor that the checkpoint must have, and where this rank's part goes."""

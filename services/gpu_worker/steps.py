@@ -1,0 +1,149 @@
+"""A step on the device: from slots and columns to sampled tokens. Nothing is read back from it, and
+no shape depends on a value there, so that it can be captured in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.attention.interface import (
+    AttentionBackend,
+    AttentionMetadata,
+    LayerCache,
+)
+from nanovllm.kernels.slots.ops import choose_slot_ops
+from nanovllm.services.gpu_worker.device_state import DeviceState
+from nanovllm.services.gpu_worker.layout import Layout
+from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from nanovllm.services.gpu_worker.sampling import sample
+from nanovllm.services.gpu_worker.slots import Int32s
+from nanovllm.settings import Settings
+
+
+class Decoded(NamedTuple):
+    """Of n rows: token_ids int32 [n], and the logits [n, local vocabulary] they were drawn from."""
+
+    token_ids: Tensor
+    logits: Tensor
+
+
+class Lengths(NamedTuple):
+    """Query and context lengths of the rows of a step, int32 [rows] on the host, or bounds of
+    them."""
+
+    query: Int32s
+    context: Int32s
+
+
+class Steps:
+    """Runs the model over one rank's slots and cache."""
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        backend: AttentionBackend,
+        kv_cache: Sequence[LayerCache],
+        state: DeviceState,
+        settings: Settings,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._kv_cache = kv_cache
+        self._state = state
+        self._block_size = settings.kvcache_block_size
+        self._max_model_len = settings.max_model_len
+        self._ops = choose_slot_ops(device)
+        self._row_numbers = torch.arange(
+            settings.max_num_seqs + 1, dtype=torch.int32, device=device
+        )
+        self.no_tokens = torch.empty(0, dtype=torch.int32, device=device)
+
+    def bounds(self, layout: Layout) -> Lengths:
+        """What no step of this layout goes beyond."""
+        rows = layout.decodes + layout.chunks
+        query = np.ones(rows, dtype=np.int32)
+        query[layout.decodes :] = layout.tokens
+        return Lengths(query, np.full(rows, self._max_model_len, dtype=np.int32))
+
+    def decode(self, slots: Tensor, logits_out: Tensor) -> Decoded:
+        """Slots int64 [n] decode.
+
+        Args:
+            logits_out: [n, local vocabulary], where to write the logits.
+        """
+        n = len(slots)
+        inputs = self._ops.gather(self._state.held, slots, self._block_size)
+        lengths = self.bounds(Layout(n, 0, 0, n))
+        attention = AttentionMetadata(
+            num_decodes=n,
+            query_lens=lengths.query,
+            context_lens=lengths.context,
+            cu_seqlens_q=self._row_numbers[: n + 1],
+            cache_seqlens=inputs.context_lens,
+            block_tables=inputs.block_tables,
+        )
+        hidden = self._model.forward(
+            inputs.token_ids,
+            inputs.positions,
+            inputs.slot_mapping,
+            self._backend.prepare(attention),
+            self._kv_cache,
+        )
+        logits = self._model.logits(hidden, logits_out)
+        token_ids = sample(logits, inputs.sampling, inputs.next_positions, self._model.head.ids)
+        return Decoded(self._ops.advance(self._state.held, slots, token_ids), logits)
+
+    def mixed(
+        self, columns: Tensor, layout: Layout, lengths: Lengths, logits_out: Tensor | None = None
+    ) -> Decoded:
+        """Slots decode while prompts are computed, or only one of the two.
+
+        Args:
+            columns: int64, see `layout.columns`.
+            logits_out: [layout.samples, local vocabulary], where to write the logits, if given.
+        """
+        held, decodes, block_size = self._state.held, layout.decodes, self._block_size
+        (
+            row_slots,
+            chunk_token_slots,
+            chunk_tokens,
+            chunk_positions,
+            chunk_contexts,
+            starts,
+            sampling_tokens,
+            sampling_slots,
+        ) = torch.split(columns, list(layout.lengths))
+        decode_slots = row_slots[:decodes]
+        decode_contexts = held.num_tokens[decode_slots]
+        positions = torch.cat((decode_contexts - 1, chunk_positions))
+        token_slots = torch.cat((decode_slots, chunk_token_slots))
+        blocks = held.block_tables[token_slots, positions // block_size].long()
+        used_columns = -(-int(lengths.context.max()) // block_size)
+        attention = AttentionMetadata(
+            num_decodes=decodes,
+            query_lens=lengths.query,
+            context_lens=lengths.context,
+            cu_seqlens_q=starts.int(),
+            cache_seqlens=torch.cat((decode_contexts, chunk_contexts)).int(),
+            block_tables=held.block_tables[:, :used_columns].index_select(0, row_slots),
+        )
+        hidden = self._model.forward(
+            torch.cat((held.last_tokens[decode_slots], chunk_tokens)),
+            positions,
+            blocks * block_size + positions % block_size,
+            self._backend.prepare(attention),
+            self._kv_cache,
+        )
+        if not layout.samples:
+            return Decoded(self.no_tokens, hidden[:0])
+        logits = self._model.logits(hidden[sampling_tokens], logits_out)
+        # A sequence's length is the index of the token that comes next.
+        next_positions = held.num_tokens[sampling_slots]
+        params = self._state.sampling(sampling_slots)
+        token_ids = sample(logits, params, next_positions, self._model.head.ids)
+        return Decoded(self._ops.advance(held, sampling_slots, token_ids), logits)
