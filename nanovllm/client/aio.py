@@ -34,7 +34,7 @@ class AsyncClient:
         self._loop = asyncio.get_running_loop()
         self._watched: Sequence[int] = ()
         self._timer: asyncio.TimerHandle | None = None
-        self._waiting: dict[Ticket, asyncio.Future[None]] = {}
+        self._waiting: dict[Ticket, set[asyncio.Future[None]]] = {}
         self._closed = False
         self._connection = Connection(endpoint, timeout, self._watch)
 
@@ -136,9 +136,7 @@ class AsyncClient:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-        for waiting in self._waiting.values():
-            waiting.set_exception(RuntimeError("the client is closed"))
-        self._waiting.clear()
+        self._wake(*self._waiting)
         self._connection.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -148,12 +146,30 @@ class AsyncClient:
         await self.close()
 
     async def _changed(self, ticket: Ticket) -> None:
-        """Waits until `ticket` has changed."""
-        waiting = self._waiting[ticket] = self._loop.create_future()
-        try:
-            await waiting
-        finally:
-            self._waiting.pop(ticket, None)
+        """Waits until `ticket` has changed.
+
+        Raises RuntimeError if the client is closed first.
+        """
+        if not self._closed:
+            waiting = self._loop.create_future()
+            waiters = self._waiting.setdefault(ticket, set())
+            waiters.add(waiting)
+            try:
+                await waiting
+            finally:
+                waiters.remove(waiting)
+                if not waiters:
+                    del self._waiting[ticket]
+        if self._closed and not ticket.ended:
+            if (task := asyncio.current_task()) is not None:
+                task.add_done_callback(_retrieve)
+            raise RuntimeError("the client is closed")
+
+    def _wake(self, *tickets: Ticket) -> None:
+        for ticket in tickets:
+            for waiting in self._waiting.get(ticket, ()):
+                if not waiting.done():
+                    waiting.set_result(None)
 
     def _abandon(self, request: Request) -> None:
         """Aborts a request; its reader is gone."""
@@ -162,10 +178,7 @@ class AsyncClient:
             self._pump()
 
     def _pump(self) -> None:
-        for ticket in self._connection.pump():
-            waiting = self._waiting.get(ticket)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(None)
+        self._wake(*self._connection.pump())
         if self._timer is not None:
             self._timer.cancel()
         wait = self._connection.core.wait_s(time.monotonic())
@@ -179,6 +192,13 @@ class AsyncClient:
         for descriptor in descriptors:
             self._loop.add_reader(descriptor, self._pump)
         self._watched = descriptors
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Of a task that the client's end has ended: whoever awaits it is told, and asyncio does not
+    complain if nobody does."""
+    if not task.cancelled():
+        task.exception()
 
 
 class AsyncStream(AsyncIterator[Delta]):

@@ -160,3 +160,38 @@ def test_closing_the_client_tells_those_who_wait() -> None:
 
     with ingress(some_then_silence) as double:
         run(test)
+
+
+def test_closing_the_client_ends_tasks_that_nobody_awaits(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whether they wait, are about to go on, or have not begun; asyncio finds nothing to log."""
+
+    async def test() -> None:
+        client = AsyncClient(double.endpoint)
+        stream = client.generate("x", stream=True)
+        tasks = [asyncio.create_task(anext(stream)), asyncio.create_task(stream.result())]
+        await tasks[0]
+        tasks.append(asyncio.create_task(client.generate("y")))
+        await client.close()
+        await asyncio.wait(tasks)
+        assert [task.done() for task in tasks] == [True] * 3
+        del tasks
+        gc.collect()
+
+    with ingress(some_then_silence) as double:
+        run(test)
+    assert caplog.records == []
+
+
+def test_two_tasks_may_wait_for_one_stream() -> None:
+    async def test() -> None:
+        async with AsyncClient(double.endpoint) as client:
+            stream = client.generate("x", SamplingParams(max_tokens=5), stream=True)
+            whole = asyncio.create_task(stream.result())
+            tokens = [token async for delta in stream for token in delta.token_ids]
+            assert (await whole).token_ids == tokens
+            assert len(tokens) == 5
+
+    with ingress(answer_in_full) as double:
+        run(test)
