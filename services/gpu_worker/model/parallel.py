@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,15 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from nanovllm.checkpoint import ModelConfig
+from nanovllm.services.gpu_worker.group import GroupBroken
 
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
     """This rank's place in its group. With size 1 (the default) collectives do nothing.
 
-    All ranks must make the same calls in the same order with the same shapes.
+    All ranks must make the same calls in the same order with the same shapes. A call raises
+    GroupBroken where it fails, as it does when another rank is gone.
     """
 
     rank: int = 0
@@ -35,14 +38,14 @@ class TensorParallel:
                 collective.
             device: this rank's device, which collectives run on.
 
-        Raises:
-            torch.distributed.DistError: if the others do not come in time.
+        Raises GroupBroken if the others do not come, or not in time.
         """
         if sys.platform == "linux":
             # Else gloo binds to whatever the host's name resolves to, if it does.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         on_cuda = device.type == "cuda"
-        dist.init_process_group(
+        _together(
+            dist.init_process_group,
             backend="nccl" if on_cuda else "gloo",
             store=store,
             rank=rank,
@@ -60,13 +63,13 @@ class TensorParallel:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, written into it and returned."""
         if self.group is not None:
-            dist.all_reduce(x, group=self.group)
+            _together(dist.all_reduce, x, group=self.group)
         return x
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """The maximum of all ranks' `x`, written into it and returned."""
         if self.group is not None:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+            _together(dist.all_reduce, x, op=dist.ReduceOp.MAX, group=self.group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -74,7 +77,7 @@ class TensorParallel:
         if self.group is None:
             return x
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x, group=self.group)
+        _together(dist.all_gather, parts, x, group=self.group)
         return torch.cat(parts, dim=-1)
 
     def all_to_all(self, x: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ class TensorParallel:
         if self.group is None:
             return x
         received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=self.group)
+        _together(dist.all_to_all_single, received, x, group=self.group)
         return received
 
     def minimum(self, value: int, device: torch.device) -> int:
@@ -90,8 +93,19 @@ class TensorParallel:
         if self.group is None:
             return value
         least = torch.tensor(value, dtype=torch.int64, device=device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.group)
+        _together(dist.all_reduce, least, op=dist.ReduceOp.MIN, group=self.group)
         return int(least.item())
+
+
+def _together(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Makes a call that all ranks must make."""
+    try:
+        call(*args, **kwargs)
+    except RuntimeError as error:  # gloo and NCCL have no narrower one in common
+        reason = str(error).splitlines()[0]
+        raise GroupBroken(
+            f"a rank of this tensor-parallel group does not answer: {reason}"
+        ) from error
 
 
 class VocabShard(NamedTuple):
