@@ -29,8 +29,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.sampling.device_stream import LN_2, gumbel, row_key, token_bits
+from nanovllm.kernels.sampling.order import (
+    LAST,
+    LOWEST,
+    before,
+    bound,
+    contest,
+    draw_before,
+    from_ordered,
+    ordered,
+    page,
+    standing,
+)
 from nanovllm.kernels.sampling.reference import MIN_TEMPERATURE, SamplingTensors
-from nanovllm.kernels.sampling.stream import UNIT
 
 
 class Tuning(NamedTuple):
@@ -129,14 +141,6 @@ def sample(
 
 
 _MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
-_UNIT = tl.constexpr(UNIT)
-_LN_2 = tl.constexpr(0.6931471805599453)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's
-_LAST = tl.constexpr(0x7FFFFFFF)  # an id after all others
-# The bound by groups' maxima is good enough once no more than so many reach it beyond k.
-_SLACK = tl.constexpr(8)
-_BISECTIONS = tl.constexpr(32)
 
 
 @triton.jit(do_not_specialize=["tiles_each"])
@@ -169,7 +173,7 @@ def _scan(
     bounded = (top_k > 0) | (min_p > 0)
     filtered = random & (bounded | (top_p < 1))
     noisy = random & (bounded == 0)
-    low, high = _row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
+    low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
 
     tile_groups = tl.arange(0, TILE)
     within = tile_groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -185,7 +189,7 @@ def _scan(
         if filtered:
             groups = tile * TILE + tile_groups
             tl.store(maxima + groups, tl.max(values, 1) * scale, mask=groups < num_groups)
-        best, best_id = _contest(values, scale, ids, best, best_id, noisy, low, high)
+        best, best_id = contest(values, scale, ids, best, best_id, noisy, low, high)
     out = row * tl.num_programs(1) + chunk
     tl.store(best_ptr + out, best)
     tl.store(best_ids_ptr + out, best_id)
@@ -229,12 +233,12 @@ def _choose(
     parts = tl.arange(0, CHUNKS)
     present = parts < chunks
     best = tl.load(best_ptr + row * chunks + parts, mask=present, other=float("-inf"))
-    best_ids = tl.load(best_ids_ptr + row * chunks + parts, mask=present, other=_LAST)
-    token = tl.min(tl.where(best == tl.max(best, 0), best_ids, _LAST), 0)
+    best_ids = tl.load(best_ids_ptr + row * chunks + parts, mask=present, other=LAST)
+    token = tl.min(tl.where(best == tl.max(best, 0), best_ids, LAST), 0)
 
     if (temperature > 0) & (bounded | (top_p < 1)):
         scale = _scale(temperature)
-        low, high = _row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
+        low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
         logits = logits_ptr + row.to(tl.int64) * stride
         num_groups = tl.cdiv(vocab, GROUP)
         groups = tl.arange(0, GROUPS)
@@ -244,13 +248,13 @@ def _choose(
             other=float("-inf"),
         )
         most = tl.max(maxima, 0)
-        min_p_floor = most + tl.log2(tl.where(min_p > 0, min_p, 1.0)) * _LN_2
-        min_p_floor = tl.where(min_p > 0, min_p_floor, _LOWEST)
+        min_p_floor = most + tl.log2(tl.where(min_p > 0, min_p, 1.0)) * LN_2
+        min_p_floor = tl.where(min_p > 0, min_p_floor, LOWEST)
         # No kept token is below the floor; and as top-p is of the mass that top-k leaves, all of
         # that is above it.
-        floor = tl.where(top_p < 1, _LOWEST, min_p_floor)
+        floor = tl.where(top_p < 1, LOWEST, min_p_floor)
         if top_k > 0:
-            floor = tl.maximum(floor, _bound(maxima, most, top_k))
+            floor = tl.maximum(floor, bound(maxima, most, top_k))
         reach = (maxima >= floor) & (maxima > float("-inf"))
         place = tl.cumsum(reach.to(tl.int32), 0) - 1
         num_listed = tl.sum(reach.to(tl.int32), 0)
@@ -264,7 +268,7 @@ def _choose(
         if bounded:
             start = 0
             while (start < num_listed) & (gathered <= CANDIDATES):
-                scores, ids = _page(
+                scores, ids = page(
                     logits, vocab, scale, listed, start, num_listed, num_groups, GATHER, GROUP
                 )
                 scores = tl.reshape(scores, [GATHER * GROUP])
@@ -282,7 +286,7 @@ def _choose(
             lanes = tl.arange(0, CANDIDATES)
             inside = lanes < gathered
             scores = tl.load(candidates + lanes, mask=inside, other=float("-inf"))
-            ids = tl.load(candidate_ids + lanes, mask=inside, other=_LAST)
+            ids = tl.load(candidate_ids + lanes, mask=inside, other=LAST)
             ranks = tl.zeros([CANDIDATES], tl.int32)
             likelier = tl.zeros([CANDIDATES], tl.float32)
             for first in range(0, gathered, PAIRS):
@@ -290,8 +294,8 @@ def _choose(
                 other_scores = tl.load(
                     candidates + others, mask=others < gathered, other=float("-inf")
                 )
-                other_ids = tl.load(candidate_ids + others, mask=others < gathered, other=_LAST)
-                ahead = _before(
+                other_ids = tl.load(candidate_ids + others, mask=others < gathered, other=LAST)
+                ahead = before(
                     other_scores[None, :], other_ids[None, :], scores[:, None], ids[:, None]
                 )
                 weights = tl.exp(other_scores - most)[None, :]
@@ -301,11 +305,11 @@ def _choose(
             total = tl.sum(tl.where(in_top_k, tl.exp(scores - most), 0.0), 0)
             in_top_p = likelier < tl.where(top_p < 1, top_p * total, float("inf"))
             kept = in_top_k & ((in_top_p & (scores >= min_p_floor)) | (ranks == 0))
-            noisy = tl.where(kept, scores + _gumbel(_bits(low, high, ids)), float("-inf"))
-            found = tl.min(tl.where(kept & (noisy == tl.max(noisy, 0)), ids, _LAST), 0)
-            token = tl.where(found < _LAST, found, token)
+            noisy = tl.where(kept, scores + gumbel(token_bits(low, high, ids)), float("-inf"))
+            found = tl.min(tl.where(kept & (noisy == tl.max(noisy, 0)), ids, LAST), 0)
+            token = tl.where(found < LAST, found, token)
         else:
-            held, total = _ahead(
+            held, total = standing(
                 logits,
                 vocab,
                 scale,
@@ -313,26 +317,26 @@ def _choose(
                 num_listed,
                 num_groups,
                 floor,
-                _LAST,
+                LAST,
                 most,
                 PAGE,
                 GROUP,
             )
             cut = tl.maximum(floor, min_p_floor)
             if (top_k > 0) & (held > top_k):
-                lower = _ordered(floor).to(tl.int64)
-                upper = _ordered(most).to(tl.int64) + 1
+                lower = ordered(floor).to(tl.int64)
+                upper = ordered(most).to(tl.int64) + 1
                 while upper - lower > 1:
                     middle = (lower + upper) >> 1
-                    reaching, mass = _ahead(
+                    reaching, mass = standing(
                         logits,
                         vocab,
                         scale,
                         listed,
                         num_listed,
                         num_groups,
-                        _from_ordered(middle.to(tl.int32)),
-                        _LAST,
+                        from_ordered(middle.to(tl.int32)),
+                        LAST,
                         most,
                         PAGE,
                         GROUP,
@@ -340,22 +344,22 @@ def _choose(
                     enough = reaching >= top_k
                     lower = tl.where(enough, middle, lower)
                     upper = tl.where(enough, upper, middle)
-                kth = _from_ordered(lower.to(tl.int32))
-                above, mass = _ahead(
+                kth = from_ordered(lower.to(tl.int32))
+                above, mass = standing(
                     logits, vocab, scale, listed, num_listed, num_groups, kth, -1, most, PAGE, GROUP
                 )
                 total = mass + (top_k - above) * tl.exp(kth - most)
                 cut = tl.maximum(cut, kth)
 
             # `_scan` has drawn from all tokens unless the row is bounded.
-            drawn = tl.where(bounded, _LAST, token)
+            drawn = tl.where(bounded, LAST, token)
             score = tl.load(logits + token).to(tl.float32) * scale
             score = tl.where(bounded, float("-inf"), score)
             searching = 1
             while searching > 0:
                 kept = score >= cut
                 if kept & ((top_k > 0) | (top_p < 1)):
-                    rank, mass = _ahead(
+                    rank, mass = standing(
                         logits,
                         vocab,
                         scale,
@@ -375,7 +379,7 @@ def _choose(
                     token = drawn
                     searching = 0
                 else:
-                    drawn = _draw_before(
+                    drawn = draw_before(
                         logits,
                         vocab,
                         scale,
@@ -391,204 +395,12 @@ def _choose(
                         GROUP,
                     )
                     # Without NaNs there always is one.
-                    searching = tl.where(drawn < _LAST, 1, 0)
-                    score = tl.load(logits + tl.where(drawn < _LAST, drawn, 0)).to(tl.float32)
+                    searching = tl.where(drawn < LAST, 1, 0)
+                    score = tl.load(logits + tl.where(drawn < LAST, drawn, 0)).to(tl.float32)
                     score = score * scale
     tl.store(sampled_ptr + row, token.to(tl.int64))
 
 
 @triton.jit
-def _bound(maxima, most, k):
-    """A score that at least k of the groups' maxima reach, and not many more; float32's lowest if
-    fewer than k are finite."""
-    finite = maxima > float("-inf")
-    reaching = tl.sum(finite.to(tl.int32), 0)
-    least = tl.min(tl.where(finite, maxima, most), 0)
-    lower = tl.where(reaching >= k, least, _LOWEST)
-    upper = tl.where(reaching >= k, most, _LOWEST)
-    step = 0
-    while (reaching > k + _SLACK) & (step < _BISECTIONS):
-        middle = lower + (upper - lower) * 0.5
-        count = tl.sum((maxima >= middle).to(tl.int32), 0)
-        enough = count >= k
-        lower = tl.where(enough, middle, lower)
-        upper = tl.where(enough, upper, middle)
-        reaching = tl.where(enough, count, reaching)
-        step += 1
-    return lower
-
-
-@triton.jit
-def _page(
-    logits,
-    vocab,
-    scale,
-    listed,
-    start,
-    num_listed,
-    num_groups,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Scores and token ids [PAGE, GROUP] of the listed groups from `start` on; -inf beyond."""
-    at = start + tl.arange(0, PAGE)
-    present = at < num_listed
-    # Where all groups are listed, nothing needs to wait for the list.
-    to_read = tl.where(num_listed < num_groups, num_listed, 0)
-    groups = tl.load(listed + at, mask=at < to_read, other=0)
-    groups = tl.where(num_listed < num_groups, groups, at)
-    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = present[:, None] & (ids < vocab)
-    scores = tl.load(logits + ids, mask=inside, other=float("-inf")).to(tl.float32) * scale
-    return scores, ids
-
-
-@triton.jit
-def _before(scores, ids, than_scores, than_ids):
-    """Which come before the others in the order (score descending, id ascending)."""
-    return (scores > than_scores) | ((scores == than_scores) & (ids < than_ids))
-
-
-@triton.jit
-def _ahead(
-    logits,
-    vocab,
-    scale,
-    listed,
-    num_listed,
-    num_groups,
-    score,
-    token,
-    most,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """How many listed tokens come before (score, token), and the sum of their weights, relative to
-    that of the highest score."""
-    counts = tl.zeros([PAGE], tl.int32)
-    masses = tl.zeros([PAGE], tl.float32)
-    for start in range(0, num_listed, PAGE):
-        scores, ids = _page(
-            logits, vocab, scale, listed, start, num_listed, num_groups, PAGE, GROUP
-        )
-        ahead = _before(scores, ids, score, token) & (scores > float("-inf"))
-        counts += tl.sum(ahead.to(tl.int32), 1)
-        masses += tl.sum(tl.where(ahead, tl.exp(scores - most), 0.0), 1)
-    return tl.sum(counts, 0), tl.sum(masses, 0)
-
-
-@triton.jit
-def _draw_before(
-    logits,
-    vocab,
-    scale,
-    listed,
-    num_listed,
-    num_groups,
-    cut,
-    score,
-    token,
-    low,
-    high,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """The one with the highest score + noise of the listed tokens that come before (score, token)
-    and reach `cut`; _LAST if there are none."""
-    best = float("-inf")
-    best_id = _LAST
-    for start in range(0, num_listed, PAGE):
-        scores, ids = _page(
-            logits, vocab, scale, listed, start, num_listed, num_groups, PAGE, GROUP
-        )
-        eligible = _before(scores, ids, score, token) & (scores >= cut)
-        scores = tl.where(eligible, scores, float("-inf"))
-        best, best_id = _contest(scores, 1.0, ids, best, best_id, True, low, high)
-    return best_id
-
-
-@triton.jit
-def _contest(logits, scale, ids, best, best_id, noisy, low, high):
-    """The best score so far, or if `noisy` score + noise, and its token, after these contested it.
-
-    Most tokens cannot win, whatever the exact value of their noise -log(E): as E = -log(1 - u) is
-    at least u, one whose u is above exp(score - best) cannot. Two logarithms are saved so.
-    """
-    if noisy:
-        # Of the 31 bits of u, with a little more for all that is rounded.
-        more = 31.001 - best * _LOG2_E + tl.abs(best) * 1e-6
-        room = tl.exp2(tl.fma(logits, tl.zeros_like(logits) + scale * _LOG2_E, more))
-        promising = tl.max(tl.max((_bits(low, high, ids) < room).to(tl.int32), 1), 0) > 0
-    else:
-        promising = tl.max(tl.max(logits, 1), 0) * scale > best
-    if promising:
-        scores = logits * scale
-        if noisy:
-            scores = scores + _gumbel(_bits(low, high, ids))
-        highest = tl.max(tl.max(scores, 1), 0)
-        if highest > best:
-            best = highest
-            best_id = tl.min(tl.min(tl.where(scores == highest, ids, _LAST), 1), 0)
-    return best, best_id
-
-
-@triton.jit
-def _ordered(x):
-    """An int32 for each float32, in the same order."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _from_ordered(bits):
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _scale(temperature):
     return tl.div_rn(1.0, tl.maximum(temperature, _MIN_TEMPERATURE))
-
-
-# The random stream: see stream.py ----------------------------------------------------------------
-
-
-@triton.jit
-def _row_key(seed, position):
-    key = _mix64(_mix64(seed.to(tl.uint64)) + position.to(tl.uint64))
-    return (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
-
-
-@triton.jit
-def _mix64(x):
-    x = x + 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def _bits(low, high, tokens):
-    """The 31 random bits of each token, as float32."""
-    bits = tokens.to(tl.uint32) ^ low
-    bits = bits ^ (bits >> 16)
-    bits = bits * 0x21F0AAAD
-    bits = bits ^ high
-    bits = bits ^ (bits >> 15)
-    bits = bits * 0xD35A2D97
-    bits = bits ^ (bits >> 15)
-    return (bits & 0x7FFFFFFF).to(tl.float32)
-
-
-@triton.jit
-def _gumbel(bits):
-    """-log(exponential_noise), to 1e-6."""
-    u = (bits + 0.5) * _UNIT
-    # -log(1 - u), of which 1 - u rounded would leave too little where u is small: there it is u
-    # times the Chebyshev interpolation of -log(1 - u) / u over [0, 1/4], good to 4e-8.
-    series = 0.33863464 * u + 0.14463115
-    series = series * u + 0.25764420
-    series = series * u + 0.33287035
-    series = series * u + 0.50001008
-    series = series * u + 0.99999996
-    exponential = tl.where(u < 0.25, series * u, tl.log2(1.0 - u) * -_LN_2)
-    return tl.log2(exponential) * -_LN_2

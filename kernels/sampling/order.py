@@ -1,0 +1,161 @@
+"""What a kernel does with a row's tokens in the order (score descending, id ascending).
+
+A row's tokens are read by pages of its listed groups: those in which tokens may be kept.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nanovllm.kernels.sampling.device_stream import gumbel, token_bits
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's
+LAST = tl.constexpr(0x7FFFFFFF)  # an id after all others
+LOG2_E = tl.constexpr(1.4426950408889634)
+# The bound by groups' maxima is good enough once no more than so many reach it beyond k.
+_SLACK = tl.constexpr(8)
+_BISECTIONS = tl.constexpr(32)
+
+
+@triton.jit
+def bound(maxima, most, k):
+    """A score that at least k of the groups' maxima reach, and not many more; float32's lowest if
+    fewer than k are finite."""
+    finite = maxima > float("-inf")
+    reaching = tl.sum(finite.to(tl.int32), 0)
+    least = tl.min(tl.where(finite, maxima, most), 0)
+    lower = tl.where(reaching >= k, least, LOWEST)
+    upper = tl.where(reaching >= k, most, LOWEST)
+    step = 0
+    while (reaching > k + _SLACK) & (step < _BISECTIONS):
+        middle = lower + (upper - lower) * 0.5
+        count = tl.sum((maxima >= middle).to(tl.int32), 0)
+        enough = count >= k
+        lower = tl.where(enough, middle, lower)
+        upper = tl.where(enough, upper, middle)
+        reaching = tl.where(enough, count, reaching)
+        step += 1
+    return lower
+
+
+@triton.jit
+def page(
+    logits,
+    vocab,
+    scale,
+    listed,
+    start,
+    num_listed,
+    num_groups,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Scores and token ids [PAGE, GROUP] of the listed groups from `start` on; -inf beyond."""
+    at = start + tl.arange(0, PAGE)
+    present = at < num_listed
+    # Where all groups are listed, nothing needs to wait for the list.
+    to_read = tl.where(num_listed < num_groups, num_listed, 0)
+    groups = tl.load(listed + at, mask=at < to_read, other=0)
+    groups = tl.where(num_listed < num_groups, groups, at)
+    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = present[:, None] & (ids < vocab)
+    scores = tl.load(logits + ids, mask=inside, other=float("-inf")).to(tl.float32) * scale
+    return scores, ids
+
+
+@triton.jit
+def before(scores, ids, than_scores, than_ids):
+    """Which come before the others in the order (score descending, id ascending)."""
+    return (scores > than_scores) | ((scores == than_scores) & (ids < than_ids))
+
+
+@triton.jit
+def standing(
+    logits,
+    vocab,
+    scale,
+    listed,
+    num_listed,
+    num_groups,
+    score,
+    token,
+    most,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """How many listed tokens come before (score, token), and the sum of their weights, relative to
+    that of the highest score."""
+    counts = tl.zeros([PAGE], tl.int32)
+    masses = tl.zeros([PAGE], tl.float32)
+    for start in range(0, num_listed, PAGE):
+        scores, ids = page(logits, vocab, scale, listed, start, num_listed, num_groups, PAGE, GROUP)
+        ahead = before(scores, ids, score, token) & (scores > float("-inf"))
+        counts += tl.sum(ahead.to(tl.int32), 1)
+        masses += tl.sum(tl.where(ahead, tl.exp(scores - most), 0.0), 1)
+    return tl.sum(counts, 0), tl.sum(masses, 0)
+
+
+@triton.jit
+def draw_before(
+    logits,
+    vocab,
+    scale,
+    listed,
+    num_listed,
+    num_groups,
+    cut,
+    score,
+    token,
+    low,
+    high,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The one with the highest score + noise of the listed tokens that come before (score, token)
+    and reach `cut`; LAST if there are none."""
+    best = float("-inf")
+    best_id = LAST
+    for start in range(0, num_listed, PAGE):
+        scores, ids = page(logits, vocab, scale, listed, start, num_listed, num_groups, PAGE, GROUP)
+        eligible = before(scores, ids, score, token) & (scores >= cut)
+        scores = tl.where(eligible, scores, float("-inf"))
+        best, best_id = contest(scores, 1.0, ids, best, best_id, True, low, high)
+    return best_id
+
+
+@triton.jit
+def contest(logits, scale, ids, best, best_id, noisy, low, high):
+    """The best score so far, or if `noisy` score + noise, and its token, after these contested it.
+
+    Most tokens cannot win, whatever the exact value of their noise -log(E): as E = -log(1 - u) is
+    at least u, one whose u is above exp(score - best) cannot. Two logarithms are saved so.
+    """
+    if noisy:
+        # Of the 31 bits of u, with a little more for all that is rounded.
+        more = 31.001 - best * LOG2_E + tl.abs(best) * 1e-6
+        room = tl.exp2(tl.fma(logits, tl.zeros_like(logits) + scale * LOG2_E, more))
+        promising = tl.max(tl.max((token_bits(low, high, ids) < room).to(tl.int32), 1), 0) > 0
+    else:
+        promising = tl.max(tl.max(logits, 1), 0) * scale > best
+    if promising:
+        scores = logits * scale
+        if noisy:
+            scores = scores + gumbel(token_bits(low, high, ids))
+        highest = tl.max(tl.max(scores, 1), 0)
+        if highest > best:
+            best = highest
+            best_id = tl.min(tl.min(tl.where(scores == highest, ids, LAST), 1), 0)
+    return best, best_id
+
+
+@triton.jit
+def ordered(x):
+    """An int32 for each float32, in the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def from_ordered(bits):
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
