@@ -28,7 +28,7 @@ from nanovllm.services.gpu_worker.steps import Decoded
 from nanovllm.settings import Settings
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import CPU, load_model
-from tests.gpu_worker.plans import Request, Scheduled, outputs, random_schedule
+from tests.gpu_worker.plans import Request, Scheduled, floats, outputs, random_schedule
 
 SETTINGS = Settings(
     device="cuda",
@@ -141,3 +141,35 @@ def test_replayed_steps_sample_what_launched_steps_do(tmp_path: Path) -> None:
         loaded = bring_up.load(directory, config, used, device, TensorParallel(), lambda *_: None)
         found.append(execute(loaded.executor, schedule, len(requests)))
     assert found[0] == found[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_replayed_prefills_come_to_the_same_logits_in_bfloat16(tmp_path: Path) -> None:
+    """With whatever attention is chosen for prefills; tokens might differ by rounding."""
+    directory = write_checkpoint(tmp_path / "checkpoint", vocab_size=515, head_dim=128)
+    sampling = Sampling(0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, logprobs=5)
+    rng = random.Random(5)
+    requests = [
+        Request(rng.choices(range(515), k=rng.randint(1, 200)), 1, sampling) for _ in range(20)
+    ]
+    schedule = random_schedule(
+        requests, random.Random(6), slots=8, blocks=20, block_size=256, largest_chunk=60
+    )
+    found = []
+    for enforce_eager in (False, True):
+        used = msgspec.structs.replace(
+            SETTINGS,
+            dtype="bfloat16",
+            enforce_eager=enforce_eager,
+            kvcache_block_size=256,
+            num_kvcache_blocks=20,
+        )
+        config = ModelConfig.from_checkpoint(directory)
+        device = torch.device("cuda", 0)
+        loaded = bring_up.load(directory, config, used, device, TensorParallel(), lambda *_: None)
+        sampled = [loaded.executor.step(plan) for plan, _ in schedule]
+        for step in sampled:
+            step.wait()
+        rows = [row for step in sampled for row in step.result(0, 0).logprobs]
+        found.append(torch.stack([torch.from_numpy(floats(row.logprobs.values)) for row in rows]))
+    torch.testing.assert_close(found[0], found[1], rtol=0.02, atol=0.05)
