@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanovllm.messages import Admission, FinishReason, pack, unpack
+from nanovllm.messages import Admission, pack, unpack
 from nanovllm.services.scheduler.blocks import TOKEN_BYTES, BlockManager, root
 from nanovllm.services.scheduler.sequences import NO_SLOT, Finish, InHand, Sequence
 from nanovllm.services.scheduler.slots import Indices, Ints, Slots
@@ -156,9 +156,7 @@ class Engine:
         )
         slots.tokens[rows, known] = token_ids
         slots.known[rows] = known + 1
-        ended, stopped = slots.ended(rows, token_ids)
-        for i in ended.nonzero()[0].tolist():
-            reason: FinishReason = "stop" if stopped[i] else "length"
+        for i, reason in slots.ended(rows, token_ids).items():
             sequence = slots.occupant(int(rows[i]))
             self._end(sequence, Finish(reason, int(sampled.offsets[i]) + 1))
         self._free_landed()

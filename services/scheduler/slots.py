@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from nanovllm.messages import FinishReason
 from nanovllm.services.scheduler.sequences import NO_SLOT, Sequence
 
 Ints = NDArray[np.int32]
@@ -126,12 +127,17 @@ class Slots:
         """The slots whose next token can be planned now, without knowing the one before it."""
         return (self.context < self.horizon).nonzero()[0]
 
-    def ended(self, rows: Indices, token_ids: Ints) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Of slots to which these tokens just came: which ended, and which by a stop token."""
-        stopped = np.logical_or.reduce(self.stops[rows] == token_ids[:, None], axis=1)
+    def ended(self, rows: Indices, token_ids: Ints) -> dict[int, FinishReason]:
+        """Of slots to which these tokens just came: the places in `rows` of those that ended."""
+        ended: dict[int, FinishReason] = {}
+        for i in (self.known[rows] == self.limit[rows]).nonzero()[0].tolist():
+            ended[i] = "length"
+        for i in (self.stops[rows] == token_ids[:, None]).nonzero()[0].tolist():
+            ended[i] = "stop"
         for i in self.many_stops[rows].nonzero()[0].tolist():
-            stopped[i] = int(token_ids[i]) in self.occupant(int(rows[i])).stop_ids
-        return stopped | (self.known[rows] == self.limit[rows]), stopped
+            if int(token_ids[i]) in self.occupant(int(rows[i])).stop_ids:
+                ended[i] = "stop"
+        return ended
 
     def take_released(self) -> list[int]:
         """The slots to be named in the next plan as released."""
