@@ -12,9 +12,9 @@ from typing import Any
 import click
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
+from nanovllm.endpoints import EndpointTaken
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
-from nanovllm.links import EndpointTaken
 from nanovllm.options import settings_from, settings_options
 from nanovllm.service import LIFELINE_VARIABLE, settled
 from nanovllm.settings import DEFAULT_INGRESS, Settings, SettingsError

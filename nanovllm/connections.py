@@ -21,7 +21,9 @@ import socket
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-_POLLIN = int(zmq.POLLIN)  # a plain integer: enum arithmetic is slow
+# As plain integers: enums are slow.
+_POLLIN = int(zmq.POLLIN)
+_SRCFD = int(zmq.SRCFD)
 WATCHED_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
 
 
@@ -56,7 +58,7 @@ class Connections:
 
     def opened(self, routing_id: bytes, frame: zmq.Frame) -> bool:
         """Notes that `frame` came from `routing_id`; False if that connection has ended since."""
-        descriptor = frame.get(zmq.SRCFD)
+        descriptor = frame.get(_SRCFD)
         if not isinstance(descriptor, int) or descriptor not in self._live:
             return False
         other = self._routing_id.get(descriptor, routing_id)

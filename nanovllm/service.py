@@ -23,11 +23,11 @@ import msgspec
 import zmq
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, resolve_model
+from nanovllm.endpoints import EndpointTaken
 from nanovllm.links import (
     HEARTBEAT_S,
     BoundLink,
     ConnectedLink,
-    EndpointTaken,
     Event,
     Link,
     Peer,
@@ -66,7 +66,9 @@ class Service:
         self.me = Peer(role, index, new_incarnation())
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stats: Callable[[], Stats] | None = None
-        self._links: list[tuple[Link, Callable[[Event[Any]], None]]] = []
+        self._links: list[Link] = []
+        # Of each socket, whose it is, and who handles what comes.
+        self._handlers: dict[Any, tuple[Link, Callable[[Event[Any]], None]]] = {}
         self._watchers: list[Callable[[], None]] = []
         self._poller = zmq.Poller()
         self._next_beat = 0.0
@@ -90,7 +92,7 @@ class Service:
         """Opens a link that others connect to; `handler` is called with its events.
 
         Raises:
-            EndpointTaken, OSError: see `links.bind`.
+            EndpointTaken, OSError: see `endpoints.bind`.
         """
         link: BoundLink[Any] = BoundLink(self.context, endpoint, self.me, inbound)
         self._add(link, handler)
@@ -135,23 +137,25 @@ class Service:
         while True:
             until_beat = max(0.0, self._next_beat - time.monotonic())
             timeout = until_beat if wait is None else min(wait, until_beat)
-            self._dispatch(dict(self._poller.poll(int(timeout * 1000 + 0.999))))
+            self._dispatch(self._poller.poll(int(timeout * 1000 + 0.999)))
             wait = step(time.monotonic())
             self._beat()
 
     def close(self) -> None:
-        for link, _ in self._links:
+        for link in self._links:
             link.close()
         self.context.term()
 
     def _add(self, link: Link, handler: Callable[[Event[Any]], None]) -> None:
-        self._links.append((link, handler))
+        self._links.append(link)
         for socket in link.sockets:
             self._poller.register(socket, zmq.POLLIN)
+            self._handlers[socket] = link, handler
 
-    def _dispatch(self, readable: dict[Any, int]) -> None:
-        for link, handler in self._links:
-            if not readable.keys().isdisjoint(link.sockets):
+    def _dispatch(self, readable: list[tuple[Any, int]]) -> None:
+        for socket, _ in readable:
+            if socket in self._handlers:
+                link, handler = self._handlers[socket]
                 for event in link.receive():
                     handler(event)
         for watcher in self._watchers:
@@ -162,7 +166,7 @@ class Service:
         if now < self._next_beat:
             return
         self._next_beat = now + HEARTBEAT_S
-        for link, _ in self._links:
+        for link in self._links:
             link.heartbeat()
         if self._stats is not None:
             self._control.send([Report(now, time.process_time(), self._stats())])

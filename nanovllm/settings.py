@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from nanovllm.endpoints import DIRECT
+
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
 # sockaddr_un.sun_path, less its terminating zero.
 LONGEST_IPC_PATH = 107
@@ -114,6 +116,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     scheduler_link: Annotated[
         str, _option("Where the scheduler binds; default: ipc in the runtime directory.")
     ] = ""
+    steps_link: Annotated[
+        str, _option("Where the scheduler binds for gpu_worker rank 0; likewise.")
+    ] = ""
     services_link: Annotated[
         str, _option("Where the ingress binds for tokenizers and detokenizers; likewise.")
     ] = ""
@@ -160,6 +165,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def scheduler_endpoint(self) -> str:
         return self.scheduler_link or self.in_runtime_dir("scheduler")
+
+    @property
+    def steps_endpoint(self) -> str:
+        return DIRECT + (self.steps_link or self.in_runtime_dir("steps"))
 
     @property
     def workers_endpoint(self) -> str:

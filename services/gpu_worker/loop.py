@@ -105,7 +105,7 @@ class Leader:
             # Followers say nothing: all they could send is an empty message.
             self._workers = service.bind(service.settings.workers_endpoint, None, self._on_follower)
         self._scheduler = service.connect(
-            service.settings.scheduler_endpoint, SchedulerToWorker, self._on_scheduler
+            service.settings.steps_endpoint, SchedulerToWorker, self._on_scheduler
         )
 
     def take_reports(self) -> None:

@@ -20,8 +20,8 @@ from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, 
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence, check_room_for_one
 from nanovllm.services.gpu_worker.runner import Loaded, Report
 from nanovllm.services.gpu_worker.slots import Batch, SlotTable
-from nanovllm.services.gpu_worker.timer import Timer
 from nanovllm.settings import Settings
+from nanovllm.timer import Timer
 from nanovllm.vocabulary import Vocabulary
 
 _SEED_FACTOR = np.uint64(0xD1342543DE82EF95)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 from typing import Any, NamedTuple
 
 import zmq
 
 from nanovllm.connections import Connections, readable
-from nanovllm.links import EndpointTaken, bind
+from nanovllm.endpoints import EndpointTaken, bind
 from nanovllm.settings import SettingsError
 
 _DONTWAIT = int(zmq.DONTWAIT)  # a plain integer: enum arithmetic is slow
@@ -66,7 +67,8 @@ class ClientSocket:
         self._release = contextlib.ExitStack()
         for endpoint in endpoints:
             try:
-                self._release.callback(bind(self.socket, endpoint))
+                do_bind = functools.partial(self.socket.bind, endpoint)
+                self._release.callback(bind(endpoint, do_bind))
             except EndpointTaken:
                 self.close()
                 raise

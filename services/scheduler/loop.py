@@ -21,7 +21,7 @@ from nanovllm.services.scheduler.core import Scheduler
 
 log = logging.getLogger(__name__)
 
-Inbound = IngressToScheduler | TokenizerToScheduler | WorkerToScheduler
+Inbound = IngressToScheduler | TokenizerToScheduler
 
 # How soon to try again when a peer does not keep up.
 RETRY_S = 0.01
@@ -34,6 +34,9 @@ class SchedulerLoop:
         self._core = core
         self._ingress: Peer | None = None
         self._retry_at = 0.0
+        self._steps: BoundLink[WorkerToScheduler] = service.bind(
+            service.settings.steps_endpoint, WorkerToScheduler, self._on_worker
+        )
         self._link: BoundLink[Inbound] = service.bind(
             service.settings.scheduler_endpoint, Inbound, self._on_event
         )
@@ -70,31 +73,36 @@ class SchedulerLoop:
         messages = self._core.for_worker()
         if not messages or self._core.worker is None:
             return True
-        if not self._link.send(self._core.worker, messages):
+        if not self._steps.send(self._core.worker, messages):
             return False
         self._core.worker_told()
         return True
 
-    def _on_event(self, event: Event[Inbound]) -> None:
+    def _on_worker(self, event: Event[WorkerToScheduler]) -> None:
         match event:
-            case Received(peer=peer, message=StepResult() as result) if _is_rank_0(peer):
+            case Received(peer=peer, message=StepResult() as result):
                 self._core.result(peer, result)
                 self._launch()
+            case Received(peer=peer, message=GroupReady() as message):
+                self._core.group_ready(peer, message)
+            case Up(peer=peer):
+                self._core.worker_up(peer)
+            case Down(peer=peer):
+                self._core.worker_down(peer)
+
+    def _on_event(self, event: Event[Inbound]) -> None:
+        match event:
             case Received(peer=Peer(role="tokenizer"), message=Submit() as submit):
                 self._core.submit(submit)
             case Received(peer=Peer(role="ingress"), message=End(uid=uid)):
                 self._core.end(uid)
             case Received(peer=Peer(role="ingress"), message=Recall(uid=uid, attempt=attempt)):
                 self._core.recall(uid, attempt)
-            case Received(peer=peer, message=GroupReady() as message) if _is_rank_0(peer):
-                self._core.group_ready(peer, message)
             case Up(peer=Peer(role="ingress") as peer):
                 self._ingress = peer
                 self._core.ingress_up(peer.incarnation)
             case Up(peer=Peer(role="detokenizer") as peer):
                 self._core.detokenizer_up(peer)
-            case Up(peer=peer) if _is_rank_0(peer):
-                self._core.worker_up(peer)
             case Down(peer=peer):
                 self._on_down(peer)
             case Received(peer=peer, message=message):
@@ -105,12 +113,6 @@ class SchedulerLoop:
             self._ingress = None
         elif peer.role == "detokenizer":
             self._core.detokenizer_down(peer)
-        elif _is_rank_0(peer):
-            self._core.worker_down(peer)
-
-
-def _is_rank_0(peer: Peer) -> bool:
-    return peer.role == "gpu_worker" and peer.index == 0
 
 
 def serve(service: Service) -> NoReturn:

@@ -118,7 +118,7 @@ class Group:
             self.context, self.settings.control_endpoint, "supervisor", ToSupervisor
         )
         self.scheduler = Binder(
-            self.context, self.settings.scheduler_endpoint, "scheduler", WorkerToScheduler
+            self.context, self.settings.steps_endpoint, "scheduler", WorkerToScheduler
         )
         self.ranks = [self._start(rank) for rank in range(self.settings.tensor_parallel_size)]
 

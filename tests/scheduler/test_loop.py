@@ -67,7 +67,7 @@ class Neighbours:
         self.supervisor: BoundLink[Any] = BoundLink(
             self.context, settings.control_endpoint, supervisor, ToSupervisor
         )
-        self._endpoint = settings.scheduler_endpoint
+        self._settings = settings
         self._links: list[BoundLink[Any] | ConnectedLink[Any]] = [self.supervisor]
         self.ingress = self.connect(Peer("ingress", 0, INGRESS_LIFE), SchedulerToIngress)
         self.tokenizer = self.connect(Peer("tokenizer", 0, 3), None)
@@ -76,7 +76,10 @@ class Neighbours:
         self.events: list[tuple[object, Any]] = []
 
     def connect(self, me: Peer, inbound: Any) -> ConnectedLink[Any]:
-        link: ConnectedLink[Any] = ConnectedLink(self.context, self._endpoint, me, inbound)
+        settings = self._settings
+        is_worker = me.role == "gpu_worker"
+        endpoint = settings.steps_endpoint if is_worker else settings.scheduler_endpoint
+        link: ConnectedLink[Any] = ConnectedLink(self.context, endpoint, me, inbound)
         self._links.append(link)
         return link
 
@@ -204,7 +207,7 @@ def test_the_life_of_a_request(neighbours: Neighbours) -> None:
     assert scheduler_report(n, lambda stats: stats.steps == 4).records == 1
     assert n.ingress.send([End(UID)])
     assert n.message(n.detokenizer, End) == End(UID)
-    stats = scheduler_report(n, lambda stats: stats.records == 0)
+    stats = scheduler_report(n, lambda stats: stats.steps == 4 and stats.records == 0)
     assert (stats.running, stats.blocks_used, stats.generated) == (0, 0, 3)
 
 

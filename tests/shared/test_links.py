@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import zmq
+from zmq import zmq_poll
 
-from nanovllm.links import BoundLink, ConnectedLink, Down, EndpointTaken, Peer, Received, Up
+from nanovllm.direct import DirectConnected
+from nanovllm.endpoints import DIRECT, EndpointTaken
+from nanovllm.links import BoundLink, ConnectedLink, Down, Peer, Received, Up
 from nanovllm.messages import Admitted, End, SchedulerToIngress
 
 SCHEDULER = Peer("scheduler", 0, 101)
@@ -26,12 +29,12 @@ def context() -> Iterator[zmq.Context[Any]]:
     context.destroy(linger=0)
 
 
-@pytest.fixture(params=["ipc", "tcp"])
+@pytest.fixture(params=["ipc", "tcp", "direct+ipc", "direct+tcp"])
 def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "ipc":
-        return f"ipc://{tmp_path}/a.sock"
+    if request.param.endswith("ipc"):
+        return f"{request.param}://{tmp_path}/a.sock"
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        return f"{request.param}://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def bound(context: zmq.Context[Any], endpoint: str, me: Peer = SCHEDULER) -> BoundLink[End]:
@@ -106,7 +109,7 @@ def test_the_last_words_of_a_peer_come_before_its_end(
         assert connector.send([End(incarnation)])
         connector.close()
         life.term()
-        assert binder.sockets[1].poll(int(TIMEOUT_S * 1000))
+        assert zmq_poll([(binder.sockets[-1], zmq.POLLIN)], int(TIMEOUT_S * 1000))
         (got,) = events_until(has(Down), binder)
         me = Peer("ingress", 0, incarnation)
         assert got == [Received(me, End(incarnation)), Down(me)]
@@ -149,21 +152,30 @@ def test_what_comes_before_a_hello_or_for_another_life_is_dropped(
     context: zmq.Context[Any], endpoint: str
 ) -> None:
     binder = bound(context, endpoint)
-    stranger = context.socket(zmq.DEALER)
-    stranger.connect(endpoint)
-    for frames in (
-        [b"x"],
-        [b"\x00" * 16, b"\xc1"],
-        [b"\x65" + b"\x00" * 7 + b"\x09" + b"\x00" * 7, b"\x91\x92\xa3end\x01"],
-        [b"a", b"b", b"c"],
-    ):
-        stranger.send_multipart(frames)
+    frames = (
+        b"x",
+        b"\x00" * 16 + b"\xc1",
+        b"\x65" + b"\x00" * 7 + b"\x09" + b"\x00" * 7 + b"\x91\x92\xa3end\x01",
+    )
+    stranger: Any
+    if endpoint.startswith(DIRECT):
+        stranger = DirectConnected(endpoint)
+        while not stranger.changes():
+            zmq_poll([(stranger.sockets[0], zmq.POLLIN)], int(TIMEOUT_S * 1000))
+            stranger.read()
+        assert all(stranger.send(frame) for frame in frames)
+    else:
+        stranger = context.socket(zmq.DEALER)
+        stranger.connect(endpoint)
+        for frame in frames:
+            stranger.send(frame)
+        stranger.send_multipart([b"a", b"b", b"c"])
     connector = connected(context, endpoint)
     events_until(has(Up), connector, binder)
     connector.send([End(5)])
     seen, _ = events_until(has(Received), binder, connector)
     assert [event.message for event in seen if isinstance(event, Received)] == [End(5)]
-    stranger.close(linger=0)
+    stranger.close()
 
 
 def test_a_live_ipc_endpoint_cannot_be_stolen(context: zmq.Context[Any], tmp_path: Path) -> None:

@@ -45,3 +45,6 @@ class Timer:
         """Is not readable any more, until the next time that is set."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.descriptor, 8)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
