@@ -11,7 +11,8 @@ Prints one JSON line:
     frames          ZeroMQ messages that were sent
     errors          of which the two clients that read were told
     valid           valid requests that were answered in the meantime, and how soon, in ms
-    rss_mib         memory of the ingress before, after, and at its highest
+    rss_mib         memory of the ingress before, after half of the frames and all, and at its
+                    highest: what grows in the second half as in the first is a leak
     restarts        of services: any is an error, as is whatever is left behind
 """
 
@@ -50,6 +51,7 @@ class Figures(NamedTuple):
     latencies_s: list[float]
     undisturbed_s: float
     rss_before: int
+    rss_halfway: int
     rss_after: int
     rss_peak: int
     restarts: int
@@ -74,8 +76,12 @@ def main(frames: int, seed: int | None) -> None:
         "p99_ms": round(latencies_ms[int(len(latencies_ms) * 0.99)], 1),
         "max_ms": round(latencies_ms[-1], 1),
     }
-    memory = (figures.rss_before, figures.rss_after, figures.rss_peak)
-    rss_mib = dict(zip(("before", "after", "peak"), (b / 2**20 for b in memory), strict=True))
+    rss = {
+        "before": figures.rss_before,
+        "halfway": figures.rss_halfway,
+        "after": figures.rss_after,
+        "peak": figures.rss_peak,
+    }
     line = {
         "seed": seed,
         "frames": figures.frames,
@@ -83,7 +89,7 @@ def main(frames: int, seed: int | None) -> None:
         "frames_per_s": round(figures.frames / figures.seconds),
         "errors": figures.errors,
         "valid": valid,
-        "rss_mib": {name: round(mib, 1) for name, mib in rss_mib.items()},
+        "rss_mib": {when: round(size / 2**20, 1) for when, size in rss.items()},
         "restarts": figures.restarts,
     }
     click.echo(json.dumps(line))
@@ -121,7 +127,7 @@ def _fuzz(pipeline: Pipeline, frames: int, seed: int, show_progress: bool) -> Fi
         good.results(good.ask(messages=[{"role": "user", "content": "x"}]))
         expected = _answer(good)
         undisturbed_s = statistics.median(_timed(good, expected) for _ in range(20))
-        rss_before = rss_peak = memory().rss
+        rss_before = rss_peak = rss_halfway = memory().rss
         start = time.monotonic()
         for client in hostile:
             client.start()
@@ -130,6 +136,8 @@ def _fuzz(pipeline: Pipeline, frames: int, seed: int, show_progress: bool) -> Fi
             latencies_s.append(_timed(good, expected))
             rss_peak = max(rss_peak, memory().rss)
             bar.update(sum(client.sent for client in hostile) - bar.n)
+            if bar.n < frames // 2:
+                rss_halfway = memory().rss
         seconds = time.monotonic() - start
         bar.update(frames - bar.n)
         for client in hostile:
@@ -149,6 +157,7 @@ def _fuzz(pipeline: Pipeline, frames: int, seed: int, show_progress: bool) -> Fi
         latencies_s=latencies_s,
         undisturbed_s=undisturbed_s,
         rss_before=rss_before,
+        rss_halfway=rss_halfway,
         rss_after=memory().rss,
         rss_peak=rss_peak,
         restarts=died + sum(service.restarts for service in status),

@@ -3,46 +3,24 @@
 from __future__ import annotations
 
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
-import msgspec
 import pytest
 
 from nanovllm.messages import Tokenize
 from nanovllm.protocol import Accepted, Delta, Finish
 from tests.ingress.harness import delta
-from tests.ingress.process import TIMEOUT_S, Client, Surroundings
+from tests.ingress.process import Client, Surroundings
+from tests.readers import free_tcp_endpoint, reader
 
 # Small buffers. Without a reconnection, since libzmq (4.3.5) aborts the process of a socket that is
 # connected anew while its receive queue is full.
 SLOW = {"RCVHWM": 1, "RCVBUF": 4096, "RECONNECT_IVL": -1}
-# Connects once to each endpoint for each frame, sends it, and reads whatever comes.
-READER = """
-import sys, zmq
-endpoints, frames = sys.argv[1].split(), map(bytes.fromhex, sys.argv[2:])
-poller = zmq.Poller()
-for frame in frames:
-    for endpoint in endpoints:
-        socket = zmq.Context.instance().socket(zmq.DEALER)
-        socket.connect(endpoint)
-        socket.send(frame)
-        poller.register(socket, zmq.POLLIN)
-while True:
-    for socket, _ in poller.poll():
-        socket.recv()
-"""
 
 
 @pytest.fixture(scope="module")
 def tcp() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    return free_tcp_endpoint()
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +98,6 @@ def test_one_that_does_not_read_is_disconnected(around: Surroundings, stream: bo
     whole(good, good_output)
     around.wait_ended(*asked)
     assert around.process.poll() is None
-
-
-@contextmanager
-def reader(endpoints: list[str], asks: list[dict[str, Any]]) -> Iterator[subprocess.Popen[bytes]]:
-    """A client process that has asked each of `asks` at each endpoint, on connections of their
-    own."""
-    frames = [msgspec.msgpack.encode({"type": "generate", "prompt": "x", **ask}) for ask in asks]
-    arguments = [" ".join(endpoints), *(frame.hex() for frame in frames)]
-    process = subprocess.Popen([sys.executable, "-c", READER, *arguments])
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait(TIMEOUT_S)
 
 
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
