@@ -27,7 +27,7 @@ from tqdm import tqdm
 from nanovllm import SamplingParams
 from nanovllm.launch.groups import STABLE_S
 from tests.pipelines import Pipeline
-from tests.recovery.streams import Case, Streamed, Streams, kill, living, wait_until_ready
+from tests.recovery.streams import Case, Streamed, Streams, living, wait_until_ready
 
 Place = tuple[str, int]
 
@@ -42,6 +42,8 @@ PLACES: dict[str, Place] = {
 }
 ARGUMENTS = ("--device", "cpu", "--tp", "2", "--max-model-len", "1024", "--log-level", "warning")
 OUTPUT_TOKENS = 500
+# After a kill nobody looks at processes for so long: looking takes time from their restart.
+UNDISTURBED_S = 1.5
 # Until a stopped tokenizer has been sent what was asked.
 SENT_S = 0.5
 
@@ -85,19 +87,25 @@ class Killer:
 
     def rest(self, place: Place) -> None:
         """Returns once all services are ready, and this one's deaths are forgotten."""
-        wait_until_ready(self.pipeline, list(PLACES.values()))
-        now = time.monotonic()
-        # The group's, of which a rank's death is the death.
-        healthy_at = self._ready_since.setdefault(place[0], now) + STABLE_S
-        time.sleep(max(0.0, healthy_at - now))
+        self._note_ready()
+        time.sleep(max(0.0, self._ready_since[place[0]] + STABLE_S - time.monotonic()))
 
     def kill(self, place: Place) -> float:
         """When it was."""
+        (victim,) = living(self.pipeline, [place])
         at = time.monotonic()
-        kill(self.pipeline, place)
+        victim.kill()
         self._ready_since.pop(place[0], None)
         self._bar.update()
+        time.sleep(UNDISTURBED_S)
         return at
+
+    def _note_ready(self) -> None:
+        """Since when; of a rank's group, since all its ranks are."""
+        wait_until_ready(self.pipeline, list(PLACES.values()))
+        now = time.monotonic()
+        for role, _ in PLACES.values():
+            self._ready_since.setdefault(role, now)
 
 
 def _cases(streams: int, output_tokens: int) -> list[Case]:
@@ -119,7 +127,6 @@ def _while_streaming(
         killer.rest(place)
         load.wait_for_news()
         killed.append((place, killer.kill(place)))
-        wait_until_ready(killer.pipeline, list(PLACES.values()))
         load.wait_for_news()
     ended = load.finish()
     untils = [*[at for _, at in killed[1:]], float("inf")]
