@@ -110,8 +110,10 @@ class Output:
 
 def size_of(delta: Delta) -> int:
     """How many bytes it takes to keep what is new in it, roughly."""
-    logprobs = sum(_LOGPROBS_BYTES + 2 * len(entry.values) for entry in delta.logprobs)
-    return len(delta.token_ids) + len(delta.text) + logprobs
+    size = len(delta.token_ids) + len(delta.text)
+    if delta.logprobs:
+        size += sum(_LOGPROBS_BYTES + 2 * len(entry.values) for entry in delta.logprobs)
+    return size
 
 
 def _public(entry: TokenLogprobs) -> list[tuple[int, float]]:
