@@ -20,11 +20,14 @@ CPU = torch.device("cpu")
 
 
 def load_model(
-    directory: Path, tp: TensorParallel | None = None, dtype: torch.dtype = torch.float32
+    directory: Path,
+    tp: TensorParallel | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> Qwen3ForCausalLM:
     config = ModelConfig.from_checkpoint(directory)
     length = config.max_position_embeddings
-    model = Qwen3ForCausalLM(config, length, tp or TensorParallel(), dtype, CPU)
+    model = Qwen3ForCausalLM(config, length, tp or TensorParallel(), dtype, device)
     load_checkpoint(model, directory, lambda done, total: None)
     return model
 

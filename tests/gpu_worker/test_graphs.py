@@ -30,6 +30,7 @@ from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import CPU, load_model
 from tests.gpu_worker.plans import Request, Scheduled, floats, outputs, random_schedule
 
+DEVICE = torch.device("cuda") if torch.cuda.is_available() else CPU
 SETTINGS = Settings(
     device="cuda",
     dtype="float32",
@@ -110,14 +111,14 @@ def test_padded_steps_sample_what_exact_ones_do(tmp_path: Path) -> None:
     schedule = random_schedule(
         requests, random.Random(2), slots=5, blocks=40, block_size=16, largest_chunk=25
     )
-    model = load_model(directory)
+    model = load_model(directory, device=DEVICE)
     shape = attention_shape(model.config, TensorParallel(), 16)
     backend = ByPhaseBackend(TritonDecodeBackend(shape), TritonPrefillBackend(shape))
     capture = RunAgain()
     found = []
     for replayed in (True, False):
-        cache = allocate_kv_cache(model.config, shape, 40, torch.float32, CPU)
-        executor = Executor(model, backend, cache, used, CPU)
+        cache = allocate_kv_cache(model.config, shape, 40, torch.float32, DEVICE)
+        executor = Executor(model, backend, cache, used, DEVICE)
         if replayed:
             mixed = [Layout(5, 3, tokens, 8) for tokens in (30, 60)]
             executor.capture_graphs(Sizes([2, 5], mixed), capture, lambda done, total: None)
