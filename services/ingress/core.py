@@ -318,25 +318,8 @@ class Core:
     def _generate(
         self, session: Session, exchange: Exchange | None, ask: Generate, size: int
     ) -> None:
-        if exchange is not None and ask.stream:
-            reason = "stream: must be false behind an empty delimiter frame (REQ)"
-            self._reject(session, exchange, ask, "invalid_request", reason)
-            return
-        if ask.id in session.requests:
-            reason = "id: an unfinished request of this session has it"
-            self._reject(session, exchange, ask, "duplicate_id", reason)
-            return
-        if self._draining and not ask.resume_token_ids:
-            reason = "the pipeline is shutting down; try later"
-            self._reject(session, exchange, ask, "overloaded", reason)
-            return
-        if len(self._requests) >= self._max_pending_requests:
-            reason = f"max_pending_requests ({self._max_pending_requests}) are held; try later"
-            self._reject(session, exchange, ask, "overloaded", reason)
-            return
-        if self._request_bytes + size > MAX_REQUEST_BYTES:
-            reason = f"{self._request_bytes >> 20} MiB of requests are held; try later"
-            self._reject(session, exchange, ask, "overloaded", reason)
+        if (refusal := self._refusal(session, exchange, ask, size)) is not None:
+            self._answer(session, refusal, exchange)
             return
         self._request_bytes += size
         self._requests_begun += 1
@@ -348,15 +331,25 @@ class Core:
             exchange.unanswered += 1
         self.dispatcher.submit(request)
 
-    def _reject(
-        self,
-        session: Session,
-        exchange: Exchange | None,
-        ask: Generate,
-        code: ErrorCode,
-        reason: str,
-    ) -> None:
-        self._answer(session, Error(id=ask.id, code=code, message=reason), exchange)
+    def _refusal(
+        self, session: Session, exchange: Exchange | None, ask: Generate, size: int
+    ) -> Error | None:
+        code: ErrorCode = "overloaded"
+        if exchange is not None and ask.stream:
+            code = "invalid_request"
+            reason = "stream: must be false behind an empty delimiter frame (REQ)"
+        elif ask.id in session.requests:
+            code = "duplicate_id"
+            reason = "id: an unfinished request of this session has it"
+        elif self._draining and not ask.resume_token_ids:
+            reason = "the pipeline is shutting down; try later"
+        elif len(self._requests) >= self._max_pending_requests:
+            reason = f"max_pending_requests ({self._max_pending_requests}) are held; try later"
+        elif self._request_bytes + size > MAX_REQUEST_BYTES:
+            reason = f"{self._request_bytes >> 20} MiB of requests are held; try later"
+        else:
+            return None
+        return Error(id=ask.id, code=code, message=reason)
 
     def _abort(self, session: Session, message: Abort) -> None:
         request = session.requests.get(message.id)
