@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from tqdm import tqdm
 
 from nanovllm.messages import ServiceStatus
+
+_UNITS: Final[dict[str, str]] = {"loading weights": "B", "capturing graphs": " graphs"}
 
 
 class LoadingBar:
@@ -22,6 +24,7 @@ class LoadingBar:
         self._stage = ""
 
     def show(self, services: Sequence[ServiceStatus]) -> None:
+        stage: str
         loading = [service.loading for service in services if service.loading is not None]
         if loading:
             stage = loading[-1].stage
@@ -33,9 +36,9 @@ class LoadingBar:
         if stage != self._stage:
             self.close()
             self._stage = stage
-            unit = "B" if loading else " services"
+            unit = _UNITS.get(stage, " services")
             self._bar = tqdm(
-                desc=stage, unit=unit, unit_scale=bool(loading), disable=None, leave=False
+                desc=stage, unit=unit, unit_scale=unit == "B", disable=None, leave=False
             )
         if self._bar is not None and not self._bar.disable:
             self._bar.total, self._bar.n = total, done

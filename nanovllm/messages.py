@@ -364,10 +364,13 @@ WorkerToScheduler = GroupReady | StepResult
 # services and commands <-> supervisor -------------------------------------------------------------
 
 
-class Loading(Message, tag="loading"):
-    """Progress towards being ready: `done` of `total` of `stage` (bytes, tensors, …)."""
+LoadingStage = Literal["loading weights", "capturing graphs"]
 
-    stage: str
+
+class Loading(Message, tag="loading"):
+    """Progress towards being ready: `done` of `total` bytes, or graphs."""
+
+    stage: LoadingStage
     done: int
     total: int
 

@@ -34,7 +34,15 @@ from nanovllm.links import (
     Received,
     new_incarnation,
 )
-from nanovllm.messages import Drained, FromSupervisor, Loading, Ready, Report, Stats
+from nanovllm.messages import (
+    Drained,
+    FromSupervisor,
+    Loading,
+    LoadingStage,
+    Ready,
+    Report,
+    Stats,
+)
 from nanovllm.options import settings_from, settings_options
 from nanovllm.settings import Settings, SettingsError
 
@@ -104,7 +112,7 @@ class Service:
         self._poller.register(readable, zmq.POLLIN)
         self._watchers.append(handler)
 
-    def loading(self, stage: str, done: int, total: int) -> None:
+    def loading(self, stage: LoadingStage, done: int, total: int) -> None:
         """Tells the supervisor how far it is; may be called before `run`, from the same thread."""
         self._announce(Loading(stage, done, total))
 

@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.kernels.attention.choose import choose
-from nanovllm.messages import Admission, Sampling, StepPlan, pack
+from nanovllm.messages import Admission, LoadingStage, Sampling, StepPlan, pack
 from nanovllm.services.gpu_worker import memory
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import CudaCapture, Sizes, graph_sizes
@@ -31,7 +31,7 @@ from nanovllm.settings import Settings, SettingsError
 WEIGHTS_PER_THREAD = 1 << 22
 
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[LoadingStage, int, int], None]
 """Is told a stage of loading, and how much of it is done, of how much."""
 
 

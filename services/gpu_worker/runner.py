@@ -7,13 +7,13 @@ from collections import deque
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from nanovllm.messages import StepPlan, StepResult
+from nanovllm.messages import LoadingStage, StepPlan, StepResult
 
 
 class Progress(NamedTuple):
-    """Loading: `done` of `total` bytes of `stage`."""
+    """Loading, see `messages.Loading`."""
 
-    stage: str
+    stage: LoadingStage
     done: int
     total: int
 

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 import torch
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.messages import StepPlan
+from nanovllm.messages import LoadingStage, StepPlan
 from nanovllm.services.gpu_worker import bring_up, rendezvous
 from nanovllm.services.gpu_worker.busy import BusyMeter
 from nanovllm.services.gpu_worker.executor import Executor, Sampled
@@ -133,7 +133,7 @@ class TorchRunner:
         """Passes on how loading goes, at most every PROGRESS_INTERVAL_S, and each stage's end."""
         told = 0.0
 
-        def tell(stage: str, done: int, total: int) -> None:
+        def tell(stage: LoadingStage, done: int, total: int) -> None:
             nonlocal told
             now = time.monotonic()
             if now - told >= PROGRESS_INTERVAL_S or done == total:
