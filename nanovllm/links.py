@@ -190,7 +190,11 @@ class ConnectedLink(Generic[M]):
             events.extend(Received(peer, message) for message in self._codec.decode(payload, peer))
 
     def _welcomed(self, payload: Frame, sender: int, events: list[Event[M]]) -> None:
-        welcome = _welcome_decoder.decode(payload)
+        try:
+            welcome = _welcome_decoder.decode(payload)
+        except (msgspec.DecodeError, RecursionError) as error:
+            log.error("dropped a malformed welcome: %s", error)
+            return
         if welcome.connection != self._connection:
             return  # an answer to a connection that has ended since
         if self.peer is not None and self.peer.incarnation == sender:

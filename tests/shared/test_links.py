@@ -12,7 +12,7 @@ import pytest
 import zmq
 from zmq import zmq_poll
 
-from nanovllm.direct import DirectConnected
+from nanovllm.direct import DirectBound, DirectConnected
 from nanovllm.endpoints import DIRECT, EndpointTaken
 from nanovllm.links import BoundLink, ConnectedLink, Down, Peer, Received, Up
 from nanovllm.messages import Admitted, End, SchedulerToIngress
@@ -176,6 +176,28 @@ def test_what_comes_before_a_hello_or_for_another_life_is_dropped(
     seen, _ = events_until(has(Received), binder, connector)
     assert [event.message for event in seen if isinstance(event, Received)] == [End(5)]
     stranger.close()
+
+
+def test_a_malformed_welcome_is_dropped(context: zmq.Context[Any], tmp_path: Path) -> None:
+    endpoint = f"{DIRECT}ipc://{tmp_path}/a.sock"
+    impostor = DirectBound(endpoint)
+    connector = connected(context, endpoint)
+    frames: list[Any] = []
+    deadline = time.monotonic() + TIMEOUT_S
+    while not frames:
+        assert time.monotonic() < deadline, "it says no hello"
+        connector.receive()
+        _, frames = impostor.read()
+    ((route, _hello),) = frames
+    assert impostor.send(route, b"\x00" * 8 + b"\x09" + b"\x00" * 7 + b"\xc1")
+    assert zmq_poll([(connector.sockets[0], zmq.POLLIN)], int(TIMEOUT_S * 1000))
+    assert connector.receive() == []
+    assert connector.peer is None
+    connector.heartbeat()
+    assert zmq_poll([(impostor.sockets[0], zmq.POLLIN)], int(TIMEOUT_S * 1000))
+    assert [at for at, _ in impostor.read()[1]] == [route], "it is there, and says hello again"
+    connector.close()
+    impostor.close()
 
 
 def test_a_live_ipc_endpoint_cannot_be_stolen(context: zmq.Context[Any], tmp_path: Path) -> None:
