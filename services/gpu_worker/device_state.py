@@ -12,7 +12,7 @@ from torch import Tensor
 from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.kernels.slots.ops import SlotState
 from nanovllm.messages import Admission
-from nanovllm.services.gpu_worker.slots import Batch, Int32s
+from nanovllm.services.gpu_worker.slots import Batch
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
@@ -21,12 +21,6 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     if device.type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
-
-
-def columns_to_device(columns: Sequence[Int32s], device: torch.device) -> tuple[Tensor, ...]:
-    """Several arrays as int64 on the device, in one copy."""
-    together = to_device(np.concatenate(columns, dtype=np.int64), device)
-    return torch.split(together, [len(column) for column in columns])
 
 
 class DeviceState:
@@ -71,7 +65,8 @@ class DeviceState:
         if batch.admitted:
             self._admit(batch.admitted)
         if len(batch.block_updates):
-            slots, columns, blocks = columns_to_device(list(batch.block_updates.T), self._device)
+            updates = batch.block_updates.T.astype(np.int64, order="C")
+            slots, columns, blocks = to_device(updates, self._device)
             self.held.block_tables[slots, columns] = blocks.int()
 
     def sampling(self, slots: Tensor) -> SamplingTensors:
