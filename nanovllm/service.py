@@ -242,14 +242,13 @@ def _live_and_die_with_the_launcher() -> None:
 
     The lifeline is a pipe whose other end the launcher holds: it breaks when the launcher ends,
     however it ends. A process that is stopped (SIGSTOP) cannot see that, so the kernel is asked to
-    kill it too; the pipe is there for a launcher that ended before that, and for other systems.
+    kill it too; the pipe is there for a launcher that ended before that.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     descriptor = os.environ.get(LIFELINE_VARIABLE)
     if descriptor is not None:
-        if sys.platform == "linux":
-            _die_with_the_parent()
+        _die_with_the_parent()
         watch_lifeline(int(descriptor))
 
 

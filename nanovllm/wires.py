@@ -1,4 +1,5 @@
-"""What carries the frames of a link: ZeroMQ sockets, for all but the step path (`direct.py`).
+"""What carries the frames of a link: ZeroMQ sockets, for all links but that between scheduler and
+rank 0 (`direct.py`).
 
 A wire knows connections and frames, and nothing of who is at the other end. Nothing in it blocks.
 """
