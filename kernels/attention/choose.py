@@ -18,8 +18,8 @@ PREFILL_PREFERENCE = ("flash-attn", "triton")
 
 
 class Chosen(NamedTuple):
-    """A backend, what it is called in the log, and whether its decodes can be captured in a CUDA
-    graph."""
+    """A backend, what it is called in the log, and whether steps that use it can be captured in
+    CUDA graphs."""
 
     backend: AttentionBackend
     description: str

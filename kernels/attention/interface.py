@@ -47,9 +47,11 @@ class AttentionMetadata:
     """A batch of n sequences with T query tokens; the first `num_decodes` have q_len 1 each.
 
     Lengths are given twice: on the host, where they are known before the step and choose kernels
-    and shapes, and on the device, for the kernels themselves. Neither is ever read back. Those of
-    decodes on the host may be more than the true ones, for all backends but the reference: a
-    captured step is replayed at many lengths.
+    and shapes, and on the device, for the kernels themselves. Neither is ever read back.
+
+    A captured step, which only the reference does not take, is replayed with many batches. There
+    lengths on the host are bounds, sequences past the decodes may have neither query tokens nor a
+    context, and the last rows may be nobody's: what comes out for those is anything.
 
     Attributes:
         num_decodes: sequences [0, num_decodes) are decodes; a one-token chunk may be among the
