@@ -40,8 +40,10 @@ from nanovllm.services.ingress.sessions import Exchange, Session
 
 log = logging.getLogger(__name__)
 
-# Client messages looked at in one wake-up, so that an array of thousands stops nobody's stream.
+# Client messages looked at in one wake-up, so that an array of thousands stops nobody's stream; and
+# no more after so many bytes, of which 8 MiB can take half a second.
 MESSAGES_PER_WAKE_UP = 128
+BYTES_PER_WAKE_UP = 1 << 20
 # A client that does not read is treated as one that has gone: when its socket has taken nothing for
 # so long, as if a heartbeat had not been answered (none can be sent while its buffers are full), or
 # when so much is kept for it.
@@ -153,7 +155,8 @@ class Core:
 
     def work(self) -> None:
         """Looks at some of the messages received."""
-        for session, exchange, message, size in self._intake.take(MESSAGES_PER_WAKE_UP):
+        taken = self._intake.take(MESSAGES_PER_WAKE_UP, BYTES_PER_WAKE_UP)
+        for session, exchange, message, size in taken:
             if isinstance(message, Generate):
                 self._generate(session, exchange, message, size)
             elif isinstance(message, Abort):

@@ -83,16 +83,20 @@ class Intake:
         """Whose messages take the most."""
         return max(self._piles, key=lambda session: self._piles[session].size)
 
-    def take(self, at_most: int) -> Iterator[Asked]:
-        """The next messages."""
-        while self._piles and at_most > 0:
+    def take(self, at_most: int, at_most_bytes: int) -> Iterator[Asked]:
+        """The next messages; the last may go beyond `at_most_bytes`."""
+        while self._piles and at_most > 0 and at_most_bytes > 0:
             session = next(iter(self._piles))
             pile = self._piles.pop(session)
-            for _ in range(min(at_most, MESSAGES_A_TURN)):
-                at_most -= 1
+            for _ in range(MESSAGES_A_TURN):
                 if pile.elements is None and not self._open(pile):
                     break
-                yield self._next(session, pile)
+                asked = self._next(session, pile)
+                at_most -= 1
+                at_most_bytes -= asked.size
+                yield asked
+                if at_most <= 0 or at_most_bytes <= 0:
+                    break
             if pile.elements is not None or pile.unopened:
                 self._piles[session] = pile
 
