@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
-from nanovllm.endpoints import EndpointTaken
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.options import settings_from, settings_options
@@ -55,7 +54,7 @@ def main(model: str, **options: Any) -> None:
                 announce=lambda: _announce(settings, name),
                 lifeline=None if lifeline is None else int(lifeline),
             ).run()
-    except (CheckpointError, SettingsError, EndpointTaken, ServiceFailed, OSError) as error:
+    except (CheckpointError, SettingsError, ServiceFailed, OSError) as error:
         click.echo(f"nanovllm-launch: {error}", err=True)
         sys.exit(1)
 

@@ -91,7 +91,7 @@ class Supervisor:
 
         Raises:
             ServiceFailed: when a service is given up. All the others have ended then too.
-            EndpointTaken, OSError: if the control endpoint cannot be bound.
+            EndpointTaken, EndpointUnusable: if the control endpoint cannot be bound.
         """
         wakeup = _SignalPipe(signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -19,7 +19,7 @@ import socket
 import struct
 import time
 
-from nanovllm.endpoints import DIRECT, bind
+from nanovllm.endpoints import DIRECT, EndpointUnusable, bind
 from nanovllm.timer import Timer
 from nanovllm.wires import RECONNECT_MS, ZMTP_HEARTBEAT_MS, ZMTP_TIMEOUT_MS, Frame, Route
 
@@ -198,7 +198,7 @@ class DirectBound:
     """Implements `wires.BoundWire`.
 
     Raises:
-        EndpointTaken, OSError: see `endpoints.bind`.
+        EndpointTaken, EndpointUnusable: see `endpoints.bind`.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -272,13 +272,14 @@ class DirectBound:
 
 
 def _parse(endpoint: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
-    """Raises ValueError if it is no direct endpoint."""
-    scheme, _, address = endpoint.removeprefix(DIRECT).partition("://")
+    """Raises EndpointUnusable if it is none of these."""
+    endpoint = endpoint.removeprefix(DIRECT)
+    scheme, _, address = endpoint.partition("://")
     if scheme == "ipc":
         return socket.AF_UNIX, address
     host, _, port = address.rpartition(":")
     if scheme != "tcp" or not port.isdecimal():
-        raise ValueError(f"{endpoint} is neither {DIRECT}ipc://PATH nor {DIRECT}tcp://HOST:PORT")
+        raise EndpointUnusable(f"{endpoint} is neither ipc://PATH nor tcp://HOST:PORT")
     return socket.AF_INET, ("" if host == "*" else host, int(port))
 
 

@@ -14,7 +14,11 @@ import zmq
 DIRECT = "direct+"
 
 
-class EndpointTaken(OSError):
+class EndpointUnusable(OSError):
+    """Nobody can bind this endpoint, or it is none."""
+
+
+class EndpointTaken(EndpointUnusable):
     """Another process has bound this endpoint."""
 
 
@@ -27,25 +31,22 @@ def bind(endpoint: str, do_bind: Callable[[], object]) -> Callable[[], None]:
 
     Raises:
         EndpointTaken: if another process has it.
-        OSError: if it cannot be bound for another reason.
+        EndpointUnusable: if it cannot be bound for another reason.
     """
     held: int | None = None
+    endpoint = endpoint.removeprefix(DIRECT)
     scheme, _, path = endpoint.partition("://")
-    if scheme.endswith("ipc"):
-        held = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(held)
-            raise EndpointTaken(f"{endpoint} is taken by another process") from None
     try:
+        if scheme == "ipc":
+            held = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         do_bind()
     except (OSError, zmq.ZMQError) as error:
         if held is not None:
             os.close(held)
-        if error.errno == errno.EADDRINUSE:
+        if error.errno in (errno.EADDRINUSE, errno.EWOULDBLOCK):
             raise EndpointTaken(f"{endpoint} is taken by another process") from None
-        raise OSError(error.errno, f"cannot bind {endpoint}: {error.strerror}") from None
+        raise EndpointUnusable(f"cannot bind {endpoint}: {error.strerror or error}") from None
 
     def release() -> None:
         if held is not None:

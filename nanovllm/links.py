@@ -214,7 +214,7 @@ class BoundLink(Generic[M]):
         inbound: the union of message types that the peers send.
 
     Raises:
-        EndpointTaken, OSError: see `endpoints.bind`.
+        EndpointTaken, EndpointUnusable: see `endpoints.bind`.
     """
 
     def __init__(self, context: zmq.Context[Any], endpoint: str, me: Peer, inbound: Any) -> None:

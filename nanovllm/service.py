@@ -23,7 +23,7 @@ import msgspec
 import zmq
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, resolve_model
-from nanovllm.endpoints import EndpointTaken
+from nanovllm.endpoints import EndpointUnusable
 from nanovllm.links import (
     HEARTBEAT_S,
     BoundLink,
@@ -100,7 +100,7 @@ class Service:
         """Opens a link that others connect to; `handler` is called with its events.
 
         Raises:
-            EndpointTaken, OSError: see `endpoints.bind`.
+            EndpointTaken, EndpointUnusable: see `endpoints.bind`.
         """
         link: BoundLink[Any] = BoundLink(self.context, endpoint, self.me, inbound)
         self._add(link, handler)
@@ -230,7 +230,7 @@ def service_command(
         try:
             service = Service(role, index, settings)
             serve(service)
-        except (CheckpointError, SettingsError, EndpointTaken) as error:
+        except (CheckpointError, SettingsError, EndpointUnusable) as error:
             log.error("%s", error)
             sys.exit(EXIT_MISCONFIGURED)
 

@@ -126,7 +126,7 @@ class Router:
     """Implements `BoundWire`.
 
     Raises:
-        EndpointTaken, OSError: see `endpoints.bind`.
+        EndpointTaken, EndpointUnusable: see `endpoints.bind`.
     """
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:

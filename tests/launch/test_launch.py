@@ -110,6 +110,9 @@ def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
     assert "--device" in refused("--device", "abacus", *private)
     small = ("--kvcache-block-size", "16", "--num-kvcache-blocks", "8", *SIM)
     assert "not enough memory for one sequence" in refused(*small, *private)
+    assert "nowhere is neither ipc://PATH" in refused("--steps-link", "nowhere", *SIM, *private)
+    missing = f"ipc://{tmp_path}/missing/x"
+    assert f"cannot bind {missing}" in refused("--scheduler-link", missing, *SIM, *private)
 
 
 def test_a_taken_endpoint_and_a_taken_runtime_dir_are_named(
