@@ -89,8 +89,10 @@ class Intake:
             session = next(iter(self._piles))
             pile = self._piles.pop(session)
             for _ in range(MESSAGES_A_TURN):
-                if pile.elements is None and not self._open(pile):
-                    break
+                if pile.elements is None:
+                    if not pile.unopened:
+                        break
+                    at_most_bytes -= self._open(pile)
                 asked = self._next(session, pile)
                 at_most -= 1
                 at_most_bytes -= asked.size
@@ -111,17 +113,16 @@ class Intake:
         size = memoryview(element).nbytes
         return Asked(session, exchange, frames.parse(element, self._limits), size)
 
-    def _open(self, pile: _Pile) -> bool:
-        """Takes the next message apart; False if there is none."""
-        if not pile.unopened:
-            return False
+    def _open(self, pile: _Pile) -> int:
+        """Takes the next message apart; returns its size."""
         parts = pile.unopened.popleft()
-        pile.size -= _size(parts)
-        self.size -= _size(parts)
+        size = _size(parts)
+        pile.size -= size
+        self.size -= size
         if len(parts) > 1 and not parts[0]:
             pile.exchange = Exchange()
         pile.elements = iter(self._elements(parts, pile.exchange))
-        return True
+        return size
 
     def _elements(
         self, parts: list[bytes], exchange: Exchange | None
