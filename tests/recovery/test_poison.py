@@ -12,7 +12,7 @@ from nanovllm.faults import VARIABLE
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import Answer, Wire
 from tests.pipelines import Pipeline
-from tests.recovery.streams import services, wait_for_another
+from tests.recovery.streams import kill, living, wait_for_another
 
 GUILTY = 1276  # <|im_start|>, which the simulated device never samples
 SIM = ("--device", "sim", "--sim-step-ms", "4", "--kvcache-block-size", "16")
@@ -91,13 +91,13 @@ def test_kills_from_outside_poison_nobody_and_neither_do_those_who_were_only_the
         alone = wire.ask(prompt="Once", sampling=long)
         for place in (WORKER, SCHEDULER, WORKER, SCHEDULER, WORKER, ("tokenizer", 0)):
             wait_for_more(wire, [alone])
-            services(sim)[place].kill()
+            kill(sim, place)
         wire.results(alone)
         assert output(alone) == output(expected)
         streams = [wire.ask(prompt="Once", sampling=long) for _ in range(4)]
         for place in (WORKER, SCHEDULER, WORKER):
             wait_for_more(wire, streams)
-            victim = services(sim)[place]
+            (victim,) = living(sim, [place])
             victim.send_signal(signal.SIGSEGV)
             wait_for_another(sim, place, victim)
         wire.results(*streams)
