@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
 from pathlib import Path
 from typing import Any
 
 import click
 from safetensors import safe_open
 
+from benchmarks.bandwidth import copy_bandwidth
 from benchmarks.burst import Burst
 from benchmarks.pipeline import Pipeline, Reported
 from benchmarks.random_model import checkpoint, random_weights_option
@@ -31,8 +31,6 @@ from nanovllm.launch.status import NEXT_REPORT_S
 from nanovllm.protocol import Sampling
 from nanovllm.settings import Settings
 
-COPY_BYTES = 2 << 30
-COPIES = 20
 BYTES_PER_VALUE = 2
 
 
@@ -121,25 +119,6 @@ def measure(
 def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
     draw = random.Random(0)
     return [draw.choices(range(min(10_000, vocab_size)), k=length) for _ in range(count)]
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a large copy on the device; the median of several."""
-    import torch
-
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    times_ms = []
-    for _ in range(COPIES):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times_ms.append(start.elapsed_time(end))
-    del source, target
-    torch.cuda.empty_cache()
-    return float(2 * COPY_BYTES / (statistics.median(times_ms) / 1000))
 
 
 def weight_bytes(directory: Path, config: ModelConfig) -> int:

@@ -9,12 +9,13 @@ the bandwidth measured in the same run by copying. Few rows fit in the L2 cache,
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
+import click
 import torch
 from torch import Tensor
 
+from benchmarks.bandwidth import copy_bandwidth
 from nanovllm.kernels.sampling import fused, reference
 from nanovllm.kernels.sampling.reference import SamplingTensors
 
@@ -34,9 +35,8 @@ SHAPES = {"peaked": 2.6, "flat": 0.5}
 TIMED_S = 0.05
 
 
+@click.command(help=__doc__)
 def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.sampling needs a GPU")
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copying at {bandwidth / 1e12:.2f} TB/s\n")
     print("| logits | sampling | rows | µs | floor µs | ratio | tokens unlike the reference's |")
@@ -74,13 +74,6 @@ def parameters(
         min_p=torch.full((rows,), min_p, device="cuda"),
         seed=torch.arange(rows, device="cuda"),
     )
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / graph_seconds(lambda: target.copy_(source))
 
 
 def graph_seconds(call: Callable[[], object]) -> float:
