@@ -24,6 +24,7 @@ from nanovllm.kernels.attention.interface import (
     AttentionShape,
     LayerCache,
 )
+from nanovllm.kernels.overlap import await_previous, begin, overlapped
 
 MAX_SPLITS = 32
 # tl.dot takes no fewer rows.
@@ -38,7 +39,7 @@ class Tuning(NamedTuple):
         programs_per_processor: contexts are split until there are so many.
     """
 
-    tile: int = 128
+    tile: int = 64
     warps: int = 4
     stages: int = 2
     programs_per_processor: int = 4
@@ -98,6 +99,7 @@ class _Decodes(AttentionBatch):
             TILE=self._tuning.tile,
             num_warps=self._tuning.warps,
             num_stages=self._tuning.stages,
+            **overlapped(),
         )
         return out
 
@@ -146,7 +148,9 @@ def _decode(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -161,6 +165,7 @@ def _decode(
     tokens = tl.arange(0, TILE)
     heads = sequence * (HEADS * GROUP) + head * GROUP + rows
     in_group = rows[:, None] < GROUP
+    await_previous(OVERLAP)
     q = tl.load(q_ptr + heads[:, None] * DIM + dims[None, :], mask=in_group, other=0.0)
 
     most = tl.full([ROWS], float("-inf"), tl.float32)

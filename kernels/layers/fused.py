@@ -16,6 +16,7 @@ from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.layers import gemv
 from nanovllm.kernels.layers.linear import Around, Norm
 from nanovllm.kernels.layers.ops import LayerOps
+from nanovllm.kernels.overlap import await_previous, begin, overlapped
 
 # Elements that a thread has of a row: 16 bytes in bfloat16.
 PER_THREAD = 8
@@ -48,6 +49,7 @@ class FusedOps(LayerOps):
             SIZE=size,
             PADDED=padded,
             num_warps=min(max(padded // (32 * PER_THREAD), 1), MAX_WARPS),
+            **overlapped(),
         )
         return normed, total
 
@@ -100,6 +102,7 @@ class FusedOps(LayerOps):
             HALF=dim // 2,
             HEADS=HEADS,
             num_warps=HEADS_WARPS,
+            **overlapped(),
         )
         return q
 
@@ -112,6 +115,7 @@ class FusedOps(LayerOps):
             SIZE=size,
             TILE=SILU_TILE,
             num_warps=SILU_TILE // (32 * PER_THREAD),
+            **overlapped(),
         )
         return out
 
@@ -127,11 +131,14 @@ def _add_rms_norm(
     ADD: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     columns = tl.arange(0, PADDED)
     present = columns < SIZE
     offsets = tl.program_id(0).to(tl.int64) * SIZE + columns
     weight = tl.load(weight_ptr + columns, mask=present, other=0.0).to(tl.float32)
+    await_previous(OVERLAP)
     total = tl.load(x_ptr + offsets, mask=present, other=0.0).to(tl.float32)
     if ADD:
         total += tl.load(residual_ptr + offsets, mask=present, other=0.0).to(tl.float32)
@@ -158,7 +165,9 @@ def _norm_rope_store(
     NUM_KV: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -167,10 +176,6 @@ def _norm_rope_store(
     is_k = (heads >= NUM) & (heads < NUM + NUM_KV)
     is_v = (heads >= NUM + NUM_KV) & (heads < NUM + 2 * NUM_KV)
 
-    offsets = (token * (NUM + 2 * NUM_KV) + heads) * (2 * HALF) + pairs
-    present = heads < NUM + 2 * NUM_KV
-    first = tl.load(qkv_ptr + offsets, mask=present, other=0.0).to(tl.float32)
-    second = tl.load(qkv_ptr + offsets + HALF, mask=present, other=0.0).to(tl.float32)
     first_q_weight = tl.load(q_weight_ptr + pairs).to(tl.float32)
     second_q_weight = tl.load(q_weight_ptr + HALF + pairs).to(tl.float32)
     first_k_weight = tl.load(k_weight_ptr + pairs).to(tl.float32)
@@ -178,6 +183,11 @@ def _norm_rope_store(
     cos = tl.load(rotation_ptr + token * (2 * HALF) + pairs)
     sin = tl.load(rotation_ptr + token * (2 * HALF) + HALF + pairs)
 
+    await_previous(OVERLAP)
+    offsets = (token * (NUM + 2 * NUM_KV) + heads) * (2 * HALF) + pairs
+    present = heads < NUM + 2 * NUM_KV
+    first = tl.load(qkv_ptr + offsets, mask=present, other=0.0).to(tl.float32)
+    second = tl.load(qkv_ptr + offsets + HALF, mask=present, other=0.0).to(tl.float32)
     squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
     inverse = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
     x = first * inverse * tl.where(is_q, first_q_weight, first_k_weight)
@@ -203,7 +213,10 @@ def _silu_mul(
     out_ptr,  # [rows, SIZE]
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
+    await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     present = columns < SIZE

@@ -4,7 +4,8 @@ A product of so few rows reads its weight once and does little with it, and take
 counts is that all processors have loads in flight at once and for the whole time. A program has all
 inputs of a few outputs. Each thread keeps sums of its own over its inputs, and only at the end are
 they added up, so that nothing in between waits for anything but memory. With tensor cores a sum
-would wait for the one before, each time.
+would wait for the one before, each time. Weights are on their way before the kernel that computes
+the inputs is complete.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.layers.linear import Around
+from nanovllm.kernels.overlap import await_previous, begin, overlapped
 
 MAX_ROWS = 8
 # With no more outputs, a program for each few of them has to be larger for all processors to have
 # enough loads in flight.
 NARROW = 2048
+# With more inputs, gated products of 4 rows would need more registers than there are.
+SHORT = 2560
 # Neighbouring inputs that a thread has of each tile: 16 bytes in bfloat16, its widest load. With
 # all threads side by side along the inputs, each multiplies what it has loaded itself.
 PER_LOAD = 8
+# Weights that a thread loads before the inputs are there, at most: they take registers.
+AHEAD = 32
 
 
 class Tuning(NamedTuple):
@@ -42,7 +48,8 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning | None = No
     norm, residual = around.norm, around.residual
     # Few kernels, since each has to be compiled.
     padded = 1 if rows == 1 else max(4, triton.next_power_of_2(rows))
-    tuning = tuning or choose_tuning(padded, outputs, around.gated)
+    tuning = tuning or choose_tuning(padded, inputs, outputs, around.gated)
+    tile = 32 * tuning.warps * PER_LOAD
     _linear[(triton.cdiv(outputs, tuning.outputs),)](
         x,
         weight,
@@ -58,21 +65,25 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning | None = No
         OUTPUTS=outputs,
         INPUTS=inputs,
         TILE_OUT=tuning.outputs,
-        THREADS=32 * tuning.warps,
+        TILE_IN=tile,
         PER_LOAD=PER_LOAD,
+        TILES_AHEAD=min(
+            triton.cdiv(inputs, tile), AHEAD // (PER_LOAD * tuning.outputs * (1 + around.gated))
+        ),
         num_warps=tuning.warps,
+        **overlapped(),
     )
     return out
 
 
-def choose_tuning(rows: int, outputs: int, gated: bool) -> Tuning:
+def choose_tuning(rows: int, inputs: int, outputs: int, gated: bool) -> Tuning:
     """The fastest on an H200 (`benchmarks.kernels`), at 1 and 4 rows."""
     alone = rows == 1
     if gated:
-        return Tuning(outputs=1, warps=1) if alone else Tuning(outputs=4, warps=2)
+        return Tuning(1, 1) if alone else Tuning(4, 2 if inputs <= SHORT else 8)
     if outputs <= NARROW:
-        return Tuning(outputs=2, warps=8 if alone else 4)
-    return Tuning(outputs=2, warps=1) if alone else Tuning(outputs=8, warps=2)
+        return Tuning(2, 8 if alone else 4)
+    return Tuning(2, 4) if alone else Tuning(4, 2)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -91,14 +102,24 @@ def _linear(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     TILE_OUT: tl.constexpr,
-    THREADS: tl.constexpr,
+    TILE_IN: tl.constexpr,
     PER_LOAD: tl.constexpr,
+    TILES_AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    TILE_IN: tl.constexpr = THREADS * PER_LOAD
+    begin(OVERLAP)
+    THREADS: tl.constexpr = TILE_IN // PER_LOAD
     rows_of = tl.arange(0, ROWS)[:, None, None]
     outputs_of = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)[None, :, None]
     inputs_of = tl.arange(0, TILE_IN)[None, None, :]
-    weight_rows = weight_ptr + outputs_of.to(tl.int64) * INPUTS
+    weights = weight_ptr + outputs_of.to(tl.int64) * INPUTS + inputs_of
+    ups = weights + OUTPUTS * INPUTS
+    is_output = outputs_of < OUTPUTS
+
+    ahead = _load_tiles(weights, inputs_of, is_output, INPUTS, TILE_IN, TILES_AHEAD)
+    if GATED:
+        ups_ahead = _load_tiles(ups, inputs_of, is_output, INPUTS, TILE_IN, TILES_AHEAD)
+    await_previous(OVERLAP)
 
     sums = tl.zeros([ROWS, TILE_OUT, THREADS], tl.float32)
     up_sums = tl.zeros([ROWS, TILE_OUT, THREADS], tl.float32)
@@ -107,12 +128,15 @@ def _linear(
     for start in tl.static_range(0, INPUTS, TILE_IN):
         inputs = start + inputs_of
         is_input = inputs < INPUTS
-        inside = (outputs_of < OUTPUTS) & is_input
-        pointers = weight_rows + inputs
-        weight = tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first")
-        if GATED:
-            up_pointers = pointers + OUTPUTS * INPUTS
-            up = tl.load(up_pointers, mask=inside, other=0.0, eviction_policy="evict_first")
+        inside = is_output & is_input
+        if start < TILES_AHEAD * TILE_IN:
+            weight = ahead[start // TILE_IN]
+            if GATED:
+                up = ups_ahead[start // TILE_IN]
+        else:
+            weight = _load_once(weights + start, inside)
+            if GATED:
+                up = _load_once(ups + start, inside)
         x_pointers = x_ptr + rows_of * INPUTS + inputs
         x = tl.load(x_pointers, mask=(rows_of < rows) & is_input, other=0.0).to(tl.float32)
         if NORM:
@@ -139,6 +163,21 @@ def _linear(
     if ADD:
         out += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_tiles(weights, inputs_of, is_output, INPUTS, TILE_IN, TILES):
+    """The first tiles, a tuple."""
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        inside = is_output & (tile * TILE_IN + inputs_of < INPUTS)
+        tiles += (_load_once(weights + tile * TILE_IN, inside),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
+def _load_once(pointers, inside):
+    return tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.overlap import await_previous, begin, overlapped
 from nanovllm.kernels.sampling.device_stream import LN_2, gumbel, row_key, token_bits
 from nanovllm.kernels.sampling.order import (
     LAST,
@@ -112,6 +113,7 @@ def sample(
         GROUP=tuning.group,
         num_warps=tuning.scan_warps,
         enable_fp_fusion=False,
+        **overlapped(),
     )
     _choose[(rows,)](
         logits,
@@ -136,6 +138,7 @@ def sample(
         PAIRS=tuning.pairs,
         num_warps=tuning.choose_warps,
         enable_fp_fusion=False,
+        **overlapped(),
     )
     return sampled
 
@@ -160,7 +163,10 @@ def _scan(
     tiles_each,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
+    await_previous(OVERLAP)
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
@@ -221,7 +227,10 @@ def _choose(
     GATHER: tl.constexpr,
     CANDIDATES: tl.constexpr,
     PAIRS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
+    await_previous(OVERLAP)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.overlap import await_previous, begin, overlapped
 from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.kernels.slots.ops import DecodeInputs, SlotOps, SlotState
 
@@ -48,7 +49,14 @@ class FusedSlotOps(SlotOps):
         sampled = torch.empty(len(slots), dtype=torch.int32, device=slots.device)
         nobodys = len(state.num_tokens) - 1
         _advance[(len(slots),)](
-            slots, token_ids, state.num_tokens, state.last_tokens, sampled, nobodys, num_warps=1
+            slots,
+            token_ids,
+            state.num_tokens,
+            state.last_tokens,
+            sampled,
+            nobodys,
+            num_warps=1,
+            **overlapped(),
         )
         return sampled
 
@@ -112,7 +120,10 @@ def _advance(
     last_tokens_ptr,
     sampled_ptr,  # int32 [n]
     nobodys,  # the last slot
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
+    await_previous(OVERLAP)
     row = tl.program_id(0)
     slot = tl.load(slots_ptr + row)
     token = tl.load(token_ids_ptr + row)

@@ -87,6 +87,7 @@ class Qwen3ForCausalLM:
         Returns:
             [T, hidden_size], normalized: what `logits` takes.
         """
+        # Before the embedding: the layers' kernels look ahead at it, see `kernels.overlap`.
         rotation = self.rotary(positions)
         x, residual = self.embedding.embed(token_ids), None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
