@@ -1,17 +1,26 @@
 """Paged prefill attention in Triton: causal, over ragged batches with any context before them.
 
-One program has a tile of one sequence's query tokens and one query head, and goes over the keys
-that any of them sees, with an online softmax (Dao et al., 2022, "FlashAttention").
+One program has a tile of one sequence's query tokens and one key/value head, all of whose query
+heads are rows of the tile, so that keys and values are read once for them. It goes over the keys
+that any of its rows sees, with an online softmax (Dao et al., 2022, "FlashAttention"); only those
+that not every row sees are masked. Where tiles are too few to occupy the GPU, contexts are split,
+and a second kernel joins the parts (Dao et al., 2023, "Flash-Decoding"): joined by the program that
+is last, as in triton_decode.py, they would take registers from the first.
+
+The host knows bounds of lengths only. So tiles are numbered through all sequences, and each program
+finds its own; how far a context is split is decided where its length is known.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.attention.interface import (
     AttentionBackend,
@@ -21,102 +30,382 @@ from nanovllm.kernels.attention.interface import (
     LayerCache,
 )
 
-QUERY_TILE = 64
-KEY_TILE = 64
+MAX_SPLITS = 16
+# A part has at least so many keys: a shorter one is not worth joining.
+SHORTEST_PART = 512
+JOINED_ROWS = 4
+
+
+class Tuning(NamedTuple):
+    """How a prefill is cut up.
+
+    Attributes:
+        rows: query tokens times query heads of a key/value head that a program has.
+        keys: tokens of the context that it takes at a time.
+        programs: that a processor runs at once.
+        descriptors: tiles of keys are fetched by tensor descriptors, if blocks are whole tiles.
+    """
+
+    rows: int = 128
+    keys: int = 64
+    warps: int = 4
+    stages: int = 2
+    programs: int = 2
+    descriptors: bool = True
+
+
+def choose_tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
+    """None needs more than 99 KB of shared memory, which all GPUs since Ampere have."""
+    if dtype.itemsize > 2:
+        # Products in float32 are not the tensor cores': they take registers instead.
+        tuning = Tuning(32, 64, warps=8) if head_dim <= 128 else Tuning(16, 16, warps=4)
+        return tuning._replace(descriptors=False)
+    return Tuning() if head_dim <= 128 else Tuning(64, 32, warps=4)
+
+
+class Device(NamedTuple):
+    """What a GPU has.
+
+    Attributes:
+        descriptors: what fetches tiles by tensor descriptors (since Hopper).
+    """
+
+    processors: int = 1
+    descriptors: bool = True
+
+    @classmethod
+    def current(cls) -> Device:
+        """A CPU counts as one, for Triton's interpreter."""
+        if not torch.cuda.is_available():
+            return cls()
+        properties = torch.cuda.get_device_properties()
+        return cls(properties.multi_processor_count, properties.major >= 9)
 
 
 class TritonPrefillBackend(AttentionBackend):
     """Any batch, but made for prefills. Any block size that is a multiple of 16."""
 
+    def __init__(
+        self, shape: AttentionShape, tuning: Tuning | None = None, device: Device | None = None
+    ) -> None:
+        super().__init__(shape)
+        self._tuning = tuning
+        self._device = device or Device.current()
+
     def prepare(self, metadata: AttentionMetadata) -> AttentionBatch:
-        return _Prefills(self.shape, metadata)
+        return _Prefills(self.shape, self._tuning, self._device, metadata)
 
 
 class _Prefills(AttentionBatch):
-    def __init__(self, shape: AttentionShape, metadata: AttentionMetadata) -> None:
+    def __init__(
+        self,
+        shape: AttentionShape,
+        tuning: Tuning | None,
+        device: Device,
+        metadata: AttentionMetadata,
+    ) -> None:
         self._shape = shape
+        self._tuning = tuning
+        self._device = device
         self._metadata = metadata
-        self._tiles = -(-int(metadata.query_lens.max()) // QUERY_TILE)
+        self._parts: _Parts | None = None
 
     def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
         out = torch.empty_like(q)
         shape, metadata = self._shape, self._metadata
-        # The last tiles see the longest contexts, so they go first.
-        _prefill[(self._tiles, shape.num_heads, len(metadata.query_lens))](
+        tuning = self._tuning or choose_tuning(shape.head_dim, q.dtype)
+        group = shape.num_heads // shape.num_kv_heads
+        rows = max(tuning.rows, triton.next_power_of_2(group))
+        tokens = rows // group
+        # As many programs as one sequence would have: there may be more, of short contexts.
+        programs = -(-len(q) // tokens) * shape.num_kv_heads
+        splits = choose_splits(
+            programs, self._device.processors * tuning.programs, int(metadata.context_lens.max())
+        )
+        if splits > 1 and self._parts is None:
+            self._parts = _Parts.of(q, splits)
+        whole_tiles = shape.block_size % tuning.keys == 0
+        descriptors = tuning.descriptors and self._device.descriptors and whole_tiles
+        grid = (shape.num_kv_heads, splits, most_tiles(metadata, len(q), tokens))
+        _prefill[grid](
             q,
-            cache.k,
-            cache.v,
+            *(_described(held, tuning.keys) if descriptors else held for held in cache),
             out,
+            *(self._parts or (out, out)),
             metadata.block_tables,
             metadata.cu_seqlens_q,
             metadata.cache_seqlens,
             metadata.block_tables.stride(0),
+            len(metadata.query_lens),
             shape.head_dim**-0.5 * math.log2(math.e),
-            GROUP=shape.num_heads // shape.num_kv_heads,
+            SPLIT=splits > 1,
+            GROUP=group,
             HEADS=shape.num_kv_heads,
             DIM=shape.head_dim,
             BLOCK=shape.block_size,
-            QUERIES=QUERY_TILE,
-            KEYS=KEY_TILE,
-            num_warps=4,
-            num_stages=2,
+            ROWS=rows,
+            KEYS=tuning.keys,
+            DESCRIPTORS=descriptors,
+            PART=SHORTEST_PART,
+            num_warps=tuning.warps,
+            num_stages=tuning.stages,
         )
+        if self._parts is not None:
+            rows = len(q) * shape.num_heads
+            _join[(-(-rows // JOINED_ROWS),)](
+                *self._parts,
+                out,
+                rows,
+                splits,
+                SPLITS=triton.next_power_of_2(splits),
+                DIM=shape.head_dim,
+                ROWS=JOINED_ROWS,
+            )
         return out
 
 
+def most_tiles(metadata: AttentionMetadata, rows: int, tokens: int) -> int:
+    """How many tiles of `tokens` the sequences can have, whose query tokens are `rows` together."""
+    each = int((-(-metadata.query_lens // tokens)).sum())
+    return max(1, min(each, (rows + len(metadata.query_lens) * (tokens - 1)) // tokens))
+
+
+def choose_splits(programs: int, slots: int, most_keys: int) -> int:
+    """Into how many parts to split contexts of up to `most_keys`, for `programs` that each take
+    one whole, where `slots` run at once.
+
+    Each part costs what a fraction of a context does, for starting and joining it.
+    """
+    most = max(1, min(MAX_SPLITS, most_keys // SHORTEST_PART))
+
+    def cost(splits: int) -> float:
+        return -(-programs * splits // slots) / splits + splits / 200
+
+    return min(range(1, most + 1), key=cost)
+
+
+def _described(held: Tensor, keys: int) -> TensorDescriptor:
+    """Keys or values as rows [blocks * block_size, heads * head_dim], of which a tile has `keys`
+    and one head."""
+    rows = held.flatten(2).flatten(0, 1)
+    return TensorDescriptor.from_tensor(rows, [keys, held.shape[-1]])
+
+
+class _Parts(NamedTuple):
+    """What the parts of contexts come to, until they are joined; all layers use the same.
+
+    Attributes:
+        mixed: float32 [query tokens, heads, splits, head_dim], each part's result.
+        logs: float32 [query tokens, heads, splits], log2 of each part's sum of exponentials, or
+            -inf for one that is not used, as all are of a context that was not split.
+    """
+
+    mixed: Tensor
+    logs: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, splits: int) -> _Parts:
+        rows = (*q.shape[:2], splits)
+        return cls(
+            torch.empty(*rows, q.shape[2], dtype=torch.float32, device=q.device),
+            torch.empty(rows, dtype=torch.float32, device=q.device),
+        )
+
+
 @triton.jit
+def _find(starts_ptr, sequences, tile, TOKENS: tl.constexpr):
+    """The sequence that has tile number `tile`, or `sequences` if none has, and which of its tiles
+    that is: a sequence's last tiles come first, since they see the longest contexts."""
+    sequence = 0
+    passed = 0
+    counted = 0
+    found = 0
+    for first in range(0, sequences, 32):
+        rows = first + tl.arange(0, 32)
+        there = rows < sequences
+        starts = tl.load(starts_ptr + rows, mask=there, other=0)
+        ends = tl.load(starts_ptr + rows + 1, mask=there, other=0)
+        tiles = tl.cdiv(ends - starts, TOKENS)
+        before = counted + tl.cumsum(tiles, 0) - tiles
+        passing = there & (before + tiles <= tile)
+        sequence += tl.sum(passing.to(tl.int32), 0)
+        passed += tl.sum(tl.where(passing, tiles, 0), 0)
+        found += tl.sum(tl.where((before <= tile) & (tile < before + tiles), tiles, 0), 0)
+        counted += tl.sum(tiles, 0)
+    return sequence, found - 1 - (tile - passed)
+
+
+@triton.jit
+def _over_keys(
+    q,
+    most,
+    total,
+    mixed,
+    start,
+    end,
+    seen,  # [ROWS], how many keys each row sees
+    keys,
+    values,
+    table,
+    head,
+    scale,
+    MASKED: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Takes keys [start, end) into account; `start` is a multiple of KEYS."""
+    dims = tl.arange(0, DIM)
+    # Known a tile ahead, so that the tile itself is fetched ahead of its use.
+    block = tl.load(table + tl.minimum(start, end - 1) // BLOCK)
+    for first in range(start, end, KEYS):
+        positions = first + tl.arange(0, KEYS)
+        if BLOCK % KEYS == 0:
+            slot = block * BLOCK + first % BLOCK
+            block = tl.load(table + tl.minimum(first + KEYS, end - 1) // BLOCK)
+            slots = slot.to(tl.int64) + tl.arange(0, KEYS)
+        else:
+            blocks = tl.load(table + positions // BLOCK, mask=positions < end, other=0)
+            slots = blocks.to(tl.int64) * BLOCK + positions % BLOCK
+        offsets = (slots * HEADS + head)[:, None] * DIM + dims[None, :]
+        # What lies past a context is masked below, and finite.
+        if DESCRIPTORS:
+            k = keys.load([slot, head * DIM])
+        else:
+            k = tl.load(keys + offsets)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            # Finite, for a part may have rows that see none of it: their weight will be zero.
+            scores = tl.where(positions[None, :] < seen[:, None], scores, -1e30)
+        new_most = tl.maximum(most, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_most[:, None])
+        shrink = tl.exp2(most - new_most)
+        total = total * shrink + tl.sum(weights, 1)
+        if DESCRIPTORS:
+            v = values.load([slot, head * DIM])
+        else:
+            v = tl.load(values + offsets)
+        mixed = mixed * shrink[:, None]
+        mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision="ieee")
+        most = new_most
+    return most, total, mixed
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "sequences"],
+    do_not_specialize_on_alignment=["tables_ptr", "starts_ptr", "lengths_ptr"],
+)
 def _prefill(
     q_ptr,  # [tokens, HEADS * GROUP, DIM]
-    k_ptr,  # [blocks, BLOCK, HEADS, DIM]
-    v_ptr,
-    out_ptr,
+    keys,  # [blocks, BLOCK, HEADS, DIM], or see _described
+    values,
+    out_ptr,  # as q
+    parts_ptr,  # see _Parts
+    logs_ptr,
     tables_ptr,
     starts_ptr,
     lengths_ptr,
     table_stride,
+    sequences,
     scale,  # of the scores, in base 2
+    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PART: tl.constexpr,  # keys that a part has at least
 ):
-    head = tl.program_id(1)
-    sequence = tl.program_id(2)
+    TOKENS: tl.constexpr = ROWS // GROUP
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    tile = tl.program_id(2)
+    splits = tl.num_programs(1)
+    sequence, own_tile = _find(starts_ptr, sequences, tile, TOKENS)
+    if sequence >= sequences:
+        return
     start = tl.load(starts_ptr + sequence)
     queries = tl.load(starts_ptr + sequence + 1) - start
-    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
-    if first_query >= queries:
-        return
     before = tl.load(lengths_ptr + sequence) - queries
-    rows = first_query + tl.arange(0, QUERIES)
-    dims = tl.arange(0, DIM)
-    present = rows < queries
-    q_offsets = ((start + rows).to(tl.int64) * (HEADS * GROUP) + head)[:, None] * DIM + dims[None]
-    q = tl.load(q_ptr + q_offsets, mask=present[:, None], other=0.0)
+    first_query = own_tile * TOKENS
+    end = before + tl.minimum(first_query + TOKENS, queries)
+    each = tl.cdiv(tl.maximum(tl.cdiv(end, splits), PART), KEYS) * KEYS
+    parts = tl.cdiv(end, each)
+    first_key = split * each
 
-    most = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    mixed = tl.zeros([QUERIES, DIM], tl.float32)
+    tokens = first_query + tl.arange(0, ROWS) // GROUP
+    present = (tokens < queries) & (tl.arange(0, ROWS) < TOKENS * GROUP)
+    members = tl.arange(0, ROWS) % GROUP
+    rows = (start + tokens).to(tl.int64) * (HEADS * GROUP) + head * GROUP + members
+    if SPLIT:
+        used = tl.where(parts > 1, parts, 0)
+        unused = present & (tokens < tl.where(split < used, 0, queries))
+        tl.store(logs_ptr + rows * splits + split, float("-inf"), mask=unused)
+    if split >= parts:
+        return
+    end = tl.minimum(end, first_key + each)
+    dims = tl.arange(0, DIM)
+    offsets = rows[:, None] * DIM + dims[None, :]
+    q = tl.load(q_ptr + offsets, mask=present[:, None], other=0.0)
+
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, DIM], tl.float32)
     table = tables_ptr + sequence.to(tl.int64) * table_stride
-    end = before + tl.minimum(first_query + QUERIES, queries)
-    for first in range(0, end, KEYS):
-        positions = first + tl.arange(0, KEYS)
-        inside = positions < end
-        blocks = tl.load(table + positions // BLOCK, mask=inside, other=0).to(tl.int64)
-        slots = blocks * BLOCK + positions % BLOCK
-        offsets = (slots * HEADS + head // GROUP)[:, None] * DIM + dims[None, :]
-        k = tl.load(k_ptr + offsets, mask=inside[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        # Every row sees position 0, so no maximum stays infinite.
-        scores = tl.where(positions[None, :] <= before + rows[:, None], scores, float("-inf"))
-        new_most = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_most[:, None])
-        shrink = tl.exp2(most - new_most)
-        v = tl.load(v_ptr + offsets, mask=inside[:, None], other=0.0)
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        most = new_most
-    result = mixed / total[:, None]
-    tl.store(out_ptr + q_offsets, result.to(out_ptr.dtype.element_ty), mask=present[:, None])
+    seen = before + tokens + 1
+    seen_by_all = tl.minimum((before + first_query + 1) // KEYS * KEYS, end)
+    seen_by_all = tl.maximum(seen_by_all // KEYS * KEYS, first_key)
+    most, total, mixed = _over_keys(
+        q, most, total, mixed, first_key, seen_by_all, seen, keys, values, table, head, scale,
+        False, HEADS, DIM, BLOCK, KEYS, DESCRIPTORS,
+    )  # fmt: skip
+    most, total, mixed = _over_keys(
+        q, most, total, mixed, seen_by_all, end, seen, keys, values, table, head, scale,
+        True, HEADS, DIM, BLOCK, KEYS, DESCRIPTORS,
+    )  # fmt: skip
+    mixed = mixed / total[:, None]
+
+    if parts == 1:
+        tl.store(out_ptr + offsets, mixed.to(out_ptr.dtype.element_ty), mask=present[:, None])
+    elif SPLIT:
+        tl.store(logs_ptr + rows * splits + split, most + tl.log2(total), mask=present)
+        ours = (rows * splits + split)[:, None] * DIM + dims[None, :]
+        tl.store(parts_ptr + ours, mixed, mask=present[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _join(
+    parts_ptr,  # see _Parts
+    logs_ptr,
+    out_ptr,  # [rows, DIM]
+    rows,
+    splits,
+    SPLITS: tl.constexpr,  # the power of two from `splits`
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    split = tl.arange(0, SPLITS)
+    there = (row < rows)[:, None] & (split < splits)[None, :]
+    places = row[:, None] * splits + split[None, :]
+    logs = tl.load(logs_ptr + places, mask=there, other=float("-inf"))
+    # Rows that were not split have no parts, and are written.
+    most = tl.maximum(tl.max(logs, 1), -1e30)
+    shares = tl.exp2(logs - most[:, None])
+    dims = tl.arange(0, DIM)
+    parts = tl.load(
+        parts_ptr + places[:, :, None] * DIM + dims[None, None, :],
+        mask=(shares > 0)[:, :, None],
+        other=0.0,
+    )
+    total = tl.sum(shares, 1)
+    joined = tl.sum(parts * shares[:, :, None], 1) / tl.maximum(total, 1e-30)[:, None]
+    tl.store(
+        out_ptr + row[:, None] * DIM + dims[None, :],
+        joined.to(out_ptr.dtype.element_ty),
+        mask=(total > 0)[:, None],
+    )

@@ -8,12 +8,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanovllm.kernels.attention.by_phase import ByPhaseBackend
 from nanovllm.kernels.attention.choose import choose
 from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShape
 from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
-from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
+from nanovllm.kernels.attention.triton_prefill import (
+    SHORTEST_PART,
+    Device,
+    TritonPrefillBackend,
+    Tuning,
+    choose_splits,
+    most_tiles,
+)
+from tests.gpu_worker.paged import batch_metadata
 from tests.kernels.ragged import CPU, Ragged
 
 ON_CUDA = torch.cuda.is_available()
@@ -97,6 +107,62 @@ def test_lengths_on_the_host_may_be_more_than_the_true_ones() -> None:
     expected = ragged.run(triton_backend(shape))
     ragged.metadata.context_lens[:] = 4096
     torch.testing.assert_close(ragged.run(triton_backend(shape)), expected)
+
+
+@pytest.mark.parametrize(
+    ("per_kv_head", "head_dim", "block_size", "tuning", "processors"),
+    [
+        (1, 16, 64, Tuning(32, 32), 1),
+        (2, 64, 128, Tuning(64, 64), 40),
+        (2, 32, 64, Tuning(32, 64, descriptors=False), 40),
+        (3, 16, 48, Tuning(32, 32), 1),
+        (8, 16, 64, Tuning(64, 64), 500),
+        (5, 16, 16, Tuning(64, 64), 20),
+    ],
+)
+def test_prefills_however_they_are_cut(
+    per_kv_head: int,
+    head_dim: int,
+    block_size: int,
+    tuning: Tuning,
+    processors: int,
+) -> None:
+    shape = AttentionShape(2 * per_kv_head, 2, head_dim, block_size)
+    dtype, device = torch.float32, Device(processors)
+    if ON_CUDA:
+        # Tensor cores take no fewer rows.
+        tuning, dtype = tuning._replace(rows=max(tuning.rows, 64)), torch.bfloat16
+        device = device._replace(descriptors=Device.current().descriptors)
+    backend = TritonPrefillBackend(shape, tuning, device)
+    # As in a captured step, some have no tokens.
+    lengths, contexts = [33, 0, 1, 20, 0], [40, 0, 1, 1100, 0]
+    check(lambda _: backend, shape, lengths, contexts, dtype)
+    ragged = Ragged(shape, lengths, contexts, dtype, DEVICE)
+    expected = ragged.run(backend)
+    ragged.metadata.query_lens[:] = sum(lengths)
+    ragged.metadata.context_lens[:] = 4096
+    torch.testing.assert_close(ragged.run(backend), expected)
+
+
+@given(
+    st.lists(st.integers(0, 300), min_size=1, max_size=40),
+    st.integers(1, 128),
+    st.integers(1, 500),
+    st.integers(1, 100_000),
+)
+def test_tiles_are_enough_and_splits_are_of_use(
+    lengths: list[int], tokens: int, slots: int, context: int
+) -> None:
+    metadata = batch_metadata(torch.zeros(len(lengths), 1).int(), lengths, lengths)
+    needed = sum(-(-length // tokens) for length in lengths)
+    assert most_tiles(metadata, sum(lengths), tokens) == max(1, needed)
+    metadata.query_lens[:] = sum(lengths)  # bounds
+    bound = most_tiles(metadata, sum(lengths), tokens)
+    assert needed <= bound <= max(1, sum(lengths) // tokens + len(lengths))
+    splits = choose_splits(bound, slots, context)
+    assert splits == 1 or context >= SHORTEST_PART * splits
+    # How many parts of a context any processor computes one after the other.
+    assert -(-bound * splits // slots) <= splits * -(-bound // slots)
 
 
 # Block size, query heads a KV head.
