@@ -14,7 +14,7 @@ from nanovllm.kernels.attention.sdpa import SdpaBackend
 
 # Fastest first, as measured (docs/performance.md).
 DECODE_PREFERENCE = ("triton", "flash-attn")
-PREFILL_PREFERENCE = ("flash-attn", "triton")
+PREFILL_PREFERENCE = ("triton", "flash-attn")
 
 
 class Chosen(NamedTuple):

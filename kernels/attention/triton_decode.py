@@ -1,10 +1,8 @@
 """Paged decode attention in Triton: split-KV, with the query heads of a KV head in one tile.
 
 One program has one sequence, one key/value head and one part of the context, and computes softmax
-and weighted sum over that part online (Milakov and Gimelshein, 2018). Whichever program
-of a sequence and head is the last to finish joins the parts by their maxima and sums (Dao et al.,
-2023, "Flash-Decoding", where a second kernel does). A decode reads each key and value once and does
-little with it, so that all that counts is to have enough bytes in flight.
+and weighted sum over that part online (Milakov and Gimelshein, 2018). A decode reads each key and
+value once and does little with it, so that all that counts is to have enough bytes in flight.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from nanovllm.kernels.attention.interface import (
     AttentionShape,
     LayerCache,
 )
+from nanovllm.kernels.attention.parts import Parts
 from nanovllm.kernels.overlap import await_previous, begin, overlapped
 
 MAX_SPLITS = 32
@@ -71,26 +70,25 @@ class _Decodes(AttentionBatch):
         self._tuning = tuning
         self._splits = splits
         self._metadata = metadata
-        self._parts: _Parts | None = None
+        self._parts: Parts | None = None
         if splits > 1:
-            self._parts = _Parts.of(shape, metadata.num_decodes, splits, metadata.cache_seqlens)
+            device = metadata.cache_seqlens.device
+            self._parts = Parts.of(metadata.num_decodes, shape, splits, device)
 
     def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
         out = torch.empty_like(q)
         group = self._shape.num_heads // self._shape.num_kv_heads
-        parts = self._parts or (out, out, out)
         _decode[(self._metadata.num_decodes, self._shape.num_kv_heads, self._splits)](
             q,
             cache.k,
             cache.v,
             out,
-            *parts,
+            *(self._parts or (out, out)),
             self._metadata.block_tables,
             self._metadata.cache_seqlens,
             self._metadata.block_tables.stride(0),
             self._shape.head_dim**-0.5 * math.log2(math.e),
             SPLIT=self._splits > 1,
-            MOST_SPLITS=MAX_SPLITS,
             GROUP=group,
             ROWS=max(MIN_ROWS, triton.next_power_of_2(group)),
             HEADS=self._shape.num_kv_heads,
@@ -101,30 +99,9 @@ class _Decodes(AttentionBatch):
             num_stages=self._tuning.stages,
             **overlapped(),
         )
+        if self._parts is not None:
+            self._parts.join(out)
         return out
-
-
-class _Parts(NamedTuple):
-    """What the parts of n contexts come to, until they are joined; all layers use the same.
-
-    Attributes:
-        mixed: float32 [n, heads, splits, head_dim], each part's result.
-        logs: float32 [n, heads, splits], log2 of each part's sum of exponentials.
-        finished: int32 [n, kv_heads], how many parts are finished; 0 between layers.
-    """
-
-    mixed: Tensor
-    logs: Tensor
-    finished: Tensor
-
-    @classmethod
-    def of(cls, shape: AttentionShape, n: int, splits: int, like: Tensor) -> _Parts:
-        rows = (n, shape.num_heads, splits)
-        return cls(
-            torch.empty(*rows, shape.head_dim, dtype=torch.float32, device=like.device),
-            torch.empty(rows, dtype=torch.float32, device=like.device),
-            torch.zeros(n, shape.num_kv_heads, dtype=torch.int32, device=like.device),
-        )
 
 
 @triton.jit
@@ -133,15 +110,13 @@ def _decode(
     k_ptr,  # [blocks, BLOCK, HEADS, DIM]
     v_ptr,
     out_ptr,  # as q
-    parts_ptr,  # see _Parts
+    parts_ptr,  # see Parts
     logs_ptr,
-    finished_ptr,
     tables_ptr,
     lengths_ptr,
     table_stride,
     scale,  # of the scores, in base 2
     SPLIT: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -211,26 +186,3 @@ def _decode(
             mixed / total[:, None],
             mask=rows[:, None] < tl.where(start < end, GROUP, 0),
         )
-        tl.debug_barrier()  # the parts of all threads are written before any is counted
-        counter = finished_ptr + sequence * HEADS + head
-        if tl.atomic_add(counter, 1) == splits - 1:
-            tl.store(counter, 0)
-            every = tl.arange(0, MOST_SPLITS)
-            for member in range(GROUP):
-                row = sequence * (HEADS * GROUP) + head * GROUP + member
-                # Other programs have written them: what this processor has cached may be older.
-                found = tl.load(
-                    logs_ptr + row * splits + every,
-                    mask=every < splits,
-                    other=float("-inf"),
-                    cache_modifier=".cg",
-                )
-                shares = tl.exp2(found - tl.max(found, 0))
-                part = tl.load(
-                    parts_ptr + (row * splits + every)[:, None] * DIM + dims[None, :],
-                    mask=(shares > 0)[:, None],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                joined = tl.sum(part * shares[:, None], 0) / tl.sum(shares, 0)
-                tl.store(out_ptr + row * DIM + dims, joined.to(out_ptr.dtype.element_ty))

@@ -3,9 +3,8 @@
 One program has a tile of one sequence's query tokens and one key/value head, all of whose query
 heads are rows of the tile, so that keys and values are read once for them. It goes over the keys
 that any of its rows sees, with an online softmax (Dao et al., 2022, "FlashAttention"); only those
-that not every row sees are masked. Where tiles are too few to occupy the GPU, contexts are split,
-and a second kernel joins the parts (Dao et al., 2023, "Flash-Decoding"): joined by the program that
-is last, as in triton_decode.py, they would take registers from the first.
+that not every row sees are masked. Where tiles are too few to occupy the GPU, contexts are taken in
+parts.
 
 The host knows bounds of lengths only. So tiles are numbered through all sequences, and each program
 finds its own; how far a context is split is decided where its length is known.
@@ -29,11 +28,12 @@ from nanovllm.kernels.attention.interface import (
     AttentionShape,
     LayerCache,
 )
+from nanovllm.kernels.attention.parts import Parts
+from nanovllm.kernels.overlap import await_previous, begin, overlapped
 
 MAX_SPLITS = 16
 # A part has at least so many keys: a shorter one is not worth joining.
 SHORTEST_PART = 512
-JOINED_ROWS = 4
 
 
 class Tuning(NamedTuple):
@@ -46,21 +46,22 @@ class Tuning(NamedTuple):
         descriptors: tiles of keys are fetched by tensor descriptors, if blocks are whole tiles.
     """
 
-    rows: int = 128
+    rows: int = 64
     keys: int = 64
     warps: int = 4
-    stages: int = 2
+    stages: int = 3
     programs: int = 2
     descriptors: bool = True
 
 
 def choose_tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
-    """None needs more than 99 KB of shared memory, which all GPUs since Ampere have."""
+    """The fastest on an H200 (`benchmarks.attention`), at 16 bits and up to 128 dimensions."""
     if dtype.itemsize > 2:
         # Products in float32 are not the tensor cores': they take registers instead.
-        tuning = Tuning(32, 64, warps=8) if head_dim <= 128 else Tuning(16, 16, warps=4)
-        return tuning._replace(descriptors=False)
-    return Tuning() if head_dim <= 128 else Tuning(64, 32, warps=4)
+        if head_dim <= 128:
+            return Tuning(32, 64, warps=8, stages=2, descriptors=False)
+        return Tuning(16, 16, stages=2, descriptors=False)
+    return Tuning() if head_dim <= 128 else Tuning(64, 32, stages=2)
 
 
 class Device(NamedTuple):
@@ -108,7 +109,7 @@ class _Prefills(AttentionBatch):
         self._tuning = tuning
         self._device = device
         self._metadata = metadata
-        self._parts: _Parts | None = None
+        self._parts: Parts | None = None
 
     def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
         out = torch.empty_like(q)
@@ -123,7 +124,7 @@ class _Prefills(AttentionBatch):
             programs, self._device.processors * tuning.programs, int(metadata.context_lens.max())
         )
         if splits > 1 and self._parts is None:
-            self._parts = _Parts.of(q, splits)
+            self._parts = Parts.of(len(q), shape, splits, q.device)
         whole_tiles = shape.block_size % tuning.keys == 0
         descriptors = tuning.descriptors and self._device.descriptors and whole_tiles
         grid = (shape.num_kv_heads, splits, most_tiles(metadata, len(q), tokens))
@@ -149,18 +150,10 @@ class _Prefills(AttentionBatch):
             PART=SHORTEST_PART,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
+            **overlapped(),
         )
         if self._parts is not None:
-            rows = len(q) * shape.num_heads
-            _join[(-(-rows // JOINED_ROWS),)](
-                *self._parts,
-                out,
-                rows,
-                splits,
-                SPLITS=triton.next_power_of_2(splits),
-                DIM=shape.head_dim,
-                ROWS=JOINED_ROWS,
-            )
+            self._parts.join(out)
         return out
 
 
@@ -189,27 +182,6 @@ def _described(held: Tensor, keys: int) -> TensorDescriptor:
     and one head."""
     rows = held.flatten(2).flatten(0, 1)
     return TensorDescriptor.from_tensor(rows, [keys, held.shape[-1]])
-
-
-class _Parts(NamedTuple):
-    """What the parts of contexts come to, until they are joined; all layers use the same.
-
-    Attributes:
-        mixed: float32 [query tokens, heads, splits, head_dim], each part's result.
-        logs: float32 [query tokens, heads, splits], log2 of each part's sum of exponentials, or
-            -inf for one that is not used, as all are of a context that was not split.
-    """
-
-    mixed: Tensor
-    logs: Tensor
-
-    @classmethod
-    def of(cls, q: Tensor, splits: int) -> _Parts:
-        rows = (*q.shape[:2], splits)
-        return cls(
-            torch.empty(*rows, q.shape[2], dtype=torch.float32, device=q.device),
-            torch.empty(rows, dtype=torch.float32, device=q.device),
-        )
 
 
 @triton.jit
@@ -302,7 +274,7 @@ def _prefill(
     keys,  # [blocks, BLOCK, HEADS, DIM], or see _described
     values,
     out_ptr,  # as q
-    parts_ptr,  # see _Parts
+    parts_ptr,  # see Parts
     logs_ptr,
     tables_ptr,
     starts_ptr,
@@ -319,13 +291,16 @@ def _prefill(
     KEYS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PART: tl.constexpr,  # keys that a part has at least
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     TOKENS: tl.constexpr = ROWS // GROUP
     head = tl.program_id(0)
     split = tl.program_id(1)
     tile = tl.program_id(2)
     splits = tl.num_programs(1)
     sequence, own_tile = _find(starts_ptr, sequences, tile, TOKENS)
+    await_previous(OVERLAP)
     if sequence >= sequences:
         return
     start = tl.load(starts_ptr + sequence)
@@ -375,37 +350,3 @@ def _prefill(
         tl.store(logs_ptr + rows * splits + split, most + tl.log2(total), mask=present)
         ours = (rows * splits + split)[:, None] * DIM + dims[None, :]
         tl.store(parts_ptr + ours, mixed, mask=present[:, None])
-
-
-@triton.jit(do_not_specialize=["rows", "splits"])
-def _join(
-    parts_ptr,  # see _Parts
-    logs_ptr,
-    out_ptr,  # [rows, DIM]
-    rows,
-    splits,
-    SPLITS: tl.constexpr,  # the power of two from `splits`
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    split = tl.arange(0, SPLITS)
-    there = (row < rows)[:, None] & (split < splits)[None, :]
-    places = row[:, None] * splits + split[None, :]
-    logs = tl.load(logs_ptr + places, mask=there, other=float("-inf"))
-    # Rows that were not split have no parts, and are written.
-    most = tl.maximum(tl.max(logs, 1), -1e30)
-    shares = tl.exp2(logs - most[:, None])
-    dims = tl.arange(0, DIM)
-    parts = tl.load(
-        parts_ptr + places[:, :, None] * DIM + dims[None, None, :],
-        mask=(shares > 0)[:, :, None],
-        other=0.0,
-    )
-    total = tl.sum(shares, 1)
-    joined = tl.sum(parts * shares[:, :, None], 1) / tl.maximum(total, 1e-30)[:, None]
-    tl.store(
-        out_ptr + row[:, None] * DIM + dims[None, :],
-        joined.to(out_ptr.dtype.element_ty),
-        mask=(total > 0)[:, None],
-    )

