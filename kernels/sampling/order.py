@@ -40,6 +40,27 @@ def bound(maxima, most, k):
 
 
 @triton.jit
+def best_of(best_ptr, best_ids_ptr, row, chunks, CHUNKS: tl.constexpr):
+    """The highest of the row's chunks, and its token."""
+    parts = tl.arange(0, CHUNKS)
+    present = parts < chunks
+    values = tl.load(best_ptr + row * chunks + parts, mask=present, other=float("-inf"))
+    ids = tl.load(best_ids_ptr + row * chunks + parts, mask=present, other=LAST)
+    best = tl.max(values, 0)
+    return best, tl.min(tl.where(values == best, ids, LAST), 0)
+
+
+@triton.jit
+def list_groups(maxima, groups, floor, listed):
+    """Lists the groups with a token that reaches the floor, ascending; returns how many."""
+    reach = (maxima >= floor) & (maxima > float("-inf"))
+    place = tl.cumsum(reach.to(tl.int32), 0) - 1
+    tl.store(listed + place, groups, mask=reach)
+    tl.debug_barrier()
+    return tl.sum(reach.to(tl.int32), 0)
+
+
+@triton.jit
 def page(
     logits,
     vocab,
@@ -94,6 +115,80 @@ def standing(
         counts += tl.sum(ahead.to(tl.int32), 1)
         masses += tl.sum(tl.where(ahead, tl.exp(scores - most), 0.0), 1)
     return tl.sum(counts, 0), tl.sum(masses, 0)
+
+
+@triton.jit
+def kth_score(
+    logits,
+    vocab,
+    scale,
+    listed,
+    num_listed,
+    num_groups,
+    floor,
+    most,
+    k,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The k-th highest score of the listed tokens, of which at least k reach the floor."""
+    lower = ordered(floor).to(tl.int64)
+    upper = ordered(most).to(tl.int64) + 1
+    while upper - lower > 1:
+        middle = (lower + upper) >> 1
+        reaching, _ = standing(
+            logits,
+            vocab,
+            scale,
+            listed,
+            num_listed,
+            num_groups,
+            from_ordered(middle.to(tl.int32)),
+            LAST,
+            most,
+            PAGE,
+            GROUP,
+        )
+        enough = reaching >= k
+        lower = tl.where(enough, middle, lower)
+        upper = tl.where(enough, upper, middle)
+    return from_ordered(lower.to(tl.int32))
+
+
+@triton.jit
+def gather(
+    logits,
+    vocab,
+    scale,
+    listed,
+    num_listed,
+    num_groups,
+    floor,
+    ceiling,
+    candidates,
+    candidate_ids,
+    gathered,
+    room,
+    GATHER: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Appends the listed tokens whose score is in [floor, ceiling], ids ascending, to those
+    gathered; returns how many there are then, or if that is beyond the room, any number that is."""
+    start = 0
+    while (start < num_listed) & (gathered <= room):
+        scores, ids = page(
+            logits, vocab, scale, listed, start, num_listed, num_groups, GATHER, GROUP
+        )
+        scores = tl.reshape(scores, [GATHER * GROUP])
+        ids = tl.reshape(ids, [GATHER * GROUP])
+        wanted = (scores >= floor) & (scores <= ceiling)
+        at = gathered + tl.cumsum(wanted.to(tl.int32), 0) - 1
+        fits = wanted & (at < room)
+        tl.store(candidates + at, scores, mask=fits)
+        tl.store(candidate_ids + at, ids, mask=fits)
+        gathered += tl.sum(wanted.to(tl.int32), 0)
+        start += GATHER
+    return gathered
 
 
 @triton.jit

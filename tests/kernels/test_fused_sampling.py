@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nanovllm.kernels.sampling import fused
-from nanovllm.kernels.sampling.fused import Tuning
 from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, Tuning
 from tests.kernels.drawn import KINDS, Row, count_other, row_tensors
 
 # The interpreter computes with numpy, which warns of infinities.
@@ -118,7 +118,7 @@ def test_a_whole_vocabulary(rows: int, dtype: torch.dtype) -> None:
         for first in range(1 if rows > 100 else len(kinds)):
             logits = random_logits(rows, 151_936, scale, dtype, seed=first)
             params = of_rows([kinds[(first + row) % len(kinds)] for row in range(rows)], first)
-            assert check(logits, params, fused.DEFAULT_TUNING) <= 2 + rows // 50
+            assert check(logits, params, DEFAULT_TUNING) <= 2 + rows // 50
 
 
 @pytest.mark.skipif(not ON_CUDA, reason="needs CUDA graphs")

@@ -1,0 +1,169 @@
+"""The one reading of all logits that sampling begins with, and how the work is cut up."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.overlap import await_previous, begin, overlapped
+from nanovllm.kernels.sampling.device_stream import row_key
+from nanovllm.kernels.sampling.order import contest
+from nanovllm.kernels.sampling.reference import MIN_TEMPERATURE, SamplingTensors
+
+
+class Tuning(NamedTuple):
+    """How the work is cut up; all but `programs` are powers of two.
+
+    Attributes:
+        group: tokens with a common maximum.
+        tile: groups that a program of `_scan` takes at a time.
+        programs: of `_scan`, into which a step is cut, if there is so much work.
+        page: groups that what comes after it takes at a time where it reads many, and
+        gather: where it gathers candidates.
+        candidates: as many are compared in pairs,
+        pairs: with so many at a time.
+    """
+
+    group: int = 64
+    tile: int = 32
+    programs: int = 1024
+    page: int = 128
+    gather: int = 32
+    candidates: int = 256
+    pairs: int = 32
+    scan_warps: int = 4
+    choose_warps: int = 16
+
+
+DEFAULT_TUNING = Tuning()
+
+
+class Scanned(NamedTuple):
+    """What the logits [n, vocab] were found to hold.
+
+    Attributes:
+        best: float32 [n, chunks], of rows without filters: the highest logit of each chunk, or the
+            highest score + noise, and
+        best_ids: int32 [n, chunks]: its token.
+        maxima: float32 [n, groups], of filtered rows: the highest score of each group.
+        most_chunks: that there may be, whatever n.
+    """
+
+    best: Tensor
+    best_ids: Tensor
+    maxima: Tensor
+    most_chunks: int
+
+
+def scan(
+    logits: Tensor,
+    params: SamplingTensors,
+    positions: Tensor,
+    tuning: Tuning,
+    first: int,
+    off_from: int,
+) -> Scanned:
+    """Reads the logits once.
+
+    Args:
+        logits: float32, bfloat16 or float16 [n, vocab], n > 0; each row contiguous.
+        positions: int64 [n].
+        first: the token of the first column.
+        off_from: a top-k of so many or more is none.
+    """
+    rows, vocab = logits.shape
+    tiles = triton.cdiv(vocab, tuning.tile * tuning.group)
+    tiles_each = triton.cdiv(tiles, max(1, min(tiles, tuning.programs // rows)))
+    chunks = triton.cdiv(tiles, tiles_each)
+    groups = triton.cdiv(vocab, tuning.group)
+    best = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
+    best_ids = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    maxima = torch.empty(rows, groups, dtype=torch.float32, device=logits.device)
+    _scan[(rows, chunks)](
+        logits,
+        logits.stride(0),
+        vocab,
+        first,
+        off_from,
+        *params,
+        positions,
+        best,
+        best_ids,
+        maxima,
+        tiles_each,
+        TILE=tuning.tile,
+        GROUP=tuning.group,
+        num_warps=tuning.scan_warps,
+        enable_fp_fusion=False,
+        **overlapped(),
+    )
+    return Scanned(best, best_ids, maxima, tiles)
+
+
+_MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
+
+
+@triton.jit(do_not_specialize=["first", "tiles_each"])
+def _scan(
+    logits_ptr,  # [n, vocab]
+    stride,
+    vocab,
+    first,  # the token of the first column
+    off_from,  # a top-k of so many or more is none
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_ptr,
+    positions_ptr,
+    best_ptr,  # float32 [n, chunks]: the highest logit, or score with noise
+    best_ids_ptr,  # int32 [n, chunks]: its token
+    maxima_ptr,  # float32 [n, groups]: highest score of each; of filtered rows alone
+    tiles_each,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    begin(OVERLAP)
+    await_previous(OVERLAP)
+    row = tl.program_id(0)
+    chunk = tl.program_id(1)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    top_k = tl.where(top_k < off_from, top_k, 0)
+    random = temperature > 0
+    scale = tl.where(random, scale_of(temperature), 1.0)
+    bounded = (top_k > 0) | (min_p > 0)
+    filtered = random & (bounded | (top_p < 1))
+    noisy = random & (bounded == 0)
+    low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
+
+    tile_groups = tl.arange(0, TILE)
+    within = tile_groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    logits = logits_ptr + row.to(tl.int64) * stride
+    num_groups = tl.cdiv(vocab, GROUP)
+    maxima = maxima_ptr + row.to(tl.int64) * num_groups
+    first_tile = chunk * tiles_each
+    best = float("-inf")
+    best_id = first + first_tile * (TILE * GROUP)
+    for tile in range(first_tile, first_tile + tiles_each):
+        at = tile * (TILE * GROUP) + within
+        values = tl.load(logits + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+        if filtered:
+            groups = tile * TILE + tile_groups
+            tl.store(maxima + groups, tl.max(values, 1) * scale, mask=groups < num_groups)
+        best, best_id = contest(values, scale, first + at, best, best_id, noisy, low, high)
+    out = row * tl.num_programs(1) + chunk
+    tl.store(best_ptr + out, best)
+    tl.store(best_ids_ptr + out, best_id)
+
+
+@triton.jit
+def scale_of(temperature):
+    return tl.div_rn(1.0, tl.maximum(temperature, _MIN_TEMPERATURE))
