@@ -8,3 +8,6 @@ G = -log(E), E = -log(1 - u), was added to each logit / temperature is a sample 
 random numbers: as easy as 1, 2, 3"): the same alone and in a batch, on every rank, and over any
 shard of the vocabulary.
 """
+
+# A shard of a vocabulary sends as many of its tokens.
+CANDIDATES = 64

@@ -125,8 +125,8 @@ def load(
         memory.check_room_for_one(num_blocks, settings, size, remedy)
         loaded = executor(num_blocks)
         if graphs:
-            sizes = graph_sizes(settings.max_num_seqs, settings.max_prefill_tokens)
-            loaded.capture_graphs(sizes, CudaCapture(device), partial(progress, "capturing graphs"))
+            capturing = partial(progress, "capturing graphs")
+            loaded.capture_graphs(_sizes(settings), CudaCapture(device), capturing)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
@@ -168,18 +168,24 @@ def _blocks_on_cuda(
 
 
 def _bytes_of_graphs(executor: Executor, settings: Settings, device: torch.device) -> int:
-    """What all graphs together will hold. Two are captured to find out: the largest, with the
-    temporaries that all share, and one more."""
-    sizes = graph_sizes(settings.max_num_seqs, settings.max_prefill_tokens)
+    """What all graphs together will hold. Some are captured to find out: the largest, with the
+    temporaries that all share, and last one more, which holds what each of the others does."""
+    sizes = _sizes(settings)
     free = [torch.cuda.mem_get_info(device)[0]]
 
     def look(done: int, total: int) -> None:
         torch.cuda.empty_cache()
         free.append(torch.cuda.mem_get_info(device)[0])
 
-    two = Sizes(sizes.decodes[-1:], sizes.mixed[-1:])
-    executor.capture_graphs(two, CudaCapture(device), look)
-    return free[0] - free[2] + (sizes.total - 1) * (free[2] - free[3])
+    some = sizes._replace(decodes=sizes.decodes[-1:], mixed=sizes.mixed[-1:])
+    executor.capture_graphs(some, CudaCapture(device), look)
+    return free[0] - free[-2] + (sizes.total - some.total + 1) * (free[-2] - free[-1])
+
+
+def _sizes(settings: Settings) -> Sizes:
+    return graph_sizes(
+        settings.max_num_seqs, settings.max_prefill_tokens, settings.tensor_parallel_size
+    )
 
 
 def largest_steps(settings: Settings) -> list[StepPlan]:
@@ -198,7 +204,7 @@ def largest_steps(settings: Settings) -> list[StepPlan]:
 def _prefill(settings: Settings, number: int, length: int, count: int) -> StepPlan:
     """`count` prompts of `length` tokens."""
     blocks = -(-length // settings.kvcache_block_size)
-    sampling = Sampling(1.0, top_p=0.5, top_k=50, min_p=0.01, seed=0, logprobs=20)
+    sampling = Sampling(1.0, top_p=0.5, top_k=1000, min_p=0.01, seed=0, logprobs=20)
     tokens = np.zeros(length, dtype=np.int32)
     return StepPlan(
         number=number,

@@ -5,28 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.sampling import reference
+from nanovllm.kernels.sampling.ops import choose_sampling_ops
 from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.services.gpu_worker import vocab_parallel
 from nanovllm.services.gpu_worker.model.parallel import VocabShard
 
 
-def sample(logits: Tensor, params: SamplingTensors, positions: Tensor, ids: VocabShard) -> Tensor:
-    """The next token of each row, as `reference.sample` says, the same on every rank; on CUDA by
-    the fused kernels, which look at nothing on the host.
+def sample(
+    logits: Tensor, params: SamplingTensors, positions: Tensor, ids: VocabShard, wide: bool
+) -> Tensor:
+    """The next token of each row, as `reference.sample` says, the same on every rank.
 
     Args:
         logits: [n, shard], this rank's: of `ids`.
+        wide: see `Batch.wide`.
     """
-    if logits.device.type == "cuda":
-        from nanovllm.kernels.sampling import fused
-
-        if ids.tp.size > 1:
-            return vocab_parallel.sample_by_rows(logits, params, positions, ids, fused.sample)
-        return fused.sample(logits, params, positions)
+    ops = choose_sampling_ops(logits.device)
     if ids.tp.size > 1:
-        return vocab_parallel.sample(logits, params, positions, ids)
-    return reference.sample(logits, params, positions)
+        return vocab_parallel.sample(logits, params, positions, ids, wide, ops)
+    return ops.sample(logits, params, positions)
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, k: int, ids: VocabShard) -> tuple[Tensor, Tensor]:

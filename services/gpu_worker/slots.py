@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.messages import Admission, StepPlan, unpack
+from nanovllm.kernels.sampling import CANDIDATES
+from nanovllm.messages import Admission, Sampling, StepPlan, unpack
 
 Int32s = NDArray[np.int32]
 
@@ -26,6 +27,8 @@ class Batch(NamedTuple):
 
     Attributes:
         admitted: sequences that took a slot; their tokens and sampling parameters.
+        wide: whether one of the rows that sample may keep more tokens than CANDIDATES; where the
+            vocabulary is spread over ranks, such a step samples in another way.
         block_updates: int32 [u, 3], (slot, column, block): entries of the block tables to write.
         decode_slots: int32 [d]; token and position of each are on the device.
         chunk_slots: int32 [p].
@@ -40,6 +43,7 @@ class Batch(NamedTuple):
     """
 
     admitted: Sequence[Admission]
+    wide: bool
     block_updates: Int32s
     decode_slots: Int32s
     chunk_slots: Int32s
@@ -73,6 +77,7 @@ class SlotTable:
         self._num_tokens: Int32s = np.zeros(max_num_seqs, dtype=np.int32)
         self._num_blocks = [0] * max_num_seqs
         self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
+        self._wide = np.zeros(max_num_seqs, dtype=np.bool_)
         self.seeds = np.zeros(max_num_seqs, dtype=np.int64)
         self._indices = np.arange(max_num_seqs, dtype=np.int32)
         self._ones = np.ones(max_num_seqs, dtype=np.int32)
@@ -118,6 +123,7 @@ class SlotTable:
         self._num_tokens[sampling_slots] = sampled_positions + 1
         return Batch(
             admitted=plan.admit,
+            wide=bool(self._wide[sampling_slots].any()),
             block_updates=np.array(updates, dtype=np.int32).reshape(-1, 3),
             decode_slots=decode_slots,
             chunk_slots=chunks.slots,
@@ -139,6 +145,7 @@ class SlotTable:
         self._num_tokens[slot] = len(tokens)
         self._num_blocks[slot] = 0
         self._logprobs[slot] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
+        self._wide[slot] = _is_wide(sampling)
         self.seeds[slot] = sampling.seed
 
     def _append(self, slot: int, blocks: list[int], updates: list[tuple[int, int, int]]) -> None:
@@ -159,6 +166,15 @@ class SlotTable:
         return _Chunks(
             slots, lengths, ends, np.concatenate(tokens), np.concatenate(positions), complete
         )
+
+
+def _is_wide(sampling: Sampling) -> bool:
+    """Whether it may take more than CANDIDATES tokens of a shard to know what filters keep."""
+    if sampling.temperature == 0:
+        return False
+    if sampling.top_k == 0:
+        return sampling.top_p < 1 or sampling.min_p > 0
+    return sampling.top_k > CANDIDATES
 
 
 class _Chunks(NamedTuple):

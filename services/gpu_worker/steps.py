@@ -70,10 +70,11 @@ class Steps:
         query[layout.decodes :] = layout.tokens
         return Lengths(query, np.full(rows, self._max_model_len, dtype=np.int32))
 
-    def decode(self, slots: Tensor, logits_out: Tensor) -> Decoded:
+    def decode(self, slots: Tensor, wide: bool, logits_out: Tensor) -> Decoded:
         """Slots int64 [n] decode.
 
         Args:
+            wide: see `Batch.wide`.
             logits_out: [n, local vocabulary], where to write the logits.
         """
         n = len(slots)
@@ -95,16 +96,24 @@ class Steps:
             self._kv_cache,
         )
         logits = self._model.logits(hidden, logits_out)
-        token_ids = sample(logits, inputs.sampling, inputs.next_positions, self._model.head.ids)
+        token_ids = sample(
+            logits, inputs.sampling, inputs.next_positions, self._model.head.ids, wide
+        )
         return Decoded(self._ops.advance(self._state.held, slots, token_ids), logits)
 
     def mixed(
-        self, columns: Tensor, layout: Layout, lengths: Lengths, logits_out: Tensor | None = None
+        self,
+        columns: Tensor,
+        layout: Layout,
+        lengths: Lengths,
+        wide: bool,
+        logits_out: Tensor | None = None,
     ) -> Decoded:
         """Slots decode while prompts are computed, or only one of the two.
 
         Args:
             columns: int64, see `layout.columns`.
+            wide: see `Batch.wide`.
             logits_out: [layout.samples, local vocabulary], where to write the logits, if given.
         """
         held, decodes, block_size = self._state.held, layout.decodes, self._block_size
@@ -145,5 +154,5 @@ class Steps:
         # A sequence's length is the index of the token that comes next.
         next_positions = held.num_tokens[sampling_slots]
         params = self._state.sampling(sampling_slots)
-        token_ids = sample(logits, params, next_positions, self._model.head.ids)
+        token_ids = sample(logits, params, next_positions, self._model.head.ids, wide)
         return Decoded(self._ops.advance(held, sampling_slots, token_ids), logits)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nanovllm.kernels.sampling import reference
+from nanovllm.kernels.sampling.reference import SamplingTensors
 from tests.checkpoints import read_model, write_checkpoint
 from tests.gpu_worker.paged import CPU, relative_error
 from tests.gpu_worker.tp_rank import (
@@ -23,7 +25,7 @@ from tests.gpu_worker.tp_rank import (
     run_rank,
     samples_file,
 )
-from tests.kernels.drawn import KINDS, count_other, row_tensors
+from tests.kernels.drawn import KINDS, NARROW, Row, count_other, row_tensors
 
 # Two key/value heads unless said otherwise: with four ranks they are replicated.
 CASES: dict[str, dict[str, Any]] = {
@@ -77,12 +79,16 @@ def test_every_rank_draws_the_reference_s_tokens(root: Path, name: str, size: in
     ]
     for others in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(others, found[0], strict=True))
-    params = row_tensors(list(KINDS.values()), 0, CPU)
-    positions = torch.arange(len(KINDS))
-    expected = reference.sample(logits, params, positions)
-    assert torch.equal(found[0].by_rows, expected)
-    assert torch.equal(found[0].of_few, expected[:3])
-    other = count_other(found[0].tokens, logits, params, positions)
+
+    def whole(kinds: list[Row]) -> tuple[Tensor, SamplingTensors, Tensor]:
+        rows = len(kinds)
+        return logits[:rows], row_tensors(kinds, 0, CPU), torch.arange(rows)
+
+    narrow = list(NARROW.values())
+    assert torch.equal(found[0].tokens, reference.sample(*whole(list(KINDS.values()))))
+    assert torch.equal(found[0].of_three, reference.sample(*whole(narrow[:3])))
+    other = count_other(found[0].narrow, *whole(narrow))
+    other += count_other(found[0].of_one, *whole(narrow[-1:]))
     # The edge of top-p falls on a token only where weights are equal.
     assert other == 0 or name in ("ties", "equal")
 

@@ -11,14 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from nanovllm.kernels.sampling import reference
-from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.services.gpu_worker.group import GroupBroken
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
 from nanovllm.services.gpu_worker.sampling import logprobs, sample
-from nanovllm.services.gpu_worker.vocab_parallel import sample_by_rows
 from tests.gpu_worker.paged import CPU, PagedSequences, load_model
-from tests.kernels.drawn import KINDS, row_tensors
+from tests.kernels.drawn import KINDS, NARROW, Row, row_tensors
 
 SIZES = (2, 4)
 SEQUENCES = [[3, 141, 59, 26, 5, 358, 97, 93, 238], list(range(60, 99)), [514]]
@@ -51,12 +48,14 @@ def logits_to_sample() -> dict[str, Tensor]:
 
 
 class Samples(NamedTuple):
-    """Of each logits in `logits_to_sample`: tokens, also as they are drawn on a GPU, of the first
-    rows alone, and their log-probabilities with those of the likeliest LOGPROBS."""
+    """Of each logits in `logits_to_sample`: the tokens of rows of all KINDS, of the NARROW ones
+    alone, of the first three and of one, and the log-probabilities of the first with those of the
+    likeliest LOGPROBS."""
 
     tokens: Tensor
-    by_rows: Tensor
-    of_few: Tensor
+    narrow: Tensor
+    of_three: Tensor
+    of_one: Tensor
     logprob_ids: Tensor
     logprobs: Tensor
 
@@ -65,20 +64,27 @@ LOGPROBS = 5
 
 
 def draw(tp: TensorParallel) -> dict[str, Samples]:
-    params = row_tensors(list(KINDS.values()), 0, CPU)
-    positions = torch.arange(len(KINDS))
     found = {}
     for name, logits in logits_to_sample().items():
         shard = -(-logits.shape[1] // tp.size)
         padded = F.pad(logits, (0, shard * tp.size - logits.shape[1]), value=-torch.inf)
         local = padded[:, tp.rank * shard : (tp.rank + 1) * shard]
         ids = VocabShard(tp, tp.rank * shard)
-        tokens = sample(local, params, positions, ids)
-        by_rows = sample_by_rows(local, params, positions, ids, reference.sample)
-        few = SamplingTensors(*(values[:3] for values in params))
-        of_few = sample(local[:3], few, positions[:3], ids)
-        probabilities = logprobs(local, tokens, LOGPROBS, ids)
-        found[name] = Samples(tokens, by_rows, of_few, *probabilities)
+
+        def drawn(kinds: list[Row], wide: bool) -> Tensor:
+            rows = len(kinds)
+            params = row_tensors(kinds, 0, CPU)
+            return sample(local[:rows], params, torch.arange(rows), ids, wide)  # noqa: B023
+
+        narrow = list(NARROW.values())
+        tokens = drawn(list(KINDS.values()), wide=True)
+        found[name] = Samples(
+            tokens,
+            drawn(narrow, wide=False),
+            drawn(narrow[:3], wide=True),
+            drawn(narrow[-1:], wide=False),
+            *logprobs(local, tokens, LOGPROBS, ids),
+        )
     return found
 
 

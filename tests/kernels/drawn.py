@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.sampling import reference
+from nanovllm.kernels.sampling import CANDIDATES, reference
 from nanovllm.kernels.sampling.reference import SamplingTensors, filter_mask, temper
 from nanovllm.kernels.sampling.stream import exponential_noise, stream_keys
 
@@ -36,6 +36,14 @@ KINDS: dict[str, Row] = {
     "all": (1.5, 30, 0.9, 0.02),
     "all of many": (3.0, 200, 0.9, 0.001),
     "top-p, min-p": (1.5, 0, 0.9, 0.02),
+    "top-k of all candidates": (2.0, 64, 0.95, 0.0),
+}
+
+# Those that a few candidates decide.
+NARROW = {
+    name: row
+    for name, row in KINDS.items()
+    if row[0] == 0 or 0 < row[1] <= CANDIDATES or row[1:] == (0, 1.0, 0.0)
 }
 
 

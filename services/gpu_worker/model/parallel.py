@@ -66,12 +66,6 @@ class TensorParallel:
             _together(dist.all_reduce, x, group=self.group)
         return x
 
-    def all_reduce_max(self, x: Tensor) -> Tensor:
-        """The maximum of all ranks' `x`, written into it and returned."""
-        if self.group is not None:
-            _together(dist.all_reduce, x, op=dist.ReduceOp.MAX, group=self.group)
-        return x
-
     def all_gather(self, x: Tensor) -> Tensor:
         """All ranks' `x` [rows, columns] side by side: [rows, size * columns]."""
         if self.group is None:
