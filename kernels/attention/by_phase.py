@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention.interface import (
@@ -37,8 +36,7 @@ class _MixedBatch(AttentionBatch):
         self._decodes = decodes
         self._prefills = prefills
 
-    def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
+    def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         d = self._num_decodes
-        return torch.cat(
-            (self._decodes.forward(q[:d], cache), self._prefills.forward(q[d:], cache))
-        )
+        self._decodes.write(q[:d], cache, out[:d])
+        self._prefills.write(q[d:], cache, out[d:])

@@ -32,8 +32,8 @@ class _Decodes(AttentionBatch):
     def __init__(self, metadata: AttentionMetadata) -> None:
         self._metadata = metadata
 
-    def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
-        out: Tensor = flash_attn_with_kvcache(
+    def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
+        found: Tensor = flash_attn_with_kvcache(
             q[:, None],
             cache.k,
             cache.v,
@@ -41,7 +41,7 @@ class _Decodes(AttentionBatch):
             block_table=self._metadata.block_tables,
             causal=True,
         )
-        return out.squeeze(1)
+        out.copy_(found.squeeze(1))
 
 
 class _Prefills(AttentionBatch):
@@ -50,9 +50,9 @@ class _Prefills(AttentionBatch):
         ends = metadata.cache_seqlens.cumsum(0, dtype=torch.int32)
         self._cu_seqlens_k = torch.nn.functional.pad(ends, (1, 0))
 
-    def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
+    def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         metadata = self._metadata
-        out: Tensor = flash_attn_varlen_func(
+        found: Tensor = flash_attn_varlen_func(
             q,
             cache.k,
             cache.v,
@@ -63,4 +63,4 @@ class _Prefills(AttentionBatch):
             causal=True,
             block_table=metadata.block_tables,
         )
-        return out
+        out.copy_(found)

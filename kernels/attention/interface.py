@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -99,10 +100,16 @@ class AttentionMetadata:
 class AttentionBatch(ABC):
     """One step's batch, as its backend has prepared it; serves all layers."""
 
-    @abstractmethod
     def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
         """Causal attention of q [T, num_heads, head_dim], scaled by head_dim ** -0.5, over each
         sequence's context. Returns the same shape and dtype."""
+        out = torch.empty_like(q)
+        self.write(q, cache, out)
+        return out
+
+    @abstractmethod
+    def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
+        """The same, written to `out`, which is contiguous."""
 
 
 class AttentionBackend(ABC):

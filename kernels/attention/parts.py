@@ -17,6 +17,9 @@ from torch import Tensor
 from nanovllm.kernels.attention.interface import AttentionShape
 from nanovllm.kernels.overlap import await_previous, begin, overlapped
 
+# A power of two. The kernel is one for all numbers of parts, since each has to be compiled.
+MOST_PARTS = 32
+
 
 class Parts(NamedTuple):
     """Of the contexts of some query tokens; all layers use the same.
@@ -41,9 +44,7 @@ class Parts(NamedTuple):
     def join(self, out: Tensor) -> None:
         """Writes results to `out` [query tokens, heads, head_dim], but for those without parts."""
         tokens, heads, parts, dim = self.mixed.shape
-        _join[(tokens * heads,)](
-            *self, out, parts, PARTS=triton.next_power_of_2(parts), DIM=dim, **overlapped()
-        )
+        _join[(tokens * heads,)](*self, out, parts, PARTS=MOST_PARTS, DIM=dim, **overlapped())
 
 
 @triton.jit(do_not_specialize=["parts"])

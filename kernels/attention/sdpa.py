@@ -103,14 +103,12 @@ class _SdpaBatch(AttentionBatch):
         tables = metadata.block_tables.index_select(0, row_ids)
         return _Decodes(row_ids, self._slots(tables, context), mask)
 
-    def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
-        out = torch.empty_like(q)
+    def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         for group in self.decodes:
             out[group.rows] = self._decode(q[group.rows], group, cache)
         for sequence in self.prefills:
             rows = slice(sequence.start, sequence.end)
             self._prefill(q[rows], sequence, cache, out[rows])
-        return out
 
     def _decode(self, q: Tensor, group: _Decodes, cache: LayerCache) -> Tensor:
         """q and the result: [g, num_heads, head_dim]."""

@@ -22,10 +22,9 @@ from nanovllm.kernels.attention.interface import (
     AttentionShape,
     LayerCache,
 )
-from nanovllm.kernels.attention.parts import Parts
+from nanovllm.kernels.attention.parts import MOST_PARTS, Parts
 from nanovllm.kernels.overlap import await_previous, begin, overlapped
 
-MAX_SPLITS = 32
 # tl.dot takes no fewer rows.
 MIN_ROWS = 16
 
@@ -58,7 +57,7 @@ class TritonDecodeBackend(AttentionBackend):
         most_tiles = -(-int(metadata.context_lens.max()) // self._tuning.tile)
         wanted = self._processors * self._tuning.programs_per_processor
         programs = metadata.num_decodes * self.shape.num_kv_heads
-        splits = max(1, min(wanted // programs, most_tiles, MAX_SPLITS))
+        splits = max(1, min(wanted // programs, most_tiles, MOST_PARTS))
         return _Decodes(self.shape, self._tuning, splits, metadata)
 
 
@@ -75,8 +74,7 @@ class _Decodes(AttentionBatch):
             device = metadata.cache_seqlens.device
             self._parts = Parts.of(metadata.num_decodes, shape, splits, device)
 
-    def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
-        out = torch.empty_like(q)
+    def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         group = self._shape.num_heads // self._shape.num_kv_heads
         _decode[(self._metadata.num_decodes, self._shape.num_kv_heads, self._splits)](
             q,
@@ -101,7 +99,6 @@ class _Decodes(AttentionBatch):
         )
         if self._parts is not None:
             self._parts.join(out)
-        return out
 
 
 @triton.jit

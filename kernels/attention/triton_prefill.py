@@ -111,8 +111,7 @@ class _Prefills(AttentionBatch):
         self._metadata = metadata
         self._parts: Parts | None = None
 
-    def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
-        out = torch.empty_like(q)
+    def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         shape, metadata = self._shape, self._metadata
         tuning = self._tuning or choose_tuning(shape.head_dim, q.dtype)
         group = shape.num_heads // shape.num_kv_heads
@@ -154,7 +153,6 @@ class _Prefills(AttentionBatch):
         )
         if self._parts is not None:
             self._parts.join(out)
-        return out
 
 
 def most_tiles(metadata: AttentionMetadata, rows: int, tokens: int) -> int:

@@ -30,9 +30,9 @@ class _Batch(AttentionBatch):
     def __init__(self, metadata: AttentionMetadata) -> None:
         self._metadata = metadata
 
-    def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
+    def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         metadata = self._metadata
-        out = varlen_attn(
+        found = varlen_attn(
             q,
             cache.k,
             cache.v,
@@ -45,6 +45,6 @@ class _Batch(AttentionBatch):
             seqused_k=metadata.cache_seqlens,
             block_table=metadata.block_tables,
         )
-        if not isinstance(out, Tensor):
+        if not isinstance(found, Tensor):
             raise TypeError("varlen_attn returned more than it was asked for")
-        return out
+        out.copy_(found)
