@@ -155,18 +155,14 @@ def _choose(
             floor = tl.maximum(floor, bound(maxima, most, top_k))
         listed = listed_ptr + row.to(tl.int64) * num_groups
         num_listed = list_groups(maxima, groups, floor, listed)
+        tokens = (logits, vocab, scale, listed, num_listed, num_groups)
 
         candidates = candidates_ptr + row * CANDIDATES
         candidate_ids = candidate_ids_ptr + row * CANDIDATES
         gathered = 0
         if bounded:
             gathered = gather(
-                logits,
-                vocab,
-                scale,
-                listed,
-                num_listed,
-                num_groups,
+                tokens,
                 floor,
                 float("inf"),
                 candidates,
@@ -195,37 +191,11 @@ def _choose(
             )
             token = tl.where(found < LAST, found, token)
         else:
-            held, total = standing(
-                logits,
-                vocab,
-                scale,
-                listed,
-                num_listed,
-                num_groups,
-                floor,
-                LAST,
-                most,
-                PAGE,
-                GROUP,
-            )
+            held, total = standing(tokens, floor, LAST, most, PAGE, GROUP)
             cut = tl.maximum(floor, min_p_floor)
             if (top_k > 0) & (held > top_k):
-                kth = kth_score(
-                    logits,
-                    vocab,
-                    scale,
-                    listed,
-                    num_listed,
-                    num_groups,
-                    floor,
-                    most,
-                    top_k,
-                    PAGE,
-                    GROUP,
-                )
-                above, mass = standing(
-                    logits, vocab, scale, listed, num_listed, num_groups, kth, -1, most, PAGE, GROUP
-                )
+                kth = kth_score(tokens, floor, most, top_k, PAGE, GROUP)
+                above, mass = standing(tokens, kth, -1, most, PAGE, GROUP)
                 total = mass + (top_k - above) * tl.exp(kth - most)
                 cut = tl.maximum(cut, kth)
 
@@ -237,19 +207,7 @@ def _choose(
             while searching > 0:
                 kept = score >= cut
                 if kept & ((top_k > 0) | (top_p < 1)):
-                    rank, mass = standing(
-                        logits,
-                        vocab,
-                        scale,
-                        listed,
-                        num_listed,
-                        num_groups,
-                        score,
-                        drawn,
-                        most,
-                        PAGE,
-                        GROUP,
-                    )
+                    rank, mass = standing(tokens, score, drawn, most, PAGE, GROUP)
                     in_top_k = (top_k == 0) | (rank < top_k)
                     in_top_p = (top_p >= 1) | (mass < top_p * total)
                     kept = (in_top_k & in_top_p) | (rank == 0)
@@ -257,21 +215,7 @@ def _choose(
                     token = drawn
                     searching = 0
                 else:
-                    drawn = draw_before(
-                        logits,
-                        vocab,
-                        scale,
-                        listed,
-                        num_listed,
-                        num_groups,
-                        cut,
-                        score,
-                        drawn,
-                        low,
-                        high,
-                        PAGE,
-                        GROUP,
-                    )
+                    drawn = draw_before(tokens, cut, score, drawn, low, high, PAGE, GROUP)
                     # Without NaNs there always is one.
                     searching = tl.where(drawn < LAST, 1, 0)
                     score = tl.load(logits + tl.where(drawn < LAST, drawn, 0)).to(tl.float32)

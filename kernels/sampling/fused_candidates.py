@@ -159,49 +159,18 @@ def _shortlist(
         floor = bound(maxima, most, top_k)
         listed = listed_ptr + row.to(tl.int64) * num_groups
         num_listed = list_groups(maxima, groups, floor, listed)
+        tokens = (logits, shard, scale, listed, num_listed, num_groups)
 
         held = gathered_ptr + row * GATHERED
         held_ids = gathered_ids_ptr + row * GATHERED
         count = 0
-        count = gather(
-            logits,
-            shard,
-            scale,
-            listed,
-            num_listed,
-            num_groups,
-            floor,
-            float("inf"),
-            held,
-            held_ids,
-            count,
-            GATHERED,
-            GATHER,
-            GROUP,
-        )
+        count = gather(tokens, floor, float("inf"), held, held_ids, count, GATHERED, GATHER, GROUP)
         if count > GATHERED:
-            kth = kth_score(
-                logits,
-                shard,
-                scale,
-                listed,
-                num_listed,
-                num_groups,
-                floor,
-                most,
-                top_k,
-                PAGE,
-                GROUP,
-            )
+            kth = kth_score(tokens, floor, most, top_k, PAGE, GROUP)
             tl.debug_barrier()
             count = 0
             count = gather(
-                logits,
-                shard,
-                scale,
-                listed,
-                num_listed,
-                num_groups,
+                tokens,
                 from_ordered(ordered(kth) + 1),
                 float("inf"),
                 held,
@@ -211,22 +180,7 @@ def _shortlist(
                 GATHER,
                 GROUP,
             )
-            count = gather(
-                logits,
-                shard,
-                scale,
-                listed,
-                num_listed,
-                num_groups,
-                kth,
-                kth,
-                held,
-                held_ids,
-                count,
-                top_k,
-                GATHER,
-                GROUP,
-            )
+            count = gather(tokens, kth, kth, held, held_ids, count, top_k, GATHER, GROUP)
             count = tl.minimum(count, top_k)
         tl.debug_barrier()
 

@@ -1,6 +1,7 @@
 """What a kernel does with a row's tokens in the order (score descending, id ascending).
 
-A row's tokens are read by pages of its listed groups: those in which tokens may be kept.
+A row's tokens are read by pages of its listed groups: those in which tokens may be kept. `tokens`
+is all that it takes: (logits, vocab, scale, listed, num_listed, num_groups).
 """
 
 from __future__ import annotations
@@ -61,18 +62,9 @@ def list_groups(maxima, groups, floor, listed):
 
 
 @triton.jit
-def page(
-    logits,
-    vocab,
-    scale,
-    listed,
-    start,
-    num_listed,
-    num_groups,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+def page(tokens, start, PAGE: tl.constexpr, GROUP: tl.constexpr):
     """Scores and token ids [PAGE, GROUP] of the listed groups from `start` on; -inf beyond."""
+    logits, vocab, scale, listed, num_listed, num_groups = tokens
     at = start + tl.arange(0, PAGE)
     present = at < num_listed
     # Where all groups are listed, nothing needs to wait for the list.
@@ -92,25 +84,14 @@ def before(scores, ids, than_scores, than_ids):
 
 
 @triton.jit
-def standing(
-    logits,
-    vocab,
-    scale,
-    listed,
-    num_listed,
-    num_groups,
-    score,
-    token,
-    most,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+def standing(tokens, score, token, most, PAGE: tl.constexpr, GROUP: tl.constexpr):
     """How many listed tokens come before (score, token), and the sum of their weights, relative to
     that of the highest score."""
     counts = tl.zeros([PAGE], tl.int32)
     masses = tl.zeros([PAGE], tl.float32)
+    num_listed = tokens[4]
     for start in range(0, num_listed, PAGE):
-        scores, ids = page(logits, vocab, scale, listed, start, num_listed, num_groups, PAGE, GROUP)
+        scores, ids = page(tokens, start, PAGE, GROUP)
         ahead = before(scores, ids, score, token) & (scores > float("-inf"))
         counts += tl.sum(ahead.to(tl.int32), 1)
         masses += tl.sum(tl.where(ahead, tl.exp(scores - most), 0.0), 1)
@@ -118,37 +99,13 @@ def standing(
 
 
 @triton.jit
-def kth_score(
-    logits,
-    vocab,
-    scale,
-    listed,
-    num_listed,
-    num_groups,
-    floor,
-    most,
-    k,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+def kth_score(tokens, floor, most, k, PAGE: tl.constexpr, GROUP: tl.constexpr):
     """The k-th highest score of the listed tokens, of which at least k reach the floor."""
     lower = ordered(floor).to(tl.int64)
     upper = ordered(most).to(tl.int64) + 1
     while upper - lower > 1:
         middle = (lower + upper) >> 1
-        reaching, _ = standing(
-            logits,
-            vocab,
-            scale,
-            listed,
-            num_listed,
-            num_groups,
-            from_ordered(middle.to(tl.int32)),
-            LAST,
-            most,
-            PAGE,
-            GROUP,
-        )
+        reaching, _ = standing(tokens, from_ordered(middle.to(tl.int32)), LAST, most, PAGE, GROUP)
         enough = reaching >= k
         lower = tl.where(enough, middle, lower)
         upper = tl.where(enough, upper, middle)
@@ -157,12 +114,7 @@ def kth_score(
 
 @triton.jit
 def gather(
-    logits,
-    vocab,
-    scale,
-    listed,
-    num_listed,
-    num_groups,
+    tokens,
     floor,
     ceiling,
     candidates,
@@ -174,11 +126,10 @@ def gather(
 ):
     """Appends the listed tokens whose score is in [floor, ceiling], ids ascending, to those
     gathered; returns how many there are then, or if that is beyond the room, any number that is."""
+    num_listed = tokens[4]
     start = 0
     while (start < num_listed) & (gathered <= room):
-        scores, ids = page(
-            logits, vocab, scale, listed, start, num_listed, num_groups, GATHER, GROUP
-        )
+        scores, ids = page(tokens, start, GATHER, GROUP)
         scores = tl.reshape(scores, [GATHER * GROUP])
         ids = tl.reshape(ids, [GATHER * GROUP])
         wanted = (scores >= floor) & (scores <= ceiling)
@@ -192,27 +143,14 @@ def gather(
 
 
 @triton.jit
-def draw_before(
-    logits,
-    vocab,
-    scale,
-    listed,
-    num_listed,
-    num_groups,
-    cut,
-    score,
-    token,
-    low,
-    high,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+def draw_before(tokens, cut, score, token, low, high, PAGE: tl.constexpr, GROUP: tl.constexpr):
     """The one with the highest score + noise of the listed tokens that come before (score, token)
     and reach `cut`; LAST if there are none."""
     best = float("-inf")
     best_id = LAST
+    num_listed = tokens[4]
     for start in range(0, num_listed, PAGE):
-        scores, ids = page(logits, vocab, scale, listed, start, num_listed, num_groups, PAGE, GROUP)
+        scores, ids = page(tokens, start, PAGE, GROUP)
         eligible = before(scores, ids, score, token) & (scores >= cut)
         scores = tl.where(eligible, scores, float("-inf"))
         best, best_id = contest(scores, 1.0, ids, best, best_id, True, low, high)
