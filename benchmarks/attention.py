@@ -144,7 +144,10 @@ def main(sweep: bool) -> None:
 
 
 def prefill_ways(sweep: bool) -> list[Way]:
-    tunings = PREFILL_SWEEP if sweep else [triton_prefill.choose_tuning(DIM, torch.bfloat16)]
+    device = triton_prefill.Device.current()
+    tunings = (
+        PREFILL_SWEEP if sweep else [triton_prefill.choose_tuning(DIM, torch.bfloat16, device)]
+    )
     return [
         Way(str(tuple(tuning)), lambda t=tuning: triton_prefill.TritonPrefillBackend(SHAPE, t))  # type: ignore[misc]
         for tuning in tunings

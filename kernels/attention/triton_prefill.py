@@ -34,6 +34,8 @@ from nanovllm.kernels.overlap import await_previous, begin, overlapped
 MAX_SPLITS = 16
 # A part has at least so many keys: a shorter one is not worth joining.
 SHORTEST_PART = 512
+# Two programs of three stages take it.
+ROOM_FOR_THREE_STAGES = 200 << 10
 
 
 class Tuning(NamedTuple):
@@ -54,25 +56,17 @@ class Tuning(NamedTuple):
     descriptors: bool = True
 
 
-def choose_tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
-    """The fastest on an H200 (`benchmarks.attention`), at 16 bits and up to 128 dimensions."""
-    if dtype.itemsize > 2:
-        # Products in float32 are not the tensor cores': they take registers instead.
-        if head_dim <= 128:
-            return Tuning(32, 64, warps=8, stages=2, descriptors=False)
-        return Tuning(16, 16, stages=2, descriptors=False)
-    return Tuning() if head_dim <= 128 else Tuning(64, 32, stages=2)
-
-
 class Device(NamedTuple):
     """What a GPU has.
 
     Attributes:
         descriptors: what fetches tiles by tensor descriptors (since Hopper).
+        shared_memory: of a processor, in bytes.
     """
 
     processors: int = 1
     descriptors: bool = True
+    shared_memory: int = 228 << 10
 
     @classmethod
     def current(cls) -> Device:
@@ -80,7 +74,24 @@ class Device(NamedTuple):
         if not torch.cuda.is_available():
             return cls()
         properties = torch.cuda.get_device_properties()
-        return cls(properties.multi_processor_count, properties.major >= 9)
+        return cls(
+            properties.multi_processor_count,
+            properties.major >= 9,
+            properties.shared_memory_per_multiprocessor,
+        )
+
+
+def choose_tuning(head_dim: int, dtype: torch.dtype, device: Device) -> Tuning:
+    """The fastest on an H200 (`benchmarks.attention`), at 16 bits and up to 128 dimensions; with
+    less shared memory, what fits into 99 KB, which all GPUs since Ampere have."""
+    if dtype.itemsize > 2:
+        # Products in float32 are not the tensor cores': they take registers instead.
+        if head_dim <= 128:
+            return Tuning(32, 64, warps=8, stages=2, descriptors=False)
+        return Tuning(16, 16, stages=2, descriptors=False)
+    if head_dim > 128:
+        return Tuning(64, 32, stages=2)
+    return Tuning(stages=3 if device.shared_memory >= ROOM_FOR_THREE_STAGES else 2)
 
 
 class TritonPrefillBackend(AttentionBackend):
@@ -113,7 +124,7 @@ class _Prefills(AttentionBatch):
 
     def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         shape, metadata = self._shape, self._metadata
-        tuning = self._tuning or choose_tuning(shape.head_dim, q.dtype)
+        tuning = self._tuning or choose_tuning(shape.head_dim, q.dtype, self._device)
         group = shape.num_heads // shape.num_kv_heads
         rows = max(tuning.rows, triton.next_power_of_2(group))
         tokens = rows // group
