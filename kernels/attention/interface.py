@@ -12,7 +12,7 @@ treat them apart.
 
 The cache of a layer is `[num_blocks, block_size, num_kv_heads, head_dim]` for keys and the same
 for values, heads being those of this TP rank. It must start as finite numbers (zeros): positions
-past a context may be read, and masked.
+past a context may be read, and masked. The Triton kernels bear anything there, NaN included.
 """
 
 from __future__ import annotations

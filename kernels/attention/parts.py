@@ -42,7 +42,7 @@ class Parts(NamedTuple):
         )
 
     def join(self, out: Tensor) -> None:
-        """Writes results to `out` [query tokens, heads, head_dim], but for those without parts."""
+        """Writes to `out` [query tokens, heads, head_dim] what parts come to, where one is used."""
         tokens, heads, parts, dim = self.mixed.shape
         _join[(tokens * heads,)](*self, out, parts, PARTS=MOST_PARTS, DIM=dim, **overlapped())
 

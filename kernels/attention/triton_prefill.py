@@ -34,8 +34,8 @@ from nanovllm.kernels.overlap import await_previous, begin, overlapped
 MAX_SPLITS = 16
 # A part has at least so many keys: a shorter one is not worth joining.
 SHORTEST_PART = 512
-# Two programs of three stages take it.
-ROOM_FOR_THREE_STAGES = 200 << 10
+# What two programs of three stages take.
+ROOM_FOR_THREE_STAGES = 228 << 10
 
 
 class Tuning(NamedTuple):
@@ -87,11 +87,13 @@ def choose_tuning(head_dim: int, dtype: torch.dtype, device: Device) -> Tuning:
     if dtype.itemsize > 2:
         # Products in float32 are not the tensor cores': they take registers instead.
         if head_dim <= 128:
-            return Tuning(32, 64, warps=8, stages=2, descriptors=False)
-        return Tuning(16, 16, stages=2, descriptors=False)
+            return Tuning(32, 64, warps=8, stages=2, programs=1, descriptors=False)
+        return Tuning(16, 16, stages=2, programs=1, descriptors=False)
     if head_dim > 128:
-        return Tuning(64, 32, stages=2)
-    return Tuning(stages=3 if device.shared_memory >= ROOM_FOR_THREE_STAGES else 2)
+        return Tuning(64, 32, stages=2, programs=1)
+    if device.shared_memory < ROOM_FOR_THREE_STAGES:
+        return Tuning(stages=2, programs=1)
+    return Tuning()
 
 
 class TritonPrefillBackend(AttentionBackend):
@@ -140,6 +142,7 @@ class _Prefills(AttentionBatch):
         grid = (shape.num_kv_heads, splits, most_tiles(metadata, len(q), tokens))
         _prefill[grid](
             q,
+            *cache,
             *(_described(held, tuning.keys) if descriptors else held for held in cache),
             out,
             *(self._parts or (out, out)),
@@ -176,9 +179,10 @@ def choose_splits(programs: int, slots: int, most_keys: int) -> int:
     """Into how many parts to split contexts of up to `most_keys`, for `programs` that each take
     one whole, where `slots` run at once.
 
-    Each part costs what a fraction of a context does, for starting and joining it.
+    Each part costs what a fraction of a context does, for starting and joining it; and memory, so
+    that there are no more than run in two turns.
     """
-    most = max(1, min(MAX_SPLITS, most_keys // SHORTEST_PART))
+    most = max(1, min(MAX_SPLITS, most_keys // SHORTEST_PART, 2 * slots // programs))
 
     def cost(splits: int) -> float:
         return -(-programs * splits // slots) / splits + splits / 200
@@ -191,6 +195,12 @@ def _described(held: Tensor, keys: int) -> TensorDescriptor:
     and one head."""
     rows = held.flatten(2).flatten(0, 1)
     return TensorDescriptor.from_tensor(rows, [keys, held.shape[-1]])
+
+
+# A score that has no weight beside any other. Finite, for a part may have rows that see none of it;
+# and a power of two, so that its product with the scale is exact, fused or not: among themselves
+# such scores have weights of 1.
+UNSEEN = tl.constexpr(-(2.0**100))
 
 
 @triton.jit
@@ -225,7 +235,7 @@ def _over_keys(
     start,
     end,
     seen,  # [ROWS], how many keys each row sees
-    keys,
+    keys,  # what `_prefill` has, or where DESCRIPTORS is off pointers to it
     values,
     table,
     head,
@@ -241,7 +251,8 @@ def _over_keys(
     dims = tl.arange(0, DIM)
     # Known a tile ahead, so that the tile itself is fetched ahead of its use.
     block = tl.load(table + tl.minimum(start, end - 1) // BLOCK)
-    for first in range(start, end, KEYS):
+    # The masked keys are few; with three stages for them, two programs would not fit.
+    for first in tl.range(start, end, KEYS, num_stages=2 if MASKED else None):
         positions = first + tl.arange(0, KEYS)
         if BLOCK % KEYS == 0:
             slot = block * BLOCK + first % BLOCK
@@ -251,21 +262,24 @@ def _over_keys(
             blocks = tl.load(table + positions // BLOCK, mask=positions < end, other=0)
             slots = blocks.to(tl.int64) * BLOCK + positions % BLOCK
         offsets = (slots * HEADS + head)[:, None] * DIM + dims[None, :]
-        # What lies past a context is masked below, and finite.
+        inside = (positions < end)[:, None]
         if DESCRIPTORS:
             k = keys.load([slot, head * DIM])
+        elif MASKED:
+            k = tl.load(keys + offsets, mask=inside, other=0.0)
         else:
             k = tl.load(keys + offsets)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            # Finite, for a part may have rows that see none of it: their weight will be zero.
-            scores = tl.where(positions[None, :] < seen[:, None], scores, -1e30)
+            scores = tl.where(positions[None, :] < seen[:, None], scores, UNSEEN)
         new_most = tl.maximum(most, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new_most[:, None])
         shrink = tl.exp2(most - new_most)
         total = total * shrink + tl.sum(weights, 1)
         if DESCRIPTORS:
             v = values.load([slot, head * DIM])
+        elif MASKED:
+            v = tl.load(values + offsets, mask=inside, other=0.0)
         else:
             v = tl.load(values + offsets)
         mixed = mixed * shrink[:, None]
@@ -280,7 +294,9 @@ def _over_keys(
 )
 def _prefill(
     q_ptr,  # [tokens, HEADS * GROUP, DIM]
-    keys,  # [blocks, BLOCK, HEADS, DIM], or see _described
+    k_ptr,  # [blocks, BLOCK, HEADS, DIM]
+    v_ptr,
+    keys,  # the same, or where DESCRIPTORS is on, see _described
     values,
     out_ptr,  # as q
     parts_ptr,  # see Parts
@@ -303,13 +319,13 @@ def _prefill(
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
+    await_previous(OVERLAP)
     TOKENS: tl.constexpr = ROWS // GROUP
     head = tl.program_id(0)
     split = tl.program_id(1)
     tile = tl.program_id(2)
     splits = tl.num_programs(1)
     sequence, own_tile = _find(starts_ptr, sequences, tile, TOKENS)
-    await_previous(OVERLAP)
     if sequence >= sequences:
         return
     start = tl.load(starts_ptr + sequence)
@@ -348,8 +364,8 @@ def _prefill(
         False, HEADS, DIM, BLOCK, KEYS, DESCRIPTORS,
     )  # fmt: skip
     most, total, mixed = _over_keys(
-        q, most, total, mixed, seen_by_all, end, seen, keys, values, table, head, scale,
-        True, HEADS, DIM, BLOCK, KEYS, DESCRIPTORS,
+        q, most, total, mixed, seen_by_all, end, seen, k_ptr, v_ptr, table, head, scale,
+        True, HEADS, DIM, BLOCK, KEYS, False,
     )  # fmt: skip
     mixed = mixed / total[:, None]
 

@@ -30,11 +30,12 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Ragged:
-    """Random contexts in a random paged cache; what lies outside them is huge.
+    """Random contexts in a random paged cache.
 
     Args:
         lengths: query tokens of each sequence, those with one first.
         contexts: of each, its query tokens included.
+        outside: what lies outside them.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Ragged:
         contexts: list[int],
         dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,
+        outside: float = 1e4,
     ) -> None:
         generator = torch.Generator(device).manual_seed(len(contexts))
         self.shape = shape
@@ -52,8 +54,8 @@ class Ragged:
         order = torch.randperm(blocks, generator=generator, device=device)
         tables = order.to(torch.int32).view(len(contexts), most)
         size = (blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
-        huge = torch.full(size, 1e4, dtype=dtype, device=device)
-        self.cache = LayerCache(huge, huge.clone())
+        unused = torch.full(size, outside, dtype=dtype, device=device)
+        self.cache = LayerCache(unused, unused.clone())
         self.metadata = batch_metadata(tables, lengths, contexts, device)
         self.lengths = lengths
 

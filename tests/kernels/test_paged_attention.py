@@ -96,6 +96,13 @@ def test_why_a_backend_cannot_run() -> None:
         choose("flash-attn", shape, torch.bfloat16, cuda)
 
 
+def test_what_is_left_in_a_block_does_no_harm() -> None:
+    for block_size in (16, 64):
+        shape = AttentionShape(4, 2, 16, block_size)
+        ragged = Ragged(shape, [1, 20], [30, 70], device=DEVICE, outside=torch.nan)
+        assert not ragged.run(triton_backend(shape)).isnan().any()
+
+
 def test_lengths_on_the_host_may_be_more_than_the_true_ones() -> None:
     shape = AttentionShape(4, 2, 16, 16)
     ragged = Ragged(shape, [1, 1], [30, 200], device=DEVICE)
@@ -130,7 +137,8 @@ def test_prefills_however_they_are_cut(
         device = device._replace(descriptors=Device.current().descriptors)
     backend = TritonPrefillBackend(shape, tuning, device)
     # As in a captured step, some have no tokens.
-    lengths, contexts = [33, 0, 1, 20, 0], [40, 0, 1, 1100, 0]
+    # The last tokens of the long one see a part of its keys that others of their tile do not.
+    lengths, contexts = [33, 0, 1, 20, 0], [40, 0, 1, 1030, 0]
     check(lambda _: backend, shape, lengths, contexts, dtype)
     ragged = Ragged(shape, lengths, contexts, dtype, DEVICE)
     expected = ragged.run(backend)
@@ -157,8 +165,15 @@ def test_tiles_are_enough_and_splits_are_of_use(
     assert needed <= bound <= max(1, sum(lengths) // tokens + len(lengths))
     splits = choose_splits(bound, slots, context)
     assert splits == 1 or context >= SHORTEST_PART * splits
-    # How many parts of a context any processor computes one after the other.
-    assert -(-bound * splits // slots) <= splits * -(-bound // slots)
+    assert splits == 1 or bound * splits <= 2 * slots
+    # How much of a context any processor computes, one part after the other.
+    assert splits == 1 or -(-bound * splits // slots) / splits < -(-bound // slots)
+
+
+def test_contexts_are_split_where_tiles_are_few() -> None:
+    # Qwen3-0.6B's chunks of 128, 512, 600 and 2048 tokens on 132 processors.
+    assert [choose_splits(programs, 264, 8000) for programs in (32, 128, 150, 512)] == [8, 2, 3, 1]
+    assert choose_splits(32, 264, 1000) == 1
 
 
 # Block size, query heads a KV head.
