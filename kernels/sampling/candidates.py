@@ -41,25 +41,21 @@ def shortlist(logits: Tensor, params: SamplingTensors, positions: Tensor, first:
         row its best logit, or score with noise. The rest are (-inf, LAST).
     """
     rows, shard = logits.shape
-    keys = stream_keys(params.seed, positions)
-    best, columns = noisy_best(logits, params.temperature, keys, first)
     scores = torch.full((rows, CANDIDATES), -torch.inf, device=logits.device)
     ids = torch.full((rows, CANDIDATES), LAST, dtype=torch.int32, device=logits.device)
-    scores[:, 0], ids[:, 0] = best, (columns + first).int()
     filtered = _filtered(params)
+    if not filtered.all():
+        part = _indices(~filtered)
+        keys = stream_keys(params.seed[part], positions[part])
+        best, columns = noisy_best(logits[part], params.temperature[part], keys, first)
+        scores[part, 0], ids[part, 0] = best, (columns + first).int()
     if filtered.any():
-        count = min(CANDIDATES, shard)
-        likeliest, columns = _topk(temper(logits, params.temperature), count)
-        taken = (torch.arange(count, device=logits.device) < params.top_k[:, None]) & (
-            likeliest > -torch.inf
-        )
-        part = filtered[:, None]
-        scores[:, :count] = torch.where(
-            part, likeliest.masked_fill(~taken, -torch.inf), scores[:, :count]
-        )
-        ids[:, :count] = torch.where(
-            part, (columns + first).int().masked_fill(~taken, LAST), ids[:, :count]
-        )
+        part, count = _indices(filtered), min(CANDIDATES, shard)
+        likeliest, columns = _likeliest(temper(logits[part], params.temperature[part]), count)
+        in_top_k = torch.arange(count, device=logits.device) < params.top_k[part, None]
+        left = ~in_top_k | (likeliest == -torch.inf)
+        scores[part, :count] = likeliest.masked_fill_(left, -torch.inf)
+        ids[part, :count] = (columns + first).int().masked_fill_(left, LAST)
     return torch.cat((scores.view(torch.int32), ids), dim=-1)
 
 
@@ -93,11 +89,22 @@ def _filtered(params: SamplingTensors) -> Tensor:
     return (params.temperature > 0) & (params.top_k > 0) & (params.top_k <= CANDIDATES)
 
 
-def _topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest scores of each row and their columns, of equal ones the lowest."""
-    bits = (scores + 0.0).view(torch.int32)  # with one zero only
-    ordered = torch.where(bits < 0, bits ^ LAST, bits).long()
-    columns = torch.arange(scores.shape[1], device=scores.device)
-    merits = ((ordered << 32) + (LAST - columns)).topk(k, dim=-1).values
-    columns = LAST - (merits & LAST)
-    return scores.gather(1, columns), columns
+def _indices(rows: Tensor) -> Tensor | slice:
+    """Of those that are true; where all are, without a copy of what is indexed."""
+    return slice(None) if rows.all() else rows.nonzero().flatten()
+
+
+def _likeliest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest scores of each row in descending order, and their columns, of equal ones the
+    lowest."""
+    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=-1)
+    if k < scores.shape[1]:
+        # Of those equal to the last, it may have taken any.
+        tied = (values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)
+        for row in tied.nonzero().flatten().tolist():
+            equal = (scores[row] == values[row, k]).nonzero().flatten()
+            above = int((values[row] > values[row, k]).sum())
+            columns[row, above:k] = equal[: k - above]
+    columns = columns[:, :k].sort(dim=-1).values
+    values, order = scores.gather(1, columns).sort(dim=-1, descending=True, stable=True)
+    return values, columns.gather(1, order)
