@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         context.Process(target=run_rank, args=(rank, root, len(CASES)))
         for rank in range(max(SIZES))
     ]
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 90
     try:
         for process in ranks:
             process.start()

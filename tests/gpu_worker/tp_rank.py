@@ -98,22 +98,29 @@ def outlive_the_others(tp: TensorParallel) -> None:
 
 
 def run_rank(rank: int, root: Path, cases: int) -> None:
-    """Is this rank of every group that has it: writes the logits of SEQUENCES for each case, and
-    what it draws."""
+    """Is this rank of every group that has it."""
     torch.set_num_threads(1)
     for size in SIZES:
-        if rank >= size:
-            continue
-        store = FileStore(f"{root}/rendezvous{size}", size)
-        store.set_timeout(timedelta(seconds=60))
-        tp = TensorParallel.connect(rank, size, store, CPU)
-        if (least := tp.minimum(100 - rank, CPU)) != 101 - size:
-            raise RuntimeError(f"the minimum over {size} ranks is {least}")
-        for case in range(cases):
-            model = load_model(checkpoint_directory(root, case), tp)
-            found = PagedSequences(model, SEQUENCES, 16, tp).run(8)
-            torch.save(torch.cat(found), logits_file(root, case, size, rank))
-        torch.save(draw(tp), samples_file(root, size, rank))
-        if size == 2 and rank == 0:
-            outlive_the_others(tp)
-        tp.close()
+        if rank < size:
+            run_in_group(rank, size, root, cases)
+
+
+def run_in_group(rank: int, size: int, root: Path, cases: int) -> None:
+    """Writes the logits of SEQUENCES for each case, and what it draws.
+
+    Connections last as long as something refers to the group: none may once this returns, or who
+    outlives the others would not see that they are gone.
+    """
+    store = FileStore(f"{root}/rendezvous{size}", size)
+    store.set_timeout(timedelta(seconds=60))
+    tp = TensorParallel.connect(rank, size, store, CPU)
+    if (least := tp.minimum(100 - rank, CPU)) != 101 - size:
+        raise RuntimeError(f"the minimum over {size} ranks is {least}")
+    for case in range(cases):
+        model = load_model(checkpoint_directory(root, case), tp)
+        found = PagedSequences(model, SEQUENCES, 16, tp).run(8)
+        torch.save(torch.cat(found), logits_file(root, case, size, rank))
+    torch.save(draw(tp), samples_file(root, size, rank))
+    if size == 2 and rank == 0:
+        outlive_the_others(tp)
+    tp.close()
