@@ -52,13 +52,15 @@ def keys(params: SamplingParams) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.5])
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (0.6, 0), (0.6, 20), (1.5, 0)])
 def test_each_prompt_with_its_own_parameters(
-    llm: LLM, pipeline: Pipeline, temperature: float
+    llm: LLM, pipeline: Pipeline, temperature: float, top_k: int
 ) -> None:
     """Lengths differ, so that they end in another order than they came in."""
     params = [
-        SamplingParams(temperature, 40 - 4 * number, ignore_eos=True, top_p=0.95, seed=number)
+        SamplingParams(
+            temperature, 40 - 4 * number, ignore_eos=True, top_p=0.95, top_k=top_k, seed=number
+        )
         for number in range(len(PROMPTS))
     ]
     outputs = llm.generate(PROMPTS, params, use_tqdm=False)
