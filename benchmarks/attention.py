@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.bandwidth import copy_bandwidth
 from benchmarks.kernels import DIM, NUM, NUM_KV, ROTATED_BYTES, TOLERANCE, random, seconds_per_call
-from nanovllm.kernels.attention import triton_decode, triton_prefill
+from nanovllm.kernels.attention import prefill_cuts, triton_decode, triton_prefill
 from nanovllm.kernels.attention.interface import (
     AttentionBackend,
     AttentionMetadata,
@@ -90,7 +90,7 @@ DECODES = (
 PREFILLS_TO_COMPILE = (PREFILLS[0], PREFILLS[-1])
 DECODES_TO_COMPILE = (DECODES[0], DECODES[-1])
 
-Prefill, Decode = triton_prefill.Tuning, triton_decode.Tuning
+Prefill, Decode = prefill_cuts.Tuning, triton_decode.Tuning
 PREFILL_SWEEP = (
     Prefill(128, 128, warps=8, stages=2, programs=1),
     Prefill(128, 128, warps=8, stages=3, programs=1),
@@ -144,10 +144,8 @@ def main(sweep: bool) -> None:
 
 
 def prefill_ways(sweep: bool) -> list[Way]:
-    device = triton_prefill.Device.current()
-    tunings = (
-        PREFILL_SWEEP if sweep else [triton_prefill.choose_tuning(DIM, torch.bfloat16, device)]
-    )
+    device = prefill_cuts.Device.current()
+    tunings = PREFILL_SWEEP if sweep else [prefill_cuts.choose_tuning(DIM, torch.bfloat16, device)]
     return [
         Way(str(tuple(tuning)), lambda t=tuning: triton_prefill.TritonPrefillBackend(SHAPE, t))  # type: ignore[misc]
         for tuning in tunings

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from nanovllm.kernels.attention.by_phase import ByPhaseBackend
 from nanovllm.kernels.attention.choose import choose
 from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShape
-from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
-from nanovllm.kernels.attention.triton_prefill import (
+from nanovllm.kernels.attention.prefill_cuts import (
     SHORTEST_PART,
     Device,
-    TritonPrefillBackend,
     Tuning,
     choose_splits,
     most_tiles,
 )
+from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
+from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
 from tests.gpu_worker.paged import batch_metadata
 from tests.kernels.ragged import CPU, Ragged
 
