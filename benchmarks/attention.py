@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.bandwidth import copy_bandwidth
 from benchmarks.kernels import DIM, NUM, NUM_KV, ROTATED_BYTES, TOLERANCE, random, seconds_per_call
 from nanovllm.kernels.attention import prefill_cuts, triton_decode, triton_prefill
+from nanovllm.kernels.attention.device import Device
 from nanovllm.kernels.attention.interface import (
     AttentionBackend,
     AttentionMetadata,
@@ -144,7 +145,7 @@ def main(sweep: bool) -> None:
 
 
 def prefill_ways(sweep: bool) -> list[Way]:
-    device = prefill_cuts.Device.current()
+    device = Device.current()
     tunings = PREFILL_SWEEP if sweep else [prefill_cuts.choose_tuning(DIM, torch.bfloat16, device)]
     return [
         Way(str(tuple(tuning)), lambda t=tuning: triton_prefill.TritonPrefillBackend(SHAPE, t))  # type: ignore[misc]

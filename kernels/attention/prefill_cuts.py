@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from nanovllm.kernels.attention.device import Device
 from nanovllm.kernels.attention.interface import AttentionMetadata
 
 MAX_SPLITS = 16
@@ -31,31 +32,6 @@ class Tuning(NamedTuple):
     stages: int = 3
     programs: int = 2
     descriptors: bool = True
-
-
-class Device(NamedTuple):
-    """What a GPU has.
-
-    Attributes:
-        descriptors: what fetches tiles by tensor descriptors (since Hopper).
-        shared_memory: of a processor, in bytes.
-    """
-
-    processors: int = 1
-    descriptors: bool = True
-    shared_memory: int = 228 << 10
-
-    @classmethod
-    def current(cls) -> Device:
-        """A CPU counts as one, for Triton's interpreter."""
-        if not torch.cuda.is_available():
-            return cls()
-        properties = torch.cuda.get_device_properties()
-        return cls(
-            properties.multi_processor_count,
-            properties.major >= 9,
-            properties.shared_memory_per_multiprocessor,
-        )
 
 
 def choose_tuning(head_dim: int, dtype: torch.dtype, device: Device) -> Tuning:

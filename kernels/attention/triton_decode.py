@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.attention.device import Device
 from nanovllm.kernels.attention.interface import (
     AttentionBackend,
     AttentionBatch,
@@ -49,9 +49,7 @@ class TritonDecodeBackend(AttentionBackend):
     def __init__(self, shape: AttentionShape, tuning: Tuning | None = None) -> None:
         super().__init__(shape)
         self._tuning = tuning or Tuning()
-        self._processors = 1
-        if torch.cuda.is_available():
-            self._processors = torch.cuda.get_device_properties().multi_processor_count
+        self._processors = Device.current().processors
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionBatch:
         most_tiles = -(-int(metadata.context_lens.max()) // self._tuning.tile)

@@ -13,12 +13,14 @@ finds its own; how far a context is split is decided where its length is known.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanovllm.kernels.attention.device import Device
 from nanovllm.kernels.attention.interface import (
     AttentionBackend,
     AttentionBatch,
@@ -29,7 +31,6 @@ from nanovllm.kernels.attention.interface import (
 from nanovllm.kernels.attention.parts import Parts
 from nanovllm.kernels.attention.prefill_cuts import (
     SHORTEST_PART,
-    Device,
     Tuning,
     choose_splits,
     choose_tuning,
@@ -52,6 +53,23 @@ class TritonPrefillBackend(AttentionBackend):
         return _Prefills(self.shape, self._tuning, self._device, metadata)
 
 
+class _Cut(NamedTuple):
+    """How a batch is cut up, the same for all layers.
+
+    Attributes:
+        rows: of a tile.
+        grid: key/value heads, parts of a context, tiles.
+        parts: if there are more than one.
+        descriptors: whether tiles of keys are fetched by them.
+    """
+
+    tuning: Tuning
+    rows: int
+    grid: tuple[int, int, int]
+    parts: Parts | None
+    descriptors: bool
+
+
 class _Prefills(AttentionBatch):
     def __init__(
         self,
@@ -64,38 +82,27 @@ class _Prefills(AttentionBatch):
         self._tuning = tuning
         self._device = device
         self._metadata = metadata
-        self._parts: Parts | None = None
+        self._cut: _Cut | None = None
 
     def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
+        if self._cut is None:
+            self._cut = self._cut_up(q)
         shape, metadata = self._shape, self._metadata
-        tuning = self._tuning or choose_tuning(shape.head_dim, q.dtype, self._device)
-        group = shape.num_heads // shape.num_kv_heads
-        rows = max(tuning.rows, triton.next_power_of_2(group))
-        tokens = rows // group
-        # As many programs as one sequence would have: there may be more, of short contexts.
-        programs = -(-len(q) // tokens) * shape.num_kv_heads
-        splits = choose_splits(
-            programs, self._device.processors * tuning.programs, int(metadata.context_lens.max())
-        )
-        if splits > 1 and self._parts is None:
-            self._parts = Parts.of(len(q), shape, splits, q.device)
-        whole_tiles = shape.block_size % tuning.keys == 0
-        descriptors = tuning.descriptors and self._device.descriptors and whole_tiles
-        grid = (shape.num_kv_heads, splits, most_tiles(metadata, len(q), tokens))
+        tuning, rows, grid, parts, descriptors = self._cut
         _prefill[grid](
             q,
             *cache,
             *(_described(held, tuning.keys) if descriptors else held for held in cache),
             out,
-            *(self._parts or (out, out)),
+            *(parts or (out, out)),
             metadata.block_tables,
             metadata.cu_seqlens_q,
             metadata.cache_seqlens,
             metadata.block_tables.stride(0),
             len(metadata.query_lens),
             shape.head_dim**-0.5 * math.log2(math.e),
-            SPLIT=splits > 1,
-            GROUP=group,
+            SPLIT=parts is not None,
+            GROUP=shape.num_heads // shape.num_kv_heads,
             HEADS=shape.num_kv_heads,
             DIM=shape.head_dim,
             BLOCK=shape.block_size,
@@ -107,8 +114,28 @@ class _Prefills(AttentionBatch):
             num_stages=tuning.stages,
             **overlapped(),
         )
-        if self._parts is not None:
-            self._parts.join(out)
+        if parts is not None:
+            parts.join(out)
+
+    def _cut_up(self, q: Tensor) -> _Cut:
+        shape, metadata, device = self._shape, self._metadata, self._device
+        tuning = self._tuning or choose_tuning(shape.head_dim, q.dtype, device)
+        group = shape.num_heads // shape.num_kv_heads
+        rows = max(tuning.rows, triton.next_power_of_2(group))
+        tokens = rows // group
+        # As many programs as one sequence would have: there may be more, of short contexts.
+        programs = -(-len(q) // tokens) * shape.num_kv_heads
+        slots = device.processors * tuning.programs
+        splits = choose_splits(programs, slots, int(metadata.context_lens.max()))
+        return _Cut(
+            tuning,
+            rows,
+            grid=(shape.num_kv_heads, splits, most_tiles(metadata, len(q), tokens)),
+            parts=Parts.of(len(q), shape, splits, q.device) if splits > 1 else None,
+            descriptors=tuning.descriptors
+            and device.descriptors
+            and shape.block_size % tuning.keys == 0,
+        )
 
 
 def _described(held: Tensor, keys: int) -> TensorDescriptor:
@@ -186,10 +213,8 @@ def _over_keys(
         inside = (positions < end)[:, None]
         if DESCRIPTORS:
             k = keys.load([slot, head * DIM])
-        elif MASKED:
-            k = tl.load(keys + offsets, mask=inside, other=0.0)
         else:
-            k = tl.load(keys + offsets)
+            k = tl.load(keys + offsets, mask=inside, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(positions[None, :] < seen[:, None], scores, UNSEEN)
@@ -199,10 +224,8 @@ def _over_keys(
         total = total * shrink + tl.sum(weights, 1)
         if DESCRIPTORS:
             v = values.load([slot, head * DIM])
-        elif MASKED:
-            v = tl.load(values + offsets, mask=inside, other=0.0)
         else:
-            v = tl.load(values + offsets)
+            v = tl.load(values + offsets, mask=inside, other=0.0)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision="ieee")
         most = new_most

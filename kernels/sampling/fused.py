@@ -37,7 +37,8 @@ from nanovllm.kernels.sampling.order import (
     draw_before,
     gather,
     kth_score,
-    list_groups,
+    list_tokens,
+    maxima_of,
     standing,
 )
 from nanovllm.kernels.sampling.pairs import draw_among, floor_of_min_p
@@ -140,12 +141,7 @@ def _choose(
         low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
         logits = logits_ptr + row.to(tl.int64) * stride
         num_groups = tl.cdiv(vocab, GROUP)
-        groups = tl.arange(0, GROUPS)
-        maxima = tl.load(
-            maxima_ptr + row.to(tl.int64) * num_groups + groups,
-            mask=groups < num_groups,
-            other=float("-inf"),
-        )
+        maxima = maxima_of(maxima_ptr, row, num_groups, GROUPS)
         most = tl.max(maxima, 0)
         min_p_floor = floor_of_min_p(most, min_p)
         # No kept token is below the floor; and as top-p is of the mass that top-k leaves, all of
@@ -154,8 +150,7 @@ def _choose(
         if top_k > 0:
             floor = tl.maximum(floor, bound(maxima, most, top_k))
         listed = listed_ptr + row.to(tl.int64) * num_groups
-        num_listed = list_groups(maxima, groups, floor, listed)
-        tokens = (logits, vocab, scale, listed, num_listed, num_groups)
+        tokens = list_tokens(logits, vocab, scale, maxima, floor, listed, num_groups, GROUPS)
 
         candidates = candidates_ptr + row * CANDIDATES
         candidate_ids = candidate_ids_ptr + row * CANDIDATES

@@ -24,7 +24,8 @@ from nanovllm.kernels.sampling.order import (
     from_ordered,
     gather,
     kth_score,
-    list_groups,
+    list_tokens,
+    maxima_of,
     ordered,
 )
 from nanovllm.kernels.sampling.pairs import candidate, draw_among, ranked
@@ -149,36 +150,23 @@ def _shortlist(
         scale = scale_of(temperature)
         logits = logits_ptr + row.to(tl.int64) * stride
         num_groups = tl.cdiv(shard, GROUP)
-        groups = tl.arange(0, GROUPS)
-        maxima = tl.load(
-            maxima_ptr + row.to(tl.int64) * num_groups + groups,
-            mask=groups < num_groups,
-            other=float("-inf"),
-        )
+        maxima = maxima_of(maxima_ptr, row, num_groups, GROUPS)
         most = tl.max(maxima, 0)
         floor = bound(maxima, most, top_k)
         listed = listed_ptr + row.to(tl.int64) * num_groups
-        num_listed = list_groups(maxima, groups, floor, listed)
-        tokens = (logits, shard, scale, listed, num_listed, num_groups)
+        tokens = list_tokens(logits, shard, scale, maxima, floor, listed, num_groups, GROUPS)
 
         held = gathered_ptr + row * GATHERED
         held_ids = gathered_ids_ptr + row * GATHERED
-        count = 0
+        count = 0  # a variable: the compiler loops over no literal
         count = gather(tokens, floor, float("inf"), held, held_ids, count, GATHERED, GATHER, GROUP)
         if count > GATHERED:
             kth = kth_score(tokens, floor, most, top_k, PAGE, GROUP)
             tl.debug_barrier()
+            above = from_ordered(ordered(kth) + 1)
             count = 0
             count = gather(
-                tokens,
-                from_ordered(ordered(kth) + 1),
-                float("inf"),
-                held,
-                held_ids,
-                count,
-                GATHERED,
-                GATHER,
-                GROUP,
+                tokens, above, float("inf"), held, held_ids, count, GATHERED, GATHER, GROUP
             )
             count = gather(tokens, kth, kth, held, held_ids, count, top_k, GATHER, GROUP)
             count = tl.minimum(count, top_k)

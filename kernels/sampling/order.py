@@ -52,13 +52,24 @@ def best_of(best_ptr, best_ids_ptr, row, chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def list_groups(maxima, groups, floor, listed):
-    """Lists the groups with a token that reaches the floor, ascending; returns how many."""
+def maxima_of(maxima_ptr, row, num_groups, GROUPS: tl.constexpr):
+    """The highest score of each of the row's groups, -inf beyond."""
+    groups = tl.arange(0, GROUPS)
+    return tl.load(
+        maxima_ptr + row.to(tl.int64) * num_groups + groups,
+        mask=groups < num_groups,
+        other=float("-inf"),
+    )
+
+
+@triton.jit
+def list_tokens(logits, vocab, scale, maxima, floor, listed, num_groups, GROUPS: tl.constexpr):
+    """Lists the groups with a token that reaches the floor, ascending; returns `tokens`."""
     reach = (maxima >= floor) & (maxima > float("-inf"))
     place = tl.cumsum(reach.to(tl.int32), 0) - 1
-    tl.store(listed + place, groups, mask=reach)
+    tl.store(listed + place, tl.arange(0, GROUPS), mask=reach)
     tl.debug_barrier()
-    return tl.sum(reach.to(tl.int32), 0)
+    return logits, vocab, scale, listed, tl.sum(reach.to(tl.int32), 0), num_groups
 
 
 @triton.jit

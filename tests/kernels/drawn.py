@@ -80,3 +80,18 @@ def count_other(found: Tensor, logits: Tensor, params: SamplingTensors, position
         least = noisy.masked_fill(~tightened[0], -torch.inf).max()
         assert noisy[token] >= least - NOISE, "not the one that was drawn"
     return len(differ)
+
+
+def fill_with(logits: Tensor, fill: str, finite: int) -> None:
+    """Makes ties and infinities of them; `finite` is the only column that is, where one is."""
+    if fill == "equal":
+        logits.fill_(-2.5)
+    elif fill == "rounded":
+        logits.round_()
+    elif fill == "mostly -inf":
+        logits[logits < 4] = -torch.inf
+    elif fill == "all -inf":
+        logits.fill_(-torch.inf)
+    elif fill == "one finite":
+        logits[:, :finite] = -torch.inf
+        logits[:, finite + 1 :] = -torch.inf

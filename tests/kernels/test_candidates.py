@@ -16,7 +16,7 @@ from nanovllm.kernels.sampling import CANDIDATES, candidates, fused, fused_candi
 from nanovllm.kernels.sampling.ops import SamplingOps
 from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, Tuning
-from tests.kernels.drawn import NARROW, Row, count_other, row_tensors
+from tests.kernels.drawn import NARROW, Row, count_other, fill_with, row_tensors
 
 # The interpreter computes with numpy, which warns of infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -81,20 +81,10 @@ def test_every_kind_of_row(ops: SamplingOps) -> None:
 )
 def test_ties_and_infinities(ops: SamplingOps, fill: str) -> None:
     logits = random_logits(len(ROWS), 301)
-    if fill == "equal":
-        logits.fill_(-2.5)
-    elif fill == "rounded":
-        logits.round_()
-    elif fill == "mostly -inf":
-        logits[logits < 4] = -torch.inf
-    elif fill == "all -inf":
-        logits.fill_(-torch.inf)
-    elif fill == "one finite":
-        logits[:, :277] = -torch.inf
-        logits[:, 278:] = -torch.inf
-    elif fill == "descending":  # the likeliest side by side
+    fill_with(logits, fill, finite=277)
+    if fill == "descending":  # the likeliest side by side
         logits = logits.sort(dim=-1, descending=True).values
-    else:
+    elif fill == "zeros":
         logits.clamp_(max=0).mul_(torch.where(torch.arange(301, device=DEVICE) % 2 == 0, 1, -1))
         logits.clamp_(max=0)
     # Sums of equal weights may well come to the very edge of top-p.

@@ -11,7 +11,7 @@ from torch import Tensor
 from nanovllm.kernels.sampling import fused
 from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, Tuning
-from tests.kernels.drawn import KINDS, Row, count_other, row_tensors
+from tests.kernels.drawn import KINDS, Row, count_other, fill_with, row_tensors
 
 # The interpreter computes with numpy, which warns of infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -50,17 +50,7 @@ def test_every_kind_of_row(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fill", ["equal", "rounded", "mostly -inf", "all -inf", "one finite"])
 def test_ties_and_infinities(fill: str) -> None:
     logits = random_logits(len(KINDS), 201)
-    if fill == "equal":
-        logits.fill_(-2.5)
-    elif fill == "rounded":
-        logits.round_()
-    elif fill == "mostly -inf":
-        logits[logits < 4] = -torch.inf
-    elif fill == "all -inf":
-        logits.fill_(-torch.inf)
-    else:
-        logits[:, :77] = -torch.inf
-        logits[:, 78:] = -torch.inf
+    fill_with(logits, fill, finite=77)
     # Sums of equal weights may well come to the very edge, see `check`.
     check(logits, of_rows(list(KINDS.values())))
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from nanovllm.kernels.attention.by_phase import ByPhaseBackend
 from nanovllm.kernels.attention.choose import choose
+from nanovllm.kernels.attention.device import Device
 from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShape
 from nanovllm.kernels.attention.prefill_cuts import (
     SHORTEST_PART,
-    Device,
     Tuning,
     choose_splits,
     most_tiles,
