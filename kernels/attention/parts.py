@@ -17,8 +17,12 @@ from torch import Tensor
 from nanovllm.kernels.attention.interface import AttentionShape
 from nanovllm.kernels.overlap import await_previous, begin, overlapped
 
-# A power of two. The kernel is one for all numbers of parts, since each has to be compiled.
+# Powers of two. The kernel is one for few parts and one for many, since each has to be compiled; a
+# program joins `MOST_PARTS` of one row, or `FEW_PARTS` of several.
+FEW_PARTS = 8
 MOST_PARTS = 32
+# Below the log of any part.
+UNUSED = tl.constexpr(-(2.0**120))
 
 
 class Parts(NamedTuple):
@@ -44,32 +48,52 @@ class Parts(NamedTuple):
     def join(self, out: Tensor) -> None:
         """Writes to `out` [query tokens, heads, head_dim] what parts come to, where one is used."""
         tokens, heads, parts, dim = self.mixed.shape
-        _join[(tokens * heads,)](*self, out, parts, PARTS=MOST_PARTS, DIM=dim, **overlapped())
+        few = parts <= FEW_PARTS
+        rows = MOST_PARTS // FEW_PARTS if few else 1
+        _join[(triton.cdiv(tokens * heads, rows),)](
+            *self,
+            out,
+            tokens * heads,
+            parts,
+            ROWS=rows,
+            PARTS=FEW_PARTS if few else MOST_PARTS,
+            DIM=dim,
+            **overlapped(),
+        )
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _join(
     mixed_ptr,  # [rows, parts, DIM]
     logs_ptr,  # [rows, parts]
     out_ptr,  # [rows, DIM]
+    rows,
     parts,
+    ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     DIM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
     await_previous(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     part = tl.arange(0, PARTS)
     dims = tl.arange(0, DIM)
-    logs = tl.load(logs_ptr + row * parts + part, mask=part < parts, other=float("-inf"))
-    most = tl.max(logs, 0)
-    if most > float("-inf"):
-        shares = tl.exp2(logs - most)
-        mixed = tl.load(
-            mixed_ptr + (row * parts + part)[:, None] * DIM + dims[None, :],
-            mask=(shares > 0)[:, None],
-            other=0.0,
-        )
-        joined = tl.sum(mixed * shares[:, None], 0) / tl.sum(shares, 0)
-        tl.store(out_ptr + row * DIM + dims, joined.to(out_ptr.dtype.element_ty))
+    places = row[:, None] * parts + part[None, :]
+    there = (row < rows)[:, None] & (part < parts)[None, :]
+    logs = tl.load(logs_ptr + places, mask=there, other=float("-inf"))
+    # Finite, for a row may have no part that is used; among others one has a share of 1.
+    most = tl.maximum(tl.max(logs, 1), UNUSED)
+    shares = tl.exp2(logs - most[:, None])
+    total = tl.maximum(tl.sum(shares, 1), 1.0)
+    mixed = tl.load(
+        mixed_ptr + places[:, :, None] * DIM + dims[None, None, :],
+        mask=(shares > 0)[:, :, None],
+        other=0.0,
+    )
+    joined = tl.sum(mixed * shares[:, :, None], 1) / total[:, None]
+    tl.store(
+        out_ptr + row[:, None] * DIM + dims[None, :],
+        joined.to(out_ptr.dtype.element_ty),
+        mask=(most > UNUSED)[:, None],
+    )
