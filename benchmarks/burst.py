@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import click
 import msgspec
 import zmq
 
-from nanovllm.protocol import Delta, Error, Generate, Sampling, ServerMessage
+from nanovllm.protocol import Delta, Error, Finish, Generate, Sampling, ServerMessage
 
 # A burst that hears nothing for so long has been forgotten.
 SILENCE_S = 60.0
@@ -21,6 +22,7 @@ class Burst:
     Attributes:
         arrivals: of each request, by its id, when its deltas came (`time.monotonic`, in seconds)
             and how many tokens each brought.
+        unfinished: ids of requests.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -29,6 +31,7 @@ class Burst:
         self._socket.connect(endpoint)
         self._decoder = msgspec.msgpack.Decoder(list[ServerMessage])
         self.arrivals: dict[str, list[tuple[float, int]]] = {}
+        self.unfinished: set[str] = set()
 
     def send(self, prompts: Iterable[list[int]], sampling: Sampling) -> list[str]:
         """Sends a request for each prompt; returns their ids."""
@@ -36,15 +39,19 @@ class Burst:
         for number, prompt in enumerate(prompts, len(self.arrivals)):
             requests.append(Generate(id=str(number), prompt_token_ids=prompt, sampling=sampling))
             self.arrivals[str(number)] = []
+            self.unfinished.add(str(number))
         self._socket.send(msgspec.msgpack.encode(requests))
         return [request.id for request in requests]
 
     def run_until(self, reached: Callable[[], bool]) -> None:
         """Takes what comes until `reached()`.
 
-        Raises RuntimeError when a request fails, or nothing comes any more.
+        Raises RuntimeError when a request fails, or nothing comes any more; ClickException when
+        there is nothing to wait for.
         """
         while not reached():
+            if not self.unfinished:
+                raise click.ClickException("all answers ended before they were measured")
             if not self._socket.poll(int(SILENCE_S * 1000)):
                 raise RuntimeError(f"no token for {SILENCE_S:g} s")
             self._take(self._decoder.decode(self._socket.recv()))
@@ -66,5 +73,7 @@ class Burst:
         for message in messages:
             if isinstance(message, Delta) and message.token_ids:
                 self.arrivals[message.id].append((now, len(message.token_ids)))
+            elif isinstance(message, Finish):
+                self.unfinished.discard(message.id)
             elif isinstance(message, Error):
                 raise RuntimeError(f"{message.id}: {message.code}: {message.message}")

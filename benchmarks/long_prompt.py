@@ -54,6 +54,11 @@ def main(
 ) -> None:
     with checkpoint(model, random_weights) as directory:
         config = ModelConfig.from_checkpoint(directory)
+        if 2 * prompt_tokens > config.max_position_embeddings:
+            raise click.ClickException(
+                f"--input {prompt_tokens} is more than half of the {config.max_position_embeddings}"
+                " tokens of this model's context: lower it, or take --random-weights"
+            )
         prompts = random_prompts(others, OTHERS_PROMPT, config.vocab_size)
         *_, long_prompt, warm_up = random_prompts(others + 2, prompt_tokens, config.vocab_size)
         for budget in budgets:
