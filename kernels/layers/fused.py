@@ -21,8 +21,6 @@ from nanovllm.kernels.overlap import await_previous, begin, overlapped
 # Elements that a thread has of a row: 16 bytes in bfloat16.
 PER_THREAD = 8
 MAX_WARPS = 16
-# Up to so many rows, the matrix products are `gemv`'s, with all that is around them.
-GEMV_ROWS = 4
 # Heads of one token that a program of `_norm_rope_store` takes, and its warps.
 HEADS = 8
 HEADS_WARPS = 4
@@ -62,16 +60,19 @@ class FusedOps(LayerOps):
         bias: Tensor | None,
         gated: bool,
     ) -> tuple[Tensor, Tensor]:
-        if residual is not None or bias is not None or len(x) > GEMV_ROWS:
+        outputs = len(weight) // 2 if gated else len(weight)
+        tuning = gemv.choose_tuning(len(x), x.shape[1], outputs, gated)
+        if residual is not None or bias is not None or tuning is None:
             return super().norm_linear(x, residual, norm, weight, bias, gated)
-        return gemv.linear(x, weight, Around(norm, gated)), x
+        return gemv.linear(x, weight, Around(norm, gated), tuning), x
 
     def linear_add(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        if bias is not None or len(x) > GEMV_ROWS:
+        tuning = gemv.choose_tuning(len(x), x.shape[1], len(weight), gated=False)
+        if bias is not None or tuning is None:
             return super().linear_add(x, weight, bias, residual)
-        return gemv.linear(x, weight, Around(residual=residual)), None
+        return gemv.linear(x, weight, Around(residual=residual), tuning), None
 
     def norm_rope_store(
         self,

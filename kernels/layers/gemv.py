@@ -1,4 +1,4 @@
-"""Matrix products of up to 8 rows in Triton, without tensor cores.
+"""Matrix products of up to 4 rows in Triton, without tensor cores.
 
 A product of so few rows reads its weight once and does little with it, and takes microseconds: what
 counts is that all processors have loads in flight at once and for the whole time. A program has all
@@ -20,11 +20,14 @@ from torch import Tensor
 from nanovllm.kernels.layers.linear import Around
 from nanovllm.kernels.overlap import await_previous, begin, overlapped
 
-MAX_ROWS = 8
+MAX_ROWS = 4
+# Of several rows, products with more inputs and outputs are faster on tensor cores.
+SMALL = 1024
 # With no more outputs, a program for each few of them has to be larger for all processors to have
 # enough loads in flight.
 NARROW = 2048
-# With more inputs, gated products of 4 rows would need more registers than there are.
+WIDE = 4096
+# Programs are small up to so many inputs.
 SHORT = 2560
 # Neighbouring inputs that a thread has of each tile: 16 bytes in bfloat16, its widest load. With
 # all threads side by side along the inputs, each multiplies what it has loaded itself.
@@ -40,15 +43,14 @@ class Tuning(NamedTuple):
     warps: int
 
 
-def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning) -> Tensor:
     """See `linear.linear`; x has at most `MAX_ROWS` rows."""
     rows, inputs = x.shape
     outputs = len(weight) // 2 if around.gated else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     norm, residual = around.norm, around.residual
     # Few kernels, since each has to be compiled.
-    padded = 1 if rows == 1 else max(4, triton.next_power_of_2(rows))
-    tuning = tuning or choose_tuning(padded, inputs, outputs, around.gated)
+    padded = 1 if rows == 1 else MAX_ROWS
     tile = 32 * tuning.warps * PER_LOAD
     _linear[(triton.cdiv(outputs, tuning.outputs),)](
         x,
@@ -76,14 +78,22 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning | None = No
     return out
 
 
-def choose_tuning(rows: int, inputs: int, outputs: int, gated: bool) -> Tuning:
-    """The fastest on an H200 (`benchmarks.kernels`), at 1 and 4 rows."""
-    alone = rows == 1
+def choose_tuning(rows: int, inputs: int, outputs: int, gated: bool) -> Tuning | None:
+    """Among the fastest on an H200 (`benchmarks.products`), for the shapes of Qwen3-0.6B to 8B at 1
+    and 4 rows; None where cuBLAS is faster."""
+    if rows > 1:
+        if rows > MAX_ROWS or (inputs if gated else min(inputs, outputs)) > SMALL:
+            return None
+        return Tuning(2, 4) if outputs <= NARROW and not gated else Tuning(4, 2)
     if gated:
-        return Tuning(1, 1) if alone else Tuning(4, 2 if inputs <= SHORT else 8)
+        if inputs > SHORT:
+            return Tuning(4, 4)
+        return Tuning(2, 2) if inputs <= SMALL else Tuning(2, 4)
     if outputs <= NARROW:
-        return Tuning(2, 8 if alone else 4)
-    return Tuning(2, 4) if alone else Tuning(4, 2)
+        return Tuning(2, 8)
+    if inputs <= SHORT:
+        return Tuning(2, 2)
+    return Tuning(2, 4) if outputs < WIDE else Tuning(4, 8)
 
 
 @triton.jit(do_not_specialize=["rows"])

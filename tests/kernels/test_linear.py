@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -44,16 +44,17 @@ def check(product: Product, rows: int, inputs: int, outputs: int, dtype: torch.d
         assert error.item() < TOLERANCES[dtype]
 
 
-def shapes() -> Iterator[tuple[int, int, int]]:
-    """Rows, inputs and outputs."""
-    yield from ((1, 64, 19), (3, 300, 9), (8, 129, 8))
-    if ON_CUDA:
-        yield from ((rows, 1024, 4096) for rows in (1, 2, 5, 8))
-        yield from ((1, 3072, 1024), (7, 2048, 1024), (1, 9728, 2560))
-
-
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_gemv(dtype: torch.dtype) -> None:
-    for tuning in (None, gemv.Tuning(4, 1), gemv.Tuning(2, 4)):
-        for shape in shapes():
-            check(partial(gemv.linear, tuning=tuning), *shape, dtype)
+    small = (gemv.Tuning(2, 2), gemv.Tuning(4, 1), gemv.Tuning(2, 4))
+    cases = [(tuning, shape) for tuning in small for shape in ((1, 64, 19), (3, 300, 9))]
+    if ON_CUDA:
+        cases += [
+            (gemv.Tuning(2, 2), (1, 1024, 4096)),
+            (gemv.Tuning(4, 2), (2, 1024, 4096)),
+            (gemv.Tuning(2, 4), (4, 2048, 1024)),
+            (gemv.Tuning(4, 4), (1, 4096, 12288)),
+            (gemv.Tuning(4, 8), (1, 12288, 4096)),
+        ]
+    for tuning, shape in cases:
+        check(partial(gemv.linear, tuning=tuning), *shape, dtype)
