@@ -23,8 +23,8 @@ import click
 from benchmarks.closed_loop import ClosedLoop
 from nanovllm import Client
 from nanovllm.client.private_pipeline import PrivatePipeline
+from nanovllm.control import SchedulerStats, Status, WorkerStats
 from nanovllm.launch.status import Control
-from nanovllm.messages import SchedulerStats, Status, WorkerStats
 from nanovllm.settings import Settings
 
 OUTPUT_TOKENS = (50, 300)

@@ -10,8 +10,8 @@ from typing import NamedTuple, TypeVar
 
 from nanovllm import Client
 from nanovllm.client.private_pipeline import PrivatePipeline
+from nanovllm.control import SchedulerStats, Stats, WorkerStats
 from nanovllm.launch.status import NEXT_REPORT_S, Control
-from nanovllm.messages import SchedulerStats, Stats, WorkerStats
 from nanovllm.settings import Settings
 
 READY_TIMEOUT_S = 120.0

@@ -11,8 +11,8 @@ import click
 
 from nanovllm.client.errors import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client, Stream
+from nanovllm.control import Restart, Scale
 from nanovllm.launch import status as status_view
-from nanovllm.messages import Restart, Scale
 from nanovllm.protocol import ChatMessage
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import DEFAULT_INGRESS, MAX_SERVICES, SettingsError, default_runtime_dir

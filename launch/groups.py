@@ -12,8 +12,8 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from nanovllm.control import Stats, TokenizerStats, WorkerStats
 from nanovllm.links import Peer
-from nanovllm.messages import Stats, TokenizerStats, WorkerStats
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 
 # Back-off: the first restart is at once, later ones wait, twice as long each time.

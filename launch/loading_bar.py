@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from nanovllm.messages import ServiceStatus
+from nanovllm.control import ServiceStatus
 
 _UNITS: Final[dict[str, str]] = {"loading weights": "B", "capturing graphs": " graphs"}
 

@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from nanovllm.control import Loading, Ready, Report, ServiceStatus
 from nanovllm.launch.groups import Place
-from nanovllm.messages import Loading, Ready, Report, ServiceStatus
 from nanovllm.options import settings_argv
 from nanovllm.service import LIFELINE_VARIABLE
 from nanovllm.settings import Settings

@@ -10,8 +10,7 @@ import msgspec
 import zmq
 
 from nanovllm.client.errors import PipelineUnavailable
-from nanovllm.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
-from nanovllm.messages import (
+from nanovllm.control import (
     DetokenizerStats,
     Done,
     FromSupervisor,
@@ -26,6 +25,7 @@ from nanovllm.messages import (
     TokenizerStats,
     WorkerStats,
 )
+from nanovllm.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.settings import Settings
 
 TIMEOUT_S: Final = 3.0

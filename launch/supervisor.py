@@ -13,6 +13,21 @@ from typing import Any
 
 import zmq
 
+from nanovllm.control import (
+    Crashed,
+    Done,
+    Drain,
+    Drained,
+    Loading,
+    Ready,
+    Report,
+    Restart,
+    Scale,
+    ServiceStatus,
+    Status,
+    StatusRequest,
+    ToSupervisor,
+)
 from nanovllm.launch.groups import (
     GRACE_S,
     Action,
@@ -29,21 +44,6 @@ from nanovllm.launch.loading_bar import LoadingBar
 from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.links import BoundLink, Event, Peer, Received, Up, new_incarnation
-from nanovllm.messages import (
-    Crashed,
-    Done,
-    Drain,
-    Drained,
-    Loading,
-    Ready,
-    Report,
-    Restart,
-    Scale,
-    ServiceStatus,
-    Status,
-    StatusRequest,
-    ToSupervisor,
-)
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.settings import MAX_SERVICES, Settings
 

@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, resolve_model
+from nanovllm.control import Drained, FromSupervisor, Loading, LoadingStage, Ready, Report, Stats
 from nanovllm.endpoints import EndpointUnusable
 from nanovllm.links import (
     HEARTBEAT_S,
@@ -33,15 +34,6 @@ from nanovllm.links import (
     Peer,
     Received,
     new_incarnation,
-)
-from nanovllm.messages import (
-    Drained,
-    FromSupervisor,
-    Loading,
-    LoadingStage,
-    Ready,
-    Report,
-    Stats,
 )
 from nanovllm.options import settings_from, settings_options
 from nanovllm.settings import Settings, SettingsError

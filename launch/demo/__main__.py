@@ -9,8 +9,8 @@ import click
 
 from nanovllm import Client, SamplingParams
 from nanovllm.client.private_pipeline import PrivatePipeline
+from nanovllm.control import Status, WorkerStats
 from nanovllm.launch.status import Control
-from nanovllm.messages import Status, WorkerStats
 from nanovllm.protocol import ChatMessage
 from nanovllm.settings import Settings
 

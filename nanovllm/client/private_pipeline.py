@@ -17,8 +17,8 @@ import msgspec
 
 from nanovllm.client.errors import PipelineUnavailable
 from nanovllm.client.sync import Client
+from nanovllm.control import ServiceStatus
 from nanovllm.launch.status import Control
-from nanovllm.messages import ServiceStatus
 from nanovllm.options import settings_argv
 from nanovllm.service import LIFELINE_VARIABLE
 from nanovllm.settings import LONGEST_IPC_PATH, Settings

@@ -6,10 +6,10 @@ from itertools import islice
 
 import numpy as np
 
+from nanovllm.control import DetokenizerStats
 from nanovllm.messages import (
     Begin,
     Delta,
-    DetokenizerStats,
     End,
     Finished,
     NewTokens,

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
+from nanovllm.control import LoadingStage
 from nanovllm.kernels.attention.choose import choose
-from nanovllm.messages import Admission, LoadingStage, Sampling, StepPlan, pack
+from nanovllm.messages import Admission, Sampling, StepPlan, pack
 from nanovllm.services.gpu_worker import memory
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import CudaCapture, Sizes, graph_sizes

@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from nanovllm.control import WorkerStats
 from nanovllm.faults import crash_on, fault
 from nanovllm.links import HEARTBEAT_S, BoundLink, Down, Event, Peer, Received, Up
-from nanovllm.messages import (
-    GroupReady,
-    Message,
-    Reset,
-    SchedulerToWorker,
-    StepPlan,
-    StepResult,
-    WorkerStats,
-)
+from nanovllm.messages import GroupReady, Message, Reset, SchedulerToWorker, StepPlan, StepResult
 from nanovllm.service import Service
 from nanovllm.services.gpu_worker.group import GroupBroken, LeaderToFollower, Rendezvous
 from nanovllm.services.gpu_worker.openmp import spin_briefly

@@ -7,11 +7,12 @@ from collections import deque
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from nanovllm.messages import LoadingStage, StepPlan, StepResult
+from nanovllm.control import LoadingStage
+from nanovllm.messages import StepPlan, StepResult
 
 
 class Progress(NamedTuple):
-    """Loading, see `messages.Loading`."""
+    """Loading, see `control.Loading`."""
 
     stage: LoadingStage
     done: int

@@ -16,7 +16,8 @@ from queue import SimpleQueue
 import torch
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.messages import LoadingStage, StepPlan
+from nanovllm.control import LoadingStage
+from nanovllm.messages import StepPlan
 from nanovllm.services.gpu_worker import bring_up, rendezvous
 from nanovllm.services.gpu_worker.busy import BusyMeter
 from nanovllm.services.gpu_worker.executor import Executor, Sampled

@@ -10,12 +10,12 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+from nanovllm.control import IngressStats
 from nanovllm.links import Peer
 from nanovllm.messages import (
     Delta,
     EngineState,
     HandedOn,
-    IngressStats,
     Lost,
     SchedulerToIngress,
     TokenizerToIngress,

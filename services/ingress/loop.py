@@ -8,14 +8,12 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from nanovllm.checkpoint import model_name
+from nanovllm.control import Crashed, Drain, FromSupervisor
 from nanovllm.links import BoundLink, ConnectedLink, Down, Event, Peer, Received, Up
 from nanovllm.messages import (
-    Crashed,
     Delta,
     DetokenizerToIngress,
-    Drain,
     End,
-    FromSupervisor,
     IngressToScheduler,
     Recall,
     SchedulerToIngress,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from nanovllm.control import SchedulerStats
 from nanovllm.links import Peer
 from nanovllm.messages import (
     Admitted,
@@ -16,7 +17,6 @@ from nanovllm.messages import (
     GroupReady,
     Lost,
     RowLogprobs,
-    SchedulerStats,
     SchedulerToIngress,
     SchedulerToWorker,
     StepPlan,

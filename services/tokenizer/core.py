@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import islice
 
+from nanovllm.control import TokenizerStats
 from nanovllm.messages import (
     HandedOn,
     IngressToTokenizer,
     Refused,
     Submit,
     Tokenize,
-    TokenizerStats,
     TokenizerToIngress,
     uid_epoch,
 )

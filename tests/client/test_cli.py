@@ -19,10 +19,7 @@ import pytest
 import zmq
 from click.testing import CliRunner
 
-from nanovllm.launch import status as status_view
-from nanovllm.launch.client_cli import main
-from nanovllm.links import BoundLink, Peer, Received
-from nanovllm.messages import (
+from nanovllm.control import (
     DetokenizerStats,
     IngressStats,
     SchedulerStats,
@@ -33,6 +30,9 @@ from nanovllm.messages import (
     ToSupervisor,
     WorkerStats,
 )
+from nanovllm.launch import status as status_view
+from nanovllm.launch.client_cli import main
+from nanovllm.links import BoundLink, Peer, Received
 from nanovllm.protocol import Error, Generate
 from nanovllm.settings import Settings
 from tests.client.double import Answer, answer_in_full, ingress

@@ -17,17 +17,14 @@ import pytest
 import zmq
 
 from nanovllm.checkpoint import ModelConfig
+from nanovllm.control import Ready, Report, ToSupervisor, WorkerStats
 from nanovllm.links import BoundLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.messages import (
     Admission,
     GroupReady,
     Message,
-    Ready,
-    Report,
     Reset,
     StepResult,
-    ToSupervisor,
-    WorkerStats,
     WorkerToScheduler,
     pack,
 )

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm.control import IngressStats
 from nanovllm.links import Peer
 from nanovllm.messages import (
     Admitted,
     EngineState,
     HandedOn,
-    IngressStats,
     Refused,
     Tokenize,
     TokenLogprobs,

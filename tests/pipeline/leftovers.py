@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 
-from nanovllm.launch.status import Control
-from nanovllm.messages import (
+from nanovllm.control import (
     DetokenizerStats,
     IngressStats,
     SchedulerStats,
@@ -13,6 +12,7 @@ from nanovllm.messages import (
     TokenizerStats,
     WorkerStats,
 )
+from nanovllm.launch.status import Control
 from tests.pipelines import Pipeline
 
 TIMEOUT_S = 30.0

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from nanovllm import Client, SamplingParams
-from nanovllm.messages import WorkerStats
+from nanovllm.control import WorkerStats
 from nanovllm.settings import Settings
 from tests.pipelines import Pipeline
 from tests.recovery.streams import (

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zmq
 
+from nanovllm.control import Ready, Report, SchedulerStats, ToSupervisor
 from nanovllm.links import BoundLink, ConnectedLink, Peer, Received, Up
 from nanovllm.messages import (
     Admitted,
@@ -23,18 +24,14 @@ from nanovllm.messages import (
     Finished,
     GroupReady,
     NewTokens,
-    Ready,
-    Report,
     Reset,
     Sampling,
-    SchedulerStats,
     SchedulerToDetokenizer,
     SchedulerToIngress,
     SchedulerToWorker,
     StepPlan,
     StepResult,
     Submit,
-    ToSupervisor,
     pack,
     unpack,
 )
