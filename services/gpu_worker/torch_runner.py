@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -97,7 +98,7 @@ class TorchRunner:
         self._outbox.put(Loaded(loaded.num_blocks, loaded.description))
         finish: Callable[[Sampled], None] = self._finish
         if device.type == "cuda":
-            self._start_thread("results", self._finish_enqueued)
+            self._start_thread("results", partial(self._finish_enqueued, device))
             finish = self._enqueued.put
         while True:
             plan = self._launched.get()
@@ -106,7 +107,9 @@ class TorchRunner:
             else:
                 finish(executor.step(plan))
 
-    def _finish_enqueued(self) -> None:
+    def _finish_enqueued(self, device: torch.device) -> None:
+        # Each thread has its own current device: to wait on another would take memory of the first.
+        torch.cuda.set_device(device)
         while True:
             self._finish(self._enqueued.get())
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nanovllm.kernels.sampling import reference
 from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.services.gpu_worker.group import GroupBroken
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from tests.checkpoints import read_model, write_checkpoint
 from tests.gpu_worker.paged import CPU, relative_error
 from tests.gpu_worker.tp_rank import (
@@ -105,3 +108,21 @@ def test_logprobs_of_a_sharded_vocabulary(root: Path, size: int) -> None:
         torch.testing.assert_close(found.logprobs[:, 1:].double(), likeliest, rtol=1e-5, atol=1e-5)
         distinct = [len(set(row)) for row in found.logprob_ids[:, 1:].tolist()]
         assert distinct == [LOGPROBS] * len(distinct)
+
+
+def test_a_collective_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(error: RuntimeError) -> None:
+        def all_reduce(*args: object, **kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+
+    group: Any = object()  # stands for one that fails
+    tp = TensorParallel(0, 2, group)
+    failing(RuntimeError("NCCL error in NCCLUtils.cpp\nLast error:\nno route to rank 1\n"))
+    with pytest.raises(GroupBroken, match="Last error:; no route to rank 1"):
+        tp.all_reduce(torch.zeros(1))
+    # This rank's own fault, not another's.
+    failing(torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        tp.all_reduce(torch.zeros(1))

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,17 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.services.gpu_worker.group import GroupBroken
 
+# For the first collective. GPUs that cannot reach one another are known by it, before weights are
+# loaded.
+FIRST_TIMEOUT = timedelta(minutes=2)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
     """This rank's place in its group. With size 1 (the default) collectives do nothing.
 
     All ranks must make the same calls in the same order with the same shapes. A call raises
-    GroupBroken where it fails, as it does when another rank is gone.
+    GroupBroken where it fails, as it does when another rank is gone, but for faults of this device.
     """
 
     rank: int = 0
@@ -41,8 +46,12 @@ class TensorParallel:
         Raises GroupBroken if the others do not come, or not in time.
         """
         if sys.platform == "linux":
-            # Else gloo binds to whatever the host's name resolves to, if it does.
+            # Else they bind to what the host's name resolves to, or its first interface.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        # All calls, in graphs and outside, follow one another in one stream: NCCL need not record
+        # an event at each of those in a graph.
+        os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
         on_cuda = device.type == "cuda"
         _together(
             dist.init_process_group,
@@ -53,6 +62,8 @@ class TensorParallel:
             timeout=store.timeout,  # type: ignore[attr-defined]
             device_id=device if on_cuda else None,
         )
+        first = dist.all_reduce(torch.zeros(1, device=device), async_op=True)
+        _together(first.wait, FIRST_TIMEOUT)
         return cls(rank, size, dist.group.WORLD)
 
     def close(self) -> None:
@@ -70,9 +81,10 @@ class TensorParallel:
         """All ranks' `x` [rows, columns] side by side: [rows, size * columns]."""
         if self.group is None:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        _together(dist.all_gather, parts, x, group=self.group)
-        return torch.cat(parts, dim=-1)
+        rows, columns = x.shape
+        parts = x.new_empty(self.size * rows, columns)
+        _together(dist.all_gather_into_tensor, parts, x.contiguous(), group=self.group)
+        return parts.view(self.size, rows, columns).transpose(0, 1).flatten(1)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """Of x [size, ...], part r goes to rank r; returns what came from each rank."""
@@ -95,8 +107,11 @@ def _together(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Makes a call that all ranks must make."""
     try:
         call(*args, **kwargs)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own
+        raise
     except RuntimeError as error:  # gloo and NCCL have no narrower one in common
-        reason = str(error).splitlines()[0]
+        # NCCL says what happened in the last lines.
+        reason = "; ".join(filter(None, map(str.strip, str(error).splitlines())))
         raise GroupBroken(
             f"a rank of this tensor-parallel group does not answer: {reason}"
         ) from error
