@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bandwidth import copy_bandwidth
-from benchmarks.kernels import DIM, NUM, NUM_KV, ROTATED_BYTES, TOLERANCE, random, seconds_per_call
+from benchmarks.kernels import DIM, NUM, NUM_KV
+from benchmarks.support.bandwidth import copy_bandwidth
+from benchmarks.support.timing import ROTATED_BYTES, TOLERANCE, random, seconds_per_call
 from nanovllm.kernels.attention import prefill_cuts, triton_decode, triton_prefill
 from nanovllm.kernels.attention.device import Device
 from nanovllm.kernels.attention.interface import (

@@ -22,10 +22,10 @@ from typing import Any
 import click
 from safetensors import safe_open
 
-from benchmarks.bandwidth import copy_bandwidth
-from benchmarks.burst import Burst
-from benchmarks.pipeline import Pipeline, Reported
-from benchmarks.random_model import checkpoint, random_weights_option
+from benchmarks.support.bandwidth import copy_bandwidth
+from benchmarks.support.burst import Burst
+from benchmarks.support.pipeline import Pipeline, Reported
+from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.launch.status import NEXT_REPORT_S
 from nanovllm.protocol import Sampling

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from benchmarks.closed_loop import ClosedLoop
+from benchmarks.support.closed_loop import ClosedLoop
 from nanovllm import Client
 from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.control import SchedulerStats, Status, WorkerStats

@@ -7,7 +7,6 @@ python -m benchmarks.kernels
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +15,7 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.support.timing import is_wrong, random, seconds_per_call
 from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.layers.fused import FusedOps
 from nanovllm.kernels.layers.linear import Norm
@@ -23,13 +23,7 @@ from nanovllm.kernels.layers.ops import LayerOps
 
 HIDDEN, NUM, NUM_KV, DIM, INTERMEDIATE = 1024, 16, 8, 128, 3072
 EPS = 1e-6
-DTYPE = torch.bfloat16
 TOKENS = (1, 8, 64, 256, 512, 16384)
-# Relative, ||out - expected|| / ||expected||.
-TOLERANCE = 1e-2
-# What the copies of a weight take together; an H200's L2 has 50 MB.
-ROTATED_BYTES = 160 << 20
-CALLS, REPLAYS = 24, 15
 
 
 @click.command(help=__doc__)
@@ -42,36 +36,6 @@ def main() -> None:
         wrong = time_ops()
     if wrong:
         sys.exit("wrong: " + ", ".join(wrong))
-
-
-def seconds_per_call(call: Callable[[int], object]) -> float:
-    """Median over replays of a graph of `CALLS` calls, which get 0, 1, ... to choose copies by."""
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin()
-    for number in range(CALLS):
-        call(number)
-    graph.capture_end()
-    times = []
-    for _ in range(REPLAYS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000 / CALLS)
-    return float(statistics.median(times[2:]))
-
-
-def random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype)
-
-
-def is_wrong(found: Tensor, expected: Tensor) -> bool:
-    found, expected = found.float(), expected.float()
-    # Not greater, so that NaN is wrong.
-    return not bool((found - expected).norm() <= TOLERANCE * expected.norm())
 
 
 def time_ops() -> list[str]:

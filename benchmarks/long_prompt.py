@@ -18,10 +18,10 @@ from pathlib import Path
 
 import click
 
-from benchmarks.burst import Burst
 from benchmarks.decode import random_prompts
-from benchmarks.pipeline import Pipeline
-from benchmarks.random_model import checkpoint, random_weights_option
+from benchmarks.support.burst import Burst
+from benchmarks.support.pipeline import Pipeline
+from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.protocol import Sampling
 from nanovllm.settings import Settings

@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from benchmarks.pipeline import Pipeline, Reported
-from benchmarks.random_model import checkpoint, random_weights_option
+from benchmarks.support.pipeline import Pipeline, Reported
+from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.settings import Settings

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import Qwen3Config
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.kernels import EPS, ROTATED_BYTES, is_wrong, random, seconds_per_call
+from benchmarks.kernels import EPS
+from benchmarks.support.timing import ROTATED_BYTES, is_wrong, random, seconds_per_call
 from nanovllm.kernels.layers import gemv
 from nanovllm.kernels.layers.fused import FusedOps
 from nanovllm.kernels.layers.linear import Around, Norm, linear

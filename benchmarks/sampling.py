@@ -17,7 +17,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.bandwidth import copy_bandwidth
+from benchmarks.support.bandwidth import copy_bandwidth
 from nanovllm.kernels.sampling import fused, fused_candidates, reference
 from nanovllm.kernels.sampling.reference import SamplingTensors
 

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import msgspec
 
-from benchmarks.pipeline import Pipeline
-from benchmarks.random_model import checkpoint, random_weights_option
+from benchmarks.support.pipeline import Pipeline
+from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.messages import Admission, Sampling, StepPlan, pack
