@@ -179,8 +179,14 @@ def resolve_model(name: str) -> Path:
 
 
 def model_name(directory: Path) -> str:
-    """What people call the model in `directory`."""
-    return "demo" if directory == DEMO_CHECKPOINT else directory.name
+    """What people call the model in `directory`; the hub's cache keeps a model as
+    `models--OWNER--NAME/snapshots/REVISION`."""
+    if directory == DEMO_CHECKPOINT:
+        return "demo"
+    repository = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.split("--", 2)[-1]
+    return directory.name
 
 
 def eos_token_ids(directory: Path) -> list[int] | None:

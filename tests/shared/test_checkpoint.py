@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from nanovllm.checkpoint import CheckpointError, ModelConfig, eos_token_ids, resolve_model
+from nanovllm.checkpoint import (
+    DEMO_CHECKPOINT,
+    CheckpointError,
+    ModelConfig,
+    eos_token_ids,
+    model_name,
+    resolve_model,
+)
 
 SHAPE: dict[str, Any] = {
     "model_type": "qwen3",
@@ -91,3 +98,17 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such model"):
         resolve_model(str(tmp_path / "nothing"))
     assert resolve_model(str(tmp_path)) == tmp_path.resolve()
+
+
+@pytest.mark.parametrize(
+    ("directory", "name"),
+    [
+        (DEMO_CHECKPOINT, "demo"),
+        ("/models/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("/cache/hub/models--Qwen--Qwen3-0.6B/snapshots/c1899de289a0", "Qwen3-0.6B"),
+        ("/cache/hub/models--someone--Qwen3--tuned/snapshots/c1899de289a0", "Qwen3--tuned"),
+        ("/my/snapshots/today", "today"),
+    ],
+)
+def test_a_model_has_the_name_that_people_know_it_by(directory: str | Path, name: str) -> None:
+    assert model_name(Path(directory)) == name
