@@ -72,10 +72,6 @@ class BlockManager:
         self._identities = count()
 
     @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    @property
     def num_used(self) -> int:
         return self.num_blocks - len(self._free)
 
