@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -13,11 +15,14 @@ from nanovllm.client.errors import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client, Stream
 from nanovllm.control import Restart, Scale
 from nanovllm.launch import status as status_view
-from nanovllm.protocol import ChatMessage
+from nanovllm.protocol import ChatMessage, Pong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import DEFAULT_INGRESS, MAX_SERVICES, SettingsError, default_runtime_dir
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+# Of silence, before a person is told who is waited for.
+PATIENCE_S: Final = 1.0
 
 _SAMPLING: tuple[tuple[str, type, Any, str], ...] = (
     ("--max-tokens", int, 512, "Output tokens at most."),
@@ -76,15 +81,17 @@ def main() -> None:
     Examples:
       nanovllm generate "Once upon a time" --max-tokens 100
       nanovllm generate - --temperature 0 < prompt.txt
-    """
+    """,
+    short_help="Continue a prompt, streaming to stdout.",
 )
 @click.argument("prompt")
 @_sampling_options
 def generate(endpoint: str, prompt: str, **sampling: Any) -> None:
-    text = sys.stdin.read() if prompt == "-" else prompt
     with _told_in_one_line():
+        text = sys.stdin.read() if prompt == "-" else prompt
         params = SamplingParams(**sampling)
         with Client(endpoint) as client, client.generate(text, params, stream=True) as stream:
+            _answering(client, endpoint)
             _print(stream)
 
 
@@ -116,6 +123,7 @@ def chat(
         kwargs = None if thinking is None else {"enable_thinking": thinking}
         history = [ChatMessage(role="system", content=system)] if system else []
         with Client(endpoint) as client:
+            pong = _answering(client, endpoint)
 
             def answer(said: str) -> None:
                 history.append(ChatMessage(role="user", content=said))
@@ -126,7 +134,6 @@ def chat(
             if message is not None:
                 answer(message)
                 return
-            pong = client.ping()
             click.echo(f"{pong.model} at {endpoint}. Ctrl-C stops an answer, Ctrl-D ends the chat.")
             for line in _lines():
                 try:
@@ -145,7 +152,8 @@ def chat(
     Examples:
       nanovllm status
       nanovllm status --json | jq .services
-    """
+    """,
+    short_help="Show the services of a running pipeline.",
 )
 @_runtime_dir_option
 @click.option("--json", "as_json", is_flag=True, help="Counters for machines, as they are now.")
@@ -158,23 +166,27 @@ def status(runtime_dir: str, as_json: bool) -> None:
 
 
 @main.command(
-    help="""Run COUNT tokenizers or detokenizers from now on; returns when they do.
+    help="""Run COUNT services of this ROLE from now on; returns when they do.
 
+    ROLE is tokenizer or detokenizer.
     Nothing is lost: what a service that ends had in hand is given to others.
 
     \b
     Examples:
       nanovllm scale tokenizer 4
       nanovllm scale detokenizer 1
-    """
+    """,
+    short_help="Run so many tokenizers or detokenizers.",
 )
-@click.argument("role", type=click.Choice(["tokenizer", "detokenizer"]))
+@click.argument("role", type=click.Choice(["tokenizer", "detokenizer"]), metavar="ROLE")
 @click.argument("count", type=click.IntRange(1, MAX_SERVICES))
 @_runtime_dir_option
 def scale(runtime_dir: str, role: str, count: int) -> None:
     with _told_in_one_line(), status_view.Control(runtime_dir) as control:
+        services = status_view.counted(count, role)
+        click.echo(f"scaling to {services} …", err=True)
         control.command(Scale(role, count))
-    click.echo(f"{count} {role}{'s' * (count > 1)} running")
+        click.echo(f"{services} running")
 
 
 @main.command(
@@ -188,17 +200,21 @@ def scale(runtime_dir: str, role: str, count: int) -> None:
     Examples:
       nanovllm restart scheduler
       nanovllm restart all
-    """
+    """,
+    short_help="Restart services, one after the other.",
 )
 @click.argument(
     "role",
     type=click.Choice(["ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer", "all"]),
+    metavar="ROLE",
 )
 @_runtime_dir_option
 def restart(runtime_dir: str, role: str) -> None:
     with _told_in_one_line(), status_view.Control(runtime_dir) as control:
+        services = "all services" if role == "all" else role
+        click.echo(f"restarting {services} …", err=True)
         control.command(Restart(role))
-    click.echo(f"restarted {'all services' if role == 'all' else role}")
+        click.echo(f"restarted {services}")
 
 
 @contextlib.contextmanager
@@ -206,8 +222,29 @@ def _told_in_one_line() -> Iterator[None]:
     """What a person can mend is told without a traceback."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise click.ClickException(f"the input is not valid UTF-8: {error}") from None
     except (RequestError, PipelineUnavailable, SettingsError, ValueError) as error:
         raise click.ClickException(str(error)) from None
+    except BrokenPipeError:
+        raise  # click's: it ends without a word
+    except OSError as error:
+        # What could not be written is not to be tried again, at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.ClickException(error.strerror or str(error)) from None
+
+
+def _answering(client: Client, endpoint: str) -> Pong:
+    """Waits for the pipeline's first answer; if that takes long, says so."""
+    notice = threading.Timer(
+        PATIENCE_S, click.echo, [f"waiting for a pipeline at {endpoint} …"], {"err": True}
+    )
+    notice.daemon = True
+    notice.start()
+    try:
+        return client.ping()
+    finally:
+        notice.cancel()
 
 
 def _print(stream: Stream, *, stoppable: bool = False) -> str:

@@ -150,6 +150,11 @@ def render(before: Status, now: Status) -> str:
     return "\n".join([head, "", *table, *_engine(now, earlier)])
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 client", "2 clients"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def _engine(now: Status, earlier: dict[tuple[str, int], ServiceStatus]) -> list[str]:
     lines: list[str] = []
     for service in now.services:
@@ -160,11 +165,12 @@ def _engine(now: Status, earlier: dict[tuple[str, int], ServiceStatus]) -> list[
             lines += [
                 "",
                 f"sequences     {stats.running} running, {stats.waiting} waiting,"
-                f" {stats.records} records",
+                f" {counted(stats.records, 'record')}",
                 f"KV blocks     {stats.blocks_used} of {stats.blocks_total} used",
-                f"prefix cache  {hits} of {stats.prompt_tokens} prompt tokens came from it",
-                f"output        {stats.generated} tokens in {stats.steps} steps,"
-                f" {stats.preemptions} preemptions",
+                f"prefix cache  {hits} of {counted(stats.prompt_tokens, 'prompt token')}"
+                " came from it",
+                f"output        {counted(stats.generated, 'token')} in"
+                f" {counted(stats.steps, 'step')}, {counted(stats.preemptions, 'preemption')}",
             ]
         elif isinstance(stats, WorkerStats) and service.index == 0:
             was = then.stats.busy_s if then and isinstance(then.stats, WorkerStats) else 0.0
@@ -174,15 +180,16 @@ def _engine(now: Status, earlier: dict[tuple[str, int], ServiceStatus]) -> list[
 
 def _work(stats: Stats | None) -> str:
     if isinstance(stats, IngressStats):
-        return f"{stats.sessions} clients, {stats.requests} unfinished, {stats.finished} finished"
+        clients = counted(stats.sessions, "client")
+        return f"{clients}, {stats.requests} unfinished, {stats.finished} finished"
     if isinstance(stats, TokenizerStats):
         return f"{stats.queued} queued, {stats.tokenized} tokenized"
     if isinstance(stats, SchedulerStats):
         return f"{stats.running} running, {stats.waiting} waiting"
     if isinstance(stats, WorkerStats):
-        return f"{stats.slots_used} slots used, {stats.steps} steps"
+        return f"{counted(stats.slots_used, 'slot')} used, {counted(stats.steps, 'step')}"
     if isinstance(stats, DetokenizerStats):
-        return f"{stats.requests} requests, {stats.tokens} tokens"
+        return f"{counted(stats.requests, 'request')}, {counted(stats.tokens, 'token')}"
     return ""
 
 

@@ -3,9 +3,11 @@ real link of a supervisor's."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -19,9 +21,13 @@ import pytest
 import zmq
 from click.testing import CliRunner
 
+from nanovllm import Client
 from nanovllm.control import (
     DetokenizerStats,
+    Done,
     IngressStats,
+    Restart,
+    Scale,
     SchedulerStats,
     ServiceStatus,
     Status,
@@ -72,6 +78,44 @@ def test_mistakes_are_told_in_one_line() -> None:
     assert (ran.exit_code, len(ran.output.splitlines())) == (1, 1)
     assert "top_p" in ran.output
     assert "cannot connect" in run("generate", "hello", "--endpoint", "nowhere").output
+    ran = CliRunner().invoke(main, ["generate", "-"], input=b"caf\xe9")
+    assert (ran.exit_code, len(ran.output.splitlines())) == (1, 1)
+    assert "not valid UTF-8" in ran.output
+
+
+def test_whoever_waits_for_a_pipeline_is_told_for_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanovllm.launch.client_cli.PATIENCE_S", 0.1)
+    patient = functools.partial(Client, timeout=1.0)
+    monkeypatch.setattr("nanovllm.launch.client_cli.Client", patient)
+    for command in ("generate", "chat"):
+        ran = run(command, "hello", "--endpoint", "tcp://127.0.0.1:1")
+        first, last = ran.stderr.splitlines()
+        assert first == "waiting for a pipeline at tcp://127.0.0.1:1 …"
+        assert last.startswith("Error: no pipeline answers")
+
+
+def test_a_full_disk_is_told_in_one_line() -> None:
+    with ingress(answer_in_full) as double, open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "nanovllm.launch.client_cli", "generate", "hello"]
+        ran = subprocess.run(
+            [*command, "--endpoint", double.endpoint],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (ran.returncode, ran.stderr) == (1, "Error: No space left on device\n")
+
+
+@pytest.mark.parametrize("command", ["restart", "scale"])
+def test_roles_are_listed_once(command: str) -> None:
+    usage = run(command, "--help").output.partition("\n\n")[0]
+    assert "ROLE" in usage
+    assert "detokenizer" not in usage
+    assert run(command, "nobody", "1").output.count("'detokenizer'") == 1
+
+
+def test_summaries_are_whole() -> None:
+    assert "..." not in run("--help").output.partition("Commands:")[2]
 
 
 def test_chat_in_one_shot() -> None:
@@ -192,6 +236,21 @@ def test_the_table_shows_every_service_and_the_engine() -> None:
     assert [line for line in lines if "device busy" in line] == ["device busy   95%"]
 
 
+def test_one_is_not_told_in_the_plural() -> None:
+    def service(role: str, stats: Any) -> ServiceStatus:
+        return ServiceStatus(role, 0, 1, "ready", None, 1.0, 0, 1.0, 1.0, stats)
+
+    services = [
+        service("ingress", IngressStats(1, 1, 1)),
+        service("scheduler", SchedulerStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1)),
+        service("gpu_worker", WorkerStats(1, 1, 1, 1.0)),
+        service("tokenizer", TokenizerStats(1, 1)),
+        service("detokenizer", DetokenizerStats(1, 1)),
+    ]
+    status = Status("demo", "tcp://127.0.0.1:5555", services)
+    assert re.findall(r"\b1 \w+s\b", status_view.render(status, status)) == []
+
+
 def test_a_reborn_service_has_no_rates_yet() -> None:
     before, now = a_status(10.0, 1.0, 4.0), a_status(12.0, 1.5, 5.9)
     now.services = [msgspec.structs.replace(s, pid=s.pid + 100) for s in now.services]
@@ -215,11 +274,15 @@ class SupervisorDouble:
         while not self._stopping.is_set():
             self._link.sockets[0].poll(20)
             for event in self._link.receive():
-                if isinstance(event, Received) and isinstance(event.message, StatusRequest):
+                if not isinstance(event, Received):
+                    continue
+                if isinstance(event.message, StatusRequest):
                     answered += 1
                     self._link.send(
                         event.peer, [a_status(answered, 0.5 * answered, 0.9 * answered)]
                     )
+                elif isinstance(event.message, Restart | Scale):
+                    self._link.send(event.peer, [Done(None)])
 
     def __enter__(self) -> SupervisorDouble:
         return self
@@ -241,6 +304,14 @@ def test_status_asks_the_supervisor(tmp_path: Path) -> None:
         assert shown["model"] == "the demo model"
         assert shown["services"][1]["stats"]["blocks_total"] == 100
         assert shown["services"][6]["stats"] is None
+
+
+def test_commands_tell_what_is_going_on_and_what_was_done(tmp_path: Path) -> None:
+    with SupervisorDouble(tmp_path):
+        ran = run("restart", "gpu_worker", "--runtime-dir", str(tmp_path))
+        assert (ran.stderr, ran.stdout) == ("restarting gpu_worker …\n", "restarted gpu_worker\n")
+        ran = run("scale", "tokenizer", "1", "--runtime-dir", str(tmp_path))
+        assert (ran.stderr, ran.stdout) == ("scaling to 1 tokenizer …\n", "1 tokenizer running\n")
 
 
 @pytest.mark.parametrize("leftover", [False, True])
