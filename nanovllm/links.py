@@ -29,6 +29,7 @@ from nanovllm.direct import DirectBound, DirectConnected
 from nanovllm.endpoints import DIRECT
 from nanovllm.messages import Message
 from nanovllm.wires import BoundWire, ConnectedWire, Dealer, Frame, Route, Router
+from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class ConnectedLink(Generic[M]):
 
     def _take(self, frame: Frame, events: list[Event[M]]) -> None:
         if len(frame) < _HEADER.size:
-            log.error("dropped a message of %d bytes", len(frame))
+            log.error("dropped a message of %s", counted(len(frame), "byte"))
             return
         to, sender = _HEADER.unpack_from(frame)
         payload = frame[_HEADER.size :]
@@ -268,7 +269,7 @@ class BoundLink(Generic[M]):
 
     def _take(self, route: Route, frame: Frame, events: list[Event[M]]) -> None:
         if len(frame) < _HEADER.size:
-            log.error("dropped a message of %d bytes", len(frame))
+            log.error("dropped a message of %s", counted(len(frame), "byte"))
             return
         to, sender = _HEADER.unpack_from(frame)
         payload = frame[_HEADER.size :]

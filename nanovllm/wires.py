@@ -14,6 +14,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from nanovllm.connections import Connections, readable
 from nanovllm.endpoints import bind
+from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class Dealer:
             if len(parts) == 1:
                 frames.append(parts[0].buffer)
             else:
-                log.error("dropped a message of %d frames", len(parts))
+                log.error("dropped a message of %s", counted(len(parts), "frame"))
         return frames
 
     def changes(self) -> list[bool]:
@@ -151,7 +152,7 @@ class Router:
                 if len(parts) == 2:
                     frames.append((routing_id, parts[1].buffer))
                 else:
-                    log.error("dropped a message of %d frames", len(parts) - 1)
+                    log.error("dropped a message of %s", counted(len(parts) - 1, "frame"))
         return ended, frames
 
     def send(self, route: Route, frame: bytes) -> bool:

@@ -26,6 +26,7 @@ from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
 from nanovllm.settings import Settings, SettingsError
+from nanovllm.wording import counted
 
 # Threads wait for one another at every operation. On a CPU a model of fewer weights is no faster
 # with one more, and far slower where another service takes the core that one of them is on.
@@ -135,7 +136,7 @@ def load(
             " lower --max-num-batched-tokens or --num-kvcache-blocks"
         ) from None
     described = f"{device.type}, {str(dtype).removeprefix('torch.')}, {attention} attention"
-    blocks = f"{num_blocks} blocks of {settings.kvcache_block_size} tokens"
+    blocks = f"{counted(num_blocks, 'block')} of {settings.kvcache_block_size} tokens"
     return Loaded(loaded, num_blocks, f"{described}, {blocks}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from nanovllm.settings import Settings, SettingsError
+from nanovllm.wording import counted
 
 # On a CPU the cache takes this share of the memory, up to a limit, over all ranks together.
 CPU_SHARE = 1 / 8
@@ -54,7 +55,8 @@ def check_room_for_one(
     if num_blocks >= needed:
         return
     size = settings.kvcache_block_size
-    missing = f"{needed} blocks of {size} tokens for --max-model-len {settings.max_model_len}"
+    missing = f"{counted(needed, 'block')} of {size} tokens"
+    missing += f" for --max-model-len {settings.max_model_len}"
     if block_bytes:
         short = (needed - num_blocks) * block_bytes / 2**20
         missing += f" ({short:.0f} MiB more)"
@@ -62,6 +64,7 @@ def check_room_for_one(
         remedy = "raise --num-kvcache-blocks"
     shorter = f"lower --max-model-len to {num_blocks * size}" if num_blocks else ""
     raise SettingsError(
-        f"not enough memory for one sequence: there are {num_blocks} blocks, and it takes"
-        f" {missing}; {' or '.join(option for option in (shorter, remedy) if option)}"
+        f"not enough memory for one sequence: there is room for {counted(num_blocks, 'block')},"
+        f" and it takes {missing};"
+        f" {' or '.join(option for option in (shorter, remedy) if option)}"
     )

@@ -37,6 +37,7 @@ from nanovllm.services.ingress.output import size_of
 from nanovllm.services.ingress.quarantine import Quarantine
 from nanovllm.services.ingress.requests import Request, Stage, begun
 from nanovllm.services.ingress.sessions import Exchange, Session
+from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class Core:
         self._intake = Intake(limits)
         self._detokenizers: set[Peer] = set()
         self._scheduler: Peer | None = None
+        self._scheduler_known = False
         self._engine_ready = False
         self._draining = False
 
@@ -195,9 +197,11 @@ class Core:
         if seconds < MAX_FULL_S and session.unread_bytes <= MAX_UNREAD_BYTES:
             return False
         log.warning(
-            "session %s does not read: nothing for %.1f s, %d bytes wait; it is disconnected, and"
-            " its %d requests are aborted",
-            *(session.name, seconds, session.unread_bytes, len(session.requests)),
+            "session %s does not read: nothing for %.1f s, %s wait; it is disconnected, with %s",
+            session.name,
+            seconds,
+            counted(session.unread_bytes, "byte"),
+            counted(len(session.requests), "request"),
         )
         self.closed(session.connection)
         return True
@@ -213,13 +217,19 @@ class Core:
 
     def service_down(self, peer: Peer) -> None:
         if peer in self.dispatcher.tokenizers:
-            log.warning("%s is gone; others get what it had", peer)
-            self.quarantine.lost(peer, self.dispatcher.in_hand(peer))
+            in_hand = self.dispatcher.in_hand(peer)
+            if in_hand.uids:
+                requests = counted(len(in_hand.uids), "request")
+                log.warning("%s is gone; it had %s in hand, to be given out again", peer, requests)
+            else:
+                log.info("%s is gone; it had nothing in hand", peer)
+            self.quarantine.lost(peer, in_hand)
             self.dispatcher.tokenizer_down(peer)
         self._detokenizers.discard(peer)
 
     def scheduler_up(self, peer: Peer, reborn: bool) -> None:
         """A reborn one has nothing; another may have missed what was on its way."""
+        first, self._scheduler_known = not self._scheduler_known, True
         self._scheduler = peer
         self.quarantine.scheduler_up(peer, reborn)
         if not reborn:
@@ -227,7 +237,9 @@ class Core:
             return
         self.ends.clear()
         if again := begun(self._requests.values()):
-            log.warning("the scheduler is a new one; %d requests start anew", len(again))
+            if not first:
+                requests = counted(len(again), "request")
+                log.warning("the scheduler is a new one, and takes over %s", requests)
             self.dispatcher.submit_again(again)
 
     def scheduler_down(self, peer: Peer) -> None:

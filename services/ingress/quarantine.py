@@ -12,6 +12,7 @@ from nanovllm.messages import Lost
 from nanovllm.services.ingress.dispatch import Dispatcher
 from nanovllm.services.ingress.requests import Request, Stage, begun
 from nanovllm.services.ingress.suspects import NOTHING, Deaths, InHand, Suspects
+from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ class Quarantine:
         """A service died by itself, and had these in hand."""
         suspects = self._dispatcher.suspects if life.role == "tokenizer" else self.suspects
         there = [self._requests[uid] for uid in in_hand.uids if uid in self._requests]
-        log.warning("%s died by itself with %d requests in hand", life, len(in_hand.uids))
+        requests = counted(len(in_hand.uids), "request")
+        log.warning("%s died by itself with %s in hand", life, requests)
         for request in there:
             if request.outcome is None and suspects.was_there(
                 request.uid, request.output.num_tokens, alone=in_hand.alone

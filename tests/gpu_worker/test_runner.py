@@ -243,8 +243,8 @@ def test_too_few_blocks_for_one_sequence(directory: Path) -> None:
     )
     with pytest.raises(
         SettingsError,
-        match=r"not enough memory for one sequence: there are 5 blocks, .* 6 blocks of 16 tokens .*"
-        r"lower --max-model-len to 80 or raise --num-kvcache-blocks",
+        match=r"not enough memory for one sequence: there is room for 5 blocks, .* 6 blocks of 16"
+        r" tokens .*lower --max-model-len to 80 or raise --num-kvcache-blocks",
     ):
         reports(runner, Loaded)
 

@@ -300,4 +300,4 @@ def test_too_little_memory_is_one_clear_line(
     code, output = group.ended(0)
     assert code == EXIT_MISCONFIGURED
     (line,) = output.splitlines()
-    assert line.startswith("ERROR not enough memory for one sequence: there are 2 blocks")
+    assert line.startswith("ERROR not enough memory for one sequence: there is room for 2 blocks")

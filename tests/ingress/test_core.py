@@ -467,6 +467,18 @@ def test_the_window_of_a_tokenizer_and_the_order_of_arrival() -> None:
     assert [t.attempt for t in again] == [2, 2]
 
 
+def test_a_tokenizer_that_goes_with_nothing_in_hand_is_no_reason_to_warn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World()
+    world.core.service_up(SECOND)
+    world.generate("a")
+    world.core.service_down(SECOND)
+    assert not caplog.records
+    world.core.service_down(TOKENIZER)
+    assert "it had 1 request in hand" in caplog.text
+
+
 def test_a_tokenizer_that_dies_loses_nothing() -> None:
     world = World()
     world.generate("tokenizing")
@@ -502,6 +514,20 @@ def test_a_new_scheduler_gets_all_that_is_unfinished_with_its_output() -> None:
     tokens = [t for m in heard if isinstance(m, Delta) and m.id == "a" for t in m.token_ids]
     assert tokens == [11, 12, 14]
     assert Counter(type(m) for m in heard)[Finish] == 2
+
+
+def test_only_a_scheduler_that_comes_after_another_takes_over(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World(services=False)
+    world.core.service_up(TOKENIZER)
+    world.generate("a")
+    world.generate("b")
+    world.core.scheduler_up(SCHEDULER, reborn=True)
+    assert not caplog.records
+    world.core.scheduler_down(SCHEDULER)
+    world.core.scheduler_up(Peer("scheduler", 0, 14), reborn=True)
+    assert "takes over 2 requests" in caplog.text
 
 
 def test_a_scheduler_that_was_away_gets_again_what_it_had_not_admitted() -> None:
