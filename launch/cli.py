@@ -34,6 +34,7 @@ from nanovllm.settings import DEFAULT_INGRESS, Settings, SettingsError
     """,
     context_settings={"max_content_width": 100},
 )
+@click.version_option(package_name="nanovllm")
 @click.argument("model", default="")
 @settings_options(without=("model",))
 def main(model: str, **options: Any) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import click
 import msgspec
 from msgspec import inspect
 
-from nanovllm.settings import Settings, SettingsError
+from nanovllm.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -29,18 +29,15 @@ def settings_options(*, without: tuple[str, ...] = ()) -> Callable[[Command], Co
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
-    """Settings from what click parsed; an option that is None keeps its default.
+    """Settings from what click parsed.
 
     Raises:
-        click.UsageError: a value out of range, naming its option.
+        click.UsageError: a value that is not valid, naming its option.
     """
-    given = {name: value for name, value in values.items() if value is not None}
     try:
-        return msgspec.convert(given, Settings)
-    except msgspec.ValidationError as error:
+        return msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:  # a SettingsError comes as one too
         raise click.UsageError(_naming_the_option(str(error))) from None
-    except SettingsError as error:
-        raise click.UsageError(str(error)) from None
 
 
 def settings_argv(settings: Settings) -> list[str]:
@@ -75,16 +72,20 @@ def _option(field: inspect.Field) -> Callable[[Command], Command]:
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     names = (_flag(field.name), *_ALIASES.get(field.name, ()))
     if isinstance(described, inspect.BoolType):
-        return click.option(*names, field.name, is_flag=True, default=None, help=help_text)
+        return click.option(*names, field.name, is_flag=True, help=help_text)
     kind: Any = str
-    if isinstance(described, inspect.LiteralType):
-        kind = click.Choice([str(value) for value in described.values])
+    if isinstance(described, inspect.LiteralType):  # sorted there, in their own order here
+        kind = click.Choice(get_args(get_type_hints(Settings)[field.name]))
     elif isinstance(described, inspect.IntType):
-        kind = int
+        kind = click.IntRange(described.ge, described.le)
     elif isinstance(described, inspect.FloatType):
-        kind = float
-    shown = f"{help_text}  [default: {default}]" if default not in ("", None) else help_text
-    return click.option(*names, field.name, type=kind, default=None, help=shown)
+        above = described.gt is not None
+        low = described.gt if above else described.ge
+        kind = click.FloatRange(low, described.le, min_open=above)
+    shown = default != ""
+    return click.option(
+        *names, field.name, type=kind, default=default, show_default=shown, help=help_text
+    )
 
 
 def _naming_the_option(message: str) -> str:

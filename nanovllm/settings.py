@@ -53,7 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
 
     tensor_parallel_size: Annotated[
-        int, Meta(ge=1, le=8), _option("Ranks that share the model (also --tp).")
+        int, Meta(ge=1, le=8), _option("Ranks that share the model.")
     ] = 1
     tokenizers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("Tokenizer processes.")] = 1
     detokenizers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("Detokenizer processes.")] = 1

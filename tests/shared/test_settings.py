@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import click
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from nanovllm.launch.cli import main as launch
 from nanovllm.options import settings_argv, settings_from, settings_options
 from nanovllm.settings import Settings, SettingsError
 
@@ -62,12 +64,28 @@ def test_nano_vllms_names_and_defaults() -> None:
         (["--tp", "9"], "--tensor-parallel-size"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization"),
+        (["--gpu-memory-utilization", "0"], "--gpu-memory-utilization"),
+        (["--gpu-memory-utilization", "nan"], "--gpu-memory-utilization"),
         (["--max-num-batched-tokens", "16"], "--max-num-batched-tokens"),
     ],
 )
 def test_a_value_out_of_range_names_its_option(argv: list[str], named: str) -> None:
-    with pytest.raises(click.UsageError, match=named):
+    with pytest.raises(click.UsageError) as caught:
         parse(*argv)
+    said = caught.value.format_message()
+    assert named in said
+    assert not said.startswith(":")
+
+
+def test_help_shows_choices_in_their_order_and_ranges() -> None:
+    shown = " ".join(CliRunner().invoke(launch, ["--help"]).output.split())
+    assert "[debug|info|warning|error]" in shown
+    assert "[default: 1; 1<=x<=8]" in shown
+    assert "[default: 0.9; 0<x<=1]" in shown
+
+
+def test_the_launcher_tells_its_version() -> None:
+    assert CliRunner().invoke(launch, ["--version"]).output.strip().endswith(version("nanovllm"))
 
 
 def test_a_runtime_dir_too_long_for_a_socket_is_refused() -> None:
