@@ -8,20 +8,22 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Final, NotRequired, TypedDict
 
 import msgspec
 from tqdm import tqdm
 
 from nanovllm.client.connection import Connection
-from nanovllm.client.errors import RequestError, key_and_reason
+from nanovllm.client.errors import RequestError, mistake
 from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.client.requests import Prompt, generate_message
 from nanovllm.client.results import Completion
 from nanovllm.client.tickets import Request
 from nanovllm.launch.loading_bar import LoadingBar
-from nanovllm.protocol import Generate, Logprobs
+from nanovllm.launch.status import counted
+from nanovllm.protocol import ChatMessage, Generate, Logprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings
 
@@ -102,10 +104,11 @@ class LLM:
         Raises:
             TypeError, ValueError: a prompt or parameter is not valid; nothing was generated.
             RequestError: the pipeline refused a prompt; its message tells which.
-            PipelineUnavailable, RuntimeError: the pipeline is gone.
+            PipelineUnavailable, RuntimeError: the pipeline is gone, or was left by `exit`.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        waiting = self._messages(prompts, sampling_params)
+        if not self._closing.alive:
+            raise RuntimeError("the LLM is closed")
+        waiting = self._messages(_as_list(prompts), sampling_params)
         place = {message.id: index for index, message in enumerate(waiting)}
         outputs: list[Output | None] = [None] * len(waiting)
         outstanding: set[Request] = set()
@@ -145,14 +148,14 @@ class LLM:
     def _messages(
         self,
         prompts: Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: Any,
     ) -> deque[Generate]:
-        if isinstance(sampling_params, Sequence):
+        if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
             params: Sequence[SamplingParams | None] = sampling_params
             if len(params) != len(prompts):
                 raise ValueError(
-                    f"{len(prompts)} prompts but {len(params)} sampling_params: give one for each,"
-                    " or a single one for all"
+                    f"{counted(len(prompts), 'prompt')} but {len(params)} sampling_params: give one"
+                    " for each, or a single one for all"
                 )
         else:
             params = [sampling_params] * len(prompts)
@@ -162,7 +165,9 @@ class LLM:
             try:
                 messages.append(generate_message(request_id, prompt, sampling, stream=False))
             except (TypeError, ValueError) as error:
-                raise type(error)(f"prompts[{index}]: {error}") from None
+                part = isinstance(prompt, Integral | Mapping | ChatMessage)
+                hint = "; one prompt alone goes into a list, too: [prompt]" * part
+                raise type(error)(f"prompts[{index}]: {error}{hint}") from None
         return messages
 
     def _submit(self, waiting: deque[Generate], outstanding: set[Request]) -> None:
@@ -200,6 +205,14 @@ class LLM:
             self._connection.wait(READY_PERIOD_S)
 
 
+def _as_list(prompts: str | Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
+        raise TypeError(f"prompts is a list of prompts, or one text, not {type(prompts).__name__}")
+    return list(prompts)
+
+
 def _settings(model: str, options: dict[str, Any]) -> Settings:
     known = set(Settings.__struct_fields__) - _NOT_OPTIONS
     for name in options:
@@ -209,7 +222,7 @@ def _settings(model: str, options: dict[str, Any]) -> Settings:
     try:
         return msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
-        raise ValueError(": ".join(key_and_reason(error))) from None
+        raise ValueError(mistake(error)) from None
 
 
 def _result(request: Request, index: int) -> Completion:

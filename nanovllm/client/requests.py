@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.client.errors import key_and_reason
+from nanovllm.client.errors import mistake
 from nanovllm.protocol import ChatMessage, Generate
 from nanovllm.sampling_params import SamplingParams
 
@@ -29,9 +29,14 @@ def generate_message(
     """The request for `prompt`: text, token ids or chat messages.
 
     Raises:
-        TypeError: the prompt is none of these.
-        ValueError: it is empty, or a value in it is of the wrong type or out of range.
+        TypeError: the prompt is none of these, or a parameter of another type.
+        ValueError: it is empty or not valid Unicode, or a value in it is of the wrong type or out
+            of range.
     """
+    if not isinstance(sampling_params, SamplingParams | None):
+        raise TypeError(
+            f"sampling_params is a SamplingParams, not {type(sampling_params).__name__}"
+        )
     values: dict[str, Any] = _prompt(prompt)
     if chat_template_kwargs is not None:
         if "messages" not in values:
@@ -42,9 +47,14 @@ def generate_message(
     try:
         message = msgspec.convert({"type": "generate", "id": request_id, **values}, Generate)
     except msgspec.ValidationError as error:
-        raise ValueError(": ".join(key_and_reason(error))) from None
+        raise ValueError(mistake(error)) from None
     message.stream = stream
     message.sampling = (sampling_params or SamplingParams()).to_wire()
+    try:
+        msgspec.msgpack.encode(message)  # as it will be: only this finds what cannot be
+    except UnicodeEncodeError as error:
+        found = error.object[error.start]
+        raise ValueError(f"the text is not valid Unicode: it holds {found!r} alone") from None
     return message
 
 

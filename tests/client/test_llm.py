@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanovllm import LLM, PipelineUnavailable, RequestError, SamplingParams
@@ -108,9 +109,30 @@ def test_invalid_arguments_are_named_before_anything_is_sent() -> None:
             llm.generate(["a", "b"], [SamplingParams()])
         with pytest.raises(ValueError, match=r"prompts\[1\]: .*empty"):
             llm.generate(["a", ""])
-        with pytest.raises(TypeError, match=r"prompts\[0\]: .*float"):
+        with pytest.raises(ValueError, match=r"^1 prompt but 2 sampling_params"):
+            llm.generate("a", [SamplingParams()] * 2)
+        with pytest.raises(TypeError, match=r"prompts\[0\]: .*float$"):
             llm.generate([[0.5]])  # type: ignore[list-item]
+        with pytest.raises(ValueError, match=r"prompts\[1\]: .*not valid Unicode"):
+            llm.generate(["a", "caf\udce9"])
         assert double.generates == []
+
+
+def test_arguments_of_another_type_are_named() -> None:
+    no_prompts: list[Any] = [None, 5, b"text", {"role": "user", "content": "hi"}]
+    no_params: list[Any] = [{"temperature": 1}, "xyz", [0.5]]
+    prompts: list[Any] = [[1, 2, 3], np.array([1, 2]), [{"role": "user", "content": "hi"}]]
+    with ingress(answer_in_full) as double, LLM(endpoint=double.endpoint) as llm:
+        for wrong in no_prompts:
+            with pytest.raises(TypeError, match=rf"list of prompts.* {type(wrong).__name__}$"):
+                llm.generate(wrong)
+        for wrong in no_params:
+            with pytest.raises(TypeError, match=r"SamplingParams, not (dict|str|float)$"):
+                llm.generate("a", wrong)
+        for prompt in prompts:
+            with pytest.raises(TypeError, match=r"prompts\[0\]: .*goes into a list"):
+                llm.generate(prompt)
+            llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)
 
 
 def test_options_are_checked_before_anything_is_launched() -> None:
@@ -118,7 +140,7 @@ def test_options_are_checked_before_anything_is_launched() -> None:
         LLM("", max_sequences=3)
     with pytest.raises(ValueError, match="tensor_parallel_size"):
         LLM("", tensor_parallel_size=0)
-    with pytest.raises(ValueError, match="--max-num-seqs"):
+    with pytest.raises(ValueError, match=r"^--max-num-batched-tokens \(10\)"):
         LLM("", max_num_seqs=100, max_num_batched_tokens=10)
     with pytest.raises(TypeError, match="dtype"):
         LLM(endpoint="tcp://127.0.0.1:1", dtype="float32")
@@ -130,10 +152,11 @@ def test_nobody_at_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
         LLM(endpoint="tcp://127.0.0.1:1")
 
 
-def test_a_closed_llm_says_so() -> None:
+def test_a_closed_llm_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with ingress(answer_in_full) as double:
         llm = LLM(endpoint=double.endpoint)
         llm.exit()
         llm.exit()
-        with pytest.raises(RuntimeError, match="closed"):
-            llm.generate("a", use_tqdm=False)
+        with pytest.raises(RuntimeError, match="the LLM is closed"):
+            llm.generate("a")
+        assert capsys.readouterr().err == ""

@@ -40,6 +40,8 @@ def test_text_token_ids_and_chat_messages() -> None:
         ({"role": "user", "content": "x"}, TypeError, "dict"),
         ([{"role": "user"}], ValueError, "content"),
         ([{"role": "user", "content": "x", "name": "y"}], ValueError, "name"),
+        ("caf\udce9", ValueError, "not valid Unicode"),
+        ([{"role": "user", "content": "caf\udce9"}], ValueError, "not valid Unicode"),
     ],
 )
 def test_what_is_no_prompt_is_refused_and_named(
@@ -52,3 +54,12 @@ def test_what_is_no_prompt_is_refused_and_named(
 def test_template_arguments_need_a_chat() -> None:
     with pytest.raises(ValueError, match="chat_template_kwargs"):
         generate_message("1", "text", stream=True, chat_template_kwargs={"a": 1})
+
+
+def test_parameters_are_sampling_params() -> None:
+    params: Any = {"temperature": 1}
+    with pytest.raises(TypeError, match="SamplingParams, not dict"):
+        generate_message("1", "text", params, stream=True)
+    params = SamplingParams(stop="\ud800")
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        generate_message("1", [1], params, stream=True)
