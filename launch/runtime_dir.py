@@ -5,30 +5,34 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
-from nanovllm.settings import SettingsError
+from nanovllm.settings import SettingsError, SocketName
 
 LOCK = "launch.lock"
 
 
 @contextlib.contextmanager
 def runtime_dir(path: Path) -> Iterator[None]:
-    """Holds the directory, mode 0700, until the block ends; then removes what the services left.
+    """Holds the directory until the block ends; then removes what the services left, and it too
+    if nothing else is there. It is made, mode 0700, where there is none.
 
     What a killed pipeline left behind is removed at the start: the lock died with it.
 
     Raises:
-        SettingsError: if another pipeline holds it, or it cannot be made private.
+        SettingsError: if another pipeline holds it, it is not private, or it cannot be used.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        if found.st_uid != os.getuid():
             raise SettingsError(f"--runtime-dir {path} belongs to another user; name another")
-        path.chmod(0o700)
+        if found.st_mode & 0o077:
+            raise SettingsError(
+                f"--runtime-dir {path} is open to other users; name another, or chmod 700 it"
+            )
         lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise SettingsError(f"--runtime-dir {path} cannot be used: {error.strerror}") from None
@@ -52,6 +56,6 @@ def runtime_dir(path: Path) -> Iterator[None]:
 
 
 def _clear(path: Path) -> None:
-    for leftover in (*path.glob("*.sock"), *path.glob("*.sock.lock")):
-        with contextlib.suppress(FileNotFoundError):
-            leftover.unlink()
+    for name in get_args(SocketName):
+        for leftover in (path / f"{name}.sock", path / f"{name}.sock.lock"):
+            leftover.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ from nanovllm.endpoints import DIRECT
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
 # sockaddr_un.sun_path, less its terminating zero.
 LONGEST_IPC_PATH = 107
+# What is bound in the runtime directory, unless an option says otherwise.
+SocketName = Literal["ingress", "services", "scheduler", "steps", "workers", "control"]
 # Tokenizers, and detokenizers, at most.
 MAX_SERVICES = 64
 
@@ -48,7 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ingress: Annotated[
         str, _option("Where clients connect, besides ipc in the runtime directory; '' for nowhere.")
     ] = DEFAULT_INGRESS
-    runtime_dir: Annotated[str, _option("Directory of this pipeline's sockets, mode 0700.")] = (
+    runtime_dir: Annotated[str, _option("Private directory of this pipeline's sockets.")] = (
         msgspec.field(default_factory=default_runtime_dir)
     )
 
@@ -133,6 +135,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "info"
 
     def __post_init__(self) -> None:
+        if not self.runtime_dir:
+            raise SettingsError("--runtime-dir is empty: name a directory")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise SettingsError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least"
@@ -140,7 +144,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 " of a step"
             )
 
-    def in_runtime_dir(self, name: str) -> str:
+    def in_runtime_dir(self, name: SocketName) -> str:
         """The ipc endpoint `name` in the runtime directory.
 
         Raises SettingsError if its path is longer than a socket's may be.
