@@ -26,6 +26,9 @@ from nanovllm.settings import DEFAULT_INGRESS, Settings, SettingsError
     MODEL is a checkpoint directory or a hub id; without it a small demo model is served, which
     needs no GPU.
 
+    Ctrl-C or SIGTERM lets unfinished requests finish, for --drain-timeout seconds at most; a second
+    one ends everything at once.
+
     \b
     Examples:
       nanovllm-launch

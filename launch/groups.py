@@ -73,11 +73,9 @@ class Kill(NamedTuple):
 
 
 class GiveUp(NamedTuple):
-    """Nothing that a restart would mend: `place` ended with `code`, `times` in a row before it was
-    ready."""
+    """Nothing that a restart would mend: `place` ended `times` in a row before it was ready."""
 
     place: Place
-    code: int
     times: int
 
 
@@ -160,12 +158,14 @@ class Group:
     Attributes:
         places: its members.
         restarts: how often it was started again.
+        given_up: whether it is not to be started again, and the pipeline ends.
     """
 
     def __init__(self, places: Sequence[Place], now: float) -> None:
         self.places = tuple(places)
         self.phase = Phase.WAITING
         self.restarts = -1
+        self.given_up = False
         self._start_at = now
         self._kill_at: float | None = None
         self._leaving = False
@@ -283,7 +283,8 @@ class Group:
                 or failures >= MAX_FAILED_STARTS
                 or (len(self._failed) >= MAX_FAILED_STARTS and not borne)
             ):
-                self._actions.append(GiveUp(place, code, len(self._failed)))
+                self.given_up = True
+                self._actions.append(GiveUp(place, len(self._failed)))
         elif now - self._ready_since >= STABLE_S:
             self._delays = 0
         delay = FIRST_DELAY_S * 2.0 ** (self._delays - 1) if self._delays else 0.0

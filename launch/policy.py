@@ -95,6 +95,10 @@ class Policy:
     def all_ready(self) -> bool:
         return all(group.settled for group in self.groups)
 
+    @property
+    def gives_up(self) -> bool:
+        return any(group.given_up for group in self.groups)
+
     def group_of(self, place: Place) -> Group | None:
         return next((group for group in self.groups if place in group.places), None)
 

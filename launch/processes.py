@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from nanovllm.control import Loading, Ready, Report, ServiceStatus
 from nanovllm.launch.groups import Place
 from nanovllm.options import settings_argv
-from nanovllm.service import LIFELINE_VARIABLE
+from nanovllm.service import LIFELINE_VARIABLE, REASON_PREFIX
 from nanovllm.settings import Settings
 
 # Lines of a service's output that are kept, to be shown should it end.
@@ -38,6 +38,7 @@ class ServiceProcess:
         stopping: the signal with which it was told to end; None while it was not.
         alive: whether its end was not noticed yet, see `close`.
         incarnation: this life's, once it has said hello.
+        reason: why it cannot run as it was told to, once it has said so.
     """
 
     def __init__(self, place: Place, settings: Settings, lifeline: Lifeline) -> None:
@@ -45,6 +46,7 @@ class ServiceProcess:
         self.stopping: signal.Signals | None = None
         self.alive = True
         self.incarnation: int | None = None
+        self.reason: str | None = None
         self.loading: Loading | None = None
         self.ready: Ready | None = None
         self.last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
@@ -76,14 +78,14 @@ class ServiceProcess:
             self._report = said
 
     def lines(self) -> Iterator[str]:
-        """The complete lines that it has written since; at its end, an incomplete one too."""
+        """The complete lines that it has written since; at its end, an incomplete one too. But not
+        its reason, which is part of `how_it_ended`."""
         while chunk := self._read():
             *whole, self._partial = (self._partial + chunk).split(b"\n")
-            for line in whole:
-                yield self._kept(line)
+            yield from self._kept(whole)
         if self._partial and self.process.poll() is not None:
             line, self._partial = self._partial, b""
-            yield self._kept(line)
+            yield from self._kept([line])
 
     @property
     def stopped(self) -> bool:
@@ -107,6 +109,8 @@ class ServiceProcess:
         code = self.process.returncode
         if code is None:
             return "hung"
+        if self.reason is not None:
+            return f"cannot start: {self.reason}"
         return (
             f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         )
@@ -137,10 +141,14 @@ class ServiceProcess:
         except BlockingIOError:
             return b""
 
-    def _kept(self, line: bytes) -> str:
-        text = line.decode(errors="replace").rstrip()
-        self.last_lines.append(text)
-        return text
+    def _kept(self, lines: list[bytes]) -> Iterator[str]:
+        for line in lines:
+            text = line.decode(errors="replace").rstrip()
+            if text.startswith(REASON_PREFIX):
+                self.reason = text.removeprefix(REASON_PREFIX)
+            else:
+                self.last_lines.append(text)
+                yield text
 
 
 def end_all(services: list[ServiceProcess], grace_s: float) -> None:

@@ -5,6 +5,7 @@ What to do about a death, a hang or a command is decided in `policy.py`; here it
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from nanovllm.control import (
     Done,
     Drain,
     Drained,
+    IngressStats,
     Loading,
     Ready,
     Report,
@@ -46,6 +48,7 @@ from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.settings import MAX_SERVICES, Settings
+from nanovllm.wording import counted
 
 INGRESS = Place("ingress", 0)
 ROLES = ("ingress", "scheduler", "gpu_worker", "tokenizer", "detokenizer")
@@ -84,6 +87,7 @@ class Supervisor:
         self._services: dict[Place, ServiceProcess] = {}
         self._ingress: Peer | None = None
         self._drain_until: float | None = None
+        self._drain_untold_since = math.inf
         self._over = False
 
     def run(self) -> None:
@@ -159,6 +163,7 @@ class Supervisor:
                     self._policy.ready(place, now)
                 elif isinstance(said, Report):
                     self._policy.work(place, work_of(said.stats), now)
+                    self._tell_of_drain(said)
 
     def _on_command(self, control: BoundLink[Any], asker: Peer, asked: Any, now: float) -> None:
         match asked:
@@ -187,8 +192,22 @@ class Supervisor:
             self._over = True
             return
         self._drain_until = now + self._settings.drain_timeout
+        if self._above is None:  # else there is nobody to press Ctrl-C again
+            self._drain_untold_since = now
         if self._ingress is not None:  # else when it is there
             control.send(self._ingress, [Drain(0.0)])
+
+    def _tell_of_drain(self, report: Report) -> None:
+        """Says, once, what the end waits for, if it does."""
+        stats = report.stats
+        if not isinstance(stats, IngressStats) or report.at_s < self._drain_untold_since:
+            return
+        if stats.requests:
+            self._drain_untold_since = math.inf
+            self._bar.write(
+                f"supervisor | draining: {counted(stats.requests, 'request')} unfinished,"
+                f" {self._settings.drain_timeout:g} s at most; Ctrl-C again ends at once"
+            )
 
     def _look_after_processes(self, now: float) -> None:
         """Passes on what they wrote, and notes who has ended."""
@@ -203,9 +222,9 @@ class Supervisor:
         for service in sorted(ended, key=_nearness_to_the_cause):
             self._poller.unregister(service.output)
             service.close()
-            if service.stopping is None:
-                self._bar.write(f"supervisor | {service.place} {service.how_it_ended()}")
             self._policy.ended(service.place, service.process.returncode, now)
+            if service.stopping is None and not self._policy.gives_up:  # the last words tell it
+                self._bar.write(f"supervisor | {service.place} {service.how_it_ended()}")
 
     # What is done -------------------------------------------------------------------------------
 
@@ -225,8 +244,8 @@ class Supervisor:
                 self._services[place].stop(signal.SIGKILL)
             case Blame(place=place):
                 self._blame(control, place)
-            case GiveUp(place=place, code=code, times=times):
-                raise ServiceFailed(_last_words(self._services[place], code, times))
+            case GiveUp(place=place, times=times):
+                raise ServiceFailed(_last_words(self._services[place], times))
             case Answer(asked_by=peer):
                 control.send(peer, [Done(None)])
 
@@ -305,10 +324,11 @@ def _nearness_to_the_cause(service: ServiceProcess) -> tuple[bool, bool, bool]:
     return code != EXIT_MISCONFIGURED, code == EXIT_FOLLOWED, code > 0
 
 
-def _last_words(service: ServiceProcess, code: int, times: int) -> str:
+def _last_words(service: ServiceProcess, times: int) -> str:
+    how = f"{service.place} {service.how_it_ended()}"
+    if service.reason is not None:
+        return how
     said = [line for line in service.last_lines if line]
-    if code == EXIT_MISCONFIGURED and said:
-        return f"{service.place} cannot start: {said[-1].removeprefix('ERROR ')}"
-    how = f"{service.place} {service.how_it_ended()} before it was ready"
+    how += " before it was ready"
     how += f", {times} times in a row" if times > 1 else ""
     return "\n  ".join([f"{how}: {said[-1]}" if said else how, *said[:-1]])

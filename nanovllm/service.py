@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 # The exit code of a service that cannot run as it was told to: nothing that a restart would mend.
 EXIT_MISCONFIGURED = 2
+# The line that tells why begins so.
+REASON_PREFIX = "CRITICAL cannot start: "
 # That of one that ends because another has.
 EXIT_FOLLOWED = 3
 OFF_STEP_PATH_NICENESS = 10
@@ -181,6 +183,7 @@ class Service:
         if isinstance(event, Received):
             if self._on_told is not None:
                 self._on_told(event.message)
+            self._next_beat = 0.0  # what becomes of it is reported at once
         elif self._standing is not None:
             self._control.send([self._standing])
 
@@ -223,7 +226,7 @@ def service_command(
             service = Service(role, index, settings)
             serve(service)
         except (CheckpointError, SettingsError, EndpointUnusable) as error:
-            log.error("%s", error)
+            log.critical("cannot start: %s", error)
             sys.exit(EXIT_MISCONFIGURED)
 
     return command

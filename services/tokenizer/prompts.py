@@ -57,6 +57,7 @@ class PromptEncoder:
     @classmethod
     def from_checkpoint(cls, directory: Path, max_model_len: int) -> PromptEncoder:
         """Raises CheckpointError if the tokenizer's files cannot be used."""
+        vocabulary = Vocabulary.from_checkpoint(directory)
         config = TokenizerConfig.from_checkpoint(directory)
         tokenizer = load_tokenizer(directory)
         special_tokens = config.special_tokens()
@@ -69,7 +70,7 @@ class PromptEncoder:
             tokenizer,
             None if source is None else ChatTemplate(source, special_tokens),
             eos,
-            Vocabulary.from_checkpoint(directory).longest_entry,
+            vocabulary.longest_entry,
             max_model_len,
         )
 

@@ -29,7 +29,7 @@ from nanovllm.messages import (
     pack,
 )
 from nanovllm.options import settings_argv
-from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
+from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED, REASON_PREFIX
 from nanovllm.services.gpu_worker import bring_up
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.settings import Settings
@@ -300,4 +300,4 @@ def test_too_little_memory_is_one_clear_line(
     code, output = group.ended(0)
     assert code == EXIT_MISCONFIGURED
     (line,) = output.splitlines()
-    assert line.startswith("ERROR not enough memory for one sequence: there is room for 2 blocks")
+    assert line.startswith(f"{REASON_PREFIX}not enough memory for one sequence: there is room for")

@@ -53,6 +53,7 @@ def test_a_signal_ends_everything_and_leaves_nothing(sim: Pipeline, number: sign
     assert sim.process.wait(END_TIMEOUT_S) == 0
     assert gone(running, 0)
     assert not sim.runtime_dir.exists()
+    assert "draining" not in sim.transcript, "nothing was unfinished"
 
 
 def test_a_killed_launcher_takes_its_services_along(sim: Pipeline) -> None:
@@ -92,7 +93,10 @@ def refused(*arguments: str) -> str:
     )
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
-    return done.stderr.strip().splitlines()[-1]
+    *before, last = done.stderr.strip().splitlines()
+    reason = last.rpartition(": ")[2]
+    assert not any(reason in line for line in before), "it is said once"
+    return last
 
 
 def config(directory: Path, **changes: object) -> Path:
@@ -111,6 +115,8 @@ def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
     small = ("--kvcache-block-size", "16", "--num-kvcache-blocks", "8", *SIM)
     assert "not enough memory for one sequence" in refused(*small, *private)
     assert "nowhere is neither ipc://PATH" in refused("--steps-link", "nowhere", *SIM, *private)
+    no_tokenizer = config(tmp_path)
+    assert f"{no_tokenizer} has no tokenizer.json" in refused(str(no_tokenizer), *SIM, *private)
     missing = f"ipc://{tmp_path}/missing/x"
     assert f"cannot bind {missing}" in refused("--scheduler-link", missing, *SIM, *private)
 

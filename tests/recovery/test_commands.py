@@ -107,8 +107,7 @@ def test_a_second_signal_ends_at_once(own: Pipeline) -> None:
         stream = client.generate("Once", ENDLESS, stream=True)
         next(stream)
         signalled(own)
-        while client.ping().ready:
-            pass
+        own.wait_for("draining: 1 request unfinished, 30 s at most", END_TIMEOUT_S)
         signalled(own)
         assert own.process.wait(END_TIMEOUT_S) == 0
 

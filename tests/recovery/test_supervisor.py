@@ -175,7 +175,7 @@ def test_a_service_that_cannot_become_ready_is_given_up(place: Place, code: int)
     while world.given_up is None:
         world.run(0.125, crash)
         assert world.now < 1060
-    assert world.given_up == GiveUp(place, code, MAX_FAILED_STARTS)
+    assert world.given_up == GiveUp(place, MAX_FAILED_STARTS)
     assert len(world.starts[place]) == MAX_FAILED_STARTS
     waits = [b - a for a, b in zip(world.starts[place], world.starts[place][1:], strict=False)]
     assert waits == sorted(waits)
@@ -196,7 +196,7 @@ def test_a_service_that_is_misconfigured_is_given_up_at_once_but_only_at_first()
     world.look()
     world.end(RANKS[1], 2)
     world.look()
-    assert world.given_up == GiveUp(RANKS[1], 2, 1)
+    assert world.given_up == GiveUp(RANKS[1], 1)
     world = World()
     world.run(1)
     world.end(RANKS[1], 2)
