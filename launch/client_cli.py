@@ -18,6 +18,7 @@ from nanovllm.launch import status as status_view
 from nanovllm.protocol import ChatMessage, Pong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import DEFAULT_INGRESS, MAX_SERVICES, SettingsError, default_runtime_dir
+from nanovllm.wording import counted
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -183,7 +184,7 @@ def status(runtime_dir: str, as_json: bool) -> None:
 @_runtime_dir_option
 def scale(runtime_dir: str, role: str, count: int) -> None:
     with _told_in_one_line(), status_view.Control(runtime_dir) as control:
-        services = status_view.counted(count, role)
+        services = counted(count, role)
         click.echo(f"scaling to {services} …", err=True)
         control.command(Scale(role, count))
         click.echo(f"{services} running")

@@ -27,6 +27,7 @@ from nanovllm.control import (
 )
 from nanovllm.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.settings import Settings
+from nanovllm.wording import counted
 
 TIMEOUT_S: Final = 3.0
 # Services report once a second.
@@ -148,11 +149,6 @@ def render(before: Status, now: Status) -> str:
     ]
     head = f"{now.model} at {now.endpoint}"
     return "\n".join([head, "", *table, *_engine(now, earlier)])
-
-
-def counted(count: int, noun: str) -> str:
-    """ "1 client", "2 clients"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _engine(now: Status, earlier: dict[tuple[str, int], ServiceStatus]) -> list[str]:
