@@ -15,6 +15,7 @@ from typing import Any, Final, NotRequired, TypedDict
 import msgspec
 from tqdm import tqdm
 
+from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.client.connection import Connection
 from nanovllm.client.errors import RequestError, mistake
 from nanovllm.client.private_pipeline import PrivatePipeline
@@ -22,10 +23,10 @@ from nanovllm.client.requests import Prompt, generate_message
 from nanovllm.client.results import Completion
 from nanovllm.client.tickets import Request
 from nanovllm.launch.loading_bar import LoadingBar
-from nanovllm.launch.status import counted
 from nanovllm.protocol import ChatMessage, Generate, Logprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings
+from nanovllm.wording import counted
 
 # Unfinished requests at most, beside those that run: enough that the next is always waiting.
 WINDOW: Final = 2048
@@ -52,14 +53,15 @@ class LLM:
     one. It belongs to one thread.
 
     Args:
-        model: checkpoint directory or hub id; "" is the small demo model.
+        model: checkpoint directory or hub id (downloaded, unless it is in the cache); "" is the
+            small demo model.
         endpoint: use the pipeline that serves here, instead of launching one.
         options: of the pipeline to launch, by the names of `Settings`: `tensor_parallel_size`,
             `max_model_len`, `enforce_eager`, `gpu_memory_utilization`, …
 
     Raises:
         TypeError: an option that does not exist.
-        ValueError: an option's value is not valid.
+        ValueError: an option's value is not valid, or there is no such model.
         RuntimeError: the pipeline could not be launched; the message says why.
         PipelineUnavailable: nothing answers at `endpoint`.
     """
@@ -197,9 +199,13 @@ class LLM:
             while not inquiry.ended:
                 self._connection.wait(CHECK_PERIOD_S)
                 if self._pipeline is not None:
-                    self._pipeline.check()
+                    self._pipeline.check(launching=True)
                     bar.show(self._pipeline.services())
-            if inquiry.result().ready or self._pipeline is None:
+            if self._pipeline is None:
+                inquiry.result()
+                return
+            # One of its own may be silent for as long as its launcher lets it start.
+            if inquiry.pong is not None and inquiry.pong.ready:
                 return
             bar.show(self._pipeline.services())
             self._connection.wait(READY_PERIOD_S)
@@ -220,9 +226,13 @@ def _settings(model: str, options: dict[str, Any]) -> Settings:
             raise TypeError(f"LLM has no option {name!r}; there are {', '.join(sorted(known))}")
     values = {"ingress": "", "log_level": "warning", **options, "model": str(model)}
     try:
-        return msgspec.convert(values, Settings)
+        settings = msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
         raise ValueError(mistake(error)) from None
+    # Here and not by the launcher, so that a download is seen.
+    directory = resolve_model(settings.model)
+    ModelConfig.from_checkpoint(directory)
+    return msgspec.structs.replace(settings, model=str(directory))
 
 
 def _result(request: Request, index: int) -> Completion:

@@ -90,17 +90,19 @@ class PrivatePipeline:
         Raises RuntimeError if the pipeline ends before.
         """
         while not client.ping().ready:
-            self.check()
+            self.check(launching=True)
 
-    def check(self) -> None:
-        """Raises RuntimeError, with the launcher's last words, if the pipeline has ended."""
+    def check(self, *, launching: bool = False) -> None:
+        """Raises RuntimeError, with the launcher's last words, if the pipeline has ended; while it
+        is `launching`, it has not begun."""
         code = self._process.poll()
         if code is None:
             return
         self._reader.join(timeout=1.0)
         said = [line for line in self._last_lines if line.startswith(_LAST_WORD)]
         words = said[-1].removeprefix(_LAST_WORD) if said else "\n".join(self._last_lines)
-        raise RuntimeError(f"the pipeline has ended: {words or f'exit code {code}'}")
+        what = "could not be launched" if launching else "has ended"
+        raise RuntimeError(f"the pipeline {what}: {words or f'exit code {code}'}")
 
     def close(self) -> None:
         """Ends the pipeline, and waits until it has ended."""

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoint import DEMO_CHECKPOINT
 
 TIMEOUT_S = 60
 
@@ -90,10 +91,36 @@ def test_it_generates_and_can_be_left_and_made_again(own_tmp: Path) -> None:
 def test_what_the_launcher_refuses_is_the_error(
     own_tmp: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(RuntimeError, match="no such model: /no/checkpoint"):
-        LLM("/no/checkpoint")
+    with pytest.raises(RuntimeError, match=r"could not be launched: .*--tp 7 does not divide"):
+        LLM("", tensor_parallel_size=7)
     assert list(own_tmp.iterdir()) == []
     assert capfd.readouterr().err == "", "it is said once"
+
+
+def test_there_is_no_such_model_and_nothing_is_launched(own_tmp: Path) -> None:
+    with pytest.raises(ValueError, match=r"^no such model: /no/checkpoint"):
+        LLM("/no/checkpoint")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        LLM(str(own_tmp))
+    assert list(own_tmp.iterdir()) == []
+
+
+def test_a_hub_id_is_downloaded_by_the_program_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    downloaded: list[str] = []
+
+    def download(name: str, **_: object) -> str:
+        downloaded.append(name)
+        return str(DEMO_CHECKPOINT)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with LLM("owner/name", device="sim") as llm:
+        assert llm.generate("Once", SamplingParams(0.0, 4), use_tqdm=False)[0]["token_ids"]
+    assert downloaded == ["owner/name"]
+
+
+def test_a_launch_may_take_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanovllm.llm.PRIVATE_TIMEOUT_S", 0.2)  # a launch takes more
+    LLM("", device="sim").exit()
 
 
 def test_a_pipeline_that_dies_is_reported(own_tmp: Path) -> None:
