@@ -70,7 +70,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "auto"
     attention: Annotated[
         Literal["auto", "flash-attn", "torch", "triton", "sdpa"],
-        _option("Attention backend; auto takes the fastest that can run."),
+        _option("Attention backend; auto takes the fastest that can run, for each phase."),
     ] = "auto"
     enforce_eager: Annotated[bool, _option("Never use CUDA graphs.")] = False
     gpu_memory_utilization: Annotated[

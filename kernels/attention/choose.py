@@ -1,4 +1,4 @@
-"""Which attention backend serves a model."""
+"""Which attention backend serves which phase."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from nanovllm.kernels.attention.by_phase import ByPhaseBackend
 from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShape
 from nanovllm.kernels.attention.sdpa import SdpaBackend
 
-# For "auto", fastest first, as measured (docs/performance.md).
-PREFERENCE = ("triton", "flash-attn")
+# Fastest first, as measured (docs/performance.md).
+DECODE_PREFERENCE = ("triton", "flash-attn")
+PREFILL_PREFERENCE = ("triton", "flash-attn")
 
 
 class Chosen(NamedTuple):
@@ -35,11 +36,13 @@ def choose(name: str, shape: AttentionShape, dtype: torch.dtype, device: torch.d
     if name != "auto":
         if reason := _obstacle(name, shape, dtype, device):
             raise ValueError(f"--attention {name} cannot run: {reason}")
-        return _by_phase(name, shape)
-    for able in PREFERENCE:
-        if not _obstacle(able, shape, dtype, device):
-            return _by_phase(able, shape)
-    return Chosen(SdpaBackend(shape), "sdpa", capturable=False)
+        return _by_phase(name, name, shape)
+    able = {name for name in ("triton", "flash-attn") if not _obstacle(name, shape, dtype, device)}
+    decode = next((name for name in DECODE_PREFERENCE if name in able), None)
+    prefill = next((name for name in PREFILL_PREFERENCE if name in able), None)
+    if decode is None or prefill is None:
+        return Chosen(SdpaBackend(shape), "sdpa", capturable=False)
+    return _by_phase(decode, prefill, shape)
 
 
 def _obstacle(
@@ -75,9 +78,10 @@ def _torch_has_block_tables() -> bool:
     return "block_table" in inspect.signature(varlen_attn).parameters
 
 
-def _by_phase(name: str, shape: AttentionShape) -> Chosen:
-    backend = ByPhaseBackend(_decode_backend(name, shape), _prefill_backend(name, shape))
-    return Chosen(backend, name, capturable=True)
+def _by_phase(decode: str, prefill: str, shape: AttentionShape) -> Chosen:
+    backend = ByPhaseBackend(_decode_backend(decode, shape), _prefill_backend(prefill, shape))
+    described = decode if decode == prefill else f"{decode} (decode) and {prefill} (prefill)"
+    return Chosen(backend, described, capturable=True)
 
 
 # Imported where they are chosen: on a CPU there is no Triton to import, and it takes its time.
