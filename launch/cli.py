@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
+from nanovllm.endpoints import EndpointUnusable, check_free, connectable
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.options import settings_from, settings_options
@@ -52,6 +53,7 @@ def main(model: str, **options: Any) -> None:
         name = model_name(directory)
         settings = settled(settings, directory, config)
         with runtime_dir(Path(settings.runtime_dir)):
+            _check_free(settings)
             Supervisor(
                 settings,
                 name,
@@ -63,10 +65,19 @@ def main(model: str, **options: Any) -> None:
         sys.exit(1)
 
 
+def _check_free(settings: Settings) -> None:
+    for option, endpoint in settings.named_endpoints:
+        try:
+            check_free(endpoint)
+        except EndpointUnusable as error:
+            raise SettingsError(f"{option} {error}") from None
+
+
 def _announce(settings: Settings, name: str) -> None:
-    endpoint = settings.client_endpoints[0]
+    bound = settings.client_endpoints[0]
+    endpoint = connectable(bound)
     where = "" if endpoint == DEFAULT_INGRESS else f" --endpoint {shlex.quote(endpoint)}"
-    click.echo(f"nanovllm serves {name} at {endpoint}")
+    click.echo(f"nanovllm serves {name} at {bound}")
     click.echo(f"try:  nanovllm generate 'Once upon a time'{where}")
     sys.stdout.flush()
 

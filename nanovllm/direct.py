@@ -19,7 +19,7 @@ import socket
 import struct
 import time
 
-from nanovllm.endpoints import DIRECT, EndpointUnusable, bind
+from nanovllm.endpoints import DIRECT, bind, parse
 from nanovllm.timer import Timer
 from nanovllm.wires import RECONNECT_MS, ZMTP_HEARTBEAT_MS, ZMTP_TIMEOUT_MS, Frame, Route
 
@@ -272,15 +272,9 @@ class DirectBound:
 
 
 def _parse(endpoint: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
-    """Raises EndpointUnusable if it is none of these."""
-    endpoint = endpoint.removeprefix(DIRECT)
-    scheme, _, address = endpoint.partition("://")
-    if scheme == "ipc":
-        return socket.AF_UNIX, address
-    host, _, port = address.rpartition(":")
-    if scheme != "tcp" or not port.isdecimal():
-        raise EndpointUnusable(f"{endpoint} is neither ipc://PATH nor tcp://HOST:PORT")
-    return socket.AF_INET, ("" if host == "*" else host, int(port))
+    """Raises ValueError as `endpoints.parse` does."""
+    address = parse(endpoint.removeprefix(DIRECT))
+    return socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, address
 
 
 def _set_tcp_options(connection: socket.socket) -> None:

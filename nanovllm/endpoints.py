@@ -1,4 +1,4 @@
-"""Where sockets are bound, and that nobody else has bound there."""
+"""Where sockets are bound: what an endpoint may be, and that nobody else has bound it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,62 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
+import socket
 from collections.abc import Callable
 
 import zmq
 
 # In front of an endpoint: without ZeroMQ, see `direct.py`.
 DIRECT = "direct+"
+# sockaddr_un.sun_path, less its terminating zero.
+LONGEST_IPC_PATH = 107
+_TCP = re.compile(r"tcp://(\*|[\w.-]+):(\d{1,5})", re.ASCII)
 
 
 class EndpointUnusable(OSError):
-    """Nobody can bind this endpoint, or it is none."""
+    """Nobody can bind this endpoint."""
 
 
 class EndpointTaken(EndpointUnusable):
     """Another process has bound this endpoint."""
+
+
+def parse(endpoint: str) -> str | tuple[str, int]:
+    """The path of `ipc://PATH`, or host and port of `tcp://HOST:PORT`.
+
+    The host is an address or a name; "", written `*`, is every interface. What ZeroMQ would choose
+    by itself (a port, a file) nobody would find, so that is to be named.
+
+    Raises ValueError if it is neither; the message says what it must be.
+    """
+    scheme, _, path = endpoint.partition("://")
+    if scheme == "ipc" and path[:1] not in ("", "*", "@"):
+        if len(os.fsencode(path)) > LONGEST_IPC_PATH:
+            raise ValueError(f"the path has more than {LONGEST_IPC_PATH} bytes")
+        return path
+    found = _TCP.fullmatch(endpoint)
+    if found is None or not 1 <= int(found[2]) <= 65535:
+        raise ValueError("must be tcp://HOST:PORT, with a PORT from 1 to 65535, or ipc://PATH")
+    return found[1].replace("*", ""), int(found[2])
+
+
+def connectable(endpoint: str) -> str:
+    """What is reached from this machine where `endpoint` is bound, perhaps at every interface."""
+    return re.sub(r"(?<=tcp://)(\*|0\.0\.0\.0)(?=:)", "127.0.0.1", endpoint)
+
+
+def check_free(endpoint: str) -> None:
+    """Raises as `bind` does if `endpoint` cannot be bound now, or not be found by its name: ZeroMQ
+    would bind an interface's, too."""
+    address = parse(endpoint)
+    if isinstance(address, str):
+        bind(endpoint, lambda: None)()
+        return
+    # Does not listen: clients that wait for a pipeline are not to take this for it.
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bind(endpoint, lambda: probe.bind(address))
 
 
 def bind(endpoint: str, do_bind: Callable[[], object]) -> Callable[[], None]:
@@ -45,8 +87,12 @@ def bind(endpoint: str, do_bind: Callable[[], object]) -> Callable[[], None]:
         if held is not None:
             os.close(held)
         if error.errno in (errno.EADDRINUSE, errno.EWOULDBLOCK):
-            raise EndpointTaken(f"{endpoint} is taken by another process") from None
-        raise EndpointUnusable(f"cannot bind {endpoint}: {error.strerror or error}") from None
+            raise EndpointTaken(
+                f"{endpoint} is taken by another process: stop that one, or name another endpoint"
+            ) from None
+        # ZeroMQ's reason names the address again.
+        why = str(error.strerror or error).partition(" (addr=")[0]
+        raise EndpointUnusable(f"{endpoint} cannot be bound: {why}") from None
 
     def release() -> None:
         if held is not None:

@@ -26,7 +26,7 @@ import msgspec
 import zmq
 
 from nanovllm.direct import DirectBound, DirectConnected
-from nanovllm.endpoints import DIRECT
+from nanovllm.endpoints import DIRECT, connectable
 from nanovllm.messages import Message
 from nanovllm.wires import BoundWire, ConnectedWire, Dealer, Frame, Route, Router
 from nanovllm.wording import counted
@@ -129,6 +129,7 @@ class ConnectedLink(Generic[M]):
         self._connected = False
         self._known = 0
         self.peer: Peer | None = None
+        endpoint = connectable(endpoint)
         self._wire: ConnectedWire = (
             DirectConnected(endpoint) if endpoint.startswith(DIRECT) else Dealer(context, endpoint)
         )

@@ -9,7 +9,7 @@ import click
 import msgspec
 from msgspec import inspect
 
-from nanovllm.settings import Settings
+from nanovllm.settings import Settings, flag
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -46,9 +46,9 @@ def settings_argv(settings: Settings) -> list[str]:
     for field in _fields():
         value = getattr(settings, field.name)
         if isinstance(value, bool):
-            argv += [_flag(field.name)] if value else []
+            argv += [flag(field.name)] if value else []
         else:
-            argv += [_flag(field.name), str(value)]
+            argv += [flag(field.name), str(value)]
     return argv
 
 
@@ -59,10 +59,6 @@ def _fields() -> tuple[inspect.Field, ...]:
     return described.fields
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _option(field: inspect.Field) -> Callable[[Command], Command]:
     described = field.type
     help_text = ""
@@ -70,7 +66,7 @@ def _option(field: inspect.Field) -> Callable[[Command], Command]:
         help_text = (described.extra_json_schema or {}).get("description", "")
         described = described.type
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
-    names = (_flag(field.name), *_ALIASES.get(field.name, ()))
+    names = (flag(field.name), *_ALIASES.get(field.name, ()))
     if isinstance(described, inspect.BoolType):
         return click.option(*names, field.name, is_flag=True, help=help_text)
     kind: Any = str
@@ -90,4 +86,4 @@ def _option(field: inspect.Field) -> Callable[[Command], Command]:
 
 def _naming_the_option(message: str) -> str:
     what, _, where = message.partition(" - at `$.")
-    return f"{_flag(where.rstrip('`'))}: {what}" if where else message
+    return f"{flag(where.rstrip('`'))}: {what}" if where else message

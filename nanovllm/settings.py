@@ -14,13 +14,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from nanovllm.endpoints import DIRECT
+from nanovllm.endpoints import DIRECT, LONGEST_IPC_PATH, parse
 
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
-# sockaddr_un.sun_path, less its terminating zero.
-LONGEST_IPC_PATH = 107
 # What is bound in the runtime directory, unless an option says otherwise.
 SocketName = Literal["ingress", "services", "scheduler", "steps", "workers", "control"]
+_LINKS = ("scheduler_link", "steps_link", "services_link", "workers_link", "control_link")
 # Tokenizers, and detokenizers, at most.
 MAX_SERVICES = 64
 
@@ -37,6 +36,11 @@ def default_runtime_dir() -> str:
     return os.path.join(tempfile.gettempdir(), f"nanovllm-{os.getuid()}")
 
 
+def flag(name: str) -> str:
+    """The option of the field `name`."""
+    return "--" + name.replace("_", "-")
+
+
 def _option(help_text: str) -> Meta:
     return Meta(description=help_text)
 
@@ -48,7 +52,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str, _option("Checkpoint directory or hub id of a Qwen3 model; the demo if not given.")
     ] = ""
     ingress: Annotated[
-        str, _option("Where clients connect, besides ipc in the runtime directory; '' for nowhere.")
+        str,
+        _option(
+            "Where clients connect, besides ipc in the runtime directory: tcp://HOST:PORT or"
+            " ipc://PATH; '' for only there."
+        ),
     ] = DEFAULT_INGRESS
     runtime_dir: Annotated[str, _option("Private directory of this pipeline's sockets.")] = (
         msgspec.field(default_factory=default_runtime_dir)
@@ -137,6 +145,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if not self.runtime_dir:
             raise SettingsError("--runtime-dir is empty: name a directory")
+        for option, endpoint in self.named_endpoints:
+            try:
+                parse(endpoint)
+            except ValueError as error:
+                raise SettingsError(f"{option} {endpoint}: {error}") from None
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise SettingsError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least"
@@ -155,6 +168,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"--runtime-dir is too long: {path} has more than {LONGEST_IPC_PATH} bytes"
             )
         return f"ipc://{path}"
+
+    @property
+    def named_endpoints(self) -> list[tuple[str, str]]:
+        """What options say that is to be bound outside the runtime directory, with the options."""
+        endpoints = [(flag(name), getattr(self, name)) for name in ("ingress", *_LINKS)]
+        return [(option, endpoint) for option, endpoint in endpoints if endpoint]
 
     @property
     def client_endpoints(self) -> list[str]:

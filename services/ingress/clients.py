@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import zmq
 
 from nanovllm.connections import Connections, readable
-from nanovllm.endpoints import EndpointTaken, bind
-from nanovllm.settings import SettingsError
+from nanovllm.endpoints import bind
 
 _DONTWAIT = int(zmq.DONTWAIT)  # a plain integer: enum arithmetic is slow
 # What one wake-up reads at most.
@@ -47,8 +46,7 @@ class ClientSocket:
     """A ROUTER that neither blocks nor loses sight of who is connected.
 
     Raises:
-        EndpointTaken: if another process has one of the endpoints.
-        SettingsError: if one cannot be bound for another reason.
+        EndpointTaken, EndpointUnusable: see `endpoints.bind`.
     """
 
     def __init__(
@@ -65,16 +63,13 @@ class ClientSocket:
         self.monitor = self._connections.monitor
         self._batch: list[list[zmq.Frame]] = []
         self._release = contextlib.ExitStack()
-        for endpoint in endpoints:
-            try:
+        try:
+            for endpoint in endpoints:
                 do_bind = functools.partial(self.socket.bind, endpoint)
                 self._release.callback(bind(endpoint, do_bind))
-            except EndpointTaken:
-                self.close()
-                raise
-            except OSError as error:
-                self.close()
-                raise SettingsError(f"clients cannot be served at {endpoint}: {error}") from None
+        except OSError:
+            self.close()
+            raise
 
     def read(self) -> None:
         """Takes frames from the socket; they come with the next `receive`."""

@@ -259,7 +259,12 @@ def test_an_endpoint_that_cannot_be_bound_is_one_clear_line(around: Surroundings
     second = subprocess.run(
         [
             *[sys.executable, "-m", "nanovllm.services.ingress", *around.arguments],
-            *["--ingress", "tcp://nonsense", "--services-link", f"ipc://{around.directory}/other"],
+            *[
+                "--ingress",
+                "tcp://192.0.2.1:5",
+                "--services-link",
+                f"ipc://{around.directory}/other",
+            ],
         ],
         capture_output=True,
         text=True,
@@ -268,4 +273,4 @@ def test_an_endpoint_that_cannot_be_bound_is_one_clear_line(around: Surroundings
     )
     assert second.returncode == 2
     (line,) = second.stderr.splitlines()
-    assert "tcp://nonsense" in line
+    assert "tcp://192.0.2.1:5 cannot be bound" in line

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nanovllm import Client
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from tests.pipelines import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
 
@@ -114,11 +115,13 @@ def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
     assert "--device" in refused("--device", "abacus", *private)
     small = ("--kvcache-block-size", "16", "--num-kvcache-blocks", "8", *SIM)
     assert "not enough memory for one sequence" in refused(*small, *private)
-    assert "nowhere is neither ipc://PATH" in refused("--steps-link", "nowhere", *SIM, *private)
+    line = refused("--steps-link", "nowhere", *SIM, *private)
+    assert "--steps-link nowhere: must be tcp://HOST:PORT" in line
     no_tokenizer = config(tmp_path)
     assert f"{no_tokenizer} has no tokenizer.json" in refused(str(no_tokenizer), *SIM, *private)
     missing = f"ipc://{tmp_path}/missing/x"
-    assert f"cannot bind {missing}" in refused("--scheduler-link", missing, *SIM, *private)
+    line = refused("--scheduler-link", missing, *SIM, *private)
+    assert f"--scheduler-link {missing} cannot be bound: No such file or directory" in line
 
 
 def test_a_taken_endpoint_and_a_taken_runtime_dir_are_named(
@@ -130,8 +133,18 @@ def test_a_taken_endpoint_and_a_taken_runtime_dir_are_named(
         endpoint = f"tcp://127.0.0.1:{held.getsockname()[1]}"
         other = str(sim.runtime_dir) + "-2"
         line = refused("--runtime-dir", other, "--ingress", endpoint, *SIM)
-        assert f"{endpoint} is taken by another process" in line
+        assert f"--ingress {endpoint} is taken by another process" in line
         assert not os.path.exists(other)
+
+
+def test_every_interface_is_announced_as_it_is_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with Pipeline("", *SIM, "--ingress", f"tcp://*:{port}") as pipeline:
+        line = pipeline.wait_for("try: ", END_TIMEOUT_S)
+        endpoint = line.rpartition("--endpoint ")[2]
+        with Client(endpoint, timeout=END_TIMEOUT_S) as client:
+            assert client.ping().model == "demo"
 
 
 def test_every_service_can_be_started_alone_and_explains_itself() -> None:

@@ -210,6 +210,17 @@ def test_a_live_ipc_endpoint_cannot_be_stolen(context: zmq.Context[Any], tmp_pat
     bound(context, endpoint, Peer("scheduler", 0, 105)).close()
 
 
+@pytest.mark.parametrize("carrier", ["tcp", f"{DIRECT}tcp"])
+def test_what_is_bound_on_every_interface_is_connected_to(
+    context: zmq.Context[Any], carrier: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        endpoint = f"{carrier}://*:{probe.getsockname()[1]}"
+    binder, connector = bound(context, endpoint), connected(context, endpoint)
+    up, _ = events_until(has(Up), connector, binder)
+    assert up == [Up(SCHEDULER, reborn=True)]
+
+
 def test_a_taken_port_is_named(context: zmq.Context[Any]) -> None:
     holder = context.socket(zmq.ROUTER)
     port = holder.bind_to_random_port("tcp://127.0.0.1")
