@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from tqdm import tqdm
 
 from nanovllm.control import ServiceStatus
 
-_UNITS: Final[dict[str, str]] = {"loading weights": "B", "capturing graphs": " graphs"}
+
+class Shown(NamedTuple):
+    """What the bar shows: how much of a stage is done, of how much."""
+
+    stage: str
+    done: int
+    total: int
+
+
+_UNITS: Final = {
+    "starting": "services",
+    "measuring memory": "steps and graphs",
+    "capturing graphs": "graphs",
+}
 
 
 class LoadingBar:
-    """What the services load, all ranks together; before that, how many of them are ready.
+    """What the services load, all ranks together; before and after that, how many of them are
+    ready, until all are.
 
     Drawn on a terminal only.
     """
@@ -24,24 +38,16 @@ class LoadingBar:
         self._stage = ""
 
     def show(self, services: Sequence[ServiceStatus]) -> None:
-        stage: str
-        loading = [service.loading for service in services if service.loading is not None]
-        if loading:
-            stage = loading[-1].stage
-            parts = [part for part in loading if part.stage == stage]
-            done, total = sum(part.done for part in parts), sum(part.total for part in parts)
-        else:
-            stage = "starting"
-            done, total = sum(service.state == "ready" for service in services), len(services)
-        if stage != self._stage:
+        shown = progress(services)
+        if shown is None:
             self.close()
-            self._stage = stage
-            unit = _UNITS.get(stage, " services")
-            self._bar = tqdm(
-                desc=stage, unit=unit, unit_scale=unit == "B", disable=None, leave=False
-            )
-        if self._bar is not None and not self._bar.disable:
-            self._bar.total, self._bar.n = total, done
+            return
+        if self._bar is None or shown.stage != self._stage:
+            self.close()
+            self._stage = shown.stage
+            self._bar = _new_bar(shown)
+        if not self._bar.disable:
+            self._bar.total, self._bar.n = shown.total, shown.done
             self._bar.refresh()
 
     def write(self, line: str) -> None:
@@ -52,3 +58,30 @@ class LoadingBar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def progress(services: Sequence[ServiceStatus]) -> Shown | None:
+    """How far the start is; None when there is nothing to wait for, and before there is anything
+    to tell."""
+    loading = [service.loading for service in services if service.loading is not None]
+    if loading:
+        stage = loading[-1].stage
+        parts = [part for part in loading if part.stage == stage]
+        return Shown(stage, sum(part.done for part in parts), sum(part.total for part in parts))
+    ready = sum(service.state == "ready" for service in services)
+    return Shown("starting", ready, len(services)) if ready < len(services) else None
+
+
+def _new_bar(shown: Shown) -> tqdm[Any]:
+    """Of bytes it tells the rate too; other things differ too much in the time that they take."""
+    unit = _UNITS.get(shown.stage)
+    return tqdm(
+        desc=shown.stage,
+        total=shown.total,
+        initial=shown.done,
+        unit=unit or "B",
+        unit_scale=unit is None,
+        bar_format=unit and "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]",
+        disable=None,
+        leave=False,
+    )

@@ -6,11 +6,12 @@ from typing import Literal
 
 from nanovllm.messages import Message
 
-LoadingStage = Literal["loading weights", "capturing graphs"]
+LoadingStage = Literal["loading weights", "measuring memory", "capturing graphs"]
 
 
 class Loading(Message, tag="loading"):
-    """Progress towards being ready: `done` of `total` bytes, or graphs."""
+    """Progress towards being ready: `done` of `total` bytes of weights; of steps and graphs that
+    are tried, to know what memory they take; or of graphs."""
 
     stage: LoadingStage
     done: int

@@ -114,7 +114,8 @@ def load(
         if settings.num_kvcache_blocks >= 0:
             num_blocks = settings.num_kvcache_blocks
         elif device.type == "cuda":
-            num_blocks = _blocks_on_cuda(executor, settings, device, size, graphs)
+            measuring = partial(progress, "measuring memory")
+            num_blocks = _blocks_on_cuda(executor, settings, device, size, graphs, measuring)
         else:
             num_blocks = memory.cpu_blocks(settings, size)
         # All ranks must come to this point before one of them may give up.
@@ -152,24 +153,37 @@ def _blocks_on_cuda(
     device: torch.device,
     size: int,
     graphs: bool,
+    progress: Callable[[int, int], None],
 ) -> int:
     """As many as fit beside the graphs and the largest steps, which are run to find out."""
+    steps = largest_steps(settings)
+    captured = _largest(_sizes(settings)).total if graphs else 0
+    tried = captured + len(steps)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     executor = make_executor(0)
-    held = _bytes_of_graphs(executor, settings, device) if graphs else 0
+    held = 0
+    if graphs:
+        held = _bytes_of_graphs(executor, settings, device, lambda done, _: progress(done, tried))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    for plan in largest_steps(settings):
+    for number, plan in enumerate(steps):
+        progress(captured + number, tried)
         executor.step(plan).wait()
         executor.reset()
+    progress(tried, tried)
     peak = torch.cuda.max_memory_allocated(device) - before
     del executor
     torch.cuda.empty_cache()
     return memory.cuda_blocks(settings, size, total, total - free + held, peak)
 
 
-def _bytes_of_graphs(executor: Executor, settings: Settings, device: torch.device) -> int:
+def _bytes_of_graphs(
+    executor: Executor,
+    settings: Settings,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> int:
     """What all graphs together will hold. Some are captured to find out: the largest, with the
     temporaries that all share, and last one more, which holds what each of the others does."""
     sizes = _sizes(settings)
@@ -178,10 +192,15 @@ def _bytes_of_graphs(executor: Executor, settings: Settings, device: torch.devic
     def look(done: int, total: int) -> None:
         torch.cuda.empty_cache()
         free.append(torch.cuda.mem_get_info(device)[0])
+        progress(done, total)
 
-    some = sizes._replace(decodes=sizes.decodes[-1:], mixed=sizes.mixed[-1:])
+    some = _largest(sizes)
     executor.capture_graphs(some, CudaCapture(device), look)
     return free[0] - free[-2] + (sizes.total - some.total + 1) * (free[-2] - free[-1])
+
+
+def _largest(sizes: Sizes) -> Sizes:
+    return sizes._replace(decodes=sizes.decodes[-1:], mixed=sizes.mixed[-1:])
 
 
 def _sizes(settings: Settings) -> Sizes:

@@ -134,13 +134,14 @@ class TorchRunner:
         return TensorParallel.connect(self._rank, size, store, device)
 
     def _tell_progress(self) -> bring_up.Progress:
-        """Passes on how loading goes, at most every PROGRESS_INTERVAL_S, and each stage's end."""
+        """Passes on how loading goes, at most every PROGRESS_INTERVAL_S, and each stage's begin
+        and end."""
         told = 0.0
 
         def tell(stage: LoadingStage, done: int, total: int) -> None:
             nonlocal told
             now = time.monotonic()
-            if now - told >= PROGRESS_INTERVAL_S or done == total:
+            if now - told >= PROGRESS_INTERVAL_S or done in (0, total):
                 told = now
                 self._outbox.put(Progress(stage, done, total))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import select
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.messages import Admission, Sampling, StepResult, pack, unpack
+from nanovllm.messages import Admission, Sampling, StepPlan, StepResult, pack, unpack
 from nanovllm.services.gpu_worker import bring_up, memory
 from nanovllm.services.gpu_worker.busy import BusyMeter
 from nanovllm.services.gpu_worker.executor import Executor
+from nanovllm.services.gpu_worker.graphs import Sizes
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.runner import Loaded, Progress, Report
 from nanovllm.services.gpu_worker.torch_runner import TorchRunner
@@ -274,6 +276,60 @@ def test_the_largest_steps_can_be_run(directory: Path, max_model_len: int) -> No
         sampled = on.step(plan).result(0, 0)
         assert len(unpack(sampled.token_ids)) == len(chunks)
         on.reset()
+
+
+class Tried:
+    """A double of an executor, for want of a GPU: remembers what it is to run."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+
+    def capture_graphs(self, sizes: Sizes, _: object, progress: Callable[[int, int], None]) -> None:
+        progress(0, sizes.total)
+        for done in range(sizes.total):
+            self.ran.append("graph")
+            progress(done + 1, sizes.total)
+
+    def step(self, plan: StepPlan) -> Tried:
+        self.ran.append("step")
+        return self
+
+    def wait(self) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("graphs", "tp_size", "ran"),
+    [
+        (False, 1, ["step"] * 2),
+        (True, 1, ["graph"] * 2 + ["step"] * 2),
+        (True, 2, ["graph"] * 4 + ["step"] * 2),
+    ],
+)
+def test_it_is_told_how_much_has_been_tried_to_know_the_memory_it_takes(
+    monkeypatch: pytest.MonkeyPatch, graphs: bool, tp_size: int, ran: list[str]
+) -> None:
+    for name, value in (("mem_get_info", (1 << 20, 1 << 20)), ("empty_cache", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    monkeypatch.setattr(bring_up, "CudaCapture", lambda _: None)
+    tried = Tried()
+    told: list[tuple[int, int, int]] = []
+    blocks = bring_up._blocks_on_cuda(
+        lambda _: tried,  # type: ignore[arg-type, return-value]
+        settings(tensor_parallel_size=tp_size, gpu_memory_utilization=0.5),
+        CPU,
+        1 << 10,
+        graphs,
+        lambda done, total: told.append((len(tried.ran), done, total)),
+    )
+    assert tried.ran == ran
+    assert sorted(set(told)) == [(done, done, len(ran)) for done in range(len(ran) + 1)]
+    assert blocks == 512
 
 
 def test_busy_time_is_that_with_work_launched() -> None:

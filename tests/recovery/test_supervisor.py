@@ -197,12 +197,14 @@ def test_a_service_that_is_misconfigured_is_given_up_at_once_but_only_at_first()
     world.end(RANKS[1], 2)
     world.look()
     assert world.given_up == GiveUp(RANKS[1], 1)
+    assert world.policy.gives_up
     world = World()
     world.run(1)
     world.end(RANKS[1], 2)
     world.run(1)
     assert world.given_up is None
     assert world.policy.all_ready
+    assert not world.policy.gives_up
 
 
 def test_the_back_off_grows_and_begins_anew_after_good_health() -> None:
