@@ -5,7 +5,6 @@ Behind it is a pipeline of its own, or one that runs already.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +12,16 @@ from numbers import Integral
 from typing import Any, Final, NotRequired, TypedDict
 
 import msgspec
-from tqdm import tqdm
 
 from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.client.connection import Connection
 from nanovllm.client.errors import RequestError, mistake
 from nanovllm.client.private_pipeline import PrivatePipeline
+from nanovllm.client.progress import Progress
 from nanovllm.client.requests import Prompt, generate_message
 from nanovllm.client.results import Completion
 from nanovllm.client.tickets import Request
+from nanovllm.control import SchedulerStats
 from nanovllm.launch.loading_bar import LoadingBar
 from nanovllm.protocol import ChatMessage, Generate, Logprobs
 from nanovllm.sampling_params import SamplingParams
@@ -79,6 +79,7 @@ class LLM:
             self._pipeline = PrivatePipeline(settings)
             self._window = min(WINDOW + settings.max_num_seqs, settings.max_pending_requests)
             self._connection = Connection(self._pipeline.endpoint, PRIVATE_TIMEOUT_S)
+        self._tokens = 0  # of all its outputs
         self._closing = weakref.finalize(self, _close, self._connection, self._pipeline)
         try:
             self._wait_until_it_serves()
@@ -114,23 +115,21 @@ class LLM:
         place = {message.id: index for index, message in enumerate(waiting)}
         outputs: list[Output | None] = [None] * len(waiting)
         outstanding: set[Request] = set()
-        started, tokens = time.perf_counter(), 0
-        with tqdm(total=len(waiting), desc="Generating", disable=not use_tqdm) as bar:
+        with Progress(len(waiting), self._generated, self._tokens, shown=use_tqdm) as progress:
             try:
                 while waiting or outstanding:
                     self._submit(waiting, outstanding)
                     for request in self._ended(outstanding):
                         completion = _result(request, place[request.message.id])
                         outputs[place[request.message.id]] = _output(completion)
-                        tokens += len(completion.token_ids)
-                        bar.update()
-                    rate = tokens / (time.perf_counter() - started)
-                    bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+                        progress.done(len(completion.token_ids))
+                    progress.tick()
             finally:
                 for request in outstanding:
                     self._connection.core.abandon(request)
                 if self._closing.alive and outstanding:
                     self._connection.pump()
+        self._tokens += progress.tokens
         return [output for output in outputs if output is not None]
 
     def exit(self) -> None:
@@ -184,6 +183,13 @@ class LLM:
         ended = [ticket for ticket in changed if isinstance(ticket, Request) and ticket.ended]
         outstanding.difference_update(ended)
         return ended
+
+    def _generated(self) -> int:
+        """The tokens that a pipeline of its own has generated, as of its latest report; of another,
+        nothing is known."""
+        services = [] if self._pipeline is None else self._pipeline.services()
+        reports = [service.stats for service in services]
+        return sum(stats.generated for stats in reports if isinstance(stats, SchedulerStats))
 
     def _wait_until_it_serves(self) -> None:
         """Returns when a pipeline of its own is ready, or a running one has answered."""

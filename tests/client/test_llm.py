@@ -11,7 +11,15 @@ import pytest
 from nanovllm import LLM, PipelineUnavailable, RequestError, SamplingParams
 from nanovllm.llm import WINDOW
 from nanovllm.protocol import Abort, Error, Generate
-from tests.client.double import Answer, HangUp, answer_in_full, finish, ingress, text_of
+from tests.client.double import (
+    Answer,
+    HangUp,
+    answer_in_full,
+    answer_ping,
+    finish,
+    ingress,
+    text_of,
+)
 
 
 def test_outputs_come_in_the_order_of_the_prompts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +39,30 @@ def test_outputs_come_in_the_order_of_the_prompts(capsys: pytest.CaptureFixture[
         ]
         assert [message.stream for message, _ in held] == [False] * 3
         assert "tokens/s" in capsys.readouterr().err
+
+
+def test_the_bar_moves_while_no_request_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    held: list[tuple[Generate, str]] = []
+    pings: list[Any] = []
+
+    def hold(message: Any, session: str) -> Iterator[Answer]:
+        held.append((message, session))
+        yield from ()
+
+    def let_go_at_the_third(message: Any, session: str) -> Iterator[Answer]:
+        pings.append(message)
+        yield from answer_ping(message, session)
+        if held and len(pings) > 3:
+            yield from answer_in_full(*held.pop())
+
+    with ingress(hold, let_go_at_the_third) as double, LLM(endpoint=double.endpoint) as llm:
+        llm.generate("a", SamplingParams(max_tokens=3))
+    frames = capsys.readouterr().err.split("\r")
+    before = [frame for frame in frames if "0/1 " in frame]
+    assert len({frame.partition("[")[2][:5] for frame in before}) >= 2, "its clock has moved"
+    assert not any("tokens/s" in frame for frame in before)
+    assert "1/1 " in frames[-1]
+    assert "3 tokens," in frames[-1]
 
 
 def test_one_text_one_params_and_no_bar(capsys: pytest.CaptureFixture[str]) -> None:

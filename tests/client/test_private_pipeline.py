@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -95,6 +96,21 @@ def test_what_the_launcher_refuses_is_the_error(
         LLM("", tensor_parallel_size=7)
     assert list(own_tmp.iterdir()) == []
     assert capfd.readouterr().err == "", "it is said once"
+
+
+def test_the_bar_shows_the_tokens_of_unfinished_requests(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    params = SamplingParams(max_tokens=500, ignore_eos=True)
+    with LLM("", device="sim", sim_step_ms=5.0) as llm:
+        for _ in range(2):  # what a first call got is not the second's
+            llm.generate(["Once"] * 2, params)
+            frames = capsys.readouterr().err.split("\r")
+            told = [int(n) for frame in frames for n in re.findall(r"0/2 .* (\d+) tokens,", frame)]
+            assert told == sorted(told)
+            assert told, frames
+            assert 0 < told[-1] < 1000
+            assert "1000 tokens," in frames[-1]
 
 
 def test_there_is_no_such_model_and_nothing_is_launched(own_tmp: Path) -> None:
