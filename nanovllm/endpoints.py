@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import socket
+import stat
 from collections.abc import Callable
 
 import zmq
@@ -69,7 +70,8 @@ def bind(endpoint: str, do_bind: Callable[[], object]) -> Callable[[], None]:
     socket would leave behind.
 
     A second bind on a live ipc path succeeds and steals it, so an ipc endpoint is held by a lock
-    on a file beside it, which ends with the process however that ends.
+    on a file beside it, which ends with the process however that ends. What is there and is no
+    socket stays: a bind would remove it.
 
     Raises:
         EndpointTaken: if another process has it.
@@ -80,6 +82,8 @@ def bind(endpoint: str, do_bind: Callable[[], object]) -> Callable[[], None]:
     scheme, _, path = endpoint.partition("://")
     try:
         if scheme == "ipc":
+            if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise FileExistsError(errno.EEXIST, "a file that is no socket is there")
             held = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         do_bind()

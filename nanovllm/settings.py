@@ -179,7 +179,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def client_endpoints(self) -> list[str]:
         """Where the ingress binds for clients."""
         local = self.in_runtime_dir("ingress")
-        return [self.ingress, local] if self.ingress else [local]
+        return [local] if self.ingress in ("", local) else [self.ingress, local]
 
     @property
     def services_endpoint(self) -> str:

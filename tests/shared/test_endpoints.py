@@ -90,9 +90,11 @@ def test_a_port_is_taken_while_someone_listens_there(host: str) -> None:
 
 def test_nobody_connects_to_who_only_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that waits for a pipeline would lose there what it sends."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
     listened: list[Any] = []
     monkeypatch.setattr(socket.socket, "listen", lambda *_: listened.append(_))
-    check_free("tcp://127.0.0.1:5998")
+    check_free(f"tcp://127.0.0.1:{port}")
     assert not listened
 
 
@@ -113,6 +115,15 @@ def test_a_path_is_taken_as_long_as_its_holder_lives(tmp_path: Path) -> None:
     assert os.listdir(tmp_path), "a killed process leaves its files"
     check_free(endpoint)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_is_no_socket_stays(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("dear")
+    with pytest.raises(EndpointUnusable, match="no socket is there"):
+        check_free(f"ipc://{notes}")
+    assert notes.read_text() == "dear"
+    assert os.listdir(tmp_path) == ["notes.txt"]
 
 
 def test_what_cannot_be_bound_says_why(tmp_path: Path) -> None:

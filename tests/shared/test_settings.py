@@ -88,6 +88,16 @@ def test_the_launcher_tells_its_version() -> None:
     assert CliRunner().invoke(launch, ["--version"]).output.strip().endswith(version("nanovllm"))
 
 
+def test_the_ingress_binds_each_endpoint_once() -> None:
+    local = "ipc:///run/x/ingress.sock"
+    for ingress, bound in {
+        "": [local],
+        local: [local],
+        "tcp://*:5560": ["tcp://*:5560", local],
+    }.items():
+        assert Settings(runtime_dir="/run/x", ingress=ingress).client_endpoints == bound
+
+
 def test_a_runtime_dir_too_long_for_a_socket_is_refused() -> None:
     with pytest.raises(SettingsError, match="--runtime-dir is too long"):
         _ = Settings(runtime_dir="/tmp/" + "x" * 100).scheduler_endpoint
