@@ -16,7 +16,7 @@ $(READY): pyproject.toml
 	@echo "Setting up $(VENV) (a minute or two, once) …"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanovllm needs Python 3.11 or later: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@test -t 1 || export PIP_QUIET=1; $(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
 	@touch $@
 
 demo: $(READY)

@@ -10,6 +10,7 @@ import click
 from nanovllm import Client, SamplingParams
 from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.control import Status, WorkerStats
+from nanovllm.launch.loading_bar import LoadingBar
 from nanovllm.launch.status import Control
 from nanovllm.protocol import ChatMessage
 from nanovllm.settings import Settings
@@ -24,8 +25,9 @@ BAR = 30
 @click.command(help=__doc__)
 def main() -> None:
     click.echo("Launching ingress, tokenizer, scheduler, gpu_worker and detokenizer …")
-    pipeline = PrivatePipeline(Settings(ingress=""))
+    pipeline = PrivatePipeline(Settings(ingress="", log_level="warning"))
     try:
+        _watch_start(pipeline)
         with Client(pipeline.endpoint, timeout=60) as client:
             pipeline.wait_until_ready(client)
             with Control(pipeline.runtime_dir) as control:
@@ -35,11 +37,24 @@ def main() -> None:
                 # Services report once a second.
                 after = _reported(control, later_than=time.monotonic())
         _show_time(before, after)
+        last = "To talk to it: `make serve`, and in another terminal `.venv/bin/nanovllm chat`."
     except KeyboardInterrupt:
-        click.echo()
+        last = "Stopped."
     finally:
         pipeline.close()
-    click.echo("\nStopped. `make serve` keeps it running; then try `nanovllm chat`.")
+    click.echo(f"\n{last}")
+
+
+def _watch_start(pipeline: PrivatePipeline) -> None:
+    """Returns when all services are ready."""
+    bar = LoadingBar()
+    try:
+        while not (services := pipeline.services()) or any(s.state != "ready" for s in services):
+            pipeline.check(launching=True)
+            bar.show(services)
+            time.sleep(0.1)
+    finally:
+        bar.close()
 
 
 def _answer(client: Client) -> None:
