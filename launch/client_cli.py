@@ -139,7 +139,7 @@ def chat(
             for line in _lines():
                 try:
                     answer(line)
-                except RequestError as error:
+                except (RequestError, ValueError) as error:
                     del history[-1]
                     click.echo(f"Error: {error}", err=True)
 

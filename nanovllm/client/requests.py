@@ -54,7 +54,7 @@ def generate_message(
         msgspec.msgpack.encode(message)  # as it will be: only this finds what cannot be
     except UnicodeEncodeError as error:
         found = error.object[error.start]
-        raise ValueError(f"the text is not valid Unicode: it holds {found!r} alone") from None
+        raise ValueError(f"the text is not valid Unicode (UTF-8): it holds {found!r}") from None
     return message
 
 

@@ -140,6 +140,22 @@ def test_chat_remembers_what_was_said() -> None:
     assert [m.content for m in last.messages] == ["hello", "<0>", "and then?"]
 
 
+def test_a_line_that_is_no_text_does_not_end_the_chat() -> None:
+    with ingress(answer_in_full) as double:
+        command = [sys.executable, "-m", "nanovllm.launch.client_cli", "chat"]
+        ran = subprocess.run(
+            [*command, "--endpoint", double.endpoint, "--max-tokens", "1"],
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:surrogateescape"},
+            input=b"caf\xe9\nhello\n",
+            capture_output=True,
+        )
+        (sent,) = double.generates
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (0, 1)
+    assert b"not valid Unicode" in ran.stderr
+    assert sent.messages is not None
+    assert [m.content for m in sent.messages] == ["hello"]
+
+
 def test_ctrl_c_stops_an_answer_and_not_the_chat() -> None:
     def script(message: Any, session: str) -> Iterator[Answer]:
         if isinstance(message, Generate) and len(message.messages or []) == 1:
