@@ -243,7 +243,7 @@ class Engine:
             if 0 < num_tokens < limit:
                 return self._place(sequence, num_tokens, limit, draft)
             log.error(
-                "request %d cannot run: it has %d tokens, and %d are possible",
+                "request %x cannot run: it has %d tokens, and %d are possible",
                 sequence.uid,
                 num_tokens,
                 limit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nanovllm import Client, RequestError, SamplingParams
+from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.launch.client_cli import main
+from nanovllm.launch.groups import MAX_FAILED_STARTS
 from tests.pipelines import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
 from tests.recovery.streams import Streams, check, mixed_cases, services, undisturbed
 
@@ -124,6 +127,19 @@ def test_an_ingress_that_dies_while_it_drains_loses_nothing(own: Pipeline) -> No
         services(own)["ingress", 0].kill()
         assert stream.result().token_ids == whole.token_ids
         assert own.process.wait(END_TIMEOUT_S) == 0
+
+
+def test_why_a_service_cannot_start_again_is_said_each_time(
+    start_pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    model = shutil.copytree(DEMO_CHECKPOINT, tmp_path / "model")
+    pipeline = start_pipeline(model, *SIM)
+    (model / "tokenizer.json").unlink()
+    services(pipeline)["tokenizer", 0].kill()
+    reason = f"tokenizer 0 cannot start: {model} has no tokenizer.json"
+    for _ in range(MAX_FAILED_STARTS - 1):
+        pipeline.wait_for(f"supervisor | {reason}", END_TIMEOUT_S)
+    pipeline.wait_for(f"nanovllm-launch: {reason}", END_TIMEOUT_S)
 
 
 def test_a_service_that_cannot_start_is_given_up(
