@@ -53,8 +53,10 @@ def choose_device(settings: Settings, rank: int) -> torch.device:
     if settings.device == "cpu" or (settings.device == "auto" and not found):
         torch.set_num_threads(max(1, torch.get_num_threads() // size))
         return torch.device("cpu")
+    if not found:
+        raise SettingsError("--device cuda: torch finds no GPU here; --device cpu needs none")
     if found < size:
-        raise SettingsError(f"--tp {size} takes as many GPUs, and there are {found} (--device)")
+        raise SettingsError(f"--tp {size} takes as many GPUs, and torch finds {found}")
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     return device
