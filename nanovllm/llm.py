@@ -146,11 +146,7 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.exit()
 
-    def _messages(
-        self,
-        prompts: Sequence[Prompt],
-        sampling_params: Any,
-    ) -> deque[Generate]:
+    def _messages(self, prompts: Sequence[Prompt], sampling_params: Any) -> deque[Generate]:
         if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
             params: Sequence[SamplingParams | None] = sampling_params
             if len(params) != len(prompts):

@@ -62,8 +62,7 @@ class TensorParallel:
             timeout=store.timeout,  # type: ignore[attr-defined]
             device_id=device if on_cuda else None,
         )
-        first = dist.all_reduce(torch.zeros(1, device=device), async_op=True)
-        _together(first.wait, FIRST_TIMEOUT)
+        _together(_reach_all, device)
         return cls(rank, size, dist.group.WORLD)
 
     def close(self) -> None:
@@ -101,6 +100,10 @@ class TensorParallel:
         least = torch.tensor(value, dtype=torch.int64, device=device)
         _together(dist.all_reduce, least, op=dist.ReduceOp.MIN, group=self.group)
         return int(least.item())
+
+
+def _reach_all(device: torch.device) -> None:
+    dist.all_reduce(torch.zeros(1, device=device), async_op=True).wait(FIRST_TIMEOUT)
 
 
 def _together(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
