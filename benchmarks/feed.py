@@ -23,7 +23,7 @@ import click
 from benchmarks.support.closed_loop import ClosedLoop
 from nanovllm import Client
 from nanovllm.client.private_pipeline import PrivatePipeline
-from nanovllm.control import SchedulerStats, Status, WorkerStats
+from nanovllm.control import IngressStats, SchedulerStats, Status, WorkerStats
 from nanovllm.launch.status import Control
 from nanovllm.settings import Settings
 
@@ -94,12 +94,16 @@ def measure(load: Load, depth: int, seconds: float) -> dict[str, Any]:
 def _figures(before: Status, after: Status, clients: ClosedLoop) -> dict[str, Any]:
     scheduler = _Pair(before, after, "scheduler")
     worker = _Pair(before, after, "gpu_worker")
+    ingress = _Pair(before, after, "ingress")
     was, now = scheduler.was.stats, scheduler.now.stats
+    first, last = ingress.was.stats, ingress.now.stats
     device_was, device_now = worker.was.stats, worker.now.stats
     if not (isinstance(was, SchedulerStats) and isinstance(now, SchedulerStats)):
         raise RuntimeError("the scheduler has not reported")
     if not (isinstance(device_was, WorkerStats) and isinstance(device_now, WorkerStats)):
         raise RuntimeError("the worker has not reported")
+    if not (isinstance(first, IngressStats) and isinstance(last, IngressStats)):
+        raise RuntimeError("the ingress has not reported")
     lags_ms = sorted(lag * 1000 for lag in clients.lags_s)
     produced = now.generated - was.generated
     received = clients.received_between(scheduler.was.at_s, scheduler.now.at_s)
@@ -115,6 +119,9 @@ def _figures(before: Status, after: Status, clients: ClosedLoop) -> dict[str, An
         },
         "scheduler_us": round(
             (scheduler.now.cpu_s - scheduler.was.cpu_s) / (now.steps - was.steps) * 1e6, 1
+        ),
+        "ingress_us_a_request": round(
+            (ingress.now.cpu_s - ingress.was.cpu_s) / (last.finished - first.finished) * 1e6, 1
         ),
         "plan_bytes": now.plan_bytes,
         "cpu_share": {

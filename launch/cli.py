@@ -12,12 +12,12 @@ from typing import Any
 import click
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
-from nanovllm.endpoints import EndpointUnusable, check_free, connectable
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.options import settings_from, settings_options
 from nanovllm.service import LIFELINE_VARIABLE, settled
 from nanovllm.settings import DEFAULT_INGRESS, Settings, SettingsError
+from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectable
 
 
 @click.command(
@@ -66,11 +66,11 @@ def main(model: str, **options: Any) -> None:
 
 
 def _check_free(settings: Settings) -> None:
-    for option, endpoint in settings.named_endpoints:
+    if settings.ingress:
         try:
-            check_free(endpoint)
+            check_free(settings.ingress)
         except EndpointUnusable as error:
-            raise SettingsError(f"{option} {error}") from None
+            raise SettingsError(f"--ingress {error}") from None
 
 
 def _announce(settings: Settings, name: str) -> None:

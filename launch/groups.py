@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from nanovllm.control import Stats, TokenizerStats, WorkerStats
-from nanovllm.links import Peer
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
+from nanovllm.transport.links import Peer
 
 # Back-off: the first restart is at once, later ones wait, twice as long each time.
 FIRST_DELAY_S: Final = 0.1

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence, Set
 from typing import Final
 
 from nanovllm.launch.groups import Action, Answer, Group, Phase, Place, Work
-from nanovllm.links import Peer
+from nanovllm.transport.links import Peer
 
 # Longer between two looks, and the supervisor itself was stopped: nobody's silence counts.
 LONGEST_LOOK_S: Final = 3.0

@@ -25,8 +25,8 @@ from nanovllm.control import (
     TokenizerStats,
     WorkerStats,
 )
-from nanovllm.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.settings import Settings
+from nanovllm.transport.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.wording import counted
 
 TIMEOUT_S: Final = 3.0
@@ -50,7 +50,7 @@ class Control:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         me = Peer("command", os.getpid(), new_incarnation())
         self._link: ConnectedLink[FromSupervisor] = ConnectedLink(
-            self._context, endpoint, me, FromSupervisor
+            self._context, endpoint, me, list[FromSupervisor]
         )
 
     def status(self) -> Status:

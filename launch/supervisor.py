@@ -45,9 +45,9 @@ from nanovllm.launch.groups import (
 from nanovllm.launch.loading_bar import LoadingBar
 from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
-from nanovllm.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.settings import MAX_SERVICES, Settings
+from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.wording import counted
 
 INGRESS = Place("ingress", 0)
@@ -102,7 +102,7 @@ class Supervisor:
         control: BoundLink[Any] | None = None
         try:
             me = Peer("supervisor", 0, new_incarnation())
-            control = BoundLink(context, self._settings.control_endpoint, me, ToSupervisor)
+            control = BoundLink(context, self._settings.control_endpoint, me, list[ToSupervisor])
             self._watch(control, wakeup)
         finally:
             self._bar.close()

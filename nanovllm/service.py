@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 import msgspec
@@ -24,8 +24,10 @@ import zmq
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, resolve_model
 from nanovllm.control import Drained, FromSupervisor, Loading, LoadingStage, Ready, Report, Stats
-from nanovllm.endpoints import EndpointUnusable
-from nanovllm.links import (
+from nanovllm.options import settings_from, settings_options
+from nanovllm.settings import Settings, SettingsError
+from nanovllm.transport.endpoints import EndpointUnusable
+from nanovllm.transport.links import (
     HEARTBEAT_S,
     BoundLink,
     ConnectedLink,
@@ -35,10 +37,10 @@ from nanovllm.links import (
     Received,
     new_incarnation,
 )
-from nanovllm.options import settings_from, settings_options
-from nanovllm.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
+
+M = TypeVar("M")
 
 # The exit code of a service that cannot run as it was told to: nothing that a restart would mend.
 EXIT_MISCONFIGURED = 2
@@ -76,27 +78,27 @@ class Service:
         self._next_beat = 0.0
         self._standing: Loading | Ready | Drained | None = None
         self._on_told: Callable[[FromSupervisor], None] | None = None
-        self._control: ConnectedLink[FromSupervisor] = self.connect(
-            self.settings.control_endpoint, FromSupervisor, self._on_control
+        self._control = self.connect(
+            self.settings.control_endpoint, list[FromSupervisor], self._on_control
         )
 
     def connect(
-        self, endpoint: str, inbound: Any, handler: Callable[[Event[Any]], None]
-    ) -> ConnectedLink[Any]:
+        self, endpoint: str, inbound: type[list[M]], handler: Callable[[Event[M]], None]
+    ) -> ConnectedLink[M]:
         """Opens a link to a service that binds; `handler` is called with its events."""
-        link: ConnectedLink[Any] = ConnectedLink(self.context, endpoint, self.me, inbound)
+        link = ConnectedLink(self.context, endpoint, self.me, inbound)
         self._add(link, handler)
         return link
 
     def bind(
-        self, endpoint: str, inbound: Any, handler: Callable[[Event[Any]], None]
-    ) -> BoundLink[Any]:
+        self, endpoint: str, inbound: type[list[M]], handler: Callable[[Event[M]], None]
+    ) -> BoundLink[M]:
         """Opens a link that others connect to; `handler` is called with its events.
 
         Raises:
             EndpointTaken, EndpointUnusable: see `endpoints.bind`.
         """
-        link: BoundLink[Any] = BoundLink(self.context, endpoint, self.me, inbound)
+        link = BoundLink(self.context, endpoint, self.me, inbound)
         self._add(link, handler)
         return link
 

@@ -14,12 +14,11 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from nanovllm.endpoints import DIRECT, LONGEST_IPC_PATH, parse
+from nanovllm.transport.endpoints import LONGEST_IPC_PATH, parse
 
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
-# What is bound in the runtime directory, unless an option says otherwise.
-SocketName = Literal["ingress", "services", "scheduler", "steps", "workers", "control"]
-_LINKS = ("scheduler_link", "steps_link", "services_link", "workers_link", "control_link")
+# The sockets in the runtime directory.
+SocketName = Literal["ingress", "services", "scheduler", "workers", "control"]
 # Tokenizers, and detokenizers, at most.
 MAX_SERVICES = 64
 
@@ -108,7 +107,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = -1
     pipeline_depth: Annotated[
         int, Meta(ge=1, le=8), _option("Step plans in flight; 1 waits for each result.")
-    ] = 2
+    ] = 3
 
     max_message_bytes: Annotated[
         int, Meta(ge=1024), _option("Largest frame that a client may send.")
@@ -123,21 +122,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _option("Seconds that unfinished requests have to finish after SIGTERM or Ctrl-C."),
     ] = 30.0
 
-    scheduler_link: Annotated[
-        str, _option("Where the scheduler binds; default: ipc in the runtime directory.")
-    ] = ""
-    steps_link: Annotated[
-        str, _option("Where the scheduler binds for gpu_worker rank 0; likewise.")
-    ] = ""
-    services_link: Annotated[
-        str, _option("Where the ingress binds for tokenizers and detokenizers; likewise.")
-    ] = ""
-    workers_link: Annotated[
-        str, _option("Where gpu_worker rank 0 binds for the other ranks; likewise.")
-    ] = ""
-    control_link: Annotated[
-        str, _option("Where the supervisor binds for services and commands; likewise.")
-    ] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], _option("What the services log.")
     ] = "info"
@@ -145,11 +129,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if not self.runtime_dir:
             raise SettingsError("--runtime-dir is empty: name a directory")
-        for option, endpoint in self.named_endpoints:
+        if self.ingress:
             try:
-                parse(endpoint)
+                parse(self.ingress)
             except ValueError as error:
-                raise SettingsError(f"{option} {endpoint}: {error}") from None
+                raise SettingsError(f"--ingress {self.ingress}: {error}") from None
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise SettingsError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least"
@@ -170,12 +154,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return f"ipc://{path}"
 
     @property
-    def named_endpoints(self) -> list[tuple[str, str]]:
-        """What options say that is to be bound outside the runtime directory, with the options."""
-        endpoints = [(flag(name), getattr(self, name)) for name in ("ingress", *_LINKS)]
-        return [(option, endpoint) for option, endpoint in endpoints if endpoint]
-
-    @property
     def client_endpoints(self) -> list[str]:
         """Where the ingress binds for clients."""
         local = self.in_runtime_dir("ingress")
@@ -183,20 +161,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def services_endpoint(self) -> str:
-        return self.services_link or self.in_runtime_dir("services")
+        """Where the ingress binds for the other services."""
+        return self.in_runtime_dir("services")
 
     @property
     def scheduler_endpoint(self) -> str:
-        return self.scheduler_link or self.in_runtime_dir("scheduler")
-
-    @property
-    def steps_endpoint(self) -> str:
-        return DIRECT + (self.steps_link or self.in_runtime_dir("steps"))
+        """Where the scheduler binds for gpu_worker rank 0 and the detokenizers."""
+        return self.in_runtime_dir("scheduler")
 
     @property
     def workers_endpoint(self) -> str:
-        return self.workers_link or self.in_runtime_dir("workers")
+        """Where gpu_worker rank 0 binds for the other ranks."""
+        return self.in_runtime_dir("workers")
 
     @property
     def control_endpoint(self) -> str:
-        return self.control_link or self.in_runtime_dir("control")
+        """Where the supervisor binds for services and commands."""
+        return self.in_runtime_dir("control")

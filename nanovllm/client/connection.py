@@ -10,7 +10,7 @@ import zmq
 
 from nanovllm.client.core import ClientCore
 from nanovllm.client.tickets import Ticket
-from nanovllm.connections import readable
+from nanovllm.transport.router_monitor import readable
 
 # Frames that one wake-up reads at most, so that an event loop gets its turn.
 BATCH: Final = 256

@@ -18,11 +18,11 @@ import msgspec
 from nanovllm.client.errors import PipelineUnavailable
 from nanovllm.client.sync import Client
 from nanovllm.control import ServiceStatus
-from nanovllm.endpoints import LONGEST_IPC_PATH
 from nanovllm.launch.status import Control
 from nanovllm.options import settings_argv
 from nanovllm.service import LIFELINE_VARIABLE
 from nanovllm.settings import Settings
+from nanovllm.transport.endpoints import LONGEST_IPC_PATH
 
 # How long the launcher has to end its services after SIGTERM.
 END_TIMEOUT_S: Final = 10.0

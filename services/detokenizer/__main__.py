@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from nanovllm.links import ConnectedLink, Event, Received, Up
 from nanovllm.messages import SchedulerToDetokenizer
 from nanovllm.service import Service, service_command
 from nanovllm.services.detokenizer.core import Detokenizer
+from nanovllm.transport.links import Event, Received, Up
 from nanovllm.vocabulary import Vocabulary
 
 # How soon to try again when the ingress does not keep up.
@@ -21,10 +21,10 @@ class DetokenizerLoop:
         self._core = core
         settings = service.settings
         # The ingress sends nothing but its welcome.
-        self._ingress: ConnectedLink[NoReturn] = service.connect(
-            settings.services_endpoint, None, self._on_ingress
+        self._ingress = service.connect(settings.services_endpoint, list[None], self._on_ingress)
+        service.connect(
+            settings.scheduler_endpoint, list[SchedulerToDetokenizer], self._on_scheduler
         )
-        service.connect(settings.scheduler_endpoint, SchedulerToDetokenizer, self._on_scheduler)
 
     def step(self, now: float) -> float | None:
         """Sends what is new. Of what cannot be sent nothing is kept but the offset reached."""
@@ -36,7 +36,7 @@ class DetokenizerLoop:
             self._core.sent(deltas)
         return None
 
-    def _on_ingress(self, event: Event[NoReturn]) -> None:
+    def _on_ingress(self, event: Event[None]) -> None:
         if isinstance(event, Up):
             self._core.ingress_up(event.peer.incarnation)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from nanovllm.control import WorkerStats
 from nanovllm.faults import crash_on, fault
-from nanovllm.links import HEARTBEAT_S, BoundLink, Down, Event, Peer, Received, Up
 from nanovllm.messages import GroupReady, Message, Reset, SchedulerToWorker, StepPlan, StepResult
 from nanovllm.service import Service
 from nanovllm.services.gpu_worker.group import GroupBroken, LeaderToFollower, Rendezvous
 from nanovllm.services.gpu_worker.openmp import spin_briefly
 from nanovllm.services.gpu_worker.runner import Listening, Loaded, Progress, Runner
 from nanovllm.services.gpu_worker.session import Phase, Session
+from nanovllm.transport.links import HEARTBEAT_S, BoundLink, Down, Event, Peer, Received, Up
 
 # When the scheduler's queue was full, the results are offered again after this long.
 RETRY_S = 0.01
@@ -96,9 +96,11 @@ class Leader:
         self._workers: BoundLink[None] | None = None
         if self._num_followers:
             # Followers say nothing: all they could send is an empty message.
-            self._workers = service.bind(service.settings.workers_endpoint, None, self._on_follower)
+            self._workers = service.bind(
+                service.settings.workers_endpoint, list[None], self._on_follower
+            )
         self._scheduler = service.connect(
-            service.settings.steps_endpoint, SchedulerToWorker, self._on_scheduler
+            service.settings.scheduler_endpoint, list[SchedulerToWorker], self._on_scheduler
         )
 
     def take_reports(self) -> None:
@@ -154,7 +156,7 @@ class Leader:
                     self._launch(plan)
                     self.counts.launched()
 
-    def _on_follower(self, event: Event[Any]) -> None:
+    def _on_follower(self, event: Event[None]) -> None:
         match event:
             case Up(peer=peer):
                 self._followers.add(peer)
@@ -180,7 +182,7 @@ class Follower:
         self._service = service
         self._runner = runner
         self._launch = _launch(runner)
-        service.connect(service.settings.workers_endpoint, LeaderToFollower, self._on_leader)
+        service.connect(service.settings.workers_endpoint, list[LeaderToFollower], self._on_leader)
 
     def take_reports(self) -> None:
         for report in self._runner.reports():

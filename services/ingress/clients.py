@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import zmq
 
-from nanovllm.connections import Connections, readable
-from nanovllm.endpoints import bind
+from nanovllm.transport.endpoints import bind
+from nanovllm.transport.router_monitor import Connections, readable
 
 _DONTWAIT = int(zmq.DONTWAIT)  # a plain integer: enum arithmetic is slow
 # What one wake-up reads at most.

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nanovllm.control import IngressStats
-from nanovllm.links import Peer
 from nanovllm.messages import (
     Delta,
     EngineState,
@@ -37,6 +36,7 @@ from nanovllm.services.ingress.output import size_of
 from nanovllm.services.ingress.quarantine import Quarantine
 from nanovllm.services.ingress.requests import Request, Stage, begun
 from nanovllm.services.ingress.sessions import Exchange, Session
+from nanovllm.transport.links import Peer
 from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)

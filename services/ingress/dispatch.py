@@ -10,10 +10,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
 
-from nanovllm.links import Peer
 from nanovllm.messages import Cancel, IngressToTokenizer
 from nanovllm.services.ingress.requests import Request, Stage
 from nanovllm.services.ingress.suspects import NOTHING, InHand, Suspects
+from nanovllm.transport.links import Peer
 
 # Requests in the hands of one tokenizer: enough to keep it busy; what dies with it is little.
 WINDOW = 64

@@ -9,7 +9,6 @@ from typing import NoReturn
 
 from nanovllm.checkpoint import model_name
 from nanovllm.control import Crashed, Drain, FromSupervisor
-from nanovllm.links import BoundLink, ConnectedLink, Down, Event, Peer, Received, Up
 from nanovllm.messages import (
     Delta,
     DetokenizerToIngress,
@@ -24,6 +23,7 @@ from nanovllm.services.ingress.clients import ClientSocket, Sent
 from nanovllm.services.ingress.core import About, Core
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.sessions import Session
+from nanovllm.transport.links import Down, Event, Peer, Received, Up
 
 # How long what a socket would not take waits before it is tried again.
 RETRY_S = 0.01
@@ -46,13 +46,13 @@ class Ingress:
             about=About(version("nanovllm"), model_name(service.directory)),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
         )
-        self._services: BoundLink[TokenizerToIngress | DetokenizerToIngress] = service.bind(
+        self._services = service.bind(
             settings.services_endpoint,
-            TokenizerToIngress | DetokenizerToIngress,
+            list[TokenizerToIngress | DetokenizerToIngress],
             self._from_services,
         )
-        self._scheduler: ConnectedLink[SchedulerToIngress] = service.connect(
-            settings.scheduler_endpoint, SchedulerToIngress, self._from_scheduler
+        self._scheduler = service.connect(
+            settings.scheduler_endpoint, list[SchedulerToIngress], self._from_scheduler
         )
         self._clients = ClientSocket(
             service.context, settings.client_endpoints, settings.max_message_bytes

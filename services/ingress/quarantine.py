@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from nanovllm.links import Peer
 from nanovllm.messages import Lost
 from nanovllm.services.ingress.dispatch import Dispatcher
 from nanovllm.services.ingress.requests import Request, Stage, begun
 from nanovllm.services.ingress.suspects import NOTHING, Deaths, InHand, Suspects
+from nanovllm.transport.links import Peer
 from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from nanovllm import protocol
-from nanovllm.links import Peer
 from nanovllm.messages import ChatMessage, Sampling, Tokenize, pack
 from nanovllm.protocol import Error, Finish, FinishReason, Generate, Usage
 from nanovllm.services.ingress.output import Output
+from nanovllm.transport.links import Peer
 
 if TYPE_CHECKING:
     from nanovllm.services.ingress.sessions import Exchange, Session

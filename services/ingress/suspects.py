@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from nanovllm.links import Peer
+from nanovllm.transport.links import Peer
 
 # Deaths in company after which a request runs alone, and alone after which it is guilty.
 DEATHS: Final = 2

@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 
 from nanovllm.control import SchedulerStats
-from nanovllm.links import Peer
 from nanovllm.messages import (
     Admitted,
     EngineState,
@@ -31,6 +30,7 @@ from nanovllm.services.scheduler.routing import Parcel, Router
 from nanovllm.services.scheduler.sequences import InHand, Sequence
 from nanovllm.services.scheduler.steps import Sampled
 from nanovllm.settings import Settings
+from nanovllm.transport.links import Peer
 
 
 class Scheduler:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from collections import deque
 
-from nanovllm.links import Peer
 from nanovllm.messages import Reset, SchedulerToWorker, StepResult
 from nanovllm.services.scheduler.steps import Step
+from nanovllm.transport.links import Peer
 
 log = logging.getLogger(__name__)
 

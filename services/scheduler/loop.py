@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import NoReturn
 
-from nanovllm.links import BoundLink, Down, Event, Peer, Received, Up
 from nanovllm.messages import (
     End,
     GroupReady,
@@ -18,10 +17,11 @@ from nanovllm.messages import (
 )
 from nanovllm.service import Service
 from nanovllm.services.scheduler.core import Scheduler
+from nanovllm.transport.links import Down, Event, Peer, Received, Up
 
 log = logging.getLogger(__name__)
 
-Inbound = IngressToScheduler | TokenizerToScheduler
+Inbound = IngressToScheduler | TokenizerToScheduler | WorkerToScheduler
 
 # How soon to try again when a peer does not keep up.
 RETRY_S = 0.01
@@ -34,11 +34,8 @@ class SchedulerLoop:
         self._core = core
         self._ingress: Peer | None = None
         self._retry_at = 0.0
-        self._steps: BoundLink[WorkerToScheduler] = service.bind(
-            service.settings.steps_endpoint, WorkerToScheduler, self._on_worker
-        )
-        self._link: BoundLink[Inbound] = service.bind(
-            service.settings.scheduler_endpoint, Inbound, self._on_event
+        self._link = service.bind(
+            service.settings.scheduler_endpoint, list[Inbound], self._on_event
         )
 
     def step(self, now: float) -> float | None:
@@ -73,25 +70,18 @@ class SchedulerLoop:
         messages = self._core.for_worker()
         if not messages or self._core.worker is None:
             return True
-        if not self._steps.send(self._core.worker, messages):
+        if not self._link.send(self._core.worker, messages):
             return False
         self._core.worker_told()
         return True
 
-    def _on_worker(self, event: Event[WorkerToScheduler]) -> None:
-        match event:
-            case Received(peer=peer, message=StepResult() as result):
-                self._core.result(peer, result)
-                self._launch()
-            case Received(peer=peer, message=GroupReady() as message):
-                self._core.group_ready(peer, message)
-            case Up(peer=peer):
-                self._core.worker_up(peer)
-            case Down(peer=peer):
-                self._core.worker_down(peer)
-
     def _on_event(self, event: Event[Inbound]) -> None:
         match event:
+            case Received(peer=Peer(role="gpu_worker") as peer, message=StepResult() as result):
+                self._core.result(peer, result)
+                self._launch()
+            case Received(peer=Peer(role="gpu_worker") as peer, message=GroupReady() as message):
+                self._core.group_ready(peer, message)
             case Received(peer=Peer(role="tokenizer"), message=Submit() as submit):
                 self._core.submit(submit)
             case Received(peer=Peer(role="ingress"), message=End(uid=uid)):
@@ -103,6 +93,8 @@ class SchedulerLoop:
                 self._core.ingress_up(peer.incarnation)
             case Up(peer=Peer(role="detokenizer") as peer):
                 self._core.detokenizer_up(peer)
+            case Up(peer=Peer(role="gpu_worker") as peer):
+                self._core.worker_up(peer)
             case Down(peer=peer):
                 self._on_down(peer)
             case Received(peer=peer, message=message):
@@ -113,6 +105,8 @@ class SchedulerLoop:
             self._ingress = None
         elif peer.role == "detokenizer":
             self._core.detokenizer_down(peer)
+        elif peer.role == "gpu_worker":
+            self._core.worker_down(peer)
 
 
 def serve(service: Service) -> NoReturn:

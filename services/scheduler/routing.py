@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.links import Peer
 from nanovllm.messages import (
     Begin,
     End,
@@ -27,6 +26,7 @@ from nanovllm.messages import (
 from nanovllm.services.scheduler.sequences import NO_SLOT, InHand, Sequence
 from nanovllm.services.scheduler.slots import NO_LANE, Indices, Slots
 from nanovllm.services.scheduler.steps import Ended, Sampled
+from nanovllm.transport.links import Peer
 
 # Beginnings in one frame at most: each may hold a long output.
 BEGINS_A_FRAME = 256

@@ -6,11 +6,11 @@ import time
 from typing import NoReturn
 
 from nanovllm.faults import crash_on, fault
-from nanovllm.links import ConnectedLink, Event, Received, Up
 from nanovllm.messages import IngressToTokenizer, Refused, Submit, Tokenize
 from nanovllm.service import Service, service_command
 from nanovllm.services.tokenizer.core import Desk, Encode
 from nanovllm.services.tokenizer.prompts import PromptEncoder
+from nanovllm.transport.links import Event, Received, Up
 
 # Encoding goes on for this long before the links are looked at again.
 WORK_S = 0.005
@@ -24,12 +24,12 @@ class TokenizerLoop:
     def __init__(self, service: Service, desk: Desk) -> None:
         self._desk = desk
         settings = service.settings
-        self._ingress: ConnectedLink[IngressToTokenizer] = service.connect(
-            settings.services_endpoint, IngressToTokenizer, self._on_ingress
+        self._ingress = service.connect(
+            settings.services_endpoint, list[IngressToTokenizer], self._on_ingress
         )
         # The scheduler sends nothing but its welcome.
-        self._scheduler: ConnectedLink[NoReturn] = service.connect(
-            settings.scheduler_endpoint, None, self._on_scheduler
+        self._scheduler = service.connect(
+            settings.scheduler_endpoint, list[None], self._on_scheduler
         )
 
     def step(self, now: float) -> float | None:
@@ -64,7 +64,7 @@ class TokenizerLoop:
         elif isinstance(event, Up):
             self._desk.ingress_up(event.peer.incarnation)
 
-    def _on_scheduler(self, event: Event[NoReturn]) -> None:
+    def _on_scheduler(self, event: Event[None]) -> None:
         """Nothing to do: `step` sends what is in hand as soon as the scheduler is there."""
 
 

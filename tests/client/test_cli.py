@@ -38,9 +38,9 @@ from nanovllm.control import (
 )
 from nanovllm.launch import status as status_view
 from nanovllm.launch.client_cli import main
-from nanovllm.links import BoundLink, Peer, Received
 from nanovllm.protocol import Error, Generate
 from nanovllm.settings import Settings
+from nanovllm.transport.links import BoundLink, Peer, Received
 from tests.client.double import Answer, answer_in_full, ingress
 from tests.client.test_client import has_abort, some_then_silence
 
@@ -280,7 +280,7 @@ class SupervisorDouble:
         self._context: zmq.Context[Any] = zmq.Context()
         endpoint = Settings(runtime_dir=str(runtime_dir)).control_endpoint
         me = Peer("supervisor", 0, 5)
-        self._link: BoundLink[Any] = BoundLink(self._context, endpoint, me, ToSupervisor)
+        self._link: BoundLink[Any] = BoundLink(self._context, endpoint, me, list[ToSupervisor])
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()

@@ -28,8 +28,8 @@ def test_text_from_tokens_whoever_comes_and_goes(model: Path) -> None:
     text = "日本 is naïve 😀"
     token_ids = tiny_tokenizer().encode(text).ids
     with started("detokenizer", model) as here:
-        scheduler = here.scheduler(inbound=End).connected()
-        ingress = here.ingress(inbound=Delta, incarnation=LIFE).connected()
+        scheduler = here.scheduler(inbound=list[End]).connected()
+        ingress = here.ingress(inbound=list[Delta], incarnation=LIFE).connected()
         uid = LIFE << 32 | 5
 
         scheduler.send(Begin(uid, 1, b"", 0, [], 3, 0, []))
@@ -41,19 +41,19 @@ def test_text_from_tokens_whoever_comes_and_goes(model: Path) -> None:
 
         # The same ingress, connected anew, is sent all of it again.
         here.end(ingress)
-        ingress = here.ingress(inbound=Delta, incarnation=LIFE).connected()
+        ingress = here.ingress(inbound=list[Delta], incarnation=LIFE).connected()
         whole = Ending("length", Usage(3, len(token_ids), 0))
         assert ingress.expect(1) == [Delta(uid, 1, 0, 0, pack(token_ids), text, [], whole)]
 
         # Of what is said while it is away, nothing is lost either.
         here.end(ingress)
         scheduler.send(begin(token_ids[:2], uid=uid + 1))
-        ingress = here.ingress(inbound=Delta, incarnation=LIFE).connected()
+        ingress = here.ingress(inbound=list[Delta], incarnation=LIFE).connected()
         assert {delta.uid for delta in ingress.expect(2)} == {uid, uid + 1}
 
         # A new scheduler owns other attempts.
         here.end(scheduler)
-        scheduler = here.scheduler(inbound=End).connected()
+        scheduler = here.scheduler(inbound=list[End]).connected()
         scheduler.send(
             rows((uid + 1, 1, 2, token_ids[2])), begin(token_ids[:4], uid=uid + 1, attempt=2)
         )
@@ -62,7 +62,7 @@ def test_text_from_tokens_whoever_comes_and_goes(model: Path) -> None:
 
         # A new ingress has no part in the requests of the old one.
         here.end(ingress)
-        ingress = here.ingress(inbound=Delta, incarnation=NEXT_LIFE).connected()
+        ingress = here.ingress(inbound=list[Delta], incarnation=NEXT_LIFE).connected()
         new_uid = NEXT_LIFE << 32 | 1
         scheduler.send(rows((uid + 1, 2, 4, token_ids[4])), begin(token_ids, uid=new_uid))
         (delta,) = ingress.expect(1)

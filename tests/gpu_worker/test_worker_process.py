@@ -18,7 +18,6 @@ import zmq
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.control import Ready, Report, ToSupervisor, WorkerStats
-from nanovllm.links import BoundLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.messages import (
     Admission,
     GroupReady,
@@ -33,6 +32,7 @@ from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED, REASON_PREFIX
 from nanovllm.services.gpu_worker import bring_up
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.settings import Settings
+from nanovllm.transport.links import BoundLink, Down, Peer, Received, Up, new_incarnation
 from tests.bpe import write_checkpoint_files
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import CPU
@@ -45,7 +45,9 @@ T = TypeVar("T")
 class Binder:
     """One side that workers connect to: the scheduler's, or the supervisor's."""
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, role: str, inbound: Any) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, role: str, inbound: type[list[Any]]
+    ) -> None:
         self._context, self._endpoint, self._inbound = context, endpoint, inbound
         self._role = role
         self._me = Peer(role, 0, new_incarnation())
@@ -112,10 +114,10 @@ class Group:
         )
         self.context: zmq.Context[Any] = zmq.Context()
         self.supervisor = Binder(
-            self.context, self.settings.control_endpoint, "supervisor", ToSupervisor
+            self.context, self.settings.control_endpoint, "supervisor", list[ToSupervisor]
         )
         self.scheduler = Binder(
-            self.context, self.settings.steps_endpoint, "scheduler", WorkerToScheduler
+            self.context, self.settings.scheduler_endpoint, "scheduler", list[WorkerToScheduler]
         )
         self.ranks = [self._start(rank) for rank in range(self.settings.tensor_parallel_size)]
 

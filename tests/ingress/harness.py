@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.links import Peer
 from nanovllm.messages import (
     Admitted,
     Cancel,
@@ -22,6 +21,7 @@ from nanovllm.protocol import ServerMessage
 from nanovllm.services.ingress.core import About, Core
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.sessions import Session
+from nanovllm.transport.links import Peer
 
 INCARNATION = 0x0ABCDEF0
 TOKENIZER = Peer("tokenizer", 0, 11)

@@ -16,8 +16,6 @@ from typing import Any
 import msgspec
 import zmq
 
-from nanovllm.connections import readable
-from nanovllm.links import BoundLink, ConnectedLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.messages import (
     Admitted,
     Cancel,
@@ -30,6 +28,16 @@ from nanovllm.messages import (
 )
 from nanovllm.protocol import Error, Finish, Pong, ServerMessage
 from nanovllm.settings import Settings
+from nanovllm.transport.links import (
+    BoundLink,
+    ConnectedLink,
+    Down,
+    Peer,
+    Received,
+    Up,
+    new_incarnation,
+)
+from nanovllm.transport.router_monitor import readable
 
 TIMEOUT_S = 20.0
 CONFIG = {
@@ -113,8 +121,8 @@ class Surroundings:
         self.cancelled: list[int] = []
         self.ended: list[int] = []
         self.scheduler = self.start_scheduler()
-        self.tokenizer = self._connect("tokenizer", IngressToTokenizer)
-        self.detokenizer = self._connect("detokenizer", End)
+        self.tokenizer = self._connect("tokenizer", list[IngressToTokenizer])
+        self.detokenizer = self._connect("detokenizer", list[End])
         self.process = self.start_ingress()
 
     def start_ingress(self) -> subprocess.Popen[bytes]:
@@ -131,7 +139,9 @@ class Surroundings:
     def start_scheduler(self) -> BoundLink[IngressToScheduler]:
         me = Peer("scheduler", 0, new_incarnation())
         self._scheduler_life = me.incarnation
-        return BoundLink(self.context, self.settings.scheduler_endpoint, me, IngressToScheduler)
+        return BoundLink(
+            self.context, self.settings.scheduler_endpoint, me, list[IngressToScheduler]
+        )
 
     def client(self, kind: int = zmq.DEALER, **options: int) -> Client:
         self.clients.append(Client(self.context, kind, self.endpoint, **options))
@@ -202,7 +212,7 @@ class Surroundings:
         self.context.term()
         shutil.rmtree(self.directory)
 
-    def _connect(self, role: str, inbound: Any) -> ConnectedLink[Any]:
+    def _connect(self, role: str, inbound: type[list[Any]]) -> ConnectedLink[Any]:
         me = Peer(role, 0, new_incarnation())
         return ConnectedLink(self.context, self.settings.services_endpoint, me, inbound)
 

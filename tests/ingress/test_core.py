@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.control import IngressStats
-from nanovllm.links import Peer
 from nanovllm.messages import (
     Admitted,
     EngineState,
@@ -27,6 +26,7 @@ from nanovllm.services.ingress import core
 from nanovllm.services.ingress.core import MAX_FULL_S, MAX_INTAKE_BYTES, MAX_UNREAD_BYTES
 from nanovllm.services.ingress.dispatch import ADMISSION_TIMEOUT_S, WINDOW
 from nanovllm.services.ingress.intake import MESSAGES_A_TURN
+from nanovllm.transport.links import Peer
 from tests.ingress.harness import (
     CLIENT,
     DETOKENIZER,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -255,16 +256,13 @@ def test_a_taken_endpoint_is_one_clear_line(around: Surroundings) -> None:
     assert "taken by another process" in line
 
 
-def test_an_endpoint_that_cannot_be_bound_is_one_clear_line(around: Surroundings) -> None:
+def test_an_endpoint_that_cannot_be_bound_is_one_clear_line(
+    around: Surroundings, tmp_path: Path
+) -> None:
     second = subprocess.run(
         [
             *[sys.executable, "-m", "nanovllm.services.ingress", *around.arguments],
-            *[
-                "--ingress",
-                "tcp://192.0.2.1:5",
-                "--services-link",
-                f"ipc://{around.directory}/other",
-            ],
+            *("--ingress", "tcp://192.0.2.1:5", "--runtime-dir", str(tmp_path)),
         ],
         capture_output=True,
         text=True,

@@ -9,7 +9,6 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.links import Peer
 from nanovllm.messages import Admitted, Cancel, HandedOn, Lost, Refused, Tokenize, unpack
 from nanovllm.protocol import Error, Finish
 from nanovllm.services.ingress.suspects import (
@@ -21,6 +20,7 @@ from nanovllm.services.ingress.suspects import (
     InHand,
     Suspects,
 )
+from nanovllm.transport.links import Peer
 from tests.ingress.harness import INCARNATION, SCHEDULER, World, delta
 
 Guilt = Literal["", "tokenizer", "scheduler", "gpu_worker", "gpu_worker, late", "detokenizer"]

@@ -115,13 +115,15 @@ def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
     assert "--device" in refused("--device", "abacus", *private)
     small = ("--kvcache-block-size", "16", "--num-kvcache-blocks", "8", *SIM)
     assert "not enough memory for one sequence" in refused(*small, *private)
-    line = refused("--steps-link", "nowhere", *SIM, *private)
-    assert "--steps-link nowhere: must be tcp://HOST:PORT" in line
+    line = refused(*SIM, *private, "--ingress", "nowhere")
+    assert "--ingress nowhere: must be tcp://HOST:PORT" in line
     no_tokenizer = config(tmp_path)
-    assert f"{no_tokenizer} has no tokenizer.json" in refused(str(no_tokenizer), *SIM, *private)
+    assert f"{no_tokenizer} has no tokenizer.json" in refused(
+        str(no_tokenizer), *SIM, *private, "--ingress", ""
+    )
     missing = f"ipc://{tmp_path}/missing/x"
-    line = refused("--scheduler-link", missing, *SIM, *private)
-    assert f"--scheduler-link {missing} cannot be bound: No such file or directory" in line
+    line = refused(*SIM, *private, "--ingress", missing)
+    assert f"--ingress {missing} cannot be bound: No such file or directory" in line
 
 
 def test_a_taken_endpoint_and_a_taken_runtime_dir_are_named(
@@ -157,7 +159,7 @@ def test_every_service_can_be_started_alone_and_explains_itself() -> None:
             timeout=30,
             check=True,
         )
-        assert "--scheduler-link" in done.stdout
+        assert "--pipeline-depth" in done.stdout
 
 
 def test_services_that_need_no_torch_do_not_load_it() -> None:

@@ -28,8 +28,8 @@ from nanovllm.launch.groups import (
     Work,
 )
 from nanovllm.launch.policy import Policy
-from nanovllm.links import Peer
 from nanovllm.service import EXIT_FOLLOWED
+from nanovllm.transport.links import Peer
 
 SCHEDULER = Place("scheduler", 0)
 RANKS = [Place("gpu_worker", 0), Place("gpu_worker", 1)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nanovllm.links import Peer
 from nanovllm.messages import (
     Begin,
     End,
@@ -19,6 +18,7 @@ from nanovllm.messages import (
     pack,
     unpack,
 )
+from nanovllm.transport.links import Peer
 from tests.scheduler.fakes import FakeDetokenizer, Request, next_token
 from tests.scheduler.world import World
 

@@ -15,7 +15,6 @@ import pytest
 import zmq
 
 from nanovllm.control import Ready, Report, SchedulerStats, ToSupervisor
-from nanovllm.links import BoundLink, ConnectedLink, Peer, Received, Up
 from nanovllm.messages import (
     Admitted,
     Begin,
@@ -37,6 +36,7 @@ from nanovllm.messages import (
 )
 from nanovllm.options import settings_argv
 from nanovllm.settings import Settings
+from nanovllm.transport.links import BoundLink, ConnectedLink, Peer, Received, Up
 
 TIMEOUT_S = 20.0
 INGRESS_LIFE = 77
@@ -62,20 +62,18 @@ class Neighbours:
         self.context: zmq.Context[Any] = zmq.Context()
         supervisor = Peer("supervisor", 0, 1)
         self.supervisor: BoundLink[Any] = BoundLink(
-            self.context, settings.control_endpoint, supervisor, ToSupervisor
+            self.context, settings.control_endpoint, supervisor, list[ToSupervisor]
         )
         self._settings = settings
         self._links: list[BoundLink[Any] | ConnectedLink[Any]] = [self.supervisor]
-        self.ingress = self.connect(Peer("ingress", 0, INGRESS_LIFE), SchedulerToIngress)
-        self.tokenizer = self.connect(Peer("tokenizer", 0, 3), None)
-        self.detokenizer = self.connect(Peer("detokenizer", 0, 4), SchedulerToDetokenizer)
-        self.worker = self.connect(Peer("gpu_worker", 0, 5), SchedulerToWorker)
+        self.ingress = self.connect(Peer("ingress", 0, INGRESS_LIFE), list[SchedulerToIngress])
+        self.tokenizer = self.connect(Peer("tokenizer", 0, 3), list[None])
+        self.detokenizer = self.connect(Peer("detokenizer", 0, 4), list[SchedulerToDetokenizer])
+        self.worker = self.connect(Peer("gpu_worker", 0, 5), list[SchedulerToWorker])
         self.events: list[tuple[object, Any]] = []
 
-    def connect(self, me: Peer, inbound: Any) -> ConnectedLink[Any]:
-        settings = self._settings
-        is_worker = me.role == "gpu_worker"
-        endpoint = settings.steps_endpoint if is_worker else settings.scheduler_endpoint
+    def connect(self, me: Peer, inbound: type[list[Any]]) -> ConnectedLink[Any]:
+        endpoint = self._settings.scheduler_endpoint
         link: ConnectedLink[Any] = ConnectedLink(self.context, endpoint, me, inbound)
         self._links.append(link)
         return link
@@ -221,12 +219,12 @@ def test_a_worker_group_in_a_new_life_computes_again(neighbours: Neighbours) -> 
 
     n.close(n.worker)
     assert not n.message(n.ingress, EngineState).ready
-    n.worker = n.connect(Peer("gpu_worker", 0, 6), SchedulerToWorker)
+    n.worker = n.connect(Peer("gpu_worker", 0, 6), list[SchedulerToWorker])
     n.up(n.worker)
     assert n.worker.send([GroupReady(16, 4)])
     reset = n.message(n.worker, Reset)
     again = n.message(n.worker, StepPlan)
-    assert again.number == reset.number == 3
+    assert again.number == reset.number == 4
     assert unpack(again.admit[0].tokens).tolist() == [1, 2, 3, 4, 5, 10]
     assert n.message(n.ingress, EngineState).ready
 

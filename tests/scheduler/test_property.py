@@ -9,9 +9,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from nanovllm.links import Peer
 from nanovllm.messages import pack
 from nanovllm.services.scheduler import blocks
+from nanovllm.transport.links import Peer
 from tests.scheduler.fakes import FakeDetokenizer, Request
 from tests.scheduler.world import World, random_prompt
 

@@ -6,11 +6,11 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from nanovllm.links import Peer
 from nanovllm.messages import Admitted, EngineState, Sampling, StepPlan, Submit, pack, unpack
 from nanovllm.services.scheduler.core import Scheduler
 from nanovllm.services.scheduler.engine import Engine
 from nanovllm.settings import Settings
+from nanovllm.transport.links import Peer
 from tests.scheduler.fakes import (
     VOCABULARY,
     FakeDetokenizer,

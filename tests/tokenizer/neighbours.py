@@ -14,8 +14,8 @@ from typing import Any
 
 import zmq
 
-from nanovllm.links import BoundLink, Down, Event, Peer, Received, Up, new_incarnation
 from nanovllm.messages import Message
+from nanovllm.transport.links import BoundLink, Down, Event, Peer, Received, Up, new_incarnation
 
 TIMEOUT_S = 30
 
@@ -29,7 +29,7 @@ class Neighbour:
     """
 
     def __init__(
-        self, endpoint: str, role: str, inbound: Any, incarnation: int | None = None
+        self, endpoint: str, role: str, inbound: type[list[Any]], incarnation: int | None = None
     ) -> None:
         self.incarnation = incarnation or new_incarnation()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -93,10 +93,10 @@ class Neighbourhood:
             ]
         )
 
-    def ingress(self, inbound: Any, incarnation: int | None = None) -> Neighbour:
+    def ingress(self, inbound: type[list[Any]], incarnation: int | None = None) -> Neighbour:
         return self._neighbour("services", "ingress", inbound, incarnation)
 
-    def scheduler(self, inbound: Any, incarnation: int | None = None) -> Neighbour:
+    def scheduler(self, inbound: type[list[Any]], incarnation: int | None = None) -> Neighbour:
         return self._neighbour("scheduler", "scheduler", inbound, incarnation)
 
     def close(self) -> None:
@@ -111,7 +111,9 @@ class Neighbourhood:
         self._neighbours.remove(neighbour)
         neighbour.close()
 
-    def _neighbour(self, name: str, role: str, inbound: Any, incarnation: int | None) -> Neighbour:
+    def _neighbour(
+        self, name: str, role: str, inbound: type[list[Any]], incarnation: int | None
+    ) -> Neighbour:
         endpoint = f"ipc://{self._directory}/{name}.sock"
         self._neighbours.append(Neighbour(endpoint, role, inbound, incarnation))
         return self._neighbours[-1]

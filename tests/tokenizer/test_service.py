@@ -26,7 +26,7 @@ def test_it_needs_no_torch_and_starts_without_chat_templates() -> None:
 def test_requests_wait_for_the_scheduler(model: Path) -> None:
     text = "the quick 日本 fox"
     with started("tokenizer", model, "--max-model-len", "64") as here:
-        ingress = here.ingress(inbound=TokenizerToIngress).connected()
+        ingress = here.ingress(inbound=list[TokenizerToIngress]).connected()
         uid = ingress.incarnation << 32
         critic = [ChatMessage("critic", "boo")]
         ingress.send(
@@ -40,7 +40,7 @@ def test_requests_wait_for_the_scheduler(model: Path) -> None:
         assert isinstance(refusal, Refused)
         assert (refusal.uid, refusal.code) == (uid + 2, "invalid_request")
 
-        scheduler = here.scheduler(inbound=Submit).connected()
+        scheduler = here.scheduler(inbound=list[Submit]).connected()
         (submit,) = scheduler.expect(1)
         assert submit.uid == uid + 1
         assert list(memoryview(submit.prompt).cast("i")) == tiny_tokenizer().encode(text).ids
@@ -52,10 +52,10 @@ def test_requests_wait_for_the_scheduler(model: Path) -> None:
         ingress.send(request(uid=uid + 4, text=text), request(uid=uid + 5, text=""))
         ingress.expect(1)
         here.end(ingress)
-        ingress = here.ingress(inbound=TokenizerToIngress).connected()
+        ingress = here.ingress(inbound=list[TokenizerToIngress]).connected()
         uid = ingress.incarnation << 32
         ingress.send(request(uid=uid + 1, text=text))
-        scheduler = here.scheduler(inbound=Submit).connected()
+        scheduler = here.scheduler(inbound=list[Submit]).connected()
         (submit,) = scheduler.expect(1)
         assert submit.uid == uid + 1
         handed_on = HandedOn(uid + 1, 3, len(submit.prompt) // 4, scheduler.incarnation)

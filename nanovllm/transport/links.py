@@ -1,16 +1,16 @@
-"""The links between services: one side binds, others connect, and each knows the other's life.
+"""The links between services: one side binds, others connect, and each knows the other's
+incarnation.
 
 Every process draws an incarnation number when it starts. The side that connects says `Hello` when
-its connection is made, again whenever it is made anew, and as a heartbeat; the binding side answers
-`Welcome`. Each message names the incarnation it is meant for and the one it comes from, and what
-was meant for, or sent by, an earlier life is dropped: a DEALER's queue is delivered to a reborn
-ROUTER. An `Up` tells that the other side is there anew: all that was sent to it before may be lost,
-so its receiver resends what it still owes.
+its connection is made, again whenever the connection is made anew, and as a heartbeat. The binding
+side answers `Welcome`. The header of each message names the incarnation that the message is meant
+for, the incarnation that it comes from, and the connection. A message for or from an earlier
+incarnation is dropped, and so is one of an earlier connection: a DEALER's queue is delivered to a
+reborn ROUTER. So while a connection stands nothing is lost, and around an `Up` the end of what was
+sent before may be: the sender sends again what its peer still needs.
 
-What carries the frames is a wire: ZeroMQ sockets (`wires.py`), or a stream socket (`direct.py`).
-
-Nothing here blocks and nothing is queued beside the sockets: `send` says whether it could, and
-whoever could not keeps what it has to say and says it later, merged.
+Nothing here blocks, and nothing is queued beside the sockets: `send` says whether it could. What
+could not be sent stays with the sender, who merges it and sends it later.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import msgspec
 import zmq
 
-from nanovllm.direct import DirectBound, DirectConnected
-from nanovllm.endpoints import DIRECT, connectable
 from nanovllm.messages import Message
-from nanovllm.wires import BoundWire, ConnectedWire, Dealer, Frame, Route, Router
+from nanovllm.transport.endpoints import connectable
+from nanovllm.transport.sockets import Dealer, Router
 from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
@@ -37,14 +36,15 @@ M = TypeVar("M")
 
 HEARTBEAT_S = 1.0
 
-# In front of each payload: to which incarnation, from which incarnation.
-_HEADER = struct.Struct("<QQ")
+# In front of each payload: to which incarnation, from which incarnation, on which connection (a
+# number that the connecting side gives it).
+_HEADER = struct.Struct("<QQI")
 _TO_ANYONE = 0
 _encoder = msgspec.msgpack.Encoder()
 
 
 class Peer(msgspec.Struct, frozen=True):
-    """A process, in one of its lives."""
+    """One incarnation of a service."""
 
     role: str
     index: int
@@ -55,14 +55,14 @@ class Peer(msgspec.Struct, frozen=True):
 
 
 class Up(NamedTuple):
-    """The peer is there, for the first time or anew. `reborn`: in a life not seen before."""
+    """A connection to the peer was made. `reborn`: this incarnation was not seen before."""
 
     peer: Peer
     reborn: bool
 
 
 class Down(NamedTuple):
-    """The connection to the peer is gone; the peer may live."""
+    """The connection to the peer is gone. The peer may still run."""
 
     peer: Peer
 
@@ -79,12 +79,17 @@ class _Hello(msgspec.Struct, array_like=True, tag="hello"):
     role: str
     index: int
     pid: int
-    connection: int
 
 
 class _Welcome(msgspec.Struct, array_like=True, tag="welcome"):
     role: str
     index: int
+
+
+class _Route(NamedTuple):
+    """One connection of a peer: the ROUTER's name for it, and the peer's number for it."""
+
+    routing_id: bytes
     connection: int
 
 
@@ -93,18 +98,18 @@ _welcome_decoder = msgspec.msgpack.Decoder(_Welcome)
 
 
 def new_incarnation() -> int:
-    """A number that no earlier life of any service has had: random, not 0, and of 31 bits, so that
-    a uid that begins with it is an int64."""
+    """A random number that no earlier process has drawn: not 0, and of 31 bits, so that a uid that
+    begins with it is an int64."""
     return secrets.randbelow(2**31 - 1) + 1
 
 
 class _Codec(Generic[M]):
     """Lists of messages, decoded into their types."""
 
-    def __init__(self, inbound: Any) -> None:
-        self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(list[inbound])
+    def __init__(self, inbound: type[list[M]]) -> None:
+        self._decoder = msgspec.msgpack.Decoder(inbound)
 
-    def decode(self, payload: Frame, sender: object) -> list[M]:
+    def decode(self, payload: memoryview, sender: object) -> list[M]:
         try:
             return self._decoder.decode(payload)
         except (msgspec.DecodeError, RecursionError) as error:
@@ -119,34 +124,33 @@ class ConnectedLink(Generic[M]):
         context: the process's ZeroMQ context.
         endpoint: where the other side binds, now or later.
         me: this process.
-        inbound: the union of message types that the other side sends.
+        inbound: `list[…]` of the message types that the other side sends.
     """
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, me: Peer, inbound: Any) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, me: Peer, inbound: type[list[M]]
+    ) -> None:
         self._me = me
-        self._codec: _Codec[M] = _Codec(inbound)
+        self._codec = _Codec(inbound)
         self._connection = 0
         self._connected = False
         self._known = 0
         self.peer: Peer | None = None
-        endpoint = connectable(endpoint)
-        self._wire: ConnectedWire = (
-            DirectConnected(endpoint) if endpoint.startswith(DIRECT) else Dealer(context, endpoint)
-        )
+        self._dealer = Dealer(context, connectable(endpoint))
 
     @property
     def sockets(self) -> tuple[Any, ...]:
-        """Readable (sockets or descriptors) when there is something to receive."""
-        return self._wire.sockets
+        """Readable when there is something to receive."""
+        return self._dealer.sockets
 
     def receive(self) -> list[Event[M]]:
         """What has happened since; at most a batch. Never blocks."""
         events: list[Event[M]] = []
-        # First the frames: what has changed came after them, or else concerns a connection on
-        # which nothing was answered yet.
-        for frame in self._wire.read():
+        # First the frames: a change came after them, or concerns a connection on which nothing was
+        # answered yet.
+        for frame in self._dealer.read():
             self._take(frame, events)
-        for connected in self._wire.changes():
+        for connected in self._dealer.changes():
             self._changed(connected, events)
         return events
 
@@ -161,7 +165,7 @@ class ConnectedLink(Generic[M]):
             self._hello()
 
     def close(self) -> None:
-        self._wire.close()
+        self._dealer.close()
 
     def _changed(self, connected: bool, events: list[Event[M]]) -> None:
         self._connected = connected
@@ -173,34 +177,34 @@ class ConnectedLink(Generic[M]):
             self.peer = None
 
     def _hello(self) -> None:
-        hello = _Hello(self._me.role, self._me.index, os.getpid(), self._connection)
-        self._send(_TO_ANYONE, hello)
+        self._send(_TO_ANYONE, _Hello(self._me.role, self._me.index, os.getpid()))
 
     def _send(self, to: int, body: object) -> bool:
-        return self._wire.send(_HEADER.pack(to, self._me.incarnation) + _encoder.encode(body))
+        header = _HEADER.pack(to, self._me.incarnation, self._connection)
+        return self._dealer.send(header + _encoder.encode(body))
 
-    def _take(self, frame: Frame, events: list[Event[M]]) -> None:
+    def _take(self, frame: memoryview, events: list[Event[M]]) -> None:
         if len(frame) < _HEADER.size:
             log.error("dropped a message of %s", counted(len(frame), "byte"))
             return
-        to, sender = _HEADER.unpack_from(frame)
+        to, sender, connection = _HEADER.unpack_from(frame)
         payload = frame[_HEADER.size :]
+        if connection != self._connection:
+            return  # of a connection that has ended since
         if to == _TO_ANYONE:
             self._welcomed(payload, sender, events)
         elif to == self._me.incarnation and self.peer and sender == self.peer.incarnation:
             peer = self.peer
             events.extend(Received(peer, message) for message in self._codec.decode(payload, peer))
 
-    def _welcomed(self, payload: Frame, sender: int, events: list[Event[M]]) -> None:
+    def _welcomed(self, payload: memoryview, sender: int, events: list[Event[M]]) -> None:
         try:
             welcome = _welcome_decoder.decode(payload)
         except (msgspec.DecodeError, RecursionError) as error:
             log.error("dropped a malformed welcome: %s", error)
             return
-        if welcome.connection != self._connection:
-            return  # an answer to a connection that has ended since
         if self.peer is not None and self.peer.incarnation == sender:
-            return  # a heartbeat's
+            return  # the answer to a heartbeat
         self.peer = Peer(welcome.role, welcome.index, sender)
         events.append(Up(self.peer, reborn=sender != self._known))
         self._known = sender
@@ -213,27 +217,27 @@ class BoundLink(Generic[M]):
         context: the process's ZeroMQ context.
         endpoint: what to bind.
         me: this process.
-        inbound: the union of message types that the peers send.
+        inbound: `list[…]` of the message types that the peers send.
 
     Raises:
         EndpointTaken, EndpointUnusable: see `endpoints.bind`.
     """
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, me: Peer, inbound: Any) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, me: Peer, inbound: type[list[M]]
+    ) -> None:
         self._me = me
-        self._codec: _Codec[M] = _Codec(inbound)
-        self._peers: dict[Route, Peer] = {}
-        self._routes: dict[Peer, Route] = {}
-        self._lives: dict[tuple[str, int], int] = {}
+        self._codec = _Codec(inbound)
+        self._peers: dict[bytes, Peer] = {}
+        self._routes: dict[Peer, _Route] = {}
+        self._known: dict[tuple[str, int], int] = {}
         self.pids: dict[Peer, int] = {}
-        self._wire: BoundWire = (
-            DirectBound(endpoint) if endpoint.startswith(DIRECT) else Router(context, endpoint)
-        )
+        self._router = Router(context, endpoint)
 
     @property
     def sockets(self) -> tuple[Any, ...]:
-        """Readable (sockets or descriptors) when there is something to receive."""
-        return self._wire.sockets
+        """Readable when there is something to receive."""
+        return self._router.sockets
 
     @property
     def peers(self) -> list[Peer]:
@@ -243,12 +247,13 @@ class BoundLink(Generic[M]):
     def receive(self) -> list[Event[M]]:
         """What has happened since; at most a batch. Never blocks."""
         events: list[Event[M]] = []
-        ended, frames = self._wire.read()
-        for route, frame in frames:
-            if route not in ended or route in self._peers:  # a peer's last words are believed
-                self._take(route, frame, events)
-        for route in ended:
-            self._drop(route, events)
+        ended, frames = self._router.read()
+        for routing_id, frame in frames:
+            # The last messages of a peer that has gone count; a hello would be too late.
+            if routing_id not in ended or routing_id in self._peers:
+                self._take(routing_id, frame, events)
+        for routing_id in ended:
+            self._drop(routing_id, events)
         return events
 
     def send(self, peer: Peer, messages: Sequence[Message]) -> bool:
@@ -262,28 +267,28 @@ class BoundLink(Generic[M]):
         """Nothing to do: the side that connects says hello."""
 
     def close(self) -> None:
-        self._wire.close()
+        self._router.close()
 
-    def _send(self, route: Route, to: int, body: object) -> bool:
-        header = _HEADER.pack(to, self._me.incarnation)
-        return self._wire.send(route, header + _encoder.encode(body))
+    def _send(self, route: _Route, to: int, body: object) -> bool:
+        header = _HEADER.pack(to, self._me.incarnation, route.connection)
+        return self._router.send(route.routing_id, header + _encoder.encode(body))
 
-    def _take(self, route: Route, frame: Frame, events: list[Event[M]]) -> None:
+    def _take(self, routing_id: bytes, frame: memoryview, events: list[Event[M]]) -> None:
         if len(frame) < _HEADER.size:
             log.error("dropped a message of %s", counted(len(frame), "byte"))
             return
-        to, sender = _HEADER.unpack_from(frame)
+        to, sender, connection = _HEADER.unpack_from(frame)
         payload = frame[_HEADER.size :]
         if to == _TO_ANYONE:
-            self._greeted(route, sender, payload, events)
+            self._greeted(_Route(routing_id, connection), sender, payload, events)
             return
-        peer = self._peers.get(route)
+        peer = self._peers.get(routing_id)
         if peer is None or to != self._me.incarnation or sender != peer.incarnation:
-            return  # before its hello, or meant for an earlier life
+            return  # before its hello, or meant for an earlier incarnation
         events.extend(Received(peer, message) for message in self._codec.decode(payload, peer))
 
     def _greeted(
-        self, route: Route, incarnation: int, payload: Frame, events: list[Event[M]]
+        self, route: _Route, incarnation: int, payload: memoryview, events: list[Event[M]]
     ) -> None:
         try:
             hello = _hello_decoder.decode(payload)
@@ -291,21 +296,20 @@ class BoundLink(Generic[M]):
             log.error("dropped a malformed hello: %s", error)
             return
         peer = Peer(hello.role, hello.index, incarnation)
-        if self._peers.get(route) != peer:
-            place = (peer.role, peer.index)
-            for other in [p for p in self._routes if (p.role, p.index) == place]:
-                self._drop(self._routes[other], events)
-            self._drop(route, events)
-            self._peers[route] = peer
+        if self._routes.get(peer) != route:
+            service = (peer.role, peer.index)
+            for other in [p for p in self._routes if (p.role, p.index) == service]:
+                self._drop(self._routes[other].routing_id, events)
+            self._drop(route.routing_id, events)
+            self._peers[route.routing_id] = peer
             self._routes[peer] = route
             self.pids[peer] = hello.pid
-            events.append(Up(peer, reborn=self._lives.get(place) != incarnation))
-            self._lives[place] = incarnation
-        welcome = _Welcome(self._me.role, self._me.index, hello.connection)
-        self._send(route, _TO_ANYONE, welcome)
+            events.append(Up(peer, reborn=self._known.get(service) != incarnation))
+            self._known[service] = incarnation
+        self._send(route, _TO_ANYONE, _Welcome(self._me.role, self._me.index))
 
-    def _drop(self, route: Route, events: list[Event[M]]) -> None:
-        peer = self._peers.pop(route, None)
+    def _drop(self, routing_id: bytes, events: list[Event[M]]) -> None:
+        peer = self._peers.pop(routing_id, None)
         if peer is not None:
             del self._routes[peer]
             del self.pids[peer]

@@ -13,8 +13,6 @@ from collections.abc import Callable
 
 import zmq
 
-# In front of an endpoint: without ZeroMQ, see `direct.py`.
-DIRECT = "direct+"
 # sockaddr_un.sun_path, less its terminating zero.
 LONGEST_IPC_PATH = 107
 _TCP = re.compile(r"tcp://(\*|[\w.-]+):(\d{1,5})", re.ASCII)
@@ -78,7 +76,6 @@ def bind(endpoint: str, do_bind: Callable[[], object]) -> Callable[[], None]:
         EndpointUnusable: if it cannot be bound for another reason.
     """
     held: int | None = None
-    endpoint = endpoint.removeprefix(DIRECT)
     scheme, _, path = endpoint.partition("://")
     try:
         if scheme == "ipc":

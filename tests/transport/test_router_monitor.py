@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import zmq
 
-from nanovllm.connections import Connections
+from nanovllm.transport.router_monitor import Connections
 
 DESCRIPTOR = 9
 

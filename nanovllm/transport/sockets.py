@@ -1,19 +1,17 @@
-"""What carries the frames of a link: ZeroMQ sockets, for all links but that between scheduler and
-rank 0 (`direct.py`).
-
-A wire knows connections and frames, and nothing of who is at the other end. Nothing in it blocks.
+"""The ZeroMQ sockets under the links: they know connections and frames, and not who is at the other
+end. Nothing here blocks.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from nanovllm.connections import Connections, readable
-from nanovllm.endpoints import bind
+from nanovllm.transport.endpoints import bind
+from nanovllm.transport.router_monitor import Connections, readable
 from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
@@ -31,59 +29,18 @@ RECONNECT_MS = 20, 200
 _DONTWAIT = int(zmq.DONTWAIT)
 _IDENTITY = int(zmq.SNDMORE | zmq.DONTWAIT)
 
-Frame = bytes | memoryview
-# What a binding side calls a connection; never used again.
-Route = bytes | int
 
-
-class ConnectedWire(Protocol):
+class Dealer:
     """The side that connects, again and again.
 
     Attributes:
-        sockets: readable (sockets or descriptors) when there is something to read.
+        sockets: readable when there is something to read.
     """
-
-    sockets: tuple[Any, ...]
-
-    def read(self) -> list[Frame]:
-        """The frames that came; at most a batch."""
-
-    def changes(self) -> list[bool]:
-        """Whether the connection was made or lost, each time that it was since the last call.
-        Call it when what was read has been looked at: the frames came before."""
-
-    def send(self, frame: bytes) -> bool:
-        """Sends, or returns False."""
-
-    def close(self) -> None: ...
-
-
-class BoundWire(Protocol):
-    """The side that binds.
-
-    Attributes:
-        sockets: readable (sockets or descriptors) when there is something to read.
-    """
-
-    sockets: tuple[Any, ...]
-
-    def read(self) -> tuple[list[Route], list[tuple[Route, Frame]]]:
-        """The connections that have ended, and the frames that came, last words of those among
-        them; at most a batch."""
-
-    def send(self, route: Route, frame: bytes) -> bool:
-        """Sends, or returns False."""
-
-    def close(self) -> None: ...
-
-
-class Dealer:
-    """Implements `ConnectedWire`."""
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         self._socket = context.socket(zmq.DEALER)
         _set_options(self._socket)
-        # Messages wait with their owner, where they are merged, and not in a pipe to nobody.
+        # Messages wait with their sender, where they are merged, and not in a pipe without a peer.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         first, longest = RECONNECT_MS
         self._socket.setsockopt(zmq.RECONNECT_IVL, first)
@@ -94,8 +51,9 @@ class Dealer:
         self.sockets = self._socket, self._monitor
         self._socket.connect(endpoint)
 
-    def read(self) -> list[Frame]:
-        frames: list[Frame] = []
+    def read(self) -> list[memoryview]:
+        """The frames that came; at most a batch."""
+        frames: list[memoryview] = []
         for parts in _read_batch(self._socket):
             if len(parts) == 1:
                 frames.append(parts[0].buffer)
@@ -104,6 +62,8 @@ class Dealer:
         return frames
 
     def changes(self) -> list[bool]:
+        """Whether the connection was made or lost, each time that it was since the last call. To be
+        called after `read`: the frames came before."""
         changes: list[bool] = []
         while readable(self._monitor):
             event = parse_monitor_message(self._monitor.recv_multipart())
@@ -111,6 +71,7 @@ class Dealer:
         return changes
 
     def send(self, frame: bytes) -> bool:
+        """Sends, or returns False."""
         try:
             self._socket.send(frame, _DONTWAIT)
         except zmq.Again:
@@ -124,7 +85,10 @@ class Dealer:
 
 
 class Router:
-    """Implements `BoundWire`.
+    """The side that binds.
+
+    Attributes:
+        sockets: readable when there is something to read.
 
     Raises:
         EndpointTaken, EndpointUnusable: see `endpoints.bind`.
@@ -142,10 +106,12 @@ class Router:
             self._close_sockets()
             raise
 
-    def read(self) -> tuple[list[Route], list[tuple[Route, Frame]]]:
+    def read(self) -> tuple[list[bytes], list[tuple[bytes, memoryview]]]:
+        """The routing ids of connections that have ended, and the frames that came with theirs, the
+        last ones of those connections among them; at most a batch."""
         batch = _read_batch(self._socket)
-        ended: list[Route] = [*self._connections.closed()]
-        frames: list[tuple[Route, Frame]] = []
+        ended = self._connections.closed()
+        frames: list[tuple[bytes, memoryview]] = []
         for parts in batch:
             routing_id = parts[0].bytes
             if routing_id in ended or self._connections.opened(routing_id, parts[0]):
@@ -155,9 +121,10 @@ class Router:
                     log.error("dropped a message of %s", counted(len(parts) - 1, "frame"))
         return ended, frames
 
-    def send(self, route: Route, frame: bytes) -> bool:
+    def send(self, routing_id: bytes, frame: bytes) -> bool:
+        """Sends, or returns False."""
         try:
-            self._socket.send(route, _IDENTITY)
+            self._socket.send(routing_id, _IDENTITY)
             self._socket.send(frame, _DONTWAIT)
         except zmq.Again:
             return False
