@@ -3,7 +3,7 @@
     python -m benchmarks.fuzz --frames 1000000
 
 Three clients send random bytes, valid frames with something wrong in them, truncated ones, arrays
-of good and bad elements, deep nesting, huge lengths and wrong numbers of frames, over new
+of messages, deep nesting, huge lengths and wrong numbers of frames, over new
 connections all the time; one of the three does not read what it is told. Meanwhile valid requests
 are made, one at a time, and each must bring what it brings undisturbed. The device is simulated.
 Prints one JSON line:

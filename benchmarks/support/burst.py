@@ -35,12 +35,14 @@ class Burst:
 
     def send(self, prompts: Iterable[list[int]], sampling: Sampling) -> list[str]:
         """Sends a request for each prompt; returns their ids."""
-        requests = []
-        for number, prompt in enumerate(prompts, len(self.arrivals)):
-            requests.append(Generate(id=str(number), prompt_token_ids=prompt, sampling=sampling))
-            self.arrivals[str(number)] = []
-            self.unfinished.add(str(number))
-        self._socket.send(msgspec.msgpack.encode(requests))
+        requests = [
+            Generate(id=str(number), prompt_token_ids=prompt, sampling=sampling)
+            for number, prompt in enumerate(prompts, len(self.arrivals))
+        ]
+        for request in requests:
+            self.arrivals[request.id] = []
+            self.unfinished.add(request.id)
+            self._socket.send(msgspec.msgpack.encode(request))
         return [request.id for request in requests]
 
     def run_until(self, reached: Callable[[], bool]) -> None:

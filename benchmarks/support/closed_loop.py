@@ -97,7 +97,6 @@ class ClosedLoop:
             self.lags_s.append((micros + round(entry[0][1])) % STAMP_MODULO / 1e6)
 
     def _send(self, count: int) -> None:
-        requests = []
         for number in itertools.islice(self._ids, count):
             probed = number % self._probe_every == 0
             sampling = Sampling(
@@ -107,8 +106,8 @@ class ClosedLoop:
                 logprobs=0 if probed else None,
             )
             prompt = [self._random.randrange(5, 250) for _ in range(16)]
-            requests.append(Generate(id=str(number), prompt_token_ids=prompt, sampling=sampling))
-        self._socket.send(self._encoder.encode(requests))
+            request = Generate(id=str(number), prompt_token_ids=prompt, sampling=sampling)
+            self._socket.send(self._encoder.encode(request))
 
     def _at(self, when: float) -> float:
         """Tokens that had arrived by `when`."""

@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 PING_PERIOD_S: Final = 1.0
 # Before a refused request, or a connection on which nothing was heard, is tried again.
 RETRY_S: Final = 0.5
-# Small messages travel together in frames of about this size.
-FRAME_BYTES: Final = 1 << 20
 
 
 class ClientCore:
@@ -163,20 +161,11 @@ class ClientCore:
         self._outgoing = [ticket.encoded(self._encoder) for ticket in self._tickets.values()]
 
     def frames(self) -> list[bytes]:
-        """What to send now, encoded; to a connection that is lost, nothing."""
-        if self._lost or not self._outgoing:
+        """The messages to send now, one a frame; to a connection that is lost, nothing."""
+        if self._lost:
             return []
-        frames: list[bytes] = []
-        batch: list[msgspec.Raw] = []
-        size = 0
-        for raw in self._outgoing:
-            if batch and size + len(raw) > FRAME_BYTES:
-                frames.append(self._encoder.encode(batch))
-                batch, size = [], 0
-            batch.append(msgspec.Raw(raw))
-            size += len(raw)
-        self._outgoing.clear()
-        return [*frames, self._encoder.encode(batch)]
+        frames, self._outgoing = self._outgoing, []
+        return frames
 
     def changed(self) -> list[Ticket]:
         """What has got output or its end since the last call; one may be there twice."""

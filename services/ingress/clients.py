@@ -38,8 +38,10 @@ class Sent(enum.Enum):
 
 
 class FromClient(NamedTuple):
+    """A ZeroMQ message; `frame` is None if it was not one frame."""
+
     connection: bytes
-    parts: list[bytes]
+    frame: bytes | None
 
 
 class ClientSocket:
@@ -72,7 +74,7 @@ class ClientSocket:
             raise
 
     def read(self) -> None:
-        """Takes frames from the socket; they come with the next `receive`."""
+        """Takes ZeroMQ messages from the socket; they come with the next `receive`."""
         size = 0
         while len(self._batch) < MAX_BATCH and size < MAX_BATCH_BYTES and readable(self.socket):
             parts = self.socket.recv_multipart(copy=False)
@@ -90,13 +92,14 @@ class ClientSocket:
         for id_frame, *parts in batch:
             connection = id_frame.bytes
             if self._connections.opened(connection, id_frame):
-                received.append(FromClient(connection, [part.bytes for part in parts]))
+                frame = parts[0].bytes if len(parts) == 1 else None
+                received.append(FromClient(connection, frame))
         return received
 
-    def send(self, connection: bytes, parts: list[bytes]) -> Sent:
+    def send(self, connection: bytes, frame: bytes) -> Sent:
         """Sends without blocking."""
         try:
-            self.socket.send_multipart((connection, *parts), _DONTWAIT)
+            self.socket.send_multipart((connection, frame), _DONTWAIT)
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as error:

@@ -29,20 +29,20 @@ from nanovllm.protocol import (
     Pong,
     Usage,
 )
+from nanovllm.services.ingress.client_queues import ClientQueues
 from nanovllm.services.ingress.dispatch import Dispatcher
 from nanovllm.services.ingress.frames import Limits
-from nanovllm.services.ingress.intake import Intake
 from nanovllm.services.ingress.output import size_of
 from nanovllm.services.ingress.quarantine import Quarantine
 from nanovllm.services.ingress.requests import Request, Stage, begun
-from nanovllm.services.ingress.sessions import Exchange, Session
+from nanovllm.services.ingress.sessions import Session
 from nanovllm.transport.links import Peer
 from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
-# Client messages looked at in one wake-up, so that an array of thousands stops nobody's stream; and
-# no more after so many bytes, of which 8 MiB can take half a second.
+# Client messages handled in one wake-up, so that thousands stop nobody's stream; and no more
+# after so many bytes, of which 8 MiB can take half a second.
 MESSAGES_PER_WAKE_UP = 128
 BYTES_PER_WAKE_UP = 1 << 20
 # A client that does not read is treated as one that has gone: when its socket has taken nothing for
@@ -52,8 +52,8 @@ MAX_FULL_S = 1.2
 MAX_UNREAD_BYTES = 16 << 20
 # Unfinished requests are held whole, to be submitted again: so many at most, and so many bytes.
 MAX_REQUEST_BYTES = 1 << 30
-# What was received and not looked at, of all clients.
-MAX_INTAKE_BYTES = 512 << 20
+# Of all client queues.
+MAX_QUEUED_BYTES = 512 << 20
 
 
 class About(NamedTuple):
@@ -76,7 +76,7 @@ class Core:
     Attributes:
         quarantine: the requests that may be what brings services down.
         ends: uids that the scheduler is to be told nobody needs any more.
-        unsent: sessions that are owed something.
+        unsent: sessions that have something to send.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Core:
         self._requests_begun = 0
         self._request_bytes = 0
         self._finished = 0
-        self._intake = Intake(limits)
+        self._queues = ClientQueues(limits)
         self._detokenizers: set[Peer] = set()
         self._scheduler: Peer | None = None
         self._scheduler_known = False
@@ -136,61 +136,56 @@ class Core:
 
     # Clients ------------------------------------------------------------------------------------
 
-    def receive(self, connection: bytes, parts: list[bytes]) -> None:
-        """A ZeroMQ message came from a client; `work` will look at what is in it."""
-        self._intake.add(self._sessions.get(connection) or self._open(connection), parts)
+    def receive(self, connection: bytes, frame: bytes | None) -> None:
+        """Queues a client's ZeroMQ message for `work`; None is one that was not one frame."""
+        self._queues.add(self._sessions.get(connection) or self._open(connection), frame)
 
     def flooded(self) -> bytes | None:
-        """The connection to be ended because too much was received that nobody has looked at yet:
-        that which sent most of it. Its requests are gone then."""
-        if self._intake.size <= MAX_INTAKE_BYTES:
+        """The connection to be ended because the client queues are too large: that of the client
+        with the largest queue. Its requests are gone then."""
+        if self._queues.size <= MAX_QUEUED_BYTES:
             return None
-        session = self._intake.largest()
+        session = self._queues.largest()
         log.warning("session %s sends more than can be taken in: disconnected", session.name)
         self.closed(session.connection)
         return session.connection
 
     @property
     def has_work(self) -> bool:
-        """Whether messages have been received but not looked at."""
-        return bool(self._intake)
+        """Whether client queues hold messages."""
+        return bool(self._queues)
 
     def work(self) -> None:
-        """Looks at some of the messages received."""
-        taken = self._intake.take(MESSAGES_PER_WAKE_UP, BYTES_PER_WAKE_UP)
-        for session, exchange, message, size in taken:
+        """Handles some of the messages in the client queues."""
+        for session, message, size in self._queues.take(MESSAGES_PER_WAKE_UP, BYTES_PER_WAKE_UP):
             if isinstance(message, Generate):
-                self._generate(session, exchange, message, size)
+                self._generate(session, message, size)
             elif isinstance(message, Abort):
                 self._abort(session, message)
             elif isinstance(message, Ping):
-                self._answer(session, self._pong(session, message), exchange)
-            elif isinstance(message, Error):
-                self._answer(session, message, exchange)
-            elif exchange is not None:
-                session.answered(exchange)
-                self.unsent.add(session)
+                self._answer(session, self._pong(session, message))
+            else:
+                self._answer(session, message)
 
     def closed(self, connection: bytes) -> None:
         """The client has gone, and its requests with it."""
         session = self._sessions.pop(connection, None)
         if session is None:
             return
-        session.closed = True
-        self._intake.drop(session)
+        self._queues.drop(session)
         self.unsent.discard(session)
         for request in session.requests.values():
             self._forget(request)
 
     def sent(self, session: Session) -> None:
-        """The session's outgoing message is in its socket."""
+        """The session's outgoing frame is in its socket."""
         for request in session.sent():
             del session.requests[request.id]
             self._forget(request)
 
     def full(self, session: Session, now: float) -> bool:
-        """The session's socket does not take what it is owed; whether it is to be disconnected,
-        since it does not read. Its requests are gone then."""
+        """The session's socket does not take its outgoing frame; whether it is to be
+        disconnected, since it does not read. Its requests are gone then."""
         if session.full_since is None:
             session.full_since = now
         seconds = now - session.full_since
@@ -330,30 +325,21 @@ class Core:
         self._sessions[connection] = session
         return session
 
-    def _generate(
-        self, session: Session, exchange: Exchange | None, ask: Generate, size: int
-    ) -> None:
-        if (refusal := self._refusal(session, exchange, ask, size)) is not None:
-            self._answer(session, refusal, exchange)
+    def _generate(self, session: Session, ask: Generate, size: int) -> None:
+        if (refusal := self._refusal(session, ask, size)) is not None:
+            self._answer(session, refusal)
             return
         self._request_bytes += size
         self._requests_begun += 1
         uid = self._incarnation << 32 | self._requests_begun
         seed = self._draw_seed() if ask.sampling.seed is None else ask.sampling.seed
-        request = Request(uid, ask, size, seed, self._limits.max_model_len, session, exchange)
+        request = Request(uid, ask, size, seed, self._limits.max_model_len, session)
         session.requests[ask.id] = self._requests[uid] = request
-        if exchange is not None:
-            exchange.unanswered += 1
         self.dispatcher.submit(request)
 
-    def _refusal(
-        self, session: Session, exchange: Exchange | None, ask: Generate, size: int
-    ) -> Error | None:
+    def _refusal(self, session: Session, ask: Generate, size: int) -> Error | None:
         code: ErrorCode = "overloaded"
-        if exchange is not None and ask.stream:
-            code = "invalid_request"
-            reason = "stream: must be false behind an empty delimiter frame (REQ)"
-        elif ask.id in session.requests:
+        if ask.id in session.requests:
             code = "duplicate_id"
             reason = "id: an unfinished request of this session has it"
         elif self._draining and not ask.resume_token_ids:
@@ -383,8 +369,8 @@ class Core:
             ready=self.ready,
         )
 
-    def _answer(self, session: Session, message: Error | Pong, exchange: Exchange | None) -> None:
-        session.answer(message, exchange)
+    def _answer(self, session: Session, message: Accepted | Error | Pong) -> None:
+        session.answer(message)
         self.unsent.add(session)
 
     def _has_news(self, request: Request, size: int = 0) -> None:
@@ -402,8 +388,7 @@ class Core:
         if request.stream and not request.accepted:
             request.accepted = True
             session = request.session
-            session.answer(Accepted(id=request.id, session=session.name, seed=request.seed), None)
-            self.unsent.add(session)
+            self._answer(session, Accepted(id=request.id, session=session.name, seed=request.seed))
 
     def _admitted(self, request: Request) -> None:
         request.may_be_scheduled = True

@@ -1,4 +1,5 @@
-"""What clients send: hostile bytes into messages of the protocol, or the `Error` that answers them.
+"""Decodes what clients send, hostile bytes included: a message of the protocol, or the `Error`
+that answers the frame.
 
 Nothing here raises, whatever the bytes.
 """
@@ -14,13 +15,14 @@ from nanovllm.protocol import ClientMessage, Error, ErrorCode, Generate
 T = TypeVar("T")
 
 MAX_ID_BYTES = 128
-# One frame is looked at as a list before it is looked into; this bounds that list.
-MAX_MESSAGES_IN_FRAME = 16384
 # Decoded, a byte can become an object of 64: kept small, and shallow enough to be encoded again.
 MAX_KWARGS_BYTES = 65536
 MAX_KWARGS_DEPTH = 16
 # An error says what is wrong without giving all of it back.
 MAX_REASON_CHARS = 300
+# The first byte of a MessagePack map: fixmap, map 16, map 32.
+MAP_TYPES = {bytes([first]) for first in (*range(0x80, 0x90), 0xDE, 0xDF)}
+FRAMING = "a ZeroMQ message is one frame with one MessagePack map"
 
 
 class Limits(NamedTuple):
@@ -38,40 +40,35 @@ class _Outline(msgspec.Struct):
     chat_template_kwargs: msgspec.Raw = msgspec.Raw()
 
 
-_elements = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _outline = msgspec.msgpack.Decoder(_Outline)
 _str = msgspec.msgpack.Decoder(str)
 _message: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 
 
-def split(frame: bytes, limits: Limits) -> list[msgspec.Raw] | Error:
-    """The elements of a frame, not yet looked into: those of its array, or its one message."""
+def parse(frame: bytes | None, limits: Limits) -> ClientMessage | Error:
+    """Decodes one message and checks every range of the protocol; an Error says what is wrong.
+
+    Args:
+        frame: None for a ZeroMQ message that was not one frame.
+        limits: what a request may be.
+    """
+    if frame is None:
+        return _invalid(None, f"not one frame: {FRAMING}")
     if len(frame) > limits.max_message_bytes:
         return _invalid(
             None,
             f"a frame of {len(frame)} bytes is longer than max_message_bytes"
             f" ({limits.max_message_bytes})",
         )
-    count = _array_length(frame)
-    if count is None:
-        return [msgspec.Raw(frame)]
-    if count > MAX_MESSAGES_IN_FRAME:
-        return _invalid(
-            None, f"an array of {count} messages: at most {MAX_MESSAGES_IN_FRAME} in a frame"
-        )
-    elements = _decode(_elements, frame)
-    return _invalid(None, elements) if isinstance(elements, str) else elements
-
-
-def parse(element: msgspec.Raw, limits: Limits) -> ClientMessage | Error:
-    """One message, every range of the protocol checked, or what is wrong with it."""
-    outline = _decode(_outline, element)
+    if frame[:1] not in MAP_TYPES:
+        return _invalid(None, f"not a map: {FRAMING}")
+    outline = _decode(_outline, frame)
     if isinstance(outline, str):
         return _invalid(None, outline)
     if memoryview(outline.chat_template_kwargs).nbytes > MAX_KWARGS_BYTES:
         reason = f"chat_template_kwargs: longer than {MAX_KWARGS_BYTES} bytes"
         return _invalid(_readable_id(outline), reason)
-    message = _decode(_message, element)
+    message = _decode(_message, frame)
     if isinstance(message, str):
         return _invalid(_readable_id(outline), message)
     if isinstance(message, Generate):
@@ -79,22 +76,10 @@ def parse(element: msgspec.Raw, limits: Limits) -> ClientMessage | Error:
     return message
 
 
-def _array_length(frame: bytes) -> int | None:
-    """What the header says, true or not; None if this is no array."""
-    first = frame[0] if frame else 0
-    if 0x90 <= first <= 0x9F:
-        return first & 0x0F
-    if first == 0xDC:
-        return int.from_bytes(frame[1:3], "big")
-    if first == 0xDD:
-        return int.from_bytes(frame[1:5], "big")
-    return None
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[T], raw: bytes | msgspec.Raw) -> T | str:
-    """What was decoded, or (never a T here) the reason why it could not be."""
+def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes) -> T | str:
+    """The decoded value, or (never a T here) the reason why there is none."""
     try:
-        return decoder.decode(raw)
+        return decoder.decode(frame)
     except RecursionError:
         return "nested too deeply"
     except ValueError as error:  # msgspec's own, UnicodeDecodeError, numbers out of range

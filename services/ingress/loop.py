@@ -73,8 +73,8 @@ class Ingress:
     def _from_clients(self) -> None:
         for connection in self._clients.gone():
             self._core.closed(connection)
-        for connection, parts in self._clients.receive():
-            self._core.receive(connection, parts)
+        for connection, frame in self._clients.receive():
+            self._core.receive(connection, frame)
         while (flooding := self._core.flooded()) is not None:
             self._clients.disconnect(flooding)
 
@@ -145,9 +145,9 @@ class Ingress:
         return all_sent
 
     def _send_to_client(self, session: Session, now: float) -> bool:
-        """Sends all that the session is owed; False if its socket would not take it."""
-        while (outgoing := session.outgoing()) is not None:
-            sent = self._clients.send(session.connection, outgoing.parts)
+        """Sends all that waits for the client; False if its socket would not take it."""
+        while (frame := session.outgoing()) is not None:
+            sent = self._clients.send(session.connection, frame)
             if sent is Sent.FULL:
                 if not self._core.full(session, now):
                     return False

@@ -15,7 +15,7 @@ from nanovllm.services.ingress.output import Output
 from nanovllm.transport.links import Peer
 
 if TYPE_CHECKING:
-    from nanovllm.services.ingress.sessions import Exchange, Session
+    from nanovllm.services.ingress.sessions import Session
 
 
 class Stage(enum.Enum):
@@ -34,7 +34,6 @@ class Request:
     Attributes:
         uid: its name inside the pipeline.
         session: who asked.
-        exchange: the REQ message that it came in, whose reply waits for it; else None.
         size: how many bytes it came in.
         seed: the client's, or the one that was drawn.
         output: what it has produced.
@@ -52,7 +51,6 @@ class Request:
         "_ask",
         "accepted",
         "attempt",
-        "exchange",
         "id",
         "may_be_scheduled",
         "outcome",
@@ -76,13 +74,11 @@ class Request:
         seed: int,
         max_model_len: int,
         session: Session,
-        exchange: Exchange | None,
     ) -> None:
         resumed = pack(ask.resume_token_ids)
         self.uid = uid
         self.id = ask.id
         self.session = session
-        self.exchange = exchange
         self.stream = ask.stream
         self.size = size
         self.seed = seed

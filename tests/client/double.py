@@ -57,7 +57,7 @@ class IngressDouble:
         port = self._router.bind_to_random_port("tcp://127.0.0.1")
         self.endpoint = f"tcp://127.0.0.1:{port}"
         self._life = secrets.token_hex(4)
-        self._decoder = msgspec.msgpack.Decoder(list[ClientMessage])
+        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
         self._news = threading.Condition()
         self._stopping = threading.Event()
@@ -93,16 +93,16 @@ class IngressDouble:
 
     def _take(self, client: bytes, payload: bytes) -> None:
         session = f"{self._life}-{client.hex()}"
-        for message in self._decoder.decode(payload):
-            with self._news:
-                self.received.append(message)
-                self._news.notify_all()
-            script = self._on_ping if isinstance(message, Ping) else self._script
-            for answer in script(message, session):
-                if isinstance(answer, HangUp):
-                    self._be_reborn()
-                    return
-                self._router.send_multipart([client, self._encoder.encode([answer])])
+        message = self._decoder.decode(payload)
+        with self._news:
+            self.received.append(message)
+            self._news.notify_all()
+        script = self._on_ping if isinstance(message, Ping) else self._script
+        for answer in script(message, session):
+            if isinstance(answer, HangUp):
+                self._be_reborn()
+                return
+            self._router.send_multipart([client, self._encoder.encode([answer])])
 
     def _be_reborn(self) -> None:
         self._life = secrets.token_hex(4)

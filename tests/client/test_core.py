@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.client.core import FRAME_BYTES, PING_PERIOD_S, RETRY_S, ClientCore
+from nanovllm.client.core import PING_PERIOD_S, RETRY_S, ClientCore
 from nanovllm.client.errors import PipelineUnavailable, RequestError
 from nanovllm.client.requests import generate_message
 from nanovllm.client.tickets import Request
@@ -30,7 +30,7 @@ from tests.client.double import SEED, finish, output_of, text_of, whole_answer
 ENDPOINT = "tcp://somewhere:1"
 TIMEOUT_S = 10.0
 encode = msgspec.msgpack.Encoder().encode
-decoder = msgspec.msgpack.Decoder(list[ClientMessage])
+decoder = msgspec.msgpack.Decoder(ClientMessage)
 
 
 class Harness:
@@ -55,7 +55,7 @@ class Harness:
         if self.core.advance(self.now):
             self.renewals += 1
             self.core.renewed(self.now)
-        return [message for frame in self.core.frames() for message in decoder.decode(frame)]
+        return [decoder.decode(frame) for frame in self.core.frames()]
 
     def sent(self, kind: type[Any], seconds: float = 0.0, *answers: Any) -> list[Any]:
         return [m for m in self.step(seconds, *answers) if isinstance(m, kind)]
@@ -257,16 +257,6 @@ def test_a_frame_that_is_too_large_costs_the_largest_request() -> None:
     assert large.ended
     assert not small.ended
     assert not answered.ended
-
-
-def test_large_requests_travel_in_frames_of_their_own() -> None:
-    harness = Harness()
-    for size in (10, FRAME_BYTES, 10, 10):
-        harness.submit("x" * size)
-    harness.core.advance(harness.now)
-    frames = harness.core.frames()
-    kinds = [[type(message) for message in decoder.decode(frame)] for frame in frames]
-    assert kinds == [[Generate], [Generate], [Generate, Generate, Ping]]
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xc1", b"HTTP/1.1 400", b"\x91" * 5000, encode([{}])])

@@ -58,9 +58,9 @@ class World:
             self.core.scheduler_up(SCHEDULER, reborn=True)
             self.core.from_scheduler(EngineState(True))
 
-    def say(self, *messages: Any, client: bytes = CLIENT, delimiter: bool = False) -> None:
-        frame = msgspec.msgpack.encode(messages)
-        self.core.receive(client, [b"", frame] if delimiter else [frame])
+    def say(self, *messages: Any, client: bytes = CLIENT) -> None:
+        for message in messages:
+            self.core.receive(client, msgspec.msgpack.encode(message))
         self.work()
 
     def work(self) -> None:
@@ -68,9 +68,8 @@ class World:
             self.core.work()
 
     def generate(self, request_id: str = "a", client: bytes = CLIENT, **keys: Any) -> None:
-        delimiter = keys.pop("delimiter", False)
         ask = {"type": "generate", "id": request_id, "prompt": "x", **keys}
-        self.say(ask, client=client, delimiter=delimiter)
+        self.say(ask, client=client)
 
     def tokenizes(self, peer: Peer = TOKENIZER) -> list[Tokenize]:
         """What the tokenizer is sent now; cancels go to `cancelled`."""
@@ -94,22 +93,22 @@ class World:
             self.core.from_scheduler(Admitted(tokenize.uid, tokenize.attempt))
         return started
 
-    def sent(self, client: bytes = CLIENT) -> list[list[bytes]]:
-        """The ZeroMQ messages that the client gets now; none while it is in `full`."""
-        sent: list[list[bytes]] = []
+    def sent(self, client: bytes = CLIENT) -> list[bytes]:
+        """The frames that the client gets now; none while it is in `full`."""
+        sent: list[bytes] = []
         for session in self._unsent(client):
-            while (outgoing := session.outgoing()) is not None and client not in self.full:
-                sent.append(outgoing.parts)
+            while (frame := session.outgoing()) is not None and client not in self.full:
+                sent.append(frame)
                 self.core.sent(session)
             if client not in self.full:
                 self.core.unsent.discard(session)
-            elif outgoing is not None and self.core.full(session, self.now):
+            elif frame is not None and self.core.full(session, self.now):
                 self.disconnected.append(client)
         return sent
 
     def heard(self, client: bytes = CLIENT) -> list[ServerMessage]:
         """The messages that the client gets now."""
-        return [message for parts in self.sent(client) for message in decode(parts[-1])]
+        return [message for frame in self.sent(client) for message in decode(frame)]
 
     def _unsent(self, client: bytes) -> list[Session]:
         return [session for session in self.core.unsent if session.connection == client]

@@ -53,10 +53,10 @@ _server_messages = msgspec.msgpack.Decoder(list[ServerMessage])
 
 
 class Client:
-    """A client of any kind: a DEALER, or a REQ."""
+    """A client; the options are those of its socket."""
 
-    def __init__(self, context: zmq.Context[Any], kind: int, endpoint: str, **options: int) -> None:
-        self.socket: zmq.Socket[bytes] = context.socket(kind)
+    def __init__(self, context: zmq.Context[Any], endpoint: str, **options: int) -> None:
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         for name, value in options.items():
             self.socket.setsockopt(getattr(zmq, name), value)
@@ -65,7 +65,8 @@ class Client:
         self.frames = 0
 
     def say(self, *messages: Any) -> None:
-        self.socket.send(msgspec.msgpack.encode(messages))
+        for message in messages:
+            self.socket.send(msgspec.msgpack.encode(message))
 
     def generate(self, request_id: str, **keys: Any) -> None:
         self.say({"type": "generate", "id": request_id, "prompt": "x", **keys})
@@ -143,8 +144,8 @@ class Surroundings:
             self.context, self.settings.scheduler_endpoint, me, list[IngressToScheduler]
         )
 
-    def client(self, kind: int = zmq.DEALER, **options: int) -> Client:
-        self.clients.append(Client(self.context, kind, self.endpoint, **options))
+    def client(self, **options: int) -> Client:
+        self.clients.append(Client(self.context, self.endpoint, **options))
         return self.clients[-1]
 
     def wait(self, until: Callable[[], Any], *, unread: Client | None = None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from typing import Any
 
 import msgspec
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from nanovllm.protocol import Abort, ClientMessage, Error, Generate, Ping
 from nanovllm.services.ingress import frames
-from nanovllm.services.ingress.frames import Limits
+from nanovllm.services.ingress.frames import FRAMING, Limits
 from tests.hostile import full_ask
 
 LIMITS = Limits(vocab_size=1000, max_model_len=64, max_message_bytes=1 << 20)
@@ -34,43 +33,40 @@ KEYS = st.sampled_from(
 TYPES = st.sampled_from(["generate", "abort", "ping", "finish", ""])
 
 
-def read(frame: bytes) -> list[ClientMessage | Error]:
-    elements = frames.split(frame, LIMITS)
-    if isinstance(elements, Error):
-        return [elements]
-    return [frames.parse(element, LIMITS) for element in elements]
+def read(frame: bytes) -> ClientMessage | Error:
+    return frames.parse(frame, LIMITS)
 
 
-def read_one(message: Any) -> ClientMessage | Error:
-    (only,) = read(encode(message))
-    return only
+def read_message(message: Any) -> ClientMessage | Error:
+    return read(encode(message))
 
 
 def ask(**keys: Any) -> dict[str, Any]:
     return {"type": "generate", "id": "a", "prompt": "x", **keys}
 
 
-def test_a_message_and_an_array_of_messages() -> None:
-    assert read_one({"type": "ping"}) == Ping()
-    got = read(encode([full_ask(), {"type": "abort", "id": "b"}, {"id": "c", "type": "ping"}]))
-    assert isinstance(got[0], Generate)
-    assert got[0].sampling.seed == -(2**63)
-    assert got[1:] == [Abort(id="b"), Ping(id="c")]
+def test_every_kind_of_message() -> None:
+    generate = read_message(full_ask())
+    assert isinstance(generate, Generate)
+    assert generate.sampling.seed == -(2**63)
+    assert read_message({"type": "abort", "id": "b"}) == Abort(id="b")
+    assert read_message({"id": "c", "type": "ping"}) == Ping(id="c")
+    assert read_message({"type": "ping"}) == Ping()
 
 
 @given(st.binary(max_size=200))
 def test_random_bytes_never_raise(frame: bytes) -> None:
-    for message in read(frame):
-        assert isinstance(message, Generate | Abort | Ping | Error)
-        if isinstance(message, Error):
-            assert message.code == "invalid_request"
-            assert message.message
-            encode(message)
+    message = read(frame)
+    assert isinstance(message, Generate | Abort | Ping | Error)
+    if isinstance(message, Error):
+        assert message.code == "invalid_request"
+        assert message.message
+        encode(message)
 
 
 @given(st.data())
 def test_mutated_messages_never_raise(data: st.DataObject) -> None:
-    frame = bytearray(encode([full_ask(), {"type": "ping", "id": "p"}, ask()]))
+    frame = bytearray(encode(data.draw(st.sampled_from([full_ask(), ask()]))))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(frame) - 1))
         change = data.draw(st.sampled_from(["flip", "cut", "insert"]))
@@ -80,24 +76,30 @@ def test_mutated_messages_never_raise(data: st.DataObject) -> None:
             frame[at:at] = data.draw(st.binary(min_size=1, max_size=9))
         elif at:
             del frame[at:]
-    for message in read(bytes(frame)):
-        encode(message)
+    encode(read(bytes(frame)))
 
 
 @given(st.dictionaries(KEYS, PLAIN), TYPES)
 def test_random_maps_never_raise(keys: dict[str, Any], kind: str) -> None:
-    message = read_one({**keys, "type": kind})
+    message = read_message({**keys, "type": kind})
     if isinstance(message, Error):
         known = keys.get("id")
         assert message.id == (known if isinstance(known, str) else None)
 
 
-@given(st.lists(st.one_of(PLAIN, st.just({"type": "ping", "id": "good"})), max_size=8))
-def test_every_element_stands_for_itself(elements: list[Any]) -> None:
-    got = read(encode(elements))
-    assert len(got) == len(elements)
-    for element, message in zip(elements, got, strict=True):
-        assert (message == Ping(id="good")) == (element == {"type": "ping", "id": "good"})
+@given(PLAIN.filter(lambda value: not isinstance(value, dict)))
+def test_what_is_no_map_is_told_the_framing(value: Any) -> None:
+    error = read_message(value)
+    assert isinstance(error, Error)
+    assert (error.id, error.code) == (None, "invalid_request")
+    assert FRAMING in error.message
+
+
+@pytest.mark.parametrize("keys", [0, 16, 1 << 16])
+def test_a_map_of_any_size_is_known_as_one(keys: int) -> None:
+    error = read_message({f"{n}": 0 for n in range(keys)})
+    assert isinstance(error, Error)
+    assert FRAMING not in error.message
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_every_element_stands_for_itself(elements: list[Any]) -> None:
     ],
 )
 def test_an_error_names_the_key(keys: dict[str, Any], named: str) -> None:
-    error = read_one(ask(**keys))
+    error = read_message(ask(**keys))
     assert isinstance(error, Error)
     assert error.code == "invalid_request"
     assert error.id == (None if keys.get("id") == 5 else keys.get("id", "a"))
@@ -155,13 +157,13 @@ def test_an_error_names_the_key(keys: dict[str, Any], named: str) -> None:
 
 def test_lengths_beyond_the_model() -> None:
     def tokens(prompt: int, resumed: int = 0) -> ClientMessage | Error:
-        return read_one(
+        return read_message(
             ask(prompt=None, prompt_token_ids=[1] * prompt, resume_token_ids=[1] * resumed)
         )
 
     for good in (tokens(63), tokens(63, 1), tokens(1, 63)):
         assert isinstance(good, Generate)
-    text = read_one(ask(resume_token_ids=[1] * 64))
+    text = read_message(ask(resume_token_ids=[1] * 64))
     for bad in (tokens(64), tokens(63, 2), tokens(10_000), text):
         assert isinstance(bad, Error)
         assert bad.code == "context_length_exceeded"
@@ -198,24 +200,7 @@ ASK_WITH = b"\x83\xa4type\xa8generate\xa2id\xa1a"
     ],
     ids=range(21),
 )
-def test_hostile_frames_get_one_error(frame: bytes) -> None:
-    (error,) = read(frame)
+def test_hostile_frames_get_an_error(frame: bytes) -> None:
+    error = read(frame)
     assert isinstance(error, Error)
     assert len(error.message) < 400
-
-
-def test_a_bad_element_keeps_its_id() -> None:
-    huge = b"\x82\xa4type\xa8generate\xa2id\xa1b"
-    frame = b"\x93" + encode(ask()) + huge + encode({"type": "ping"})
-    good, bad, ping = read(frame)
-    assert isinstance(good, Generate)
-    assert isinstance(bad, Error)
-    assert (bad.id, bad.code) == ("b", "invalid_request")
-    assert ping == Ping()
-
-
-def test_an_array_header_with_more_than_fits_costs_nothing() -> None:
-    frame = b"\xdd" + struct.pack(">I", 2**32 - 1) + encode({"type": "ping"})
-    (error,) = read(frame)
-    assert isinstance(error, Error)
-    assert "4294967295" in error.message

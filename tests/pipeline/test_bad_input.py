@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import time
 
 import msgspec
+import zmq
 
 from benchmarks.fuzz import FUZZED, fuzz
+from nanovllm.control import IngressStats
 from tests.pipeline.leftovers import wait_until_nothing_is_left
-from tests.pipeline.wire import Wire
+from tests.pipeline.wire import TIMEOUT_S, Wire
 from tests.pipelines import Pipeline
 
 SEED = int(os.environ.get("FUZZ_SEED") or secrets.randbits(32))
@@ -29,12 +33,30 @@ def test_a_short_fuzz() -> None:
 
 
 def test_a_flood_of_pings_that_nobody_reads() -> None:
-    """The answers that may pile up are bounded, and others are served meanwhile."""
-    with Pipeline("", *FUZZED) as sim, Wire(sim.endpoint) as flood, Wire(sim.endpoint) as good:
-        frame = msgspec.msgpack.encode([{"type": "ping", "id": "x" * 1000}] * 8000)
-        for _ in range(8):
-            flood.send(frame)
+    """The client that floods is disconnected, and others are served meanwhile."""
+    with (
+        Pipeline("", *FUZZED) as sim,
+        # Without a reconnection: see tests/ingress/test_readers.py.
+        Wire(sim.endpoint, RCVHWM=1, RECONNECT_IVL=-1, SNDTIMEO=0) as flood,
+        Wire(sim.endpoint) as good,
+    ):
+        flood.ping()
+        good.ping()
+        start = time.monotonic()
+        frame = msgspec.msgpack.encode({"type": "ping", "id": "x" * 1000})
+        while sessions(sim, start) != 1:
+            assert time.monotonic() - start < TIMEOUT_S
+            with contextlib.suppress(zmq.Again):
+                for _ in range(8000):
+                    flood.send(frame)
             answer = good.ask(prompt="x", sampling={"max_tokens": 3})
             good.results(answer)
             assert len(answer.token_ids) == 3
         wait_until_nothing_is_left(sim)
+
+
+def sessions(sim: Pipeline, since: float) -> int | None:
+    """How many the ingress has, by a report made after `since`; None before that."""
+    (ingress,) = (s for s in sim.status().services if s.role == "ingress")
+    assert isinstance(ingress.stats, IngressStats)
+    return ingress.stats.sessions if ingress.at_s >= since else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
-import zmq
 from tokenizers import Tokenizer
 
 from nanovllm.checkpoint import DEMO_CHECKPOINT, eos_token_ids
@@ -37,8 +37,8 @@ def connect(sim: Pipeline) -> Iterator[Callable[..., Wire]]:
     """Makes clients. After the test they leave, and nothing may be left of their requests."""
     connected: list[Wire] = []
 
-    def connect(kind: int = zmq.DEALER) -> Wire:
-        connected.append(Wire(sim.endpoint, kind))
+    def connect() -> Wire:
+        connected.append(Wire(sim.endpoint))
         return connected[-1]
 
     yield connect
@@ -150,23 +150,15 @@ def test_an_id_is_unique_among_the_unfinished_of_its_session(connect: Callable[.
     assert first.accepted.session != elsewhere.accepted.session
 
 
-def test_ping_and_a_client_that_asks_one_thing_at_a_time(connect: Callable[..., Wire]) -> None:
-    dealer, req = connect(), connect(zmq.REQ)
-    pong = dealer.ping()
+def test_a_ping_tells_the_session(connect: Callable[..., Wire]) -> None:
+    wire, other = connect(), connect()
+    pong = wire.ping()
     assert (pong.ready, pong.model) == (True, "demo")
-    answer = dealer.ask(**asking(sampling={"max_tokens": 3}))
-    dealer.results(answer)
+    answer = wire.ask(**asking(sampling={"max_tokens": 3}))
+    wire.results(answer)
     assert answer.accepted is not None
-    assert pong.session == answer.accepted.session == dealer.ping().session
-    for _ in range(3):
-        whole = req.ask(**asking(sampling={"max_tokens": 5}), stream=False)
-        req.results(whole)
-        assert len(whole.token_ids) == 5
-    assert req.ping().session != pong.session
-    streaming = req.ask(**asking())
-    req.results(streaming)
-    assert streaming.error.code == "invalid_request"
-    assert "stream" in streaming.error.message
+    assert pong.session == answer.accepted.session == wire.ping().session
+    assert other.ping().session != pong.session
 
 
 # Aborting and leaving ---------------------------------------------------------------------------
@@ -213,7 +205,6 @@ def test_an_abort_in_every_stage(sim: Pipeline, connect: Callable[..., Wire]) ->
 
 def test_clients_that_leave_in_every_stage(sim: Pipeline, connect: Callable[..., Wire]) -> None:
     streaming, queued, whole, stays, in_prefill = (connect() for _ in range(5))
-    one_at_a_time = connect(zmq.REQ)
     busy(streaming)
     waiting = queued.ask(**asking())
     queued.until(lambda: waiting.accepted)
@@ -221,9 +212,8 @@ def test_clients_that_leave_in_every_stage(sim: Pipeline, connect: Callable[...,
     whole.ping()
     last = stays.ask(**asking(sampling={"max_tokens": 50}))
     stays.until(lambda: last.accepted)
-    one_at_a_time.ask(**asking(), stream=False)
-    sim.scheduler_stats_once(lambda stats: (stats.running, stats.waiting) == (SLOTS, 4))
-    for wire in (queued, whole, streaming, one_at_a_time):
+    sim.scheduler_stats_once(lambda stats: (stats.running, stats.waiting) == (SLOTS, 3))
+    for wire in (queued, whole, streaming):
         wire.close()
     stays.results(last)
     assert len(last.token_ids) == 50, "who stays has its turn, and all its tokens"
@@ -298,20 +288,21 @@ def test_more_requests_than_may_be_held(sim: Pipeline, connect: Callable[..., Wi
     assert len(again.token_ids) == 4
 
 
-def test_a_bad_element_leaves_its_neighbours_alone(connect: Callable[..., Wire]) -> None:
+def test_a_bad_message_leaves_its_neighbours_alone(connect: Callable[..., Wire]) -> None:
     wire = connect()
-    good = [Answer("first", True), Answer("last", True)]
-    bad = Answer("bad", True)
-    wire.answers |= {answer.id: answer for answer in (*good, bad)}
-    few = {"type": "generate", "prompt": "x", "sampling": {"max_tokens": 3}}
-    wire.say(
-        {**few, "id": "first"},
-        {**few, "id": "bad", "sampling": {"temperature": -1}},
-        17,
-        {**few, "id": "last"},
-    )
-    wire.results(*good, bad)
-    assert [len(answer.token_ids) for answer in good] == [3, 3]
+    few: dict[str, Any] = {"prompt": "x", "sampling": {"max_tokens": 3}}
+    first = wire.ask(**few)
+    bad = wire.ask(**{**few, "sampling": {"temperature": -1}})
+    message = msgspec.msgpack.encode({"type": "generate", "id": "nobody", **few})
+    array = msgspec.msgpack.encode([{"type": "ping"}, {"type": "ping"}])
+    wire.send(array)
+    wire.send(b"", message)
+    wire.send(message, message)
+    last = wire.ask(**few)
+    wire.results(first, bad, last)
+    assert len(first.token_ids) == len(last.token_ids) == 3
     assert bad.error.code == "invalid_request"
     assert "temperature" in bad.error.message
-    assert [error.id for error in wire.refused] == [None]
+    assert [(error.id, error.code) for error in wire.refused] == [(None, "invalid_request")] * 3
+    assert all("one frame with one MessagePack map" in error.message for error in wire.refused)
+    assert not wire.pongs

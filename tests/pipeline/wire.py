@@ -91,7 +91,7 @@ class Answer:
 
 
 class Wire:
-    """One connection: a DEALER, or a REQ.
+    """One connection; the options are those of its socket.
 
     Attributes:
         answers: of every request, by its id.
@@ -99,11 +99,13 @@ class Wire:
         pongs: in the order in which they came.
     """
 
-    def __init__(self, endpoint: str, kind: int = zmq.DEALER) -> None:
+    def __init__(self, endpoint: str, **options: int) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(kind)
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.SNDTIMEO, int(TIMEOUT_S * 1000))
         self._socket.setsockopt(zmq.LINGER, 0)
+        for name, value in options.items():
+            self._socket.setsockopt(getattr(zmq, name), value)
         self._socket.connect(endpoint)
         self._ids = map(str, itertools.count())
         self.answers: dict[str, Answer] = {}
@@ -115,7 +117,7 @@ class Wire:
         return self.ask_all([keys if id is None else {"id": id, **keys}])[0]
 
     def ask_all(self, requests: Iterable[dict[str, Any]]) -> list[Answer]:
-        """Sends one `generate` for each, all in one frame."""
+        """Sends one `generate` for each."""
         messages: list[dict[str, Any]] = []
         answers: list[Answer] = []
         for keys in requests:
@@ -127,10 +129,12 @@ class Wire:
         return answers
 
     def say(self, *messages: Any) -> None:
-        """Sends messages, in one frame."""
-        self.send(msgspec.msgpack.encode(messages))
+        """Sends messages, each in a frame of its own."""
+        for message in messages:
+            self.send(msgspec.msgpack.encode(message))
 
     def send(self, *frames: bytes) -> None:
+        """Sends one ZeroMQ message."""
         self._socket.send_multipart(frames)
 
     def abort(self, *answers: Answer) -> None:
