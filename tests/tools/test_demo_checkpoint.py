@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import re
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -12,11 +11,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from nanovllm.launch import demo
-from nanovllm.launch.demo.chats import Turn, documents
-from nanovllm.launch.demo.train import Example, batches, model_config, train_tokenizer
+from nanovllm.checkpoint import DEMO_CHECKPOINT as CHECKPOINT
+from tools.demo_checkpoint.chats import Turn, documents
+from tools.demo_checkpoint.train import Example, batches, model_config, train_tokenizer
 
-CHECKPOINT: Final = Path(demo.__file__).parent / "checkpoint"
 MAX_BYTES: Final = 4_000_000
 MULTI_BYTE: Final = (
     "Théo said “déjà vu” in the café.",

@@ -1,4 +1,4 @@
-"""Train the demo checkpoint: `python -m nanovllm.launch.demo.train --out DIR`.
+"""Train the demo checkpoint: `python -m tools.demo_checkpoint.train --out DIR`.
 
 Trains a byte-level BPE tokenizer of Qwen2's make and a Qwen3 model of a million parameters on text
 from `chats.documents`, in a few minutes on two cores, and writes a Hugging Face checkpoint of less
@@ -25,7 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from nanovllm.launch.demo.chats import Document, documents
+from tools.demo_checkpoint.chats import Document, documents
 
 log = logging.getLogger(__name__)
 
@@ -212,11 +212,8 @@ def fit(model: Qwen3ForCausalLM, training: Iterator[Batch], steps: int, minutes:
             done = max(step / steps, (time.monotonic() - started) / (60 * minutes))
             if done >= 1:
                 break
-            warm = min(1.0, (step + 1) / WARM_UP_STEPS)
             for group in optimizer.param_groups:
-                group["lr"] = (
-                    PEAK_LEARNING_RATE * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
-                )
+                group["lr"] = learning_rate(step, done)
             hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
             learned = batch.labels != IGNORED
             loss = functional.cross_entropy(model.lm_head(hidden[learned]), batch.labels[learned])

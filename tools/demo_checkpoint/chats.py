@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from nanovllm.launch.demo.plots import PLOTS
-from nanovllm.launch.demo.stories import (
+from tools.demo_checkpoint.plots import PLOTS
+from tools.demo_checkpoint.stories import (
     Story,
     capitalize_sentences,
     expand,
@@ -14,7 +14,7 @@ from nanovllm.launch.demo.stories import (
     portrait,
     tell,
 )
-from nanovllm.launch.demo.world import CAST, GREETINGS, Character, with_article
+from tools.demo_checkpoint.world import CAST, GREETINGS, Character, with_article
 
 
 class Turn(NamedTuple):

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from nanovllm.launch.demo.plots import PLOTS, Plot
-from nanovllm.launch.demo.world import CAST, GUEST_KINDS, GUEST_MEN, GUEST_WOMEN, TRAITS, Character
+from tools.demo_checkpoint.plots import PLOTS, Plot
+from tools.demo_checkpoint.world import CAST, GUEST_KINDS, GUEST_MEN, GUEST_WOMEN, TRAITS, Character
 
 OPENINGS: Final = (
     "Once upon a time there was {hero.described} named {hero.name}, who lived {hero.home}.",
