@@ -27,7 +27,7 @@ from benchmarks.support.burst import Burst
 from benchmarks.support.pipeline import Pipeline, Reported
 from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.launch.status import NEXT_REPORT_S
+from nanovllm.client.control import NEXT_REPORT_S
 from nanovllm.protocol import Sampling
 from nanovllm.settings import Settings
 

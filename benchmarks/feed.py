@@ -22,9 +22,9 @@ import click
 
 from benchmarks.support.closed_loop import ClosedLoop
 from nanovllm import Client
+from nanovllm.client.control import Control
 from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.control import IngressStats, SchedulerStats, Status, WorkerStats
-from nanovllm.launch.status import Control
 from nanovllm.settings import Settings
 
 OUTPUT_TOKENS = (50, 300)

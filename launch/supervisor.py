@@ -42,9 +42,9 @@ from nanovllm.launch.groups import (
     Stop,
     work_of,
 )
-from nanovllm.launch.loading_bar import LoadingBar
 from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
+from nanovllm.progress import LoadingBar
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.settings import MAX_SERVICES, Settings
 from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation

@@ -15,18 +15,17 @@ import msgspec
 
 from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.client.connection import Connection
-from nanovllm.client.errors import RequestError, mistake
+from nanovllm.client.errors import RequestError
 from nanovllm.client.private_pipeline import PrivatePipeline
-from nanovllm.client.progress import Progress
 from nanovllm.client.requests import Prompt, generate_message
 from nanovllm.client.results import Completion
 from nanovllm.client.tickets import Request
 from nanovllm.control import SchedulerStats
-from nanovllm.launch.loading_bar import LoadingBar
+from nanovllm.progress import GenerationBar, LoadingBar
 from nanovllm.protocol import ChatMessage, Generate, Logprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings
-from nanovllm.wording import counted
+from nanovllm.wording import counted, mistake
 
 # Unfinished requests at most, beside those that run: enough that the next is always waiting.
 WINDOW: Final = 2048
@@ -115,7 +114,7 @@ class LLM:
         place = {message.id: index for index, message in enumerate(waiting)}
         outputs: list[Output | None] = [None] * len(waiting)
         outstanding: set[Request] = set()
-        with Progress(len(waiting), self._generated, self._tokens, shown=use_tqdm) as progress:
+        with GenerationBar(len(waiting), self._generated, self._tokens, shown=use_tqdm) as progress:
             try:
                 while waiting or outstanding:
                     self._submit(waiting, outstanding)

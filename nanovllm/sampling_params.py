@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 
 import msgspec
 
-from nanovllm.client.errors import key_and_reason
 from nanovllm.protocol import Sampling
+from nanovllm.wording import key_and_reason
 
 
 @dataclass(slots=True)

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from nanovllm.client.control import Control
 from nanovllm.control import SchedulerStats, Status
-from nanovllm.launch.status import Control
 
 READY_TIMEOUT_S = 90
 END_TIMEOUT_S = 20

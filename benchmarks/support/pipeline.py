@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 from nanovllm import Client
+from nanovllm.client.control import NEXT_REPORT_S, Control
 from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.control import SchedulerStats, Stats, WorkerStats
-from nanovllm.launch.status import NEXT_REPORT_S, Control
 from nanovllm.settings import Settings
 
 READY_TIMEOUT_S = 120.0

@@ -8,10 +8,10 @@ import time
 import click
 
 from nanovllm import Client, SamplingParams
+from nanovllm.client.control import Control
 from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.control import Status, WorkerStats
-from nanovllm.launch.loading_bar import LoadingBar
-from nanovllm.launch.status import Control
+from nanovllm.progress import LoadingBar
 from nanovllm.protocol import ChatMessage
 from nanovllm.settings import Settings
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from nanovllm.protocol import ErrorCode
 
 
@@ -27,14 +25,3 @@ class RequestError(Exception):
 
 class PipelineUnavailable(ConnectionError):
     """No pipeline answers at the endpoint."""
-
-
-def key_and_reason(error: msgspec.ValidationError) -> tuple[str, str]:
-    """What msgspec found wrong, and where: ("stop[1]", "Expected `str` of length >= 1")."""
-    reason, _, where = str(error).partition(" - at `$.")
-    return where.rstrip("`"), reason
-
-
-def mistake(error: msgspec.ValidationError) -> str:
-    """The same in one line; what concerns no key in particular is the reason alone."""
-    return ": ".join(filter(None, key_and_reason(error)))

@@ -15,10 +15,10 @@ from typing import IO, Final
 
 import msgspec
 
+from nanovllm.client.control import Control
 from nanovllm.client.errors import PipelineUnavailable
 from nanovllm.client.sync import Client
 from nanovllm.control import ServiceStatus
-from nanovllm.launch.status import Control
 from nanovllm.options import settings_argv
 from nanovllm.service import LIFELINE_VARIABLE
 from nanovllm.settings import Settings

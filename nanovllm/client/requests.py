@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.client.errors import mistake
 from nanovllm.protocol import ChatMessage, Generate
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.wording import mistake
 
 Messages = Sequence[Mapping[str, str] | ChatMessage]
 # Text, token ids, or chat messages.

@@ -22,6 +22,8 @@ import zmq
 from click.testing import CliRunner
 
 from nanovllm import Client
+from nanovllm.client import status as status_view
+from nanovllm.client.cli import main
 from nanovllm.control import (
     DetokenizerStats,
     Done,
@@ -36,8 +38,6 @@ from nanovllm.control import (
     ToSupervisor,
     WorkerStats,
 )
-from nanovllm.launch import status as status_view
-from nanovllm.launch.client_cli import main
 from nanovllm.protocol import Error, Generate
 from nanovllm.settings import Settings
 from nanovllm.transport.links import BoundLink, Peer, Received
@@ -84,9 +84,9 @@ def test_mistakes_are_told_in_one_line() -> None:
 
 
 def test_whoever_waits_for_a_pipeline_is_told_for_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanovllm.launch.client_cli.PATIENCE_S", 0.1)
+    monkeypatch.setattr("nanovllm.client.cli.PATIENCE_S", 0.1)
     patient = functools.partial(Client, timeout=1.0)
-    monkeypatch.setattr("nanovllm.launch.client_cli.Client", patient)
+    monkeypatch.setattr("nanovllm.client.cli.Client", patient)
     for command in ("generate", "chat"):
         ran = run(command, "hello", "--endpoint", "tcp://127.0.0.1:1")
         first, last = ran.stderr.splitlines()
@@ -96,7 +96,7 @@ def test_whoever_waits_for_a_pipeline_is_told_for_which(monkeypatch: pytest.Monk
 
 def test_a_full_disk_is_told_in_one_line() -> None:
     with ingress(answer_in_full) as double, open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "nanovllm.launch.client_cli", "generate", "hello"]
+        command = [sys.executable, "-m", "nanovllm.client.cli", "generate", "hello"]
         ran = subprocess.run(
             [*command, "--endpoint", double.endpoint],
             stdout=full,
@@ -142,7 +142,7 @@ def test_chat_remembers_what_was_said() -> None:
 
 def test_a_line_that_is_no_text_does_not_end_the_chat() -> None:
     with ingress(answer_in_full) as double:
-        command = [sys.executable, "-m", "nanovllm.launch.client_cli", "chat"]
+        command = [sys.executable, "-m", "nanovllm.client.cli", "chat"]
         ran = subprocess.run(
             [*command, "--endpoint", double.endpoint, "--max-tokens", "1"],
             env={**os.environ, "PYTHONIOENCODING": "utf-8:surrogateescape"},
@@ -165,7 +165,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat() -> None:
 
     with ingress(script) as double:
         terminal, inside = pty.openpty()
-        command = [sys.executable, "-m", "nanovllm.launch.client_cli", "chat"]
+        command = [sys.executable, "-m", "nanovllm.client.cli", "chat"]
         chat = subprocess.Popen(
             [*command, "--endpoint", double.endpoint, "--max-tokens", "2"],
             stdin=inside,
@@ -334,7 +334,7 @@ def test_commands_tell_what_is_going_on_and_what_was_done(tmp_path: Path) -> Non
 def test_status_says_when_nothing_runs(
     tmp_path: Path, leftover: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanovllm.launch.status.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("nanovllm.client.control.TIMEOUT_S", 0.3)
     if leftover:
         (tmp_path / "control.sock").touch()
     ran = run("status", "--runtime-dir", str(tmp_path))

@@ -7,8 +7,9 @@ import asyncio
 from click.testing import CliRunner
 
 from nanovllm import LLM, AsyncClient, Client, SamplingParams
-from nanovllm.launch.client_cli import main
-from nanovllm.launch.status import Control, render
+from nanovllm.client.cli import main
+from nanovllm.client.control import Control
+from nanovllm.client.status import render
 from tests.pipelines import Pipeline
 
 SEEDED = SamplingParams(temperature=0.8, max_tokens=60, ignore_eos=True, seed=11, logprobs=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from nanovllm.client.control import Control
 from nanovllm.control import (
     DetokenizerStats,
     IngressStats,
@@ -12,7 +13,6 @@ from nanovllm.control import (
     TokenizerStats,
     WorkerStats,
 )
-from nanovllm.launch.status import Control
 from tests.pipelines import Pipeline
 
 TIMEOUT_S = 30.0

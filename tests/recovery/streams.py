@@ -16,8 +16,8 @@ from typing import NamedTuple
 import psutil
 
 from nanovllm import AsyncClient, SamplingParams
+from nanovllm.client.control import Control
 from nanovllm.client.requests import Prompt
-from nanovllm.launch.status import Control
 from tests.pipelines import Pipeline
 
 TIMEOUT_S = 60.0

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from nanovllm import Client, RequestError, SamplingParams
 from nanovllm.checkpoint import DEMO_CHECKPOINT
-from nanovllm.launch.client_cli import main
+from nanovllm.client.cli import main
 from nanovllm.launch.groups import MAX_FAILED_STARTS
 from tests.pipelines import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
 from tests.recovery.streams import Streams, check, mixed_cases, services, undisturbed

@@ -1,118 +1,22 @@
-"""What the commands ask a running pipeline's supervisor, and what `nanovllm status` shows."""
+"""What `nanovllm status` shows."""
 
 from __future__ import annotations
 
-import os
-import time
-from typing import Any, Final
+from typing import Any
 
 import msgspec
-import zmq
 
-from nanovllm.client.errors import PipelineUnavailable
 from nanovllm.control import (
     DetokenizerStats,
-    Done,
-    FromSupervisor,
     IngressStats,
-    Restart,
-    Scale,
     SchedulerStats,
     ServiceStatus,
     Stats,
     Status,
-    StatusRequest,
     TokenizerStats,
     WorkerStats,
 )
-from nanovllm.settings import Settings
-from nanovllm.transport.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.wording import counted
-
-TIMEOUT_S: Final = 3.0
-# Services report once a second.
-NEXT_REPORT_S: Final = 1.1
-
-
-class Control:
-    """A link to the supervisor of the pipeline in `runtime_dir`.
-
-    Raises:
-        SettingsError: the directory's path is too long for a socket.
-        PipelineUnavailable: no pipeline runs there (from every method, too).
-    """
-
-    def __init__(self, runtime_dir: str) -> None:
-        self._runtime_dir = runtime_dir
-        endpoint = Settings(runtime_dir=runtime_dir).control_endpoint
-        if not os.path.exists(endpoint.removeprefix("ipc://")):
-            raise self._nothing_runs()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        me = Peer("command", os.getpid(), new_incarnation())
-        self._link: ConnectedLink[FromSupervisor] = ConnectedLink(
-            self._context, endpoint, me, list[FromSupervisor]
-        )
-
-    def status(self) -> Status:
-        answer = self._ask(StatusRequest())
-        if not isinstance(answer, Status):
-            raise PipelineUnavailable(f"the supervisor answered with {answer}")
-        return answer
-
-    def command(self, command: Scale | Restart) -> None:
-        """Has something done, and returns when it was: that may take as long as loading a model.
-
-        Raises:
-            ValueError: the supervisor refuses, and says why.
-        """
-        answer = self._ask(command)
-        if isinstance(answer, Done) and answer.error is not None:
-            raise ValueError(answer.error)
-
-    def _ask(self, question: StatusRequest | Scale | Restart) -> FromSupervisor:
-        """The answer. Of commands it comes when they are done; for that it is waited while the
-        supervisor is there."""
-        deadline = time.monotonic() + TIMEOUT_S
-        asked = self._link.send([question])
-        poller = zmq.Poller()
-        for socket in self._link.sockets:
-            poller.register(socket, zmq.POLLIN)
-        while True:
-            patient = asked and not isinstance(question, StatusRequest)
-            left = deadline - time.monotonic()
-            if left <= 0 and not patient:
-                raise self._nothing_runs()
-            poller.poll(None if patient else int(left * 1000) + 1)
-            for event in self._link.receive():
-                if isinstance(event, Up) and not asked:
-                    asked = self._link.send([question])
-                elif isinstance(event, Down) and patient:
-                    raise PipelineUnavailable("the pipeline ended before it was done")
-                elif isinstance(event, Received):
-                    answer: FromSupervisor = event.message
-                    return answer
-
-    def two_reports(self) -> tuple[Status, Status]:
-        """The status twice, a second apart, so that there are rates to show."""
-        before = self.status()
-        time.sleep(NEXT_REPORT_S)
-        return before, self.status()
-
-    def close(self) -> None:
-        self._link.close()
-        self._context.term()
-
-    def __enter__(self) -> Control:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _nothing_runs(self) -> PipelineUnavailable:
-        return PipelineUnavailable(
-            f"no pipeline runs in {self._runtime_dir}; start one with `nanovllm-launch`,"
-            " or name another with --runtime-dir"
-        )
 
 
 def to_json(status: Status) -> str:

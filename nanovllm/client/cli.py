@@ -11,10 +11,11 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from nanovllm.client import status as status_view
+from nanovllm.client.control import Control
 from nanovllm.client.errors import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client, Stream
 from nanovllm.control import Restart, Scale
-from nanovllm.launch import status as status_view
 from nanovllm.protocol import ChatMessage, Pong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import DEFAULT_INGRESS, MAX_SERVICES, SettingsError, default_runtime_dir
@@ -159,7 +160,7 @@ def chat(
 @_runtime_dir_option
 @click.option("--json", "as_json", is_flag=True, help="Counters for machines, as they are now.")
 def status(runtime_dir: str, as_json: bool) -> None:
-    with _told_in_one_line(), status_view.Control(runtime_dir) as control:
+    with _told_in_one_line(), Control(runtime_dir) as control:
         if as_json:
             click.echo(status_view.to_json(control.status()))
         else:
@@ -183,7 +184,7 @@ def status(runtime_dir: str, as_json: bool) -> None:
 @click.argument("count", type=click.IntRange(1, MAX_SERVICES))
 @_runtime_dir_option
 def scale(runtime_dir: str, role: str, count: int) -> None:
-    with _told_in_one_line(), status_view.Control(runtime_dir) as control:
+    with _told_in_one_line(), Control(runtime_dir) as control:
         services = counted(count, role)
         click.echo(f"scaling to {services} …", err=True)
         control.command(Scale(role, count))
@@ -211,7 +212,7 @@ def scale(runtime_dir: str, role: str, count: int) -> None:
 )
 @_runtime_dir_option
 def restart(runtime_dir: str, role: str) -> None:
-    with _told_in_one_line(), status_view.Control(runtime_dir) as control:
+    with _told_in_one_line(), Control(runtime_dir) as control:
         services = "all services" if role == "all" else role
         click.echo(f"restarting {services} …", err=True)
         control.command(Restart(role))

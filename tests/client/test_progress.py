@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nanovllm.control import Loading, LoadingStage, ServiceStatus
-from nanovllm.launch.loading_bar import LoadingBar, Shown, progress
+from nanovllm.progress import LoadingBar, Shown, progress
 
 
 def service(*loading: Loading, state: str = "starting") -> ServiceStatus:
