@@ -12,11 +12,12 @@ help:
 	@echo "make test    lint, type-check and run all tests"
 	@echo "make clean   remove the virtual environment and caches"
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a minute or two, once) …"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanovllm needs Python 3.11 or later: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@test -t 1 || export PIP_QUIET=1; $(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
+	@test -t 1 || export PIP_QUIET=1; $(BIN)/python -m pip install --disable-pip-version-check \
+		-c constraints.txt -e '.[test]'
 	@touch $@
 
 demo: $(READY)
