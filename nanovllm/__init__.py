@@ -10,41 +10,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanovllm.client.aio import AsyncClient, AsyncStream
-    from nanovllm.client.errors import PipelineUnavailable, RequestError
-    from nanovllm.client.results import Completion, Delta
-    from nanovllm.client.sync import Client, Stream
-    from nanovllm.llm import LLM
-    from nanovllm.sampling_params import SamplingParams
+    from nanovllm.client.aio import AsyncClient as AsyncClient
+    from nanovllm.client.aio import AsyncStream as AsyncStream
+    from nanovllm.client.results import Completion as Completion
+    from nanovllm.client.results import Delta as Delta
+    from nanovllm.client.results import PipelineUnavailable as PipelineUnavailable
+    from nanovllm.client.results import RequestError as RequestError
+    from nanovllm.client.sync import Client as Client
+    from nanovllm.client.sync import Stream as Stream
+    from nanovllm.llm import LLM as LLM
+    from nanovllm.sampling_params import SamplingParams as SamplingParams
 
     __version__: str
 
-__all__ = [
-    "LLM",
-    "AsyncClient",
-    "AsyncStream",
-    "Client",
-    "Completion",
-    "Delta",
-    "PipelineUnavailable",
-    "RequestError",
-    "SamplingParams",
-    "Stream",
-    "__version__",
-]
-
-_HOMES = {
-    "LLM": "nanovllm.llm",
-    "AsyncClient": "nanovllm.client.aio",
-    "AsyncStream": "nanovllm.client.aio",
-    "Client": "nanovllm.client.sync",
-    "Completion": "nanovllm.client.results",
-    "Delta": "nanovllm.client.results",
-    "PipelineUnavailable": "nanovllm.client.errors",
-    "RequestError": "nanovllm.client.errors",
-    "SamplingParams": "nanovllm.sampling_params",
-    "Stream": "nanovllm.client.sync",
+_MODULES = {
+    "nanovllm.client.aio": ("AsyncClient", "AsyncStream"),
+    "nanovllm.client.results": ("Completion", "Delta", "PipelineUnavailable", "RequestError"),
+    "nanovllm.client.sync": ("Client", "Stream"),
+    "nanovllm.llm": ("LLM",),
+    "nanovllm.sampling_params": ("SamplingParams",),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = [*_MODULE_OF, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -52,8 +39,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("nanovllm")
-    elif name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
+    elif name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name]), name)
     else:
         raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
     globals()[name] = value

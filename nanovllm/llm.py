@@ -1,6 +1,6 @@
 """`LLM`: offline generation with nano-vLLM's interface.
 
-Behind it is a pipeline of its own, or one that runs already.
+Behind an LLM is a pipeline of its own, or a pipeline that runs already.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import msgspec
 
 from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.client.connection import Connection
-from nanovllm.client.errors import RequestError
 from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.client.requests import Prompt, generate_message
-from nanovllm.client.results import Completion
-from nanovllm.client.tickets import Request
+from nanovllm.client.results import Completion, PendingRequest, RequestError
 from nanovllm.control import SchedulerStats
 from nanovllm.progress import GenerationBar, LoadingBar
 from nanovllm.protocol import ChatMessage, Generate, Logprobs
@@ -27,18 +25,18 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings
 from nanovllm.wording import counted, mistake
 
-# Unfinished requests at most, beside those that run: enough that the next is always waiting.
+# Most unfinished requests besides the running: enough that a free slot always finds a next one.
 WINDOW: Final = 2048
 CONNECT_TIMEOUT_S: Final = 10.0
-# A pipeline of its own is watched as a process, so silence may last.
+# The LLM's own pipeline is watched as a process, so silence may last.
 PRIVATE_TIMEOUT_S: Final = 120.0
 CHECK_PERIOD_S: Final = 0.5
 READY_PERIOD_S: Final = 0.05
 _NOT_OPTIONS: Final = frozenset({"model", "runtime_dir"})
 
 
-class Output(TypedDict):
-    """What `LLM.generate` returns for a prompt; `logprobs` only if they were asked for."""
+class LLMOutput(TypedDict):
+    """What `LLM.generate` returns for a prompt; `logprobs` is there only if asked for."""
 
     text: str
     token_ids: list[int]
@@ -48,8 +46,8 @@ class Output(TypedDict):
 class LLM:
     """Generates for many prompts at once.
 
-    It launches a pipeline of its own, which ends with it and with its program, or uses a running
-    one. It belongs to one thread.
+    An LLM launches a pipeline of its own, which ends with the LLM and with its program, or uses a
+    running pipeline. An LLM belongs to one thread.
 
     Args:
         model: checkpoint directory or hub id (downloaded, unless it is in the cache); "" is the
@@ -78,7 +76,7 @@ class LLM:
             self._pipeline = PrivatePipeline(settings)
             self._window = min(WINDOW + settings.max_num_seqs, settings.max_pending_requests)
             self._connection = Connection(self._pipeline.endpoint, PRIVATE_TIMEOUT_S)
-        self._tokens = 0  # of all its outputs
+        self._tokens = 0  # in the outputs of all earlier calls
         self._closing = weakref.finalize(self, _close, self._connection, self._pipeline)
         try:
             self._wait_until_it_serves()
@@ -91,7 +89,7 @@ class LLM:
         prompts: str | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-    ) -> list[Output]:
+    ) -> list[LLMOutput]:
         """Generates for every prompt.
 
         Args:
@@ -111,16 +109,17 @@ class LLM:
         if not self._closing.alive:
             raise RuntimeError("the LLM is closed")
         waiting = self._messages(_as_list(prompts), sampling_params)
-        place = {message.id: index for index, message in enumerate(waiting)}
-        outputs: list[Output | None] = [None] * len(waiting)
-        outstanding: set[Request] = set()
+        index_of = {message.id: index for index, message in enumerate(waiting)}
+        outputs: list[LLMOutput | None] = [None] * len(waiting)
+        outstanding: set[PendingRequest] = set()
         with GenerationBar(len(waiting), self._generated, self._tokens, shown=use_tqdm) as progress:
             try:
                 while waiting or outstanding:
                     self._submit(waiting, outstanding)
                     for request in self._ended(outstanding):
-                        completion = _result(request, place[request.message.id])
-                        outputs[place[request.message.id]] = _output(completion)
+                        index = index_of[request.message.id]
+                        completion = _result(request, index)
+                        outputs[index] = _output(completion)
                         progress.done(len(completion.token_ids))
                     progress.tick()
             finally:
@@ -132,7 +131,7 @@ class LLM:
         return [output for output in outputs if output is not None]
 
     def exit(self) -> None:
-        """Ends the pipeline if it is its own; disconnects from it if not."""
+        """Ends its own pipeline, or disconnects from a running one."""
         self._closing()
 
     def close(self) -> None:
@@ -166,28 +165,28 @@ class LLM:
                 raise type(error)(f"prompts[{index}]: {error}{hint}") from None
         return messages
 
-    def _submit(self, waiting: deque[Generate], outstanding: set[Request]) -> None:
+    def _submit(self, waiting: deque[Generate], outstanding: set[PendingRequest]) -> None:
         while waiting and len(outstanding) < self._window:
             outstanding.add(self._connection.core.submit(waiting.popleft(), patient=True))
 
-    def _ended(self, outstanding: set[Request]) -> list[Request]:
-        """Waits for a while; those that have ended since, taken out of `outstanding`."""
+    def _ended(self, outstanding: set[PendingRequest]) -> list[PendingRequest]:
+        """Waits for a while; takes the requests that have ended out of `outstanding`."""
         changed = self._connection.wait(CHECK_PERIOD_S)
         if not changed and self._pipeline is not None:
             self._pipeline.check()
-        ended = [ticket for ticket in changed if isinstance(ticket, Request) and ticket.ended]
+        ended = [p for p in changed if isinstance(p, PendingRequest) and p.ended]
         outstanding.difference_update(ended)
         return ended
 
     def _generated(self) -> int:
-        """The tokens that a pipeline of its own has generated, as of its latest report; of another,
-        nothing is known."""
+        """The tokens that its own pipeline has generated, as of the latest report; 0 if it uses a
+        running one."""
         services = [] if self._pipeline is None else self._pipeline.services()
         reports = [service.stats for service in services]
         return sum(stats.generated for stats in reports if isinstance(stats, SchedulerStats))
 
     def _wait_until_it_serves(self) -> None:
-        """Returns when a pipeline of its own is ready, or a running one has answered."""
+        """Returns when its own pipeline is ready, or a running one has answered."""
         bar = LoadingBar()
         try:
             self._wait_watching(bar)
@@ -196,17 +195,17 @@ class LLM:
 
     def _wait_watching(self, bar: LoadingBar) -> None:
         while True:
-            inquiry = self._connection.core.ping()
-            while not inquiry.ended:
+            ping = self._connection.core.ping()
+            while not ping.ended:
                 self._connection.wait(CHECK_PERIOD_S)
                 if self._pipeline is not None:
                     self._pipeline.check(launching=True)
                     bar.show(self._pipeline.services())
             if self._pipeline is None:
-                inquiry.result()
+                ping.result()
                 return
-            # One of its own may be silent for as long as its launcher lets it start.
-            if inquiry.pong is not None and inquiry.pong.ready:
+            # Its own pipeline may be silent for as long as the launcher lets it start.
+            if ping.answer is not None and ping.answer.ready:
                 return
             bar.show(self._pipeline.services())
             self._connection.wait(READY_PERIOD_S)
@@ -230,21 +229,21 @@ def _settings(model: str, options: dict[str, Any]) -> Settings:
         settings = msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
         raise ValueError(mistake(error)) from None
-    # Here and not by the launcher, so that a download is seen.
+    # A download here shows its progress; the launcher's would not be seen.
     directory = resolve_model(settings.model)
     ModelConfig.from_checkpoint(directory)
     return msgspec.structs.replace(settings, model=str(directory))
 
 
-def _result(request: Request, index: int) -> Completion:
+def _result(request: PendingRequest, index: int) -> Completion:
     try:
         return request.result()
     except RequestError as error:
         raise RequestError(error.code, f"prompts[{index}]: {error.message}") from None
 
 
-def _output(completion: Completion) -> Output:
-    output = Output(text=completion.text, token_ids=completion.token_ids)
+def _output(completion: Completion) -> LLMOutput:
+    output = LLMOutput(text=completion.text, token_ids=completion.token_ids)
     if completion.logprobs is not None:
         output["logprobs"] = completion.logprobs
     return output

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from typing import Any, Literal, overload
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any
 
 from nanovllm.client.connection import Connection
-from nanovllm.client.requests import Messages, Prompt, as_messages, generate_message
-from nanovllm.client.results import Completion, Delta
-from nanovllm.client.tickets import Request, Ticket
-from nanovllm.protocol import Pong
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.client.requests import GenerateCalls
+from nanovllm.client.results import Completion, Delta, Pending, PendingRequest
+from nanovllm.protocol import Generate, Pong
 from nanovllm.settings import DEFAULT_INGRESS
 
 
-class AsyncClient:
+class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"]):
     """`Client` for asyncio: any number of concurrent requests over one socket.
 
-    It belongs to the event loop in which it was made. Cancelling a task that waits for a request
-    aborts that request.
+    `await client.generate(…)` gives the Completion, and `async for delta in client.generate(…,
+    stream=True)` its Deltas. Cancelling a task that waits for a request aborts that request. A
+    client belongs to the event loop in which it was made.
 
     Args:
         endpoint, timeout: as for Client.
@@ -34,100 +33,25 @@ class AsyncClient:
         self._loop = asyncio.get_running_loop()
         self._watched: Sequence[int] = ()
         self._timer: asyncio.TimerHandle | None = None
-        self._waiting: dict[Ticket, set[asyncio.Future[None]]] = {}
+        self._waiting: dict[Pending, set[asyncio.Future[None]]] = {}
         self._closed = False
         self._connection = Connection(endpoint, timeout, self._watch)
 
-    @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: Literal[False] = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        cache_salt: str | None = None,
-    ) -> Coroutine[Any, Any, Completion]: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: Literal[True],
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        cache_salt: str | None = None,
-    ) -> AsyncStream: ...
-
-    def generate(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        cache_salt: str | None = None,
-    ) -> Coroutine[Any, Any, Completion] | AsyncStream:
-        """As Client's: `await client.generate(…)` gives the Completion,
-        `async for delta in client.generate(…, stream=True)` its deltas."""
-        core = self._connection.core
-        message = generate_message(
-            core.new_id(),
-            prompt,
-            sampling_params,
-            stream=stream,
-            chat_template_kwargs=chat_template_kwargs,
-            cache_salt=cache_salt,
-        )
-        reader = AsyncStream(self, core.submit(message))
+    def _start(self, message: Generate) -> Coroutine[Any, Any, Completion] | AsyncStream:
+        stream = AsyncStream(self, self._connection.core.submit(message))
         self._pump()
-        return reader if stream else reader.result()
-
-    @overload
-    def chat(
-        self,
-        messages: str | Messages,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: Literal[False] = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Coroutine[Any, Any, Completion]: ...
-
-    @overload
-    def chat(
-        self,
-        messages: str | Messages,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: Literal[True],
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> AsyncStream: ...
-
-    def chat(
-        self,
-        messages: str | Messages,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Coroutine[Any, Any, Completion] | AsyncStream:
-        """`generate` from chat messages; a str is one message of the user's."""
-        prompt, kwargs = as_messages(messages), chat_template_kwargs
-        if stream:
-            return self.generate(prompt, sampling_params, stream=True, chat_template_kwargs=kwargs)
-        return self.generate(prompt, sampling_params, chat_template_kwargs=kwargs)
+        return stream if message.stream else stream.result()
 
     async def ping(self) -> Pong:
         """As Client's."""
-        inquiry = self._connection.core.ping()
+        ping = self._connection.core.ping()
         self._pump()
         try:
-            while not inquiry.ended:
-                await self._changed(inquiry)
+            while not ping.ended:
+                await self._changed(ping)
         finally:
-            self._connection.core.abandon(inquiry)
-        return inquiry.result()
+            self._connection.core.abandon(ping)
+        return ping.result()
 
     async def close(self) -> None:
         """Disconnects; what is unfinished is aborted, and whoever waits for it is told."""
@@ -145,33 +69,33 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _changed(self, ticket: Ticket) -> None:
-        """Waits until `ticket` has changed.
+    async def _changed(self, pending: Pending) -> None:
+        """Waits until `pending` has changed.
 
         Raises RuntimeError if the client is closed first.
         """
         if not self._closed:
             waiting = self._loop.create_future()
-            waiters = self._waiting.setdefault(ticket, set())
+            waiters = self._waiting.setdefault(pending, set())
             waiters.add(waiting)
             try:
                 await waiting
             finally:
                 waiters.remove(waiting)
                 if not waiters:
-                    del self._waiting[ticket]
-        if self._closed and not ticket.ended:
+                    del self._waiting[pending]
+        if self._closed and not pending.ended:
             if (task := asyncio.current_task()) is not None:
                 task.add_done_callback(_retrieve)
             raise RuntimeError("the client is closed")
 
-    def _wake(self, *tickets: Ticket) -> None:
-        for ticket in tickets:
-            for waiting in self._waiting.get(ticket, ()):
+    def _wake(self, *pendings: Pending) -> None:
+        for pending in pendings:
+            for waiting in self._waiting.get(pending, ()):
                 if not waiting.done():
                     waiting.set_result(None)
 
-    def _abandon(self, request: Request) -> None:
+    def _abandon(self, request: PendingRequest) -> None:
         """Aborts a request; its reader is gone."""
         if not self._closed:
             self._connection.core.abandon(request)
@@ -182,7 +106,7 @@ class AsyncClient:
         if self._timer is not None:
             self._timer.cancel()
         wait = self._connection.core.wait_s(time.monotonic())
-        if self._connection.pending:
+        if self._connection.readable:
             wait = 0.0
         self._timer = None if wait is None else self._loop.call_later(wait, self._pump)
 
@@ -205,7 +129,7 @@ class AsyncStream(AsyncIterator[Delta]):
     """The output of one request as it comes. Closing or dropping it before its end, or cancelling
     the task that waits for it, aborts the request."""
 
-    def __init__(self, client: AsyncClient, request: Request) -> None:
+    def __init__(self, client: AsyncClient, request: PendingRequest) -> None:
         self._client = client
         self._request = request
 

@@ -13,7 +13,7 @@ import click
 
 from nanovllm.client import status as status_view
 from nanovllm.client.control import Control
-from nanovllm.client.errors import PipelineUnavailable, RequestError
+from nanovllm.client.results import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client, Stream
 from nanovllm.control import Restart, Scale
 from nanovllm.protocol import ChatMessage, Pong

@@ -1,4 +1,4 @@
-"""A core and its socket: what the synchronous and the asynchronous client have in common."""
+"""A core and its socket, for the synchronous and the asynchronous client."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from typing import Final
 import zmq
 
 from nanovllm.client.core import ClientCore
-from nanovllm.client.tickets import Ticket
+from nanovllm.client.results import Pending
 from nanovllm.transport.router_monitor import readable
 
 # Frames that one wake-up reads at most, so that an event loop gets its turn.
 BATCH: Final = 256
-# A pipeline on a machine that is gone, or that is stopped, is noticed after this long.
+# How long until a pipeline that is stopped, or whose machine is gone, is noticed.
 ZMTP_HEARTBEAT_MS: Final = 1000
 ZMTP_TIMEOUT_MS: Final = 3000
 
 
 class Connection:
-    """A client's connection: never more than one socket, and a new socket for each session, so
-    that what was meant for an earlier life of the ingress is never delivered to a later one.
+    """A client's connection.
+
+    Each session has a socket of its own, and there is one socket at a time: what was meant for an
+    earlier incarnation of the ingress never reaches a later one.
 
     Args:
         endpoint: the ingress.
         timeout: see `ClientCore`.
-        watch: called with the file descriptors that tell when to `pump`, whenever they change;
-            with none before the former ones are closed.
+        watch: called with the file descriptors that tell when to `pump`, whenever the descriptors
+            change; called with none before the former descriptors are closed.
 
     Raises:
         ValueError: if `endpoint` is not one.
@@ -43,7 +45,7 @@ class Connection:
         self._endpoint = endpoint
         self._watch = watch
         self._pumping = False
-        self._abandoned: list[Ticket] = []
+        self._abandoned: list[Pending] = []  # by destructors, during a `pump`
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             self._open()
@@ -51,10 +53,10 @@ class Connection:
             self._context.destroy(linger=0)
             raise
 
-    def pump(self) -> list[Ticket]:
+    def pump(self) -> list[Pending]:
         """Reads and sends what there is, without blocking; returns what has changed.
 
-        The descriptors are edge-triggered (ZMQ_FD): call it again at once while `pending`.
+        The descriptors are edge-triggered (ZMQ_FD): while `readable`, call `pump` again at once.
 
         Raises:
             RuntimeError: the connection has been closed.
@@ -67,11 +69,11 @@ class Connection:
         finally:
             self._pumping = False
 
-    def _pump(self) -> list[Ticket]:
+    def _pump(self) -> list[Pending]:
         for _ in range(BATCH):
             if not readable(self._socket):
                 break
-            self.core.receive(self._socket.recv_multipart()[-1])
+            self.core.receive(self._socket.recv())
         while readable(self._monitor):
             self._monitor.recv_multipart()
             self.core.disconnected()
@@ -86,32 +88,32 @@ class Connection:
             self._socket.send(frame, zmq.DONTWAIT)
         return self.core.changed()
 
-    def wait(self, timeout: float | None = None) -> list[Ticket]:
+    def wait(self, timeout: float | None = None) -> list[Pending]:
         """Runs until something has changed, or for `timeout` seconds; returns what has changed."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not (changed := self.pump()):
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 break
-            if not self.pending:
+            if not self.readable:
                 left = None if deadline is None else deadline - now
                 waits = (self.core.wait_s(now), left)
                 self._poll(min((wait for wait in waits if wait is not None), default=None))
         return changed
 
-    def abandon(self, ticket: Ticket) -> None:
-        """Gives up a ticket, at once. Destructors may call it, whenever they run."""
-        self._abandoned.append(ticket)
+    def abandon(self, pending: Pending) -> None:
+        """Aborts a request, or drops a ping. A destructor may call this, whenever it runs."""
+        self._abandoned.append(pending)
         if not self._pumping and not self._context.closed:
             self.pump()
 
     @property
-    def pending(self) -> bool:
+    def readable(self) -> bool:
         """Whether `pump` has something to read."""
         return readable(self._socket) or readable(self._monitor)
 
     def close(self) -> None:
-        """Disconnects, by which the ingress aborts what is unfinished."""
+        """Disconnects; the ingress then aborts what is unfinished."""
         if not self._context.closed:
             self._close()
             self._context.destroy(linger=0)
@@ -125,7 +127,7 @@ class Connection:
     def _open(self) -> None:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        # Its requests are bounded by the program, and their output by `max_tokens`.
+        # No bound: the program bounds the requests, and `max_tokens` bounds their output.
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, ZMTP_HEARTBEAT_MS)

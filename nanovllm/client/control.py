@@ -8,7 +8,7 @@ from typing import Final
 
 import zmq
 
-from nanovllm.client.errors import PipelineUnavailable
+from nanovllm.client.results import PipelineUnavailable
 from nanovllm.control import Done, FromSupervisor, Restart, Scale, Status, StatusRequest
 from nanovllm.settings import Settings
 from nanovllm.transport.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation

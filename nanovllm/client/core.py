@@ -1,27 +1,33 @@
 """The client's side of the protocol, without sockets or clocks.
 
-It keeps every unfinished request with the output received so far. When its connection turns out to
-be gone (the shell says so, the session changed, or nothing is heard for long) it asks for a new one
-and submits everything again there, resuming where each stream stood.
+The core keeps every unfinished request with the output received so far. A connection is lost when
+its socket says so, when the session changed, or when nothing was heard for long. The core then asks
+for a new connection, and submits everything again there: each stream resumes where it stood.
 
-The shell, after each wake-up: gives what has arrived to `receive`, tells `disconnected`, calls
-`advance`, opens a new connection if that says so (`renewed`), sends `frames`, and hands what
-`changed` to whoever waits.
+After each wake-up the owner of the socket gives what has arrived to `receive`, tells of a
+disconnection (`disconnected`), calls `advance`, opens a new connection if `advance` says so
+(`renewed`), sends the `frames`, and hands what has `changed` to whoever waits.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
-from nanovllm.client.errors import PipelineUnavailable, RequestError
-from nanovllm.client.tickets import Inquiry, Request, Ticket
+from nanovllm.client.results import (
+    Pending,
+    PendingPing,
+    PendingRequest,
+    PipelineUnavailable,
+    RequestError,
+)
 from nanovllm.protocol import (
     Abort,
     Accepted,
+    Delta,
     Error,
     Finish,
     Generate,
@@ -29,49 +35,52 @@ from nanovllm.protocol import (
     Pong,
     ServerMessage,
 )
-from nanovllm.protocol import Delta as WireDelta
 
 log = logging.getLogger(__name__)
 
-# While requests are unfinished: a dead or changed session is noticed after about this long.
+# Between two pings, while anything is pending: a lost session is noticed after about this long.
 PING_PERIOD_S: Final = 1.0
-# Before a refused request, or a connection on which nothing was heard, is tried again.
+# Before an overloaded ingress, or a connection on which nothing was heard, is tried again.
 RETRY_S: Final = 0.5
+
+_PendingT = TypeVar("_PendingT", PendingRequest, PendingPing)
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class ClientCore:
     """Everything that one client waits for.
 
     Args:
-        endpoint: where it connects; for messages to people.
+        endpoint: where the client connects; for messages to people.
         timeout: seconds without an answer after which the pipeline is taken to be gone, and
-            everything unfinished fails. After half of it, a new connection is tried.
+            everything pending fails. After half of `timeout`, a new connection is tried.
     """
 
     def __init__(self, endpoint: str, timeout: float) -> None:
         self._endpoint = endpoint
         self._timeout = timeout
         self._ids = itertools.count()
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(list[ServerMessage])
-        self._tickets: dict[str, Ticket] = {}
-        self._changed: list[Ticket] = []
+        self._pending: dict[str, Pending] = {}
+        self._changed: list[Pending] = []
         self._outgoing: list[bytes] = []
-        # Of this connection.
+        # The current connection.
         self._session: str | None = None
         self._lost = False
         self._heard_here = False
         self._opened_at = 0.0
-        # Time. Silence counts only while a ping is unanswered and the shell runs, so that a
-        # program that does other things between two deltas is not taken for a pipeline's death.
+        # Silence counts only while a ping is unanswered and `advance` is called, so that a program
+        # that does other things between two deltas does not take the pipeline for dead.
         self._now: float | None = None
-        self._asking = False
+        self._pinged = False
         self._heard = False
         self._heard_ever = False
         self._silent_s = 0.0
         self._renew_when_silent_s = timeout / 2
         self._ping_at = 0.0
-        self._refused: list[Request] = []
+        # Requests that an overloaded ingress refused, and when they are submitted again.
+        self._refused: list[PendingRequest] = []
         self._retry_at: float | None = None
 
     # What the program wants ---------------------------------------------------------------------
@@ -79,39 +88,28 @@ class ClientCore:
     def new_id(self) -> str:
         return str(next(self._ids))
 
-    def submit(self, message: Generate, *, patient: bool = False) -> Request:
-        """A new request; its id is from `new_id`.
+    def submit(self, message: Generate, *, patient: bool = False) -> PendingRequest:
+        """A new request; its id is from `new_id`. A `patient` request is submitted again when the
+        ingress is overloaded, instead of failing."""
+        return self._send(PendingRequest(message, patient))
 
-        Args:
-            message: the request.
-            patient: when the ingress is overloaded, try again later instead of failing.
-        """
-        request = Request(message, patient)
-        self._outgoing.append(request.encoded(self._encoder))
-        self._tickets[message.id] = request
-        return request
+    def ping(self) -> PendingPing:
+        return self._send(PendingPing(Ping(id=self.new_id())))
 
-    def ping(self) -> Inquiry:
-        inquiry = Inquiry(Ping(id=self.new_id()))
-        self._outgoing.append(inquiry.encoded(self._encoder))
-        self._tickets[str(inquiry.message.id)] = inquiry
-        return inquiry
-
-    def abandon(self, ticket: Ticket) -> None:
-        """Its owner no longer wants it: a request is aborted, what still comes is dropped."""
-        if self._tickets.pop(str(ticket.message.id), None) is None:
+    def abandon(self, pending: Pending) -> None:
+        """Nobody waits for `pending` any more: a request is aborted, later answers are dropped."""
+        if self._pending.pop(str(pending.message.id), None) is None:
             return
-        if isinstance(ticket, Request):
-            self._outgoing.append(self._encoder.encode(Abort(id=ticket.message.id)))
-            if ticket in self._refused:
-                self._refused.remove(ticket)
+        if isinstance(pending, PendingRequest):
+            self._outgoing.append(_encode(Abort(id=pending.message.id)))
+            if pending in self._refused:
+                self._refused.remove(pending)
 
-    # What the shell tells -----------------------------------------------------------------------
+    # What the owner of the socket tells ---------------------------------------------------------
 
-    def receive(self, payload: bytes) -> None:
-        """Takes one frame from the ingress."""
+    def receive(self, frame: bytes) -> None:
         try:
-            messages = self._decoder.decode(payload)
+            messages = self._decoder.decode(frame)
         except (msgspec.DecodeError, RecursionError) as error:
             self._fail_all(
                 f"what answers at {self._endpoint} does not speak this client's protocol: {error}"
@@ -122,62 +120,62 @@ class ClientCore:
             self._take(message)
 
     def disconnected(self) -> None:
-        """The connection has ended; so has the session."""
+        """The connection has ended, and the session with it."""
         self._lost = True
 
     def advance(self, now: float) -> bool:
         """Does what is due at `now` (seconds, any monotonic clock).
 
-        Returns whether the shell is to replace its connection by a new one, and call `renewed`.
+        Returns whether the connection is to be replaced by a new one; then call `renewed`.
         """
-        before, self._now = self._now, now if self._tickets else None
-        if self._heard or not self._tickets:
-            self._heard, self._asking, self._silent_s = False, False, 0.0
+        before, self._now = self._now, now if self._pending else None
+        if self._heard or not self._pending:
+            self._heard, self._pinged, self._silent_s = False, False, 0.0
             self._renew_when_silent_s = self._timeout / 2
-        elif before is not None and self._asking:
+        elif before is not None and self._pinged:
             self._silent_s += min(now - before, PING_PERIOD_S)
             if self._silent_s >= self._timeout:
-                self._fail_all(self._nobody_answers())
+                self._fail_all(self._no_answer())
             elif self._silent_s >= self._renew_when_silent_s:
                 self._lost = True
-        if self._tickets and now >= self._ping_at:
+        if self._pending and now >= self._ping_at:
             self._ping_at = now + PING_PERIOD_S
-            self._asking = True
-            self._outgoing.append(self._encoder.encode(Ping()))
+            self._pinged = True
+            self._outgoing.append(_encode(Ping()))
         if self._refused and self._retry_at is None:
             self._retry_at = now + RETRY_S
         elif self._retry_at is not None and now >= self._retry_at:
-            self._outgoing += [request.encoded(self._encoder) for request in self._refused]
+            self._outgoing += [request.encoded() for request in self._refused]
             self._refused.clear()
             self._retry_at = None
         return self._lost and (self._heard_here or now >= self._opened_at + RETRY_S)
 
     def renewed(self, now: float) -> None:
-        """There is a new connection: everything unfinished is submitted again."""
+        """There is a new connection: everything pending is submitted again."""
         self._session, self._lost, self._heard_here = None, False, False
         self._opened_at = now
         self._renew_when_silent_s = self._silent_s + self._timeout / 2
         self._refused.clear()
-        self._outgoing = [ticket.encoded(self._encoder) for ticket in self._tickets.values()]
+        self._outgoing = [pending.encoded() for pending in self._pending.values()]
 
     def frames(self) -> list[bytes]:
-        """The messages to send now, one a frame; to a connection that is lost, nothing."""
+        """What to send now, a message a frame; nothing to a connection that is lost."""
         if self._lost:
             return []
         frames, self._outgoing = self._outgoing, []
         return frames
 
-    def changed(self) -> list[Ticket]:
-        """What has got output or its end since the last call; one may be there twice."""
+    def changed(self) -> list[Pending]:
+        """What has got output or an answer since the last call, perhaps more than once."""
         changed, self._changed = self._changed, []
         return changed
 
     def wait_s(self, now: float) -> float | None:
-        """In how many seconds `advance` is to be called at the latest; None: no need to."""
+        """The seconds until `advance` must be called at the latest; None: no need to."""
         due: list[float] = []
-        if self._tickets:
+        if self._pending:
             due.append(self._ping_at)
-        if self._asking:
+        if self._pinged:
             limit = self._timeout if self._lost else self._renew_when_silent_s
             due.append(now + min(limit, self._timeout) - self._silent_s)
         if self._retry_at is not None:
@@ -197,17 +195,17 @@ class ClientCore:
         if isinstance(message, Error) and message.id is None:
             self._refuse_a_frame(message)
             return
-        ticket = self._tickets.get(str(message.id))
-        if isinstance(ticket, Request):
-            self._answer(ticket, message)
-        elif isinstance(ticket, Inquiry) and isinstance(message, Pong):
-            ticket.pong = message
-            self._end(ticket)
+        pending = self._pending.get(str(message.id))
+        if isinstance(pending, PendingRequest):
+            self._answer(pending, message)
+        elif isinstance(pending, PendingPing) and isinstance(message, Pong):
+            pending.answer = message
+            self._end(pending)
 
-    def _answer(self, request: Request, message: ServerMessage) -> None:
+    def _answer(self, request: PendingRequest, message: ServerMessage) -> None:
         if isinstance(message, Accepted):
             request.accept(message.seed)
-        elif isinstance(message, WireDelta):
+        elif isinstance(message, Delta):
             if request.extend(message):
                 self._changed.append(request)
             else:
@@ -217,36 +215,41 @@ class ClientCore:
             request.finish(message)
             self._end(request)
         elif isinstance(message, Error):
-            if message.code == "overloaded" and request.waits_for_room():
+            if message.code == "overloaded" and request.waits_for_room:
                 self._refused.append(request)
             else:
                 self._fail(request, RequestError(message.code, message.message))
 
     def _refuse_a_frame(self, error: Error) -> None:
         """An error without an id: a frame was larger than the ingress reads. Of the requests that
-        it has not answered, that can only be the largest."""
-        unanswered = [ticket for ticket in self._tickets.values() if isinstance(ticket, Request)]
-        largest = max(unanswered, key=Request.unanswered_size, default=None)
-        if largest is None or not largest.unanswered_size():
+        the ingress has not answered, only the largest can have been in that frame."""
+        requests = [r for r in self._pending.values() if isinstance(r, PendingRequest)]
+        largest = max(requests, key=lambda request: request.unanswered_bytes, default=None)
+        if largest is None or not largest.unanswered_bytes:
             log.error("%s: %s: %s", self._endpoint, error.code, error.message)
         else:
             self._fail(largest, RequestError(error.code, error.message))
 
-    def _end(self, ticket: Ticket) -> None:
-        self._tickets.pop(str(ticket.message.id), None)
-        self._changed.append(ticket)
+    def _send(self, pending: _PendingT) -> _PendingT:
+        self._outgoing.append(pending.encoded())
+        self._pending[str(pending.message.id)] = pending
+        return pending
 
-    def _fail(self, ticket: Ticket, failure: Exception) -> None:
-        ticket.failure = failure
-        self._end(ticket)
+    def _end(self, pending: Pending) -> None:
+        self._pending.pop(str(pending.message.id), None)
+        self._changed.append(pending)
+
+    def _fail(self, pending: Pending, failure: Exception) -> None:
+        pending.failure = failure
+        self._end(pending)
 
     def _fail_all(self, message: str) -> None:
-        for ticket in list(self._tickets.values()):
-            self._fail(ticket, PipelineUnavailable(message))
+        for pending in list(self._pending.values()):
+            self._fail(pending, PipelineUnavailable(message))
         self._refused.clear()
-        self._lost = True  # what waits in the connection is for nobody
+        self._lost = True  # nobody waits for what still comes over this connection
 
-    def _nobody_answers(self) -> str:
+    def _no_answer(self) -> str:
         if self._heard_ever:
             return (
                 f"the pipeline at {self._endpoint} is gone: it has not answered for"

@@ -16,7 +16,7 @@ from typing import IO, Final
 import msgspec
 
 from nanovllm.client.control import Control
-from nanovllm.client.errors import PipelineUnavailable
+from nanovllm.client.results import PipelineUnavailable
 from nanovllm.client.sync import Client
 from nanovllm.control import ServiceStatus
 from nanovllm.options import settings_argv

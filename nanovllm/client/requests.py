@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import msgspec
 
+from nanovllm.client.connection import Connection
 from nanovllm.protocol import ChatMessage, Generate
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.wording import mistake
@@ -15,6 +17,115 @@ from nanovllm.wording import mistake
 Messages = Sequence[Mapping[str, str] | ChatMessage]
 # Text, token ids, or chat messages.
 Prompt = str | Sequence[int] | Messages
+
+WholeT = TypeVar("WholeT")
+StreamT = TypeVar("StreamT")
+
+
+class GenerateCalls(ABC, Generic[WholeT, StreamT]):
+    """The calls that `Client` and `AsyncClient` share.
+
+    They return a `WholeT`, or with `stream=True` a `StreamT`.
+    """
+
+    _connection: Connection
+
+    @abstractmethod
+    def _start(self, message: Generate) -> WholeT | StreamT:
+        """Submits a request."""
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        stream: Literal[False] = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
+    ) -> WholeT: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        stream: Literal[True],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
+    ) -> StreamT: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
+    ) -> WholeT | StreamT:
+        """Generates from text, token ids or chat messages.
+
+        Args:
+            prompt: a str, a list of token ids, or a list of `{"role": …, "content": …}`.
+            sampling_params: how; the defaults of SamplingParams if not given.
+            stream: return a stream of Deltas at once, instead of the Completion at its end.
+            chat_template_kwargs: for chat messages; passed to the chat template.
+            cache_salt: prefix-cache entries are shared only among requests with the same salt.
+
+        Raises:
+            TypeError, ValueError: the prompt or a parameter is not valid.
+            RequestError: the pipeline refused it (from a stream: when it is read).
+            PipelineUnavailable: no pipeline answers.
+        """
+        message = generate_message(
+            self._connection.core.new_id(),
+            prompt,
+            sampling_params,
+            stream=stream,
+            chat_template_kwargs=chat_template_kwargs,
+            cache_salt=cache_salt,
+        )
+        return self._start(message)
+
+    @overload
+    def chat(
+        self,
+        messages: str | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        stream: Literal[False] = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> WholeT: ...
+
+    @overload
+    def chat(
+        self,
+        messages: str | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        stream: Literal[True],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> StreamT: ...
+
+    def chat(
+        self,
+        messages: str | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> WholeT | StreamT:
+        """`generate` from chat messages; a str is one message of the user's."""
+        if isinstance(messages, str):
+            messages = [ChatMessage(role="user", content=messages)]
+        kwargs = chat_template_kwargs
+        if stream:
+            return self.generate(
+                messages, sampling_params, stream=True, chat_template_kwargs=kwargs
+            )
+        return self.generate(messages, sampling_params, chat_template_kwargs=kwargs)
 
 
 def generate_message(
@@ -29,9 +140,9 @@ def generate_message(
     """The request for `prompt`: text, token ids or chat messages.
 
     Raises:
-        TypeError: the prompt is none of these, or a parameter of another type.
-        ValueError: it is empty or not valid Unicode, or a value in it is of the wrong type or out
-            of range.
+        TypeError: the prompt is none of the three, or a parameter has another type.
+        ValueError: the prompt is empty or not valid Unicode, or a value in it is of the wrong type
+            or out of range.
     """
     if not isinstance(sampling_params, SamplingParams | None):
         raise TypeError(
@@ -51,21 +162,15 @@ def generate_message(
     message.stream = stream
     message.sampling = (sampling_params or SamplingParams()).to_wire()
     try:
-        msgspec.msgpack.encode(message)  # as it will be: only this finds what cannot be
+        msgspec.msgpack.encode(message)  # only encoding finds text that is not valid Unicode
     except UnicodeEncodeError as error:
         found = error.object[error.start]
         raise ValueError(f"the text is not valid Unicode (UTF-8): it holds {found!r}") from None
     return message
 
 
-def as_messages(messages: str | Messages) -> Messages:
-    """Chat messages; a string is one message of the user's."""
-    if isinstance(messages, str):
-        return [ChatMessage(role="user", content=messages)]
-    return messages
-
-
 def _prompt(prompt: Prompt) -> dict[str, Any]:
+    """The field of `Generate` that `prompt` goes into, and its value."""
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("the prompt is empty")

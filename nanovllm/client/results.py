@@ -1,10 +1,41 @@
-"""What a program gets for a request."""
+"""What a client waits for: the output of a request, the answer to a ping, or an error."""
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from nanovllm.protocol import FinishReason, Logprobs, Usage
+import msgspec
+
+from nanovllm.protocol import Delta as WireDelta
+from nanovllm.protocol import ErrorCode, Finish, FinishReason, Generate, Logprobs, Ping, Pong, Usage
+
+AnswerT = TypeVar("AnswerT")
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class RequestError(Exception):
+    """The pipeline refused or gave up one request.
+
+    Attributes:
+        code: one of the protocol's: `invalid_request`, `context_length_exceeded`, `duplicate_id`,
+            `overloaded`, `poisoned`, `internal`.
+        message: what was wrong, in words.
+    """
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
+class PipelineUnavailable(ConnectionError):
+    """No pipeline answers at the endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +72,102 @@ class Completion:
     usage: Usage
     logprobs: Logprobs | None
     seed: int | None
+
+
+class _Pending(Generic[AnswerT]):
+    """A message to the ingress, until its answer has come or has failed to come."""
+
+    def __init__(self) -> None:
+        self.answer: AnswerT | None = None
+        self.failure: Exception | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.answer is not None or self.failure is not None
+
+    def result(self) -> AnswerT:
+        """The answer; raises `failure` if there is one."""
+        if self.failure is not None:
+            raise self.failure
+        if self.answer is None:
+            raise RuntimeError("there is no answer yet")
+        return self.answer
+
+
+class PendingPing(_Pending[Pong]):
+    def __init__(self, message: Ping) -> None:
+        super().__init__()
+        self.message = message
+
+    def encoded(self) -> bytes:
+        return _encode(self.message)
+
+
+class PendingRequest(_Pending[Completion]):
+    """One request, with the output received so far.
+
+    Args:
+        message: the request.
+        patient: whether the request waits when the ingress is overloaded, instead of failing.
+    """
+
+    def __init__(self, message: Generate, patient: bool) -> None:
+        super().__init__()
+        self.message = message
+        self.deltas: deque[Delta] = deque()  # received, and not yet taken by the reader
+        self.unanswered_bytes = 0  # the size of the request; 0 once the ingress has answered it
+        self.waits_for_room = patient  # whether `overloaded` means later
+        self._token_ids: list[int] = []
+        self._texts: list[str] = []
+        self._logprobs: Logprobs = []
+        self._seed: int | None = message.sampling.seed
+
+    def encoded(self) -> bytes:
+        """The request as it is to be submitted now. A stream resumes after the tokens received so
+        far; a stream without any starts anew, with the seed that the ingress has drawn for it."""
+        sampling = msgspec.structs.replace(self.message.sampling, seed=self._seed)
+        message = msgspec.structs.replace(self.message, sampling=sampling)
+        if self._token_ids:
+            message.resume_token_ids = self._token_ids
+        raw = _encode(message)
+        self.unanswered_bytes = len(raw)
+        return raw
+
+    def accept(self, seed: int) -> None:
+        self.unanswered_bytes = 0
+        self.waits_for_room = True  # an accepted request that is submitted again does not fail
+        if self._seed is None:
+            self._seed = seed
+
+    def extend(self, delta: WireDelta) -> bool:
+        """Adds new output; False if `delta` does not begin where the output so far ends."""
+        if delta.offset != len(self._token_ids):
+            return False
+        self.unanswered_bytes = 0
+        logprobs = delta.logprobs or []
+        self._token_ids += delta.token_ids
+        self._texts.append(delta.text)
+        self._logprobs += logprobs
+        self.deltas.append(Delta(delta.text, delta.token_ids, self._if_asked(logprobs)))
+        return True
+
+    def finish(self, finish: Finish) -> None:
+        if not self.message.stream:  # `finish` carries the whole output
+            self._texts = [finish.text or ""]
+            self._token_ids = finish.token_ids or []
+            self._logprobs = finish.logprobs or []
+            self._seed = self._seed if finish.seed is msgspec.UNSET else finish.seed
+        self.answer = Completion(
+            text="".join(self._texts),
+            token_ids=self._token_ids,
+            finish_reason=finish.finish_reason,
+            usage=finish.usage,
+            logprobs=self._if_asked(self._logprobs),
+            seed=self._seed,
+        )
+
+    def _if_asked(self, logprobs: Logprobs) -> Logprobs | None:
+        return None if self.message.sampling.logprobs is None else logprobs
+
+
+Pending = PendingRequest | PendingPing

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, overload
+from collections.abc import Iterator
 
 from nanovllm.client.connection import Connection
-from nanovllm.client.requests import Messages, Prompt, as_messages, generate_message
-from nanovllm.client.results import Completion, Delta
-from nanovllm.client.tickets import Request
-from nanovllm.protocol import Pong
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.client.requests import GenerateCalls
+from nanovllm.client.results import Completion, Delta, PendingRequest
+from nanovllm.protocol import Generate, Pong
 from nanovllm.settings import DEFAULT_INGRESS
 
 
-class Client:
+class Client(GenerateCalls[Completion, "Stream"]):
     """A client of a running pipeline.
 
     It survives disconnections and restarts of the pipeline: streams go on where they stood. Several
@@ -34,97 +31,10 @@ class Client:
         self._connection = Connection(endpoint, timeout)
         self._closing = weakref.finalize(self, self._connection.close)
 
-    @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: Literal[False] = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        cache_salt: str | None = None,
-    ) -> Completion: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: Literal[True],
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        cache_salt: str | None = None,
-    ) -> Stream: ...
-
-    def generate(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        cache_salt: str | None = None,
-    ) -> Completion | Stream:
-        """Generates from text, token ids or chat messages.
-
-        Args:
-            prompt: a str, a list of token ids, or a list of `{"role": …, "content": …}`.
-            sampling_params: how; the defaults of SamplingParams if not given.
-            stream: return a `Stream` at once, instead of the Completion at its end.
-            chat_template_kwargs: for chat messages; passed to the chat template.
-            cache_salt: prefix-cache entries are shared only among requests with the same salt.
-
-        Raises:
-            TypeError, ValueError: the prompt or a parameter is not valid.
-            RequestError: the pipeline refused it (from a Stream: when it is read).
-            PipelineUnavailable: no pipeline answers.
-        """
-        core = self._connection.core
-        message = generate_message(
-            core.new_id(),
-            prompt,
-            sampling_params,
-            stream=stream,
-            chat_template_kwargs=chat_template_kwargs,
-            cache_salt=cache_salt,
-        )
-        reader = Stream(self._connection, core.submit(message))
+    def _start(self, message: Generate) -> Completion | Stream:
+        stream = Stream(self._connection, self._connection.core.submit(message))
         self._connection.pump()
-        return reader if stream else reader.result()
-
-    @overload
-    def chat(
-        self,
-        messages: str | Messages,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: Literal[False] = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Completion: ...
-
-    @overload
-    def chat(
-        self,
-        messages: str | Messages,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: Literal[True],
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Stream: ...
-
-    def chat(
-        self,
-        messages: str | Messages,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Completion | Stream:
-        """`generate` from chat messages; a str is one message of the user's."""
-        prompt, kwargs = as_messages(messages), chat_template_kwargs
-        if stream:
-            return self.generate(prompt, sampling_params, stream=True, chat_template_kwargs=kwargs)
-        return self.generate(prompt, sampling_params, chat_template_kwargs=kwargs)
+        return stream if message.stream else stream.result()
 
     def ping(self) -> Pong:
         """Asks the pipeline which it is, and whether it is ready.
@@ -132,13 +42,13 @@ class Client:
         Raises:
             PipelineUnavailable: no pipeline answers.
         """
-        inquiry = self._connection.core.ping()
+        ping = self._connection.core.ping()
         try:
-            while not inquiry.ended:
+            while not ping.ended:
                 self._connection.wait()
         finally:
-            self._connection.core.abandon(inquiry)
-        return inquiry.result()
+            self._connection.core.abandon(ping)
+        return ping.result()
 
     def close(self) -> None:
         """Disconnects; what is unfinished is aborted."""
@@ -158,7 +68,7 @@ class Stream(Iterator[Delta]):
     request.
     """
 
-    def __init__(self, connection: Connection, request: Request) -> None:
+    def __init__(self, connection: Connection, request: PendingRequest) -> None:
         self._connection = connection
         self._request = request
 

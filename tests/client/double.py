@@ -56,7 +56,7 @@ class IngressDouble:
         self._router = self._context.socket(zmq.ROUTER)
         port = self._router.bind_to_random_port("tcp://127.0.0.1")
         self.endpoint = f"tcp://127.0.0.1:{port}"
-        self._life = secrets.token_hex(4)
+        self._incarnation = secrets.token_hex(4)
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
         self._news = threading.Condition()
@@ -92,7 +92,7 @@ class IngressDouble:
             self._context.destroy(linger=0)
 
     def _take(self, client: bytes, payload: bytes) -> None:
-        session = f"{self._life}-{client.hex()}"
+        session = f"{self._incarnation}-{client.hex()}"
         message = self._decoder.decode(payload)
         with self._news:
             self.received.append(message)
@@ -105,7 +105,7 @@ class IngressDouble:
             self._router.send_multipart([client, self._encoder.encode([answer])])
 
     def _be_reborn(self) -> None:
-        self._life = secrets.token_hex(4)
+        self._incarnation = secrets.token_hex(4)
         self._router.close(linger=1000)
         self._router = self._context.socket(zmq.ROUTER)
         deadline = time.monotonic() + TIMEOUT_S

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.client.core import PING_PERIOD_S, RETRY_S, ClientCore
-from nanovllm.client.errors import PipelineUnavailable, RequestError
 from nanovllm.client.requests import generate_message
-from nanovllm.client.tickets import Request
+from nanovllm.client.results import PendingRequest, PipelineUnavailable, RequestError
 from nanovllm.protocol import (
     Abort,
     Accepted,
@@ -41,7 +40,7 @@ class Harness:
         self.now = 1000.0
         self.renewals = 0
 
-    def submit(self, prompt: str = "abc", *, stream: bool = True, **params: Any) -> Request:
+    def submit(self, prompt: str = "abc", *, stream: bool = True, **params: Any) -> PendingRequest:
         message = generate_message(
             self.core.new_id(), prompt, SamplingParams(**params), stream=stream
         )
@@ -61,11 +60,11 @@ class Harness:
         return [m for m in self.step(seconds, *answers) if isinstance(m, kind)]
 
 
-def accepted(request: Request, session: str = "s1") -> Accepted:
+def accepted(request: PendingRequest, session: str = "s1") -> Accepted:
     return Accepted(id=request.message.id, session=session, seed=SEED)
 
 
-def delta(request: Request, offset: int, token_ids: list[int]) -> Delta:
+def delta(request: PendingRequest, offset: int, token_ids: list[int]) -> Delta:
     return Delta(id=request.message.id, offset=offset, token_ids=token_ids, text=text_of(token_ids))
 
 
@@ -73,7 +72,7 @@ def pong(session: str = "s1") -> Pong:
     return Pong(id=None, session=session, version="0", model="m", ready=True)
 
 
-def error(request: Request | None, code: ErrorCode) -> Error:
+def error(request: PendingRequest | None, code: ErrorCode) -> Error:
     return Error(id=request.message.id if request else None, code=code, message="because")
 
 
