@@ -1,85 +1,86 @@
-"""When services are started, ended and given up, in Erlang/OTP's sense of supervision.
+"""When to start, end and give up services: supervision as in Erlang/OTP.
 
-No processes, sockets or clock: the supervisor tells what happened and what time it is, and does
-what is `due`. Times are seconds of one monotonic clock.
+No processes, sockets or clock: the supervisor tells what happened and when, and does what is `due`.
+Times are seconds of one monotonic clock.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
 from typing import Final
 
-from nanovllm.launch.groups import Action, Answer, Group, Phase, Place, Work
+from nanovllm.launch.groups import Action, Answer, Group, Phase, ServiceId, Work
 from nanovllm.transport.links import Peer
 
-# Longer between two looks, and the supervisor itself was stopped: nobody's silence counts.
-LONGEST_LOOK_S: Final = 3.0
+# After a longer pause between two calls of `due`, the supervisor itself was stopped: the silence of
+# that time does not count.
+LONGEST_PAUSE_S: Final = 3.0
 
 
-class _Operation:
-    """What a command asked for: one group after the other is restarted; all that it `awaits`
-    must be settled before the next."""
+@dataclass
+class _Command:
+    """A command in hand: the groups of `restart` are restarted one after the other, each once all
+    of `awaits` are settled."""
 
-    def __init__(self, asked_by: Peer, restart: Iterable[Group], awaits: Iterable[Group]) -> None:
-        self.asked_by = asked_by
-        self.restart = deque(restart)
-        self.awaits = list(awaits)
+    asked_by: Peer
+    restart: deque[Group]
+    awaits: list[Group]
 
 
 class Policy:
-    """All groups of a pipeline, and the commands in hand."""
+    """All groups of a pipeline, and the commands that are not done."""
 
-    def __init__(self, groups: Iterable[Sequence[Place]], now: float) -> None:
-        self.groups = [Group(places, now) for places in groups]
-        self._operations: deque[_Operation] = deque()
-        self._looked_at = now
+    def __init__(self, groups: Iterable[Sequence[ServiceId]], now: float) -> None:
+        self.groups = [Group(services, now) for services in groups]
+        self._commands: deque[_Command] = deque()
+        self._called_at = now
 
     # What happens -------------------------------------------------------------------------------
 
-    def ended(self, place: Place, code: int, now: float) -> None:
-        """A process has ended; `code` is its exit code, or minus the signal that killed it."""
-        if (group := self.group_of(place)) is not None:
-            group.ended(place, code, now)
+    def ended(self, service: ServiceId, code: int, now: float) -> None:
+        """The process of `service` has ended with exit code `code`, or by the signal -`code`."""
+        if (group := self.group_of(service)) is not None:
+            group.ended(service, code, now)
 
-    def ready(self, place: Place, now: float) -> None:
-        if (group := self.group_of(place)) is not None:
-            group.ready(place, now)
+    def ready(self, service: ServiceId, now: float) -> None:
+        if (group := self.group_of(service)) is not None:
+            group.ready(service, now)
 
-    def sign(self, place: Place, now: float) -> None:
-        if (group := self.group_of(place)) is not None:
-            group.sign(place, now)
+    def sign(self, service: ServiceId, now: float) -> None:
+        if (group := self.group_of(service)) is not None:
+            group.sign(service, now)
 
-    def work(self, place: Place, work: Work | None, now: float) -> None:
-        if (group := self.group_of(place)) is not None:
-            group.work(place, work, now)
+    def work(self, service: ServiceId, work: Work | None, now: float) -> None:
+        if (group := self.group_of(service)) is not None:
+            group.work(service, work, now)
 
     # Commands -----------------------------------------------------------------------------------
 
     def restart(self, role: str, asked_by: Peer) -> None:
         """Restarts the groups of a role, or `all`, one after the other."""
-        groups = [g for g in self.groups if role in ("all", g.places[0].role)]
-        self._operations.append(_Operation(asked_by, groups, ()))
+        groups = [g for g in self.groups if role in ("all", g.services[0].role)]
+        self._commands.append(_Command(asked_by, deque(groups), []))
 
     def scale(self, role: str, count: int, asked_by: Peer, now: float) -> None:
-        """Brings the services of a role that are groups of one to `count`."""
-        groups = {g.places[0].index: g for g in self.groups if g.places[0].role == role}
-        added = [Group([Place(role, i)], now) for i in range(count) if i not in groups]
+        """Starts or ends services until `count` run; each service of the role is a group."""
+        groups = {g.services[0].index: g for g in self.groups if g.services[0].role == role}
+        added = [Group([ServiceId(role, i)], now) for i in range(count) if i not in groups]
         leaving = [group for index, group in groups.items() if index >= count]
         for group in leaving:
             group.stop(now, leave=True)
         self.groups += added
-        self._operations.append(_Operation(asked_by, (), [*added, *leaving]))
+        self._commands.append(_Command(asked_by, deque(), [*added, *leaving]))
 
     # What there is to do --------------------------------------------------------------------------
 
-    def due(self, now: float, answering: Set[Place] = frozenset()) -> list[Action]:
-        """What is to be done now, in order. Those that are `answering` are busy, if they say
-        nothing, and not hung."""
-        away, self._looked_at = now - self._looked_at, now
-        if away > LONGEST_LOOK_S:
+    def due(self, now: float, answering: Set[ServiceId] = frozenset()) -> list[Action]:
+        """What to do now, in order. A silent service among `answering` is busy, not hung."""
+        pause, self._called_at = now - self._called_at, now
+        if pause > LONGEST_PAUSE_S:
             for group in self.groups:
-                group.forgive(away)
+                group.forgive(pause)
         actions = self._due_for_commands(now)
         for group in self.groups:
             actions += group.due(now, answering)
@@ -87,7 +88,7 @@ class Policy:
         return actions
 
     def wait_s(self, now: float) -> float:
-        """In how many seconds to ask again at the latest."""
+        """The seconds until `due` must be called again."""
         deadlines = [g.deadline for g in self.groups if g.deadline is not None]
         return max(0.0, min([*deadlines, now + 1.0]) - now)
 
@@ -99,20 +100,20 @@ class Policy:
     def gives_up(self) -> bool:
         return any(group.given_up for group in self.groups)
 
-    def group_of(self, place: Place) -> Group | None:
-        return next((group for group in self.groups if place in group.places), None)
+    def group_of(self, service: ServiceId) -> Group | None:
+        return next((group for group in self.groups if service in group.services), None)
 
     def _due_for_commands(self, now: float) -> list[Action]:
         answers: list[Action] = []
-        while self._operations:
-            operation = self._operations[0]
-            if not all(group.settled for group in operation.awaits):
+        while self._commands:
+            command = self._commands[0]
+            if not all(group.settled for group in command.awaits):
                 break
-            if operation.restart:
-                group = operation.restart.popleft()
+            if command.restart:
+                group = command.restart.popleft()
                 group.stop(now)
-                operation.awaits = [group]
+                command.awaits = [group]
             else:
-                answers.append(Answer(operation.asked_by))
-                self._operations.popleft()
+                answers.append(Answer(command.asked_by))
+                self._commands.popleft()
         return answers

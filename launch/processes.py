@@ -1,4 +1,4 @@
-"""The service processes as the supervisor sees them: start, output, end."""
+"""The processes of services, as the supervisor sees them: start, output, end."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import time
 from collections.abc import Iterator
 
 from nanovllm.control import Loading, Ready, Report, ServiceStatus
-from nanovllm.launch.groups import Place
+from nanovllm.launch.groups import ServiceId
 from nanovllm.options import settings_argv
 from nanovllm.service import LIFELINE_VARIABLE, REASON_PREFIX
 from nanovllm.settings import Settings
 
-# Lines of a service's output that are kept, to be shown should it end.
+# The last lines of a service's output are kept, to show them if the service ends.
 LAST_LINES = 20
 
 
 class Lifeline:
-    """A pipe whose write end only this process holds: services end when it breaks."""
+    """A pipe whose write end this process alone holds: services end when the pipe breaks."""
 
     def __init__(self) -> None:
         self.read_end, self._write_end = os.pipe()
@@ -32,30 +32,23 @@ class Lifeline:
 
 
 class ServiceProcess:
-    """One life of a service: its process, its output, and what it last said of itself.
+    """One process of a service: its output, its end, and what it last reported."""
 
-    Attributes:
-        stopping: the signal with which it was told to end; None while it was not.
-        alive: whether its end was not noticed yet, see `close`.
-        incarnation: this life's, once it has said hello.
-        reason: why it cannot run as it was told to, once it has said so.
-    """
-
-    def __init__(self, place: Place, settings: Settings, lifeline: Lifeline) -> None:
-        self.place = place
-        self.stopping: signal.Signals | None = None
-        self.alive = True
-        self.incarnation: int | None = None
-        self.reason: str | None = None
+    def __init__(self, service_id: ServiceId, settings: Settings, lifeline: Lifeline) -> None:
+        self.id = service_id
+        self.stopping: signal.Signals | None = None  # the signal that told it to end
+        self.alive = True  # until its end was noticed, see `close`
+        self.incarnation: int | None = None  # None until it has said hello
+        self.reason: str | None = None  # why it cannot start, if it has said so
         self.loading: Loading | None = None
         self.ready: Ready | None = None
         self.last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         self._report: Report | None = None
         self._started = time.monotonic()
         self._partial = b""
-        command = [sys.executable, "-m", f"nanovllm.services.{place.role}"]
+        command = [sys.executable, "-m", f"nanovllm.services.{service_id.role}"]
         self.process = subprocess.Popen(
-            [*command, "--index", str(place.index), *settings_argv(settings)],
+            [*command, "--index", str(service_id.index), *settings_argv(settings)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -69,7 +62,7 @@ class ServiceProcess:
         os.set_blocking(self.output, False)
 
     def note(self, said: Loading | Ready | Report) -> None:
-        """Takes what the service says of itself."""
+        """Keeps the latest message of each kind."""
         if isinstance(said, Loading):
             self.loading = said
         elif isinstance(said, Ready):
@@ -78,8 +71,8 @@ class ServiceProcess:
             self._report = said
 
     def lines(self) -> Iterator[str]:
-        """The complete lines that it has written since; at its end, an incomplete one too. But not
-        its reason, which is part of `how_it_ended`."""
+        """The complete lines that it has written since the last call, and at its end an incomplete
+        one. The line with its `reason` is left out: `how_it_ended` tells the reason."""
         while chunk := self._read():
             *whole, self._partial = (self._partial + chunk).split(b"\n")
             yield from self._kept(whole)
@@ -89,7 +82,7 @@ class ServiceProcess:
 
     @property
     def stopped(self) -> bool:
-        """Whether someone has stopped it, by SIGSTOP or the like."""
+        """Whether a signal such as SIGSTOP has stopped it."""
         if self.process.poll() is not None:
             return False
         what = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
@@ -100,7 +93,7 @@ class ServiceProcess:
         self.process.send_signal(number)
 
     def close(self) -> None:
-        """It has ended, and all its lines were read."""
+        """Called when the process has ended and all its lines were read."""
         self.alive = False
         if self.process.stdout is not None:
             self.process.stdout.close()
@@ -123,8 +116,8 @@ class ServiceProcess:
         else:
             state = "loading" if self.loading else "starting"
         return ServiceStatus(
-            role=self.place.role,
-            index=self.place.index,
+            role=self.id.role,
+            index=self.id.index,
             pid=self.process.pid,
             state=state,  # type: ignore[arg-type]
             loading=None if self.ready else self.loading,
@@ -152,7 +145,7 @@ class ServiceProcess:
 
 
 def end_all(services: list[ServiceProcess], grace_s: float) -> None:
-    """Ends every service: SIGTERM, and SIGKILL for those that live after `grace_s` seconds."""
+    """Ends every service by SIGTERM, and by SIGKILL if it still runs after `grace_s` seconds."""
     for service in services:
         service.process.terminate()
     deadline = time.monotonic() + grace_s

@@ -1,6 +1,6 @@
-"""Starts the services of a pipeline, and keeps them running until it is told to end.
+"""Starts the services of a pipeline, and keeps them running until told to end.
 
-What to do about a death, a hang or a command is decided in `policy.py`; here it is done.
+`policy.py` decides what to do about a death, a hang or a command; the supervisor does it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
 
 import zmq
 
@@ -37,7 +36,7 @@ from nanovllm.launch.groups import (
     Blame,
     GiveUp,
     Kill,
-    Place,
+    ServiceId,
     Start,
     Stop,
     work_of,
@@ -50,26 +49,30 @@ from nanovllm.settings import MAX_SERVICES, Settings
 from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.wording import counted
 
-INGRESS = Place("ingress", 0)
+INGRESS = ServiceId("ingress", 0)
 ROLES = ("ingress", "scheduler", "gpu_worker", "tokenizer", "detokenizer")
-# How long an ingress that is born into a drain takes requests: clients of the one before find out,
-# and submit again what they had there.
+# How long an ingress that starts during a drain takes requests, so that the clients of the ingress
+# before can submit their unfinished requests again.
 RESUME_S = 5.0
 SCALABLE = ("tokenizer", "detokenizer")
 
 
 class ServiceFailed(RuntimeError):
-    """A service cannot be kept running; the message says which, why, and its last words."""
+    """A service was given up; the message says which and why, with the last lines of its output."""
 
 
 class Supervisor:
     """One pipeline's processes, from start to end.
 
     Args:
-        settings: settled, see `service.settled`.
-        model: the model's name as people know it.
+        settings: as `service.settled` returns them.
+        model: the model's name, for people.
         announce: called once, when every service is ready.
-        lifeline: a descriptor that becomes readable when the program that started this one ends.
+        lifeline: a descriptor that becomes readable when the program that owns the pipeline ends;
+            None if a person started the pipeline.
+
+    Raises:
+        EndpointTaken, EndpointUnusable: the control endpoint cannot be bound.
     """
 
     def __init__(
@@ -79,183 +82,185 @@ class Supervisor:
         self._model = model
         self._announce = announce
         self._announced = False
-        self._above = lifeline
+        self._owner = lifeline
         self._bar = LoadingBar()
-        self._below = Lifeline()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._control = BoundLink(
+            self._context,
+            settings.control_endpoint,
+            Peer("supervisor", 0, new_incarnation()),
+            list[ToSupervisor],
+        )
+        self._lifeline = Lifeline()
         self._poller = zmq.Poller()
         self._policy = Policy(_groups(settings), time.monotonic())
-        self._services: dict[Place, ServiceProcess] = {}
+        self._services: dict[ServiceId, ServiceProcess] = {}
         self._ingress: Peer | None = None
         self._drain_until: float | None = None
-        self._drain_untold_since = math.inf
+        self._drain_unannounced_since = math.inf
         self._over = False
 
     def run(self) -> None:
-        """Runs the pipeline until it is told to stop.
+        """Runs the pipeline until told to stop; then every service has ended.
 
         Raises:
-            ServiceFailed: when a service is given up. All the others have ended then too.
-            EndpointTaken, EndpointUnusable: if the control endpoint cannot be bound.
+            ServiceFailed: a service was given up; every other service has ended too.
         """
         wakeup = _SignalPipe(signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        control: BoundLink[Any] | None = None
         try:
-            me = Peer("supervisor", 0, new_incarnation())
-            control = BoundLink(context, self._settings.control_endpoint, me, list[ToSupervisor])
-            self._watch(control, wakeup)
+            self._watch(wakeup)
         finally:
             self._bar.close()
             end_all([s for s in self._services.values() if s.alive], GRACE_S)
-            self._below.close()
-            if control is not None:
-                control.close()
-            context.term()
+            self._lifeline.close()
+            self._control.close()
+            self._context.term()
             wakeup.close()
 
-    def _watch(self, control: BoundLink[Any], wakeup: _SignalPipe) -> None:
-        for socket in control.sockets:
+    def _watch(self, wakeup: _SignalPipe) -> None:
+        for socket in self._control.sockets:
             self._poller.register(socket, zmq.POLLIN)
         self._poller.register(wakeup.descriptor, zmq.POLLIN)
-        if self._above is not None:
-            self._poller.register(self._above, zmq.POLLIN)
+        if self._owner is not None:
+            self._poller.register(self._owner, zmq.POLLIN)
         wait_s = 0.0
         while not self._over:
             readable = dict(self._poller.poll(int(wait_s * 1000) + 1))
             now = time.monotonic()
-            for event in control.receive():
-                self._on_event(control, event, now)
-            self._on_signals(control, wakeup.caught(), now)
+            for event in self._control.receive():
+                self._on_event(event, now)
+            self._on_signals(wakeup.caught(), now)
             self._look_after_processes(now)
-            for action in self._policy.due(now, _busy(control)):
-                self._do(control, action)
+            for action in self._policy.due(now, self._answering()):
+                self._do(action)
             self._show()
             if self._drain_until is not None and now >= self._drain_until:
                 self._bar.write("supervisor | requests that are unfinished end here")
                 self._over = True
-            self._over = self._over or self._above in readable
+            self._over = self._over or self._owner in readable
             wait_s = self._policy.wait_s(now)
 
-    # What happens -------------------------------------------------------------------------------
+    # What happened ------------------------------------------------------------------------------
 
-    def _on_event(self, control: BoundLink[Any], event: Event[Any], now: float) -> None:
+    def _on_event(self, event: Event[ToSupervisor], now: float) -> None:
         peer = event.peer
         if peer.role == "command":
             if isinstance(event, Received):
-                self._on_command(control, peer, event.message, now)
+                self._on_command(peer, event.message, now)
             return
-        place = Place(peer.role, peer.index)
-        service = self._services.get(place)
-        if service is None or control.pids.get(peer) != service.process.pid:
-            return  # gone meanwhile
+        service_id = ServiceId(peer.role, peer.index)
+        service = self._services.get(service_id)
+        if service is None or self._control.pids.get(peer) != service.process.pid:
+            return  # from a process that has ended, or another one
         service.incarnation = peer.incarnation
-        self._policy.sign(place, now)
+        self._policy.sign(service_id, now)
         match event:
-            case Up() if place == INGRESS:
+            case Up() if service_id == INGRESS:
                 self._ingress = peer
                 if self._drain_until is not None:
-                    control.send(peer, [Drain(RESUME_S)])
+                    self._control.send(peer, [Drain(RESUME_S)])
             case Received(message=Drained()):
                 self._over = True
             case Received(message=Loading() | Ready() | Report() as said):
                 service.note(said)
                 if isinstance(said, Ready):
-                    self._policy.ready(place, now)
+                    self._policy.ready(service_id, now)
                 elif isinstance(said, Report):
-                    self._policy.work(place, work_of(said.stats), now)
-                    self._tell_of_drain(said)
+                    self._policy.work(service_id, work_of(said.stats), now)
+                    self._announce_drain(said)
 
-    def _on_command(self, control: BoundLink[Any], asker: Peer, asked: Any, now: float) -> None:
-        match asked:
+    def _on_command(self, asker: Peer, command: ToSupervisor, now: float) -> None:
+        match command:
             case StatusRequest():
                 endpoint = self._settings.client_endpoints[0]
-                control.send(asker, [Status(self._model, endpoint, self._statuses())])
+                self._control.send(asker, [Status(self._model, endpoint, self._statuses())])
             case Scale(role=role, count=count):
                 if role in SCALABLE and 1 <= count <= MAX_SERVICES:
                     self._policy.scale(role, count, asker, now)
                 else:
                     roles = " and ".join(f"{name}s" for name in SCALABLE)
                     error = f"only {roles} can be scaled, to 1 to {MAX_SERVICES}"
-                    control.send(asker, [Done(error)])
+                    self._control.send(asker, [Done(error)])
             case Restart(role=role):
                 if role in (*ROLES, "all"):
                     self._policy.restart(role, asker)
                 else:
                     error = f"there is no {role!r}; there are {', '.join(ROLES)}, and all"
-                    control.send(asker, [Done(error)])
+                    self._control.send(asker, [Done(error)])
 
-    def _on_signals(self, control: BoundLink[Any], caught: set[int], now: float) -> None:
-        """The first asks for a drain, the second for the end."""
+    def _on_signals(self, caught: set[int], now: float) -> None:
+        """The first SIGINT or SIGTERM drains, the second ends the pipeline."""
         if not caught & {signal.SIGINT, signal.SIGTERM}:
             return
         if not self._announced or self._drain_until is not None:
             self._over = True
             return
         self._drain_until = now + self._settings.drain_timeout
-        if self._above is None:  # else there is nobody to press Ctrl-C again
-            self._drain_untold_since = now
-        if self._ingress is not None:  # else when it is there
-            control.send(self._ingress, [Drain(0.0)])
+        if self._owner is None:  # there is a person to tell
+            self._drain_unannounced_since = now
+        if self._ingress is not None:  # otherwise the ingress is told when it connects
+            self._control.send(self._ingress, [Drain(0.0)])
 
-    def _tell_of_drain(self, report: Report) -> None:
-        """Says, once, what the end waits for, if it does."""
+    def _announce_drain(self, report: Report) -> None:
+        """Says once how many requests the drain waits for, if any."""
         stats = report.stats
-        if not isinstance(stats, IngressStats) or report.at_s < self._drain_untold_since:
+        if not isinstance(stats, IngressStats) or report.at_s < self._drain_unannounced_since:
             return
         if stats.requests:
-            self._drain_untold_since = math.inf
+            self._drain_unannounced_since = math.inf
             self._bar.write(
                 f"supervisor | draining: {counted(stats.requests, 'request')} unfinished,"
                 f" {self._settings.drain_timeout:g} s at most; Ctrl-C again ends at once"
             )
 
     def _look_after_processes(self, now: float) -> None:
-        """Passes on what they wrote, and notes who has ended."""
+        """Passes on the services' output, and tells the policy whose process has ended."""
         ended: list[ServiceProcess] = []
         alive = [service for service in self._services.values() if service.alive]
         if any(service.process.poll() is not None for service in alive):
-            # Looked at again: one that has ended because another had is not seen before it.
+            # Polled again, so that no service is seen before another whose end was the cause.
             ended = [service for service in alive if service.process.poll() is not None]
         for service in alive:
             for line in service.lines():
-                self._bar.write(f"{service.place} | {line}")
+                self._bar.write(f"{service.id} | {line}")
         for service in sorted(ended, key=_nearness_to_the_cause):
             self._poller.unregister(service.output)
             service.close()
-            self._policy.ended(service.place, service.process.returncode, now)
-            if service.stopping is None and not self._policy.gives_up:  # the last words tell it
-                self._bar.write(f"supervisor | {service.place} {service.how_it_ended()}")
+            self._policy.ended(service.id, service.process.returncode, now)
+            # If the policy gives up, `ServiceFailed` says how the service ended.
+            if service.stopping is None and not self._policy.gives_up:
+                self._bar.write(f"supervisor | {service.id} {service.how_it_ended()}")
 
-    # What is done -------------------------------------------------------------------------------
+    # What to do ---------------------------------------------------------------------------------
 
-    def _do(self, control: BoundLink[Any], action: Action) -> None:
+    def _do(self, action: Action) -> None:
         match action:
-            case Start(place=place):
-                service = ServiceProcess(place, self._settings, self._below)
-                self._services[place] = service
+            case Start(service=service_id):
+                service = ServiceProcess(service_id, self._settings, self._lifeline)
+                self._services[service_id] = service
                 self._poller.register(service.output, zmq.POLLIN)
-            case Stop(place=place):
-                self._services[place].stop(signal.SIGTERM)
-            case Kill(place=place, why=why):
+            case Stop(service=service_id):
+                self._services[service_id].stop(signal.SIGTERM)
+            case Kill(service=service_id, why=why):
                 if why:
-                    self._bar.write(f"supervisor | {place} is killed: {why}")
-                    if not self._services[place].stopped:
-                        self._blame(control, place)
-                self._services[place].stop(signal.SIGKILL)
-            case Blame(place=place):
-                self._blame(control, place)
-            case GiveUp(place=place, times=times):
-                raise ServiceFailed(_last_words(self._services[place], times))
+                    self._bar.write(f"supervisor | {service_id} is killed: {why}")
+                    if not self._services[service_id].stopped:
+                        self._blame(service_id)
+                self._services[service_id].stop(signal.SIGKILL)
+            case Blame(service=service_id):
+                self._blame(service_id)
+            case GiveUp(service=service_id, times=times):
+                raise ServiceFailed(_last_words(self._services[service_id], times))
             case Answer(asked_by=peer):
-                control.send(peer, [Done(None)])
+                self._control.send(peer, [Done(None)])
 
-    def _blame(self, control: BoundLink[Any], place: Place) -> None:
-        """The ingress is to know that a service died by itself: what it had in hand is suspect."""
-        group = self._policy.group_of(place)
-        first = place if group is None else group.places[0]
+    def _blame(self, service_id: ServiceId) -> None:
+        """Tells the ingress that a service ended by itself: the requests it held are suspect."""
+        group = self._policy.group_of(service_id)
+        first = service_id if group is None else group.services[0]
         incarnation = self._services[first].incarnation
         if self._ingress is not None and incarnation is not None:
-            control.send(self._ingress, [Crashed(first.role, first.index, incarnation)])
+            self._control.send(self._ingress, [Crashed(first.role, first.index, incarnation)])
 
     def _show(self) -> None:
         if self._announced:
@@ -266,34 +271,33 @@ class Supervisor:
             self._bar.close()
             self._announce()
 
+    def _answering(self) -> set[ServiceId]:
+        """The connected tokenizers. Their loop is silent while it encodes a long prompt, but the
+        I/O thread of ZeroMQ keeps up the connection."""
+        return {ServiceId(p.role, p.index) for p in self._control.peers if p.role == "tokenizer"}
+
     def _statuses(self) -> list[ServiceStatus]:
         return [
-            self._services[place].status(max(0, group.restarts))
+            self._services[service_id].status(max(0, group.restarts))
             for group in self._policy.groups
-            for place in group.places
-            if place in self._services
+            for service_id in group.services
+            if service_id in self._services
         ]
 
 
-def _groups(settings: Settings) -> list[list[Place]]:
-    """one_for_all for the ranks of a tensor-parallel group, one_for_one for all others."""
+def _groups(settings: Settings) -> list[list[ServiceId]]:
+    """One group of all ranks (one_for_all), and one of each other service (one_for_one)."""
     return [
         [INGRESS],
-        [Place("scheduler", 0)],
-        [Place("gpu_worker", rank) for rank in range(settings.tensor_parallel_size)],
-        *[[Place("tokenizer", index)] for index in range(settings.tokenizers)],
-        *[[Place("detokenizer", index)] for index in range(settings.detokenizers)],
+        [ServiceId("scheduler", 0)],
+        [ServiceId("gpu_worker", rank) for rank in range(settings.tensor_parallel_size)],
+        *[[ServiceId("tokenizer", index)] for index in range(settings.tokenizers)],
+        *[[ServiceId("detokenizer", index)] for index in range(settings.detokenizers)],
     ]
 
 
-def _busy(control: BoundLink[Any]) -> set[Place]:
-    """Services that may say nothing for long because their loop is at work: a tokenizer, while it
-    encodes. That it lives is seen by the connection, which ZeroMQ's thread there keeps."""
-    return {Place(p.role, p.index) for p in control.peers if p.role == "tokenizer"}
-
-
 class _SignalPipe:
-    """Signals as bytes on a descriptor, so that one poll waits for them and for all else."""
+    """Signals as bytes on a descriptor, for the one poll that waits for everything."""
 
     def __init__(self, *signals: signal.Signals) -> None:
         self.descriptor, self._write_end = os.pipe()
@@ -318,14 +322,14 @@ class _SignalPipe:
 
 
 def _nearness_to_the_cause(service: ServiceProcess) -> tuple[bool, bool, bool]:
-    """Of ranks that have ended together, whoever knows why comes first, then who was killed: the
-    others only followed."""
+    """A sort key for services that have ended together: first a service that says why it cannot
+    start, then those that were killed, last those that ended because another had."""
     code = service.process.returncode
     return code != EXIT_MISCONFIGURED, code == EXIT_FOLLOWED, code > 0
 
 
 def _last_words(service: ServiceProcess, times: int) -> str:
-    how = f"{service.place} {service.how_it_ended()}"
+    how = f"{service.id} {service.how_it_ended()}"
     if service.reason is not None:
         return how
     said = [line for line in service.last_lines if line]

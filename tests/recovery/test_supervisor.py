@@ -22,7 +22,7 @@ from nanovllm.launch.groups import (
     Blame,
     GiveUp,
     Kill,
-    Place,
+    ServiceId,
     Start,
     Stop,
     Work,
@@ -31,11 +31,11 @@ from nanovllm.launch.policy import Policy
 from nanovllm.service import EXIT_FOLLOWED
 from nanovllm.transport.links import Peer
 
-SCHEDULER = Place("scheduler", 0)
-RANKS = [Place("gpu_worker", 0), Place("gpu_worker", 1)]
-TOKENIZERS = [Place("tokenizer", 0), Place("tokenizer", 1)]
+SCHEDULER = ServiceId("scheduler", 0)
+RANKS = [ServiceId("gpu_worker", 0), ServiceId("gpu_worker", 1)]
+TOKENIZERS = [ServiceId("tokenizer", 0), ServiceId("tokenizer", 1)]
 GROUPS = [[SCHEDULER], RANKS, [TOKENIZERS[0]], [TOKENIZERS[1]]]
-PLACES = [place for group in GROUPS for place in group]
+SERVICES = [service for group in GROUPS for service in group]
 KILLED = -signal.SIGKILL
 COMMAND = Peer("command", 1, 1)
 
@@ -54,30 +54,30 @@ class World:
         self.policy = Policy(GROUPS, self.now)
         self.load_s = load_s
         self.obeys = obeys
-        self.alive: dict[Place, float] = {}
-        self.starts: dict[Place, list[float]] = {}
-        self.silent: set[Place] = set()
-        self.busy: set[Place] = set()
-        self.answering: set[Place] = set()
-        self.killed: list[tuple[Place, str]] = []
+        self.alive: dict[ServiceId, float] = {}
+        self.starts: dict[ServiceId, list[float]] = {}
+        self.silent: set[ServiceId] = set()
+        self.busy: set[ServiceId] = set()
+        self.answering: set[ServiceId] = set()
+        self.killed: list[tuple[ServiceId, str]] = []
         self.given_up: GiveUp | None = None
         self.answered: list[Peer] = []
-        self.blamed: list[Place] = []
+        self.blamed: list[ServiceId] = []
 
     def run(self, seconds: float, each: Callable[[], None] = lambda: None) -> None:
         """Time passes, in eighths of a second, which are exact; `each` is called at each."""
         for _ in range(round(seconds * 8)):
             self.now += 0.125
             each()
-            for place, started in list(self.alive.items()):
-                if place in self.silent:
+            for service, started in list(self.alive.items()):
+                if service in self.silent:
                     continue
                 if self.now - started >= self.load_s:
-                    self.policy.ready(place, self.now)
+                    self.policy.ready(service, self.now)
                 if self.now.is_integer():
-                    self.policy.sign(place, self.now)
-                    work = Work(1, 7) if place in self.busy else Work(0, 7)
-                    self.policy.work(place, work, self.now)
+                    self.policy.sign(service, self.now)
+                    work = Work(1, 7) if service in self.busy else Work(0, 7)
+                    self.policy.work(service, work, self.now)
             self.look()
 
     def look(self) -> None:
@@ -85,64 +85,66 @@ class World:
         for action in self.policy.due(self.now, self.answering):
             self.do(action)
 
-    def end(self, place: Place, code: int = KILLED) -> None:
-        if self.alive.pop(place, None) is not None:
-            self.policy.ended(place, code, self.now)
+    def end(self, service: ServiceId, code: int = KILLED) -> None:
+        if self.alive.pop(service, None) is not None:
+            self.policy.ended(service, code, self.now)
 
     def do(self, action: Action) -> None:
         match action:
-            case Start(place=place):
-                group = next((g for g in GROUPS if place in g), [place])
+            case Start(service=service):
+                group = next((g for g in GROUPS if service in g), [service])
                 others = [other for other in group if other in self.alive]
                 assert all(self.alive[other] == self.now for other in others), "one for all"
-                assert place not in self.alive
-                self.alive[place] = self.now
-                self.starts.setdefault(place, []).append(self.now)
-            case Stop(place=place):
-                assert place in self.alive
+                assert service not in self.alive
+                self.alive[service] = self.now
+                self.starts.setdefault(service, []).append(self.now)
+            case Stop(service=service):
+                assert service in self.alive
                 if self.obeys:
-                    self.end(place, 0)
-            case Kill(place=place, why=why):
-                assert place in self.alive
-                self.killed.append((place, why))
-                self.silent.discard(place)
-                self.end(place)
+                    self.end(service, 0)
+            case Kill(service=service, why=why):
+                assert service in self.alive
+                self.killed.append((service, why))
+                self.silent.discard(service)
+                self.end(service)
             case GiveUp():
                 self.given_up = self.given_up or action
             case Answer(asked_by=peer):
                 self.answered.append(peer)
-            case Blame(place=place):
-                self.blamed.append(place)
+            case Blame(service=service):
+                self.blamed.append(service)
 
 
 def test_all_are_started_at_once_and_then_left_alone() -> None:
     world = World()
     world.run(300)
     assert world.policy.all_ready
-    assert {place: len(starts) for place, starts in world.starts.items()} == dict.fromkeys(
-        PLACES, 1
+    assert {service: len(starts) for service, starts in world.starts.items()} == dict.fromkeys(
+        SERVICES, 1
     )
     assert not world.killed
 
 
-@pytest.mark.parametrize("victim", PLACES, ids=str)
-def test_a_death_restarts_its_group_at_once_and_no_other(victim: Place) -> None:
+@pytest.mark.parametrize("victim", SERVICES, ids=str)
+def test_a_death_restarts_its_group_at_once_and_no_other(victim: ServiceId) -> None:
     world = World()
     world.run(STABLE_S + 1)
     world.end(victim)
     world.look()
     world.look()
     group = next(group for group in GROUPS if victim in group)
-    restarted = [place for place in PLACES if len(world.starts[place]) == 2]
+    restarted = [service for service in SERVICES if len(world.starts[service]) == 2]
     assert restarted == group
     assert world.starts[victim][1] == world.now
 
 
 @given(
     st.floats(0.0, 8.0),
-    st.lists(st.lists(st.sampled_from(PLACES), max_size=3), min_size=1, max_size=60),
+    st.lists(st.lists(st.sampled_from(SERVICES), max_size=3), min_size=1, max_size=60),
 )
-def test_kills_every_second_for_a_minute_are_borne(load_s: float, kills: list[list[Place]]) -> None:
+def test_kills_every_second_for_a_minute_are_borne(
+    load_s: float, kills: list[list[ServiceId]]
+) -> None:
     world = World(load_s)
     for victims in kills:
         for victim in victims:
@@ -151,7 +153,7 @@ def test_kills_every_second_for_a_minute_are_borne(load_s: float, kills: list[li
     world.run(LONGEST_DELAY_S + load_s + 1)
     assert world.given_up is None
     assert world.policy.all_ready
-    assert sorted(world.alive, key=PLACES.index) == PLACES
+    assert sorted(world.alive, key=SERVICES.index) == SERVICES
 
 
 def test_the_same_service_is_borne_to_be_killed_each_second() -> None:
@@ -164,20 +166,20 @@ def test_the_same_service_is_borne_to_be_killed_each_second() -> None:
     assert world.policy.all_ready
 
 
-@given(st.sampled_from(PLACES), st.sampled_from([1, 4, -signal.SIGSEGV, -signal.SIGABRT]))
-def test_a_service_that_cannot_become_ready_is_given_up(place: Place, code: int) -> None:
+@given(st.sampled_from(SERVICES), st.sampled_from([1, 4, -signal.SIGSEGV, -signal.SIGABRT]))
+def test_a_service_that_cannot_become_ready_is_given_up(service: ServiceId, code: int) -> None:
     world = World(load_s=5.0)
 
     def crash() -> None:
-        if place in world.alive and world.now - world.alive[place] > 0.5:
-            world.end(place, code)
+        if service in world.alive and world.now - world.alive[service] > 0.5:
+            world.end(service, code)
 
     while world.given_up is None:
         world.run(0.125, crash)
         assert world.now < 1060
-    assert world.given_up == GiveUp(place, MAX_FAILED_STARTS)
-    assert len(world.starts[place]) == MAX_FAILED_STARTS
-    waits = [b - a for a, b in zip(world.starts[place], world.starts[place][1:], strict=False)]
+    assert world.given_up == GiveUp(service, MAX_FAILED_STARTS)
+    assert len(world.starts[service]) == MAX_FAILED_STARTS
+    waits = [b - a for a, b in zip(world.starts[service], world.starts[service][1:], strict=False)]
     assert waits == sorted(waits)
 
 
@@ -259,7 +261,7 @@ def test_a_service_with_work_but_no_progress_is_killed_and_an_idle_one_is_not() 
     world.run(PROGRESS_S - 1)
     assert not world.killed
     world.run(3)
-    assert [place for place, _ in world.killed] == [TOKENIZERS[0]]
+    assert [service for service, _ in world.killed] == [TOKENIZERS[0]]
 
 
 def test_a_service_that_answers_may_be_silent_for_as_long_as_its_work_may_take() -> None:
@@ -271,7 +273,7 @@ def test_a_service_that_answers_may_be_silent_for_as_long_as_its_work_may_take()
     assert not world.killed
     world.answering.clear()
     world.run(1)
-    assert [place for place, _ in world.killed] == [TOKENIZERS[0]]
+    assert [service for service, _ in world.killed] == [TOKENIZERS[0]]
     world.silent.add(TOKENIZERS[0])
     world.answering.add(TOKENIZERS[0])
     world.run(PROGRESS_S + 2)
@@ -280,7 +282,7 @@ def test_a_service_that_answers_may_be_silent_for_as_long_as_its_work_may_take()
 
 def test_loading_is_no_lack_of_progress() -> None:
     world = World(load_s=3 * PROGRESS_S)
-    world.busy.update(PLACES)
+    world.busy.update(SERVICES)
     world.run(2 * PROGRESS_S)
     assert not world.killed
 
@@ -312,8 +314,8 @@ def test_restart_all_is_one_group_after_the_other(obeys: bool) -> None:
 
     world.run(len(GROUPS) * (GRACE_S + 2), at_most_one_is_away)
     assert world.answered == [COMMAND]
-    assert {place: len(starts) for place, starts in world.starts.items()} == dict.fromkeys(
-        PLACES, 2
+    assert {service: len(starts) for service, starts in world.starts.items()} == dict.fromkeys(
+        SERVICES, 2
     )
     assert bool(world.killed) is not obeys
 
@@ -338,6 +340,6 @@ def test_scaling_ends_with_the_number_asked_for(counts: list[int], hurried: bool
         world.run(0.25 if hurried else 5)
     world.run(10)
     assert len(world.answered) == len(counts)
-    running = {place.index for place in world.alive if place.role == "tokenizer"}
+    running = {service.index for service in world.alive if service.role == "tokenizer"}
     assert running == set(range(counts[-1]))
     assert not world.killed
