@@ -1,4 +1,4 @@
-"""`nanovllm-launch`: checks what it was asked for, and runs the pipeline."""
+"""`nanovllm-launch`: checks its options, and runs the pipeline."""
 
 from __future__ import annotations
 

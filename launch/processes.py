@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from nanovllm.control import Loading, Ready, Report, ServiceStatus
+from nanovllm.control import Loading, Ready, Report, ServiceState, ServiceStatus
 from nanovllm.launch.groups import ServiceId
 from nanovllm.options import settings_argv
 from nanovllm.service import LIFELINE_VARIABLE, REASON_PREFIX
@@ -109,17 +109,16 @@ class ServiceProcess:
         )
 
     def status(self, restarts: int) -> ServiceStatus:
+        state: ServiceState = "loading" if self.loading else "starting"
+        if self.ready:
+            state = "ready"
         if not self.alive:
             state = "ended"
-        elif self.ready:
-            state = "ready"
-        else:
-            state = "loading" if self.loading else "starting"
         return ServiceStatus(
             role=self.id.role,
             index=self.id.index,
             pid=self.process.pid,
-            state=state,  # type: ignore[arg-type]
+            state=state,
             loading=None if self.ready else self.loading,
             uptime_s=time.monotonic() - self._started,
             restarts=restarts,

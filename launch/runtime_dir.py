@@ -1,4 +1,4 @@
-"""The directory that holds a running pipeline's sockets: private, locked, and left empty."""
+"""The directory of a running pipeline's sockets: private, and locked by the launcher."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ LOCK = "launch.lock"
 
 @contextlib.contextmanager
 def runtime_dir(path: Path) -> Iterator[None]:
-    """Holds the directory until the block ends; then removes what the services left, and it too
-    if nothing else is there. It is made, mode 0700, where there is none.
+    """Makes the directory (mode 0700) if there is none, and locks it until the block ends.
 
-    What a killed pipeline left behind is removed at the start: the lock died with it.
+    The sockets in it are removed at the end, and at the start those of a pipeline that was killed:
+    the lock of a process ends with the process. An empty directory is removed too.
 
     Raises:
-        SettingsError: if another pipeline holds it, it is not private, or it cannot be used.
+        SettingsError: another pipeline holds the directory, or the directory is not private or
+            cannot be used.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def runtime_dir(path: Path) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path / LOCK)
         os.close(lock)
-        with contextlib.suppress(OSError):  # not empty: something that is not ours
+        with contextlib.suppress(OSError):  # not empty: other files are there
             path.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""What services and commands say to the supervisor, and it to them: see `messages` for the form."""
+"""The messages between the supervisor, the services and the commands; `messages` says how."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ LoadingStage = Literal["loading weights", "measuring memory", "capturing graphs"
 
 
 class Loading(Message, tag="loading"):
-    """Progress towards being ready: `done` of `total` bytes of weights; of steps and graphs that
-    are tried, to know what memory they take; or of graphs."""
+    """Progress of a start. `done` and `total` count bytes of weights; or the steps and graphs that
+    are tried to measure their memory; or graphs captured."""
 
     stage: LoadingStage
     done: int
@@ -19,9 +19,9 @@ class Loading(Message, tag="loading"):
 
 
 class Ready(Message, tag="ready"):
-    """The service can work. `detail` is a few words for the log, or empty."""
+    """The service can work."""
 
-    detail: str
+    detail: str  # a few words for the log, or empty
 
 
 class IngressStats(Message, tag="ingress"):
@@ -36,12 +36,9 @@ class TokenizerStats(Message, tag="tokenizer"):
 
 
 class SchedulerStats(Message, tag="scheduler"):
-    """`records` counts every request known, the finished that await their `End` among them;
-    `plan_bytes` is the size of the latest step plan."""
-
     running: int
     waiting: int
-    records: int
+    records: int  # running, waiting, and finished requests whose `End` has not come yet
     blocks_used: int
     blocks_total: int
     prompt_tokens: int
@@ -49,14 +46,12 @@ class SchedulerStats(Message, tag="scheduler"):
     steps: int
     generated: int
     preemptions: int
-    plan_bytes: int
+    plan_bytes: int  # size of the latest step plan
 
 
 class WorkerStats(Message, tag="gpu_worker"):
-    """`in_flight` are the steps launched that have not ended."""
-
     slots_used: int
-    in_flight: int
+    in_flight: int  # steps launched and not ended
     steps: int
     busy_s: float
 
@@ -70,50 +65,46 @@ Stats = IngressStats | TokenizerStats | SchedulerStats | WorkerStats | Detokeniz
 
 
 class Report(Message, tag="report"):
-    """Once a second from each service: CPU seconds used since its start, and its counts.
+    """Each service reports once a second; two reports give rates."""
 
-    `at_s` is the machine's monotonic clock when it was made, so that two give rates.
-    """
-
-    at_s: float
-    cpu_s: float
+    at_s: float  # when, by the machine's monotonic clock
+    cpu_s: float  # CPU time since the process started
     stats: Stats
 
 
 class StatusRequest(Message, tag="status_request"):
-    """A command asks for `Status`."""
+    """A command asks for the `Status`."""
 
 
 class Scale(Message, tag="scale"):
-    """A command asks for `count` services of this role; answered with `Done`."""
+    """A command asks to run `count` services of this role; the answer is `Done`."""
 
     role: str
     count: int
 
 
 class Restart(Message, tag="restart"):
-    """A command asks that the services of this role, or `all`, are restarted one after the other;
-    answered with `Done`."""
+    """A command asks to restart services, one after the other; the answer is `Done`."""
 
-    role: str
+    role: str  # or "all"
 
 
 class Done(Message, tag="done"):
-    """What the command asked for is so; or `error` tells why it will not be."""
+    """A command is done, or refused."""
 
-    error: str | None
+    error: str | None  # why it is refused
 
 
 class Drain(Message, tag="drain"):
-    """To the ingress: in `resume_s` seconds, take no new requests, and say `Drained` once none is
-    left. Until then clients may resume what they had in an earlier life of the ingress."""
+    """To the ingress: after `resume_s` seconds take no new requests, and say `Drained` once none is
+    left. Until then, clients may resume their requests to an earlier incarnation of the ingress."""
 
     resume_s: float
 
 
 class Crashed(Message, tag="crashed"):
-    """To the ingress: this life of a service (of a worker group, by its rank 0) ended for a reason
-    of its own, and not by a kill from outside."""
+    """To the ingress: this incarnation of a service ended by itself, and was not killed from
+    outside. Rank 0 stands for its whole group."""
 
     role: str
     index: int
@@ -121,20 +112,21 @@ class Crashed(Message, tag="crashed"):
 
 
 class Drained(Message, tag="drained"):
-    """The ingress has no unfinished request, and takes no new one."""
+    """From the ingress: no request is unfinished, and no new one is taken."""
+
+
+ServiceState = Literal["starting", "loading", "ready", "ended"]
 
 
 class ServiceStatus(Message):
-    """`loading` is how far it is, while it loads; `at_s`, `cpu_s` and `stats` are those of its last
-    report, `stats` None before the first. `uptime_s` counts from its latest start, `restarts` how
-    often it was started again."""
+    """`at_s`, `cpu_s` and `stats` are the latest `Report`'s; `stats` is None before the first."""
 
     role: str
     index: int
     pid: int
-    state: Literal["starting", "loading", "ready", "ended"]
-    loading: Loading | None
-    uptime_s: float
+    state: ServiceState
+    loading: Loading | None  # while the service loads
+    uptime_s: float  # since the latest start
     restarts: int
     at_s: float
     cpu_s: float

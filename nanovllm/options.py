@@ -1,4 +1,4 @@
-"""Command lines made from `Settings`: click options, and back into an argument list."""
+"""Command lines from `Settings`: click's options, and settings as a list of arguments."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def settings_options(*, without: tuple[str, ...] = ()) -> Callable[[Command], Co
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
-    """Settings from what click parsed.
+    """Settings from the values that click has parsed.
 
     Raises:
-        click.UsageError: a value that is not valid, naming its option.
+        click.UsageError: a value is not valid; the message names its option.
     """
     try:
         return msgspec.convert(values, Settings)
@@ -41,7 +41,7 @@ def settings_from(values: dict[str, Any]) -> Settings:
 
 
 def settings_argv(settings: Settings) -> list[str]:
-    """The arguments that give `settings` again."""
+    """The command line that `settings_from` turns into `settings` again."""
     argv: list[str] = []
     for field in _fields():
         value = getattr(settings, field.name)
@@ -70,7 +70,7 @@ def _option(field: inspect.Field) -> Callable[[Command], Command]:
     if isinstance(described, inspect.BoolType):
         return click.option(*names, field.name, is_flag=True, help=help_text)
     kind: Any = str
-    if isinstance(described, inspect.LiteralType):  # sorted there, in their own order here
+    if isinstance(described, inspect.LiteralType):  # msgspec sorts the choices; keep our order
         kind = click.Choice(get_args(get_type_hints(Settings)[field.name]))
     elif isinstance(described, inspect.IntType):
         kind = click.IntRange(described.ge, described.le)

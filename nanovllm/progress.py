@@ -15,7 +15,7 @@ REFRESH_S: Final = 0.5
 
 
 class Shown(NamedTuple):
-    """What the bar shows: how much of a stage is done, of how much."""
+    """What the bar shows: `done` of `total` units of a stage."""
 
     stage: str
     done: int
@@ -30,10 +30,10 @@ _UNITS: Final = {
 
 
 class LoadingBar:
-    """What the services load, all ranks together; before and after that, how many of them are
-    ready, until all are.
+    """Shows what the services load, summed over all ranks; before and after that, how many services
+    are ready.
 
-    Drawn on a terminal only.
+    Drawn only on a terminal.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class LoadingBar:
             self._bar.refresh()
 
     def write(self, line: str) -> None:
-        """A line above the bar."""
+        """Writes a line above the bar."""
         tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
@@ -64,8 +64,7 @@ class LoadingBar:
 
 
 def progress(services: Sequence[ServiceStatus]) -> Shown | None:
-    """How far the start is; None when there is nothing to wait for, and before there is anything
-    to tell."""
+    """How far the start is; None if all `services` are ready, or there is none yet."""
     loading = [service.loading for service in services if service.loading is not None]
     if loading:
         stage = loading[-1].stage
@@ -76,7 +75,7 @@ def progress(services: Sequence[ServiceStatus]) -> Shown | None:
 
 
 def _new_bar(shown: Shown) -> tqdm[Any]:
-    """Of bytes it tells the rate too; other things differ too much in the time that they take."""
+    """A bar with a rate for bytes only: steps and graphs differ too much in the time they take."""
     unit = _UNITS.get(shown.stage)
     return tqdm(
         desc=shown.stage,
@@ -91,24 +90,21 @@ def _new_bar(shown: Shown) -> tqdm[Any]:
 
 
 class GenerationBar:
-    """Prompts done, and the tokens so far; it moves also while no prompt is done.
+    """Shows the prompts done and the tokens so far, which grow also while no prompt is done.
 
     Args:
-        prompts: how many there are.
-        generated: asked now and then while it is drawn: the tokens that the pipeline has generated
-            since its start, as far as is known.
-        before: the tokens that earlier calls got from it; what it says may be a second old.
-        shown: draw it.
-
-    Attributes:
-        tokens: those of the prompts that are done.
+        prompts: how many prompts there are.
+        generated: returns the tokens that the pipeline has generated since its start, as of its
+            latest report, which may be a second old. Called every `REFRESH_S`.
+        before: the tokens that earlier calls got from the pipeline.
+        shown: whether to draw the bar.
     """
 
     def __init__(
         self, prompts: int, generated: Callable[[], int], before: int, *, shown: bool
     ) -> None:
-        self.tokens = 0
-        self._told = 0
+        self.tokens = 0  # of the prompts that are done
+        self._shown = 0
         self._generated = generated
         self._before = max(before, generated()) if shown else before
         self._started = time.perf_counter()
@@ -116,17 +112,17 @@ class GenerationBar:
         self._bar: tqdm[Any] = tqdm(total=prompts, desc="Generating", disable=not shown)
 
     def done(self, tokens: int) -> None:
-        """One more prompt is done, with so many tokens."""
+        """One more prompt is done, with `tokens` output tokens."""
         self.tokens += tokens
-        self._note(self.tokens)
+        self._raise_to(self.tokens)
         self._bar.update()
 
     def tick(self) -> None:
-        """Draws it anew, if it is time."""
+        """Redraws the bar, if it is time."""
         now = time.perf_counter()
         if not self._bar.disable and now >= self._due:
             self._due = now + REFRESH_S
-            self._note(self._generated() - self._before)
+            self._raise_to(self._generated() - self._before)
             self._bar.refresh()
 
     def __enter__(self) -> GenerationBar:
@@ -134,16 +130,16 @@ class GenerationBar:
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         if failure is None:
-            self._tell(self.tokens)
+            self._show(self.tokens)
         self._bar.close()
 
-    def _note(self, tokens: int) -> None:
-        """There are so many tokens at least. A rate stays until there are more, since reports come
-        more seldom than it is drawn."""
-        if tokens > self._told:
-            self._tell(tokens)
+    def _raise_to(self, tokens: int) -> None:
+        """Shows `tokens` if they are more than before: reports are rarer than redraws, and between
+        two reports the rate must not fall."""
+        if tokens > self._shown:
+            self._show(tokens)
 
-    def _tell(self, tokens: int) -> None:
-        self._told = tokens
+    def _show(self, tokens: int) -> None:
+        self._shown = tokens
         rate = tokens / (time.perf_counter() - self._started)
         self._bar.set_postfix_str(f"{tokens} tokens, {rate:.0f} tokens/s", refresh=False)

@@ -1,4 +1,4 @@
-"""How the tokens of a request are drawn, as programs write it."""
+"""`SamplingParams`: how the tokens of a request are drawn."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ class SamplingParams:
         self.to_wire()
 
     def to_wire(self) -> Sampling:
-        """The protocol's form. Raises ValueError as the constructor does."""
+        """The protocol's form.
+
+        Raises:
+            ValueError: as the constructor, for a field that was changed since.
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(self.stop, str):
             values["stop"] = [self.stop]
@@ -58,7 +62,7 @@ class SamplingParams:
             if isinstance(values[name], float) and math.isnan(values[name]):
                 raise ValueError(f"{name} is not a number")
         if isinstance(self.max_tokens, int):
-            # Longer than any model's length; what does not fit is cut there, not refused here.
+            # The pipeline cuts `max_tokens` to the model's length; no model is as long as this.
             values["max_tokens"] = min(self.max_tokens, 2**31 - 1)
         try:
             return msgspec.convert(values, Sampling)

@@ -1,7 +1,8 @@
-"""What every service process has: its options, its identity, its link to the supervisor, its loop.
+"""What every service process has: options, an identity, a link to the supervisor, and a loop.
 
-A service is a core and the loop that feeds it. It keeps nothing that another cannot rebuild, so it
-ends by simply ending: on SIGTERM, when its lifeline breaks, or on an exception, which is logged.
+A service is a core and the loop that feeds the core. A service keeps nothing that other services
+cannot rebuild, so it needs no clean-up: it exits on SIGTERM, when its lifeline breaks, or on an
+exception, which is logged.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M")
 
-# The exit code of a service that cannot run as it was told to: nothing that a restart would mend.
+# Exit code of a service that its options keep from running: a restart would not help.
 EXIT_MISCONFIGURED = 2
-# The line that tells why begins so.
+# Begins the line of output that tells why.
 REASON_PREFIX = "CRITICAL cannot start: "
-# That of one that ends because another has.
+# Exit code of a service that ends because another has ended.
 EXIT_FOLLOWED = 3
 OFF_STEP_PATH_NICENESS = 10
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -54,14 +55,7 @@ LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"
 
 
 class Service:
-    """One service process.
-
-    Attributes:
-        settings: with `model` resolved to a directory and `max_model_len` cut to the model's.
-        config: the model's shape.
-        me: this process.
-        context: its ZeroMQ context.
-    """
+    """One service process."""
 
     def __init__(self, role: str, index: int, settings: Settings) -> None:
         self.directory: Path = resolve_model(settings.model)
@@ -71,7 +65,7 @@ class Service:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stats: Callable[[], Stats] | None = None
         self._links: list[Link] = []
-        # Of each socket, whose it is, and who handles what comes.
+        # Socket: its link, and the handler of the link's events.
         self._handlers: dict[Any, tuple[Link, Callable[[Event[Any]], None]]] = {}
         self._watchers: list[Callable[[], None]] = []
         self._poller = zmq.Poller()
@@ -103,13 +97,14 @@ class Service:
         return link
 
     def watch(self, readable: int | zmq.Socket[bytes], handler: Callable[[], None]) -> None:
-        """Wakes up when a descriptor or socket is readable, and calls `handler` at each wake-up;
-        the handler reads what there is without blocking."""
+        """Wakes up when a descriptor or socket is readable, and calls `handler` at every wake-up;
+        the handler must not block."""
         self._poller.register(readable, zmq.POLLIN)
         self._watchers.append(handler)
 
     def loading(self, stage: LoadingStage, done: int, total: int) -> None:
-        """Tells the supervisor how far it is; may be called before `run`, from the same thread."""
+        """Tells the supervisor that `done` of `total` are loaded; may be called before `run`, from
+        the same thread."""
         self._announce(Loading(stage, done, total))
 
     def ready(self, detail: str = "") -> None:
@@ -118,11 +113,11 @@ class Service:
         self._announce(Ready(detail))
 
     def on_told(self, handler: Callable[[FromSupervisor], None]) -> None:
-        """`handler` is called with what the supervisor says."""
+        """From now on, `handler` is called with the supervisor's messages."""
         self._on_told = handler
 
     def drained(self) -> None:
-        """Tells the supervisor that no request is left."""
+        """Tells the supervisor, once, that no request is left."""
         if not isinstance(self._standing, Drained):
             self._announce(Drained())
 
@@ -131,12 +126,12 @@ class Service:
 
         Args:
             step: called with the time (`time.monotonic`) after each wake-up; does the core's work
-                and sends what is to be sent. Returns in how many seconds it wants to be called
-                again even if nothing happens, or None.
-            stats: what the service reports to the supervisor once a second.
+                and sends its messages. Returns in how many seconds to call it again even if nothing
+                happens, or None.
+            stats: called once a second; its result is reported to the supervisor.
         """
         self._stats = stats
-        gc.freeze()  # what was imported and loaded stays: collections need not look at it
+        gc.freeze()  # imported modules and loaded files stay: no collection need look at them
         wait: float | None = 0.0
         while True:
             until_beat = max(0.0, self._next_beat - time.monotonic())
@@ -185,13 +180,13 @@ class Service:
         if isinstance(event, Received):
             if self._on_told is not None:
                 self._on_told(event.message)
-            self._next_beat = 0.0  # what becomes of it is reported at once
+            self._next_beat = 0.0  # report at once what the message has changed
         elif self._standing is not None:
             self._control.send([self._standing])
 
 
 def settled(settings: Settings, directory: Path, config: ModelConfig) -> Settings:
-    """The settings as this model allows them: the directory, and no length beyond the model's."""
+    """The settings with `model` resolved to `directory`, and `max_model_len` cut to the model's."""
     return msgspec.structs.replace(
         settings,
         model=str(directory),
@@ -206,9 +201,9 @@ def service_command(
 
     Args:
         role: the service's name.
-        serve: builds the core and its links, and runs.
-        on_step_path: whether the device waits for it. Where there are fewer cores than work, the
-            others yield to those.
+        serve: makes the core and its links, and runs.
+        on_step_path: whether the device waits for this service. The other services yield the CPU
+            to those on the step path.
     """
 
     @click.command(help=f"Runs one {role} on its own. The launcher does this for you.")
@@ -221,7 +216,7 @@ def service_command(
             format="%(levelname)s %(message)s",
             stream=sys.stderr,
         )
-        _live_and_die_with_the_launcher()
+        _end_with_the_launcher()
         if not on_step_path:
             os.nice(OFF_STEP_PATH_NICENESS)
         try:
@@ -234,24 +229,24 @@ def service_command(
     return command
 
 
-def _live_and_die_with_the_launcher() -> None:
-    """Ignores the terminal's Ctrl-C (the launcher decides), ends on SIGTERM and a broken lifeline.
+def _end_with_the_launcher() -> None:
+    """Ignores the terminal's Ctrl-C (the launcher decides); ends on SIGTERM or with the launcher.
 
-    The lifeline is a pipe whose other end the launcher holds: it breaks when the launcher ends,
-    however it ends. A process that is stopped (SIGSTOP) cannot see that, so the kernel is asked to
-    kill it too; the pipe is there for a launcher that ended before that.
+    The lifeline is a pipe whose other end the launcher holds: the pipe breaks when the launcher
+    ends, for whatever reason. A stopped process (SIGSTOP) cannot see that, so the kernel is asked
+    to kill this process too; the pipe covers a launcher that ended before the kernel was asked.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     descriptor = os.environ.get(LIFELINE_VARIABLE)
     if descriptor is not None:
-        _die_with_the_parent()
+        _ask_for_a_kill_with_the_parent()
         watch_lifeline(int(descriptor))
 
 
-def _die_with_the_parent() -> None:
-    """The kernel sends SIGKILL when the thread that started this process has ended: in the
-    launcher that is the main thread."""
+def _ask_for_a_kill_with_the_parent() -> None:
+    """Asks the kernel for a SIGKILL when the thread that started this process ends: the launcher's
+    main thread."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")

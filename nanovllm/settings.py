@@ -1,7 +1,7 @@
-"""Every option of the engine, once: its name, type, range, default and help.
+"""Every option of the pipeline, once: its name, type, range, default and help.
 
-The command lines of the launcher and of each service are made from this struct (`options.py`), and
-the launcher hands its settings on to the services as command lines.
+`options.py` makes the command lines of the launcher and of each service from this struct. The
+launcher hands its settings on to the services as command lines.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from nanovllm.transport.endpoints import LONGEST_IPC_PATH, parse
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
 # The sockets in the runtime directory.
 SocketName = Literal["ingress", "services", "scheduler", "workers", "control"]
-# Tokenizers, and detokenizers, at most.
+# At most so many tokenizers, and so many detokenizers.
 MAX_SERVICES = 64
 
 
 class SettingsError(ValueError):
-    """Options that do not go together; the message names which to change."""
+    """Options that are not valid, alone or together; the message names the option to change."""
 
 
 def default_runtime_dir() -> str:
-    """Where the sockets of one running pipeline live, unless `--runtime-dir` says otherwise."""
+    """The directory of a pipeline's sockets, unless `--runtime-dir` names another."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base and os.path.isdir(base):
         return os.path.join(base, "nanovllm")
@@ -45,7 +45,11 @@ def _option(help_text: str) -> Meta:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One pipeline's settings. Every field is an option: `max_num_seqs` is `--max-num-seqs`."""
+    """One pipeline's settings. Every field is an option: `max_num_seqs` is `--max-num-seqs`.
+
+    Raises:
+        SettingsError: options that are not valid together. (msgspec checks types and ranges.)
+    """
 
     model: Annotated[
         str, _option("Checkpoint directory or hub id of a Qwen3 model; the demo if not given.")
@@ -144,7 +148,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def in_runtime_dir(self, name: SocketName) -> str:
         """The ipc endpoint `name` in the runtime directory.
 
-        Raises SettingsError if its path is longer than a socket's may be.
+        Raises SettingsError if the path is too long for a socket.
         """
         path = str(Path(self.runtime_dir).absolute() / f"{name}.sock")
         if len(os.fsencode(path)) > LONGEST_IPC_PATH:

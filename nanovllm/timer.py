@@ -20,11 +20,11 @@ class _Timer(ctypes.Structure):
 
 
 class Timer:
-    """Unlike a thread that sleeps, it wakes whoever polls it: no thread is in between, and neither
-    the system's timer slack nor a wait for the interpreter's lock adds to the delay.
+    """A timer to poll. It is more exact than a thread that sleeps: neither the kernel's timer slack
+    nor a wait for the interpreter's lock adds to the delay.
 
     Raises:
-        OSError: if the system has none to give.
+        OSError: the system has no descriptor left.
     """
 
     def __init__(self) -> None:
@@ -35,14 +35,14 @@ class Timer:
             raise OSError(ctypes.get_errno(), "timerfd_create failed")
 
     def set(self, when: float) -> None:
-        """Becomes readable at `when` (`time.monotonic()`), at once if that has passed."""
+        """Makes the descriptor readable from `when` (`time.monotonic()`) on, perhaps at once."""
         nanoseconds = max(1, int(when * 1e9))
         timer = _Timer(value=_Timespec(*divmod(nanoseconds, 10**9)))
         if _libc.timerfd_settime(self.descriptor, _TIMER_ABSTIME, ctypes.byref(timer), None):
             raise OSError(ctypes.get_errno(), "timerfd_settime failed")
 
     def clear(self) -> None:
-        """Is not readable any more, until the next time that is set."""
+        """Makes the descriptor unreadable until the next time that is set."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.descriptor, 8)
 

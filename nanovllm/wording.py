@@ -1,4 +1,4 @@
-"""What messages to people have in common."""
+"""Words for messages to people."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def counted(number: int, noun: str) -> str:
 
 
 def key_and_reason(error: msgspec.ValidationError) -> tuple[str, str]:
-    """What msgspec found wrong, and where: ("stop[1]", "Expected `str` of length >= 1")."""
+    """Where msgspec found a mistake, and which: ("stop[1]", "Expected `str` of length >= 1")."""
     reason, _, where = str(error).partition(" - at `$.")
     return where.rstrip("`"), reason
 
 
 def mistake(error: msgspec.ValidationError) -> str:
-    """The same in one line; what concerns no key in particular is the reason alone."""
+    """`key: reason` in one line, or the reason alone if it concerns no key."""
     return ": ".join(filter(None, key_and_reason(error)))

@@ -17,8 +17,9 @@ from nanovllm.settings import Settings
 
 STORY = "Once upon a time"
 QUESTIONS = ("Tell me a story about a fox.", "Who lives in the harbour?")
-# More at the same time than anyone could read, to see them batched.
+# Streams at the same time, to see them batched.
 CROWD = 32
+# The longest bar, in characters.
 BAR = 30
 
 

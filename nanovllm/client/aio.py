@@ -26,7 +26,7 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
 
     Raises:
         RuntimeError: there is no running event loop.
-        ValueError: if `endpoint` is not one.
+        ValueError: `endpoint` is not an endpoint.
     """
 
     def __init__(self, endpoint: str = DEFAULT_INGRESS, timeout: float = 10.0) -> None:
@@ -54,7 +54,7 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
         return ping.result()
 
     async def close(self) -> None:
-        """Disconnects; what is unfinished is aborted, and whoever waits for it is told."""
+        """Disconnects and aborts what is unfinished; tasks that wait for it get a RuntimeError."""
         if self._closed:
             return
         self._closed = True
@@ -96,7 +96,7 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
                     waiting.set_result(None)
 
     def _abandon(self, request: PendingRequest) -> None:
-        """Aborts a request; its reader is gone."""
+        """Aborts a request that nobody reads any more."""
         if not self._closed:
             self._connection.core.abandon(request)
             self._pump()
@@ -119,15 +119,18 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Of a task that the client's end has ended: whoever awaits it is told, and asyncio does not
-    complain if nobody does."""
+    """Retrieves the exception of a task that `close` has ended, so that asyncio does not complain
+    if nobody awaits the task."""
     if not task.cancelled():
         task.exception()
 
 
 class AsyncStream(AsyncIterator[Delta]):
-    """The output of one request as it comes. Closing or dropping it before its end, or cancelling
-    the task that waits for it, aborts the request."""
+    """The output of one request as it comes: an asynchronous iterator of Deltas.
+
+    Closing or dropping a stream before its end aborts the request, and so does cancelling the task
+    that waits for it.
+    """
 
     def __init__(self, client: AsyncClient, request: PendingRequest) -> None:
         self._client = client
@@ -146,7 +149,7 @@ class AsyncStream(AsyncIterator[Delta]):
         raise StopAsyncIteration
 
     async def result(self) -> Completion:
-        """Waits for the end; the whole output, with what has been iterated over already."""
+        """Waits for the end; the whole output, including the Deltas that were iterated over."""
         await self._wait(until_end=True)
         return self._request.result()
 
@@ -163,7 +166,7 @@ class AsyncStream(AsyncIterator[Delta]):
         self.close()
 
     def __del__(self) -> None:
-        # A destructor runs anywhere, in the middle of the client's work too.
+        # A destructor may run in any thread, and in the middle of the client's work.
         if not self._request.ended and not self._client._loop.is_closed():
             self._client._loop.call_soon_threadsafe(self._client._abandon, self._request)
 

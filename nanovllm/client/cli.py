@@ -23,7 +23,7 @@ from nanovllm.wording import counted
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# Of silence, before a person is told who is waited for.
+# After so long without an answer, tell the person which pipeline the command waits for.
 PATIENCE_S: Final = 1.0
 
 _SAMPLING: tuple[tuple[str, type, Any, str], ...] = (
@@ -221,7 +221,7 @@ def restart(runtime_dir: str, role: str) -> None:
 
 @contextlib.contextmanager
 def _told_in_one_line() -> Iterator[None]:
-    """What a person can mend is told without a traceback."""
+    """Turns the errors that a person can mend into one line, without a traceback."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -229,15 +229,15 @@ def _told_in_one_line() -> Iterator[None]:
     except (RequestError, PipelineUnavailable, SettingsError, ValueError) as error:
         raise click.ClickException(str(error)) from None
     except BrokenPipeError:
-        raise  # click's: it ends without a word
+        raise  # click then exits silently
     except OSError as error:
-        # What could not be written is not to be tried again, at the interpreter's end.
+        # The interpreter flushes stdout at its end, and would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise click.ClickException(error.strerror or str(error)) from None
 
 
 def _answering(client: Client, endpoint: str) -> Pong:
-    """Waits for the pipeline's first answer; if that takes long, says so."""
+    """Waits for the pipeline's first answer; says so if that takes long."""
     notice = threading.Timer(
         PATIENCE_S, click.echo, [f"waiting for a pipeline at {endpoint} …"], {"err": True}
     )
@@ -250,23 +250,19 @@ def _answering(client: Client, endpoint: str) -> Pong:
 
 
 def _print(stream: Stream, *, stoppable: bool = False) -> str:
-    """Prints the answer as it comes, and returns it.
-
-    Args:
-        stream: closed at the end.
-        stoppable: Ctrl-C ends the answer, and not the program.
-    """
-    said: list[str] = []
+    """Prints the answer as it comes, and returns it. If `stoppable`, Ctrl-C ends the answer and not
+    the program."""
+    texts: list[str] = []
     with stream, contextlib.suppress(*[KeyboardInterrupt] * stoppable):
         for delta in stream:
-            said.append(delta.text)
+            texts.append(delta.text)
             click.echo(delta.text, nl=False)
     click.echo()
-    return "".join(said)
+    return "".join(texts)
 
 
 def _lines() -> Iterator[str]:
-    """What the person types, line by line, until the end of input; Ctrl-C discards a line."""
+    """The lines that the person types, until the end of input; Ctrl-C discards a line."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives `input` its line editing)
     while True:

@@ -32,7 +32,7 @@ class Connection:
             change; called with none before the former descriptors are closed.
 
     Raises:
-        ValueError: if `endpoint` is not one.
+        ValueError: `endpoint` is not an endpoint.
     """
 
     def __init__(

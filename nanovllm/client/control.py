@@ -1,4 +1,4 @@
-"""What a program asks a running pipeline's supervisor."""
+"""`Control`: asks the supervisor of a running pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nanovllm.settings import Settings
 from nanovllm.transport.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
 
 TIMEOUT_S: Final = 3.0
-# Services report once a second.
+# After so long there is a next report: services report once a second.
 NEXT_REPORT_S: Final = 1.1
 
 
@@ -23,7 +23,7 @@ class Control:
 
     Raises:
         SettingsError: the directory's path is too long for a socket.
-        PipelineUnavailable: no pipeline runs there (from every method, too).
+        PipelineUnavailable: no pipeline runs there. Every method may raise this too.
     """
 
     def __init__(self, runtime_dir: str) -> None:
@@ -44,18 +44,18 @@ class Control:
         return answer
 
     def command(self, command: Scale | Restart) -> None:
-        """Has something done, and returns when it was: that may take as long as loading a model.
+        """Returns when the command is done, which may take as long as loading a model.
 
         Raises:
-            ValueError: the supervisor refuses, and says why.
+            ValueError: the supervisor refuses; the message says why.
         """
         answer = self._ask(command)
         if isinstance(answer, Done) and answer.error is not None:
             raise ValueError(answer.error)
 
     def _ask(self, question: StatusRequest | Scale | Restart) -> FromSupervisor:
-        """The answer. Of commands it comes when they are done; for that it is waited while the
-        supervisor is there."""
+        """The answer. A status comes within `TIMEOUT_S`; the answer to a command comes when the
+        command is done, so wait for it as long as the supervisor is connected."""
         deadline = time.monotonic() + TIMEOUT_S
         asked = self._link.send([question])
         poller = zmq.Poller()
@@ -77,7 +77,7 @@ class Control:
                     return answer
 
     def two_reports(self) -> tuple[Status, Status]:
-        """The status twice, a second apart, so that there are rates to show."""
+        """The status twice, a second apart: the difference gives rates."""
         before = self.status()
         time.sleep(NEXT_REPORT_S)
         return before, self.status()

@@ -1,4 +1,4 @@
-"""A pipeline that belongs to one program: launched by it, reached by it alone, ended with it."""
+"""A pipeline that one program launches for itself, and that ends with the program."""
 
 from __future__ import annotations
 
@@ -24,25 +24,21 @@ from nanovllm.service import LIFELINE_VARIABLE
 from nanovllm.settings import Settings
 from nanovllm.transport.endpoints import LONGEST_IPC_PATH
 
-# How long the launcher has to end its services after SIGTERM.
+# Between SIGTERM to the launcher, which ends its services, and SIGKILL.
 END_TIMEOUT_S: Final = 10.0
 LAST_LINES: Final = 20
-# The launcher's own last word, which goes into the exception.
+# Begins the launcher's last line, which goes into the exception.
 _LAST_WORD: Final = "nanovllm-launch: "
 
 
 class PrivatePipeline:
     """A launched pipeline in a private directory, without a TCP port.
 
-    The launcher holds the read end of a pipe whose write end only this process has: when this
-    process ends, however it ends, the pipe breaks, and the launcher ends every service.
+    The launcher holds the read end of a pipe whose write end this process alone holds. When this
+    process ends, for whatever reason, the pipe breaks, and the launcher ends every service.
 
     Args:
-        settings: of the pipeline; `runtime_dir` is chosen here.
-
-    Attributes:
-        endpoint: where it serves, once it does.
-        runtime_dir: its private directory.
+        settings: the pipeline's settings; `runtime_dir` is replaced.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -78,7 +74,7 @@ class PrivatePipeline:
         self._control: Control | None = None
 
     def services(self) -> list[ServiceStatus]:
-        """What its services say of themselves; empty before there are any, and after the end."""
+        """The status of its services; empty before the first has started, and after the end."""
         try:
             self._control = self._control or Control(self.runtime_dir)
             return self._control.status().services
@@ -86,7 +82,7 @@ class PrivatePipeline:
             return []
 
     def wait_until_ready(self, client: Client) -> None:
-        """Returns when it can start requests; `client` is one of its own.
+        """Returns when the pipeline can start requests; `client` is a client of it.
 
         Raises RuntimeError if the pipeline ends before.
         """
@@ -94,8 +90,8 @@ class PrivatePipeline:
             self.check(launching=True)
 
     def check(self, *, launching: bool = False) -> None:
-        """Raises RuntimeError, with the launcher's last words, if the pipeline has ended; while it
-        is `launching`, it has not begun."""
+        """Raises RuntimeError, with the launcher's last words, if the pipeline has ended. With
+        `launching`, the message says that it could not be launched."""
         code = self._process.poll()
         if code is None:
             return
@@ -107,7 +103,7 @@ class PrivatePipeline:
 
     def close(self) -> None:
         """Ends the pipeline, and waits until it has ended."""
-        if self._lifeline < 0 or os.getpid() != self._owner:  # a forked child does not own it
+        if self._lifeline < 0 or os.getpid() != self._owner:  # a forked child is not the owner
             return
         lifeline, self._lifeline = self._lifeline, -1
         if self._control is not None:
@@ -125,14 +121,14 @@ class PrivatePipeline:
 
 
 def _launch_arguments(settings: Settings) -> list[str]:
-    """The launcher's command line: its options, and the model as its argument."""
+    """The arguments of `nanovllm-launch`: its options, then the model."""
     arguments = settings_argv(settings)
     at = arguments.index("--model")
     return [*arguments[:at], *arguments[at + 2 :], "--", settings.model]
 
 
 def _short_private_directory() -> Path:
-    """A new directory, mode 0700, in which sockets' paths are not too long."""
+    """A new directory, mode 0700, with a path short enough for sockets in it."""
     for base in (tempfile.gettempdir(), "/tmp"):
         directory = tempfile.mkdtemp(prefix="nanovllm-", dir=base)
         if len(os.fsencode(directory)) + len("/scheduler.sock") <= LONGEST_IPC_PATH:
@@ -142,7 +138,7 @@ def _short_private_directory() -> Path:
 
 
 def _pass_on(output: IO[str], last_lines: collections.deque[str]) -> None:
-    """Writes what the launcher says to this program's stderr, but for its last word."""
+    """Copies the launcher's stderr to this program's, except for the launcher's last line."""
     with output:
         for line in output:
             last_lines.append(line.rstrip("\n"))

@@ -20,7 +20,7 @@ from nanovllm.wording import counted
 
 
 def to_json(status: Status) -> str:
-    """The status as JSON objects, with fields named as in `messages`."""
+    """The status as a JSON object, with the field names of `Status`."""
     return msgspec.json.encode(_as_dict(status)).decode()
 
 
@@ -28,8 +28,8 @@ def render(before: Status, now: Status) -> str:
     """A table of the services, and the state of the engine.
 
     Args:
-        before: an earlier status; rates are taken between the two.
-        now: the status that is shown.
+        before: an earlier status, for the rates.
+        now: the status to show.
     """
     earlier = {(s.role, s.index): s for s in before.services}
     rows = [("SERVICE", "PID", "STATE", "UPTIME", "RESTARTS", "CPU", "WORK")]
@@ -94,7 +94,7 @@ def _work(stats: Stats | None) -> str:
 
 
 def _percent(now: float, then: float, service: ServiceStatus, before: ServiceStatus | None) -> str:
-    """The share of the time between two reports of one life of a service."""
+    """The share of the time between two reports; "-" unless one process made both reports."""
     if service.stats is None or before is None or before.pid != service.pid:
         return "-"
     seconds = service.at_s - before.at_s
@@ -110,6 +110,7 @@ def _duration(seconds: float) -> str:
 
 
 def _as_dict(value: Any) -> Any:
+    """Structs as dicts: msgspec encodes the structs of `messages` as arrays."""
     if isinstance(value, msgspec.Struct):
         return {name: _as_dict(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, list):

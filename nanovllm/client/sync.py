@@ -15,16 +15,16 @@ from nanovllm.settings import DEFAULT_INGRESS
 class Client(GenerateCalls[Completion, "Stream"]):
     """A client of a running pipeline.
 
-    It survives disconnections and restarts of the pipeline: streams go on where they stood. Several
-    streams may be open at the same time. A client belongs to one thread.
+    A client survives disconnections and restarts of the pipeline: streams go on where they stood.
+    Several streams may be open at the same time. A client belongs to one thread.
 
     Args:
         endpoint: where the pipeline serves.
         timeout: seconds without any sign of life from the pipeline after which calls raise
-            PipelineUnavailable. How long an answer takes is not limited by it.
+            PipelineUnavailable. An answer may take longer.
 
     Raises:
-        ValueError: if `endpoint` is not one.
+        ValueError: `endpoint` is not an endpoint.
     """
 
     def __init__(self, endpoint: str = DEFAULT_INGRESS, timeout: float = 10.0) -> None:
@@ -37,7 +37,7 @@ class Client(GenerateCalls[Completion, "Stream"]):
         return stream if message.stream else stream.result()
 
     def ping(self) -> Pong:
-        """Asks the pipeline which it is, and whether it is ready.
+        """Asks the pipeline for its model and version, and whether it is ready.
 
         Raises:
             PipelineUnavailable: no pipeline answers.
@@ -64,7 +64,7 @@ class Client(GenerateCalls[Completion, "Stream"]):
 class Stream(Iterator[Delta]):
     """The output of one request as it comes: an iterator of Deltas.
 
-    Closing it before its end (`close`, the end of a `with` block, or dropping it) aborts the
+    Closing a stream before its end (`close`, the end of a `with` block, or dropping it) aborts the
     request.
     """
 
@@ -86,9 +86,9 @@ class Stream(Iterator[Delta]):
         raise StopIteration
 
     def result(self) -> Completion:
-        """Waits for the end; the whole output, with what has been iterated over already.
+        """Waits for the end; the whole output, including the Deltas that were iterated over.
 
-        Raises what iterating raises. If it is interrupted, the request is aborted.
+        Raises what iterating raises. An interruption (Ctrl-C) aborts the request.
         """
         try:
             while not self._request.ended:
