@@ -243,6 +243,10 @@ class Group:
             self._start_at = now
             self.phase = Phase.GONE if leave else Phase.WAITING
 
+    def stay(self) -> None:
+        """Takes back a `leave`: a group that has not ended yet starts again when it has."""
+        self._leaving = False
+
     def forgive(self, seconds: float) -> None:
         """Does not count the last `seconds` as silence: the supervisor did not listen."""
         for watch in self._watches.values():

@@ -65,13 +65,20 @@ class Policy:
 
     def scale(self, role: str, count: int, asked_by: Peer, now: float) -> None:
         """Starts or ends services until `count` run; each service of the role is a group."""
-        groups = {g.services[0].index: g for g in self.groups if g.services[0].role == role}
-        added = [Group([ServiceId(role, i)], now) for i in range(count) if i not in groups]
-        leaving = [group for index, group in groups.items() if index >= count]
-        for group in leaving:
-            group.stop(now, leave=True)
+        groups = [
+            group
+            for group in self.groups
+            if group.services[0].role == role and group.phase is not Phase.GONE
+        ]
+        for group in groups:
+            if group.services[0].index >= count:
+                group.stop(now, leave=True)
+            else:
+                group.stay()
+        there = {group.services[0].index for group in groups}
+        added = [Group([ServiceId(role, i)], now) for i in range(count) if i not in there]
         self.groups += added
-        self._commands.append(_Command(asked_by, deque(), [*added, *leaving]))
+        self._commands.append(_Command(asked_by, deque(), groups + added))
 
     # What there is to do --------------------------------------------------------------------------
 

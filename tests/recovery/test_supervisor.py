@@ -332,9 +332,11 @@ def test_restart_goes_on_when_a_service_dies_meanwhile() -> None:
     assert world.policy.all_ready
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans())
-def test_scaling_ends_with_the_number_asked_for(counts: list[int], hurried: bool) -> None:
-    world = World(load_s=1.0)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans(), st.booleans())
+def test_scaling_ends_with_the_number_asked_for(
+    counts: list[int], hurried: bool, obeys: bool
+) -> None:
+    world = World(load_s=1.0, obeys=obeys)
     for count in counts:
         world.policy.scale("tokenizer", count, COMMAND, world.now)
         world.run(0.25 if hurried else 5)
@@ -342,4 +344,4 @@ def test_scaling_ends_with_the_number_asked_for(counts: list[int], hurried: bool
     assert len(world.answered) == len(counts)
     running = {service.index for service in world.alive if service.role == "tokenizer"}
     assert running == set(range(counts[-1]))
-    assert not world.killed
+    assert not world.killed or not obeys
