@@ -80,7 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _option("auto: the checkpoint's on cuda, float32 on a cpu."),
     ] = "auto"
     attention: Annotated[
-        Literal["auto", "flash-attn", "torch", "triton", "sdpa"],
+        Literal["auto", "flash-attn", "triton", "sdpa"],
         _option("Attention backend; auto takes the fastest that can run, for each phase."),
     ] = "auto"
     enforce_eager: Annotated[bool, _option("Never use CUDA graphs.")] = False

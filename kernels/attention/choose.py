@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -57,9 +56,7 @@ def _obstacle(
         if shape.head_dim < 16 or shape.head_dim & (shape.head_dim - 1):
             return f"head_dim {shape.head_dim} is no power of two from 16"
         return None
-    if name == "torch" and not _torch_has_block_tables():
-        return f"torch {torch.__version__} has no attention over block tables; 2.12 has"
-    if name == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
+    if importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
@@ -68,14 +65,6 @@ def _obstacle(
     if shape.head_dim % 8 or shape.head_dim > 256:
         return f"head_dim {shape.head_dim} is no multiple of 8 up to 256"
     return None
-
-
-def _torch_has_block_tables() -> bool:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return "block_table" in inspect.signature(varlen_attn).parameters
 
 
 def _by_phase(decode: str, prefill: str, shape: AttentionShape) -> Chosen:
@@ -92,10 +81,6 @@ def _decode_backend(name: str, shape: AttentionShape) -> AttentionBackend:
         from nanovllm.kernels.attention.flash import FlashDecodeBackend
 
         return FlashDecodeBackend(shape)
-    if name == "torch":
-        from nanovllm.kernels.attention.varlen import VarlenBackend
-
-        return VarlenBackend(shape)
     from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 
     return TritonDecodeBackend(shape)
@@ -106,10 +91,6 @@ def _prefill_backend(name: str, shape: AttentionShape) -> AttentionBackend:
         from nanovllm.kernels.attention.flash import FlashPrefillBackend
 
         return FlashPrefillBackend(shape)
-    if name == "torch":
-        from nanovllm.kernels.attention.varlen import VarlenBackend
-
-        return VarlenBackend(shape)
     from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
 
     return TritonPrefillBackend(shape)

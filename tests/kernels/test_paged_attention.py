@@ -84,7 +84,7 @@ def test_many_splits_of_short_and_long_contexts(monkeypatch: pytest.MonkeyPatch)
 
 def test_why_a_backend_cannot_run() -> None:
     shape = AttentionShape(4, 2, 64, 48)
-    for name in ("triton", "flash-attn", "torch"):
+    for name in ("triton", "flash-attn"):
         with pytest.raises(ValueError, match=f"--attention {name} cannot run: it needs a GPU"):
             choose(name, shape, torch.bfloat16, CPU)
     cuda = torch.device("cuda")
