@@ -3,11 +3,12 @@
     python -m benchmarks.decode --random-weights benchmarks/shapes/qwen3-0.6b.json
 
 For each number of sequences: all have a prompt of the same length and decode together, greedily or
-not, and are measured once every one of them has begun. Needs a GPU. Prints one JSON line each:
+not, and are measured once every one of them has begun. Needs a GPU for each rank. Prints one JSON
+line each:
 
     step_ms        from one step's end to the next one's
-    floor_ms       bytes of weights and of keys and values that a step reads, over the bandwidth of
-                   a large copy on the device (bytes read and written), measured before
+    floor_ms       bytes of weights and of keys and values that a rank reads in a step, over the
+                   bandwidth of a large copy on the device (bytes read and written), measured before
     ratio          of the two
     device_busy    share of the time for which the device had work, by its own clock
 """
@@ -49,6 +50,7 @@ BYTES_PER_VALUE = 2
 @click.option("--temperature", default=0.6, show_default=True)
 @click.option("--top-k", default=0, show_default=True)
 @click.option("--top-p", default=1.0, show_default=True)
+@click.option("--tp", "tensor_parallel_size", default=1, show_default=True)
 @click.option("--seconds", default=1.0, show_default=True, help="Length of each measurement.")
 @click.option("--attention", default="auto", show_default=True)
 def main(
@@ -59,6 +61,7 @@ def main(
     temperature: float,
     top_k: int,
     top_p: float,
+    tensor_parallel_size: int,
     seconds: float,
     attention: str,
 ) -> None:
@@ -69,6 +72,7 @@ def main(
             model=str(directory),
             ingress="",
             device="cuda",
+            tensor_parallel_size=tensor_parallel_size,
             attention=attention,  # type: ignore[arg-type]
             log_level="warning",
         )
@@ -90,7 +94,8 @@ def main(
                 prompts = random_prompts(size, prompt_tokens, config.vocab_size)
                 before, after, context = measure(pipeline, prompts, sampling, seconds)
                 read = weights + size * context * kv_bytes(config)
-                figures = _figures(before, after, read / bandwidth)
+                floor_s = read / tensor_parallel_size / bandwidth
+                figures = _figures(before, after, floor_s)
                 click.echo(
                     json.dumps({"sequences": size, "mean_context": round(context), **figures})
                 )
