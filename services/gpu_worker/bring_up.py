@@ -206,9 +206,7 @@ def _largest(sizes: Sizes) -> Sizes:
 
 
 def _sizes(settings: Settings) -> Sizes:
-    return graph_sizes(
-        settings.max_num_seqs, settings.max_prefill_tokens, settings.tensor_parallel_size
-    )
+    return graph_sizes(settings.max_num_seqs, settings.max_prefill_tokens)
 
 
 def largest_steps(settings: Settings) -> list[StepPlan]:

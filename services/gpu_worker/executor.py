@@ -118,13 +118,13 @@ class Executor:
         # One for all graphs: else each would keep its own.
         logits = self._logits_like.new_empty(rows, len(self._logits_like))
 
-        def decode(slots: Tensor, wide: bool) -> Decoded:
-            return steps.decode(slots, wide, logits[: len(slots)])
+        def decode(slots: Tensor) -> Decoded:
+            return steps.decode(slots, logits[: len(slots)])
 
-        def mixed(columns: Tensor, layout: Layout, wide: bool) -> Decoded:
-            bounds = steps.bounds(layout)
-            return steps.mixed(columns, layout, bounds, wide, logits[: layout.samples])
+        def mixed(columns: Tensor, layout: Layout) -> Decoded:
+            return steps.mixed(columns, layout, steps.bounds(layout), logits[: layout.samples])
 
+        steps.warm_up()
         nobodys = self._state.padding_slot
         self._graphs = StepGraphs(decode, mixed, sizes, nobodys, self._device, capture, progress)
 
@@ -145,7 +145,8 @@ class Executor:
             layout = Layout.of(batch)
             flat = to_device(columns(batch, layout, self._state.padding_slot), self._device)
             lengths = Lengths(batch.query_lens, batch.context_lens)
-            decoded = self._steps.mixed(flat, layout, lengths, batch.wide)
+            decoded = self._steps.mixed(flat, layout, lengths)
+        self._steps.sample_whole(decoded, batch.whole_rows, batch.sampling_slots[batch.whole_rows])
         found = self._logprobs(batch, decoded.logits, decoded.token_ids)
         return self._sampled(plan.number, decoded.token_ids, found, started)
 

@@ -25,24 +25,14 @@ FEWEST_CHUNK_TOKENS = 128
 
 
 class Sizes(NamedTuple):
-    """The steps to capture: numbers of decodes, and layouts of mixed steps; ascending.
-
-    Attributes:
-        by_width: whether steps with wide rows (see `Batch.wide`) are captured apart from others.
-            Only where the vocabulary is spread over ranks do they differ.
-    """
+    """The steps to capture: numbers of decodes, and layouts of mixed steps; ascending."""
 
     decodes: Sequence[int]
     mixed: Sequence[Layout]
-    by_width: bool = False
-
-    @property
-    def widths(self) -> Sequence[bool]:
-        return (False, True) if self.by_width else (False,)
 
     @property
     def total(self) -> int:
-        return len(self.widths) * (len(self.decodes) + len(self.mixed))
+        return len(self.decodes) + len(self.mixed)
 
 
 Replay = Callable[[], Decoded]
@@ -53,9 +43,8 @@ class StepGraphs:
     """Captured steps.
 
     Args:
-        decode: a step of the slots int64 [n] that all decode; takes them, and whether it is wide.
-        mixed: a step with prefill chunks; takes `layout.columns` on the device, their layout, and
-            whether it is wide.
+        decode: a step of the slots int64 [n] that all decode; takes them.
+        mixed: a step with prefill chunks; takes `layout.columns` on the device, and their layout.
         nobodys: the slot that belongs to nobody.
         capture: turns a step into what replays it.
         progress: told how many graphs are captured, of how many.
@@ -63,15 +52,14 @@ class StepGraphs:
 
     def __init__(
         self,
-        decode: Callable[[Tensor, bool], Decoded],
-        mixed: Callable[[Tensor, Layout, bool], Decoded],
+        decode: Callable[[Tensor], Decoded],
+        mixed: Callable[[Tensor, Layout], Decoded],
         sizes: Sizes,
         nobodys: int,
         device: torch.device,
         capture: Capture,
         progress: Callable[[int, int], None],
     ) -> None:
-        self._by_width = sizes.by_width
         self._decode_sizes = np.array(sizes.decodes)
         self._nobodys = nobodys
         most = sizes.decodes[-1]
@@ -80,34 +68,32 @@ class StepGraphs:
         self._columns: dict[Layout, Tensor] = {}
         for layout in sizes.mixed:
             self._columns[layout] = torch.from_numpy(columns(_NOTHING, layout, nobodys)).to(device)
-        self._replays: dict[tuple[int | Layout, bool], Replay] = {}
+        self._replays: dict[int | Layout, Replay] = {}
         progress(0, sizes.total)
         # It needs the most of the memory that they share.
         largest_first: list[int | Layout] = [*reversed(sizes.mixed), *reversed(sizes.decodes)]
         for size in largest_first:
-            for wide in sizes.widths:
-                step = (
-                    partial(mixed, self._columns[size], size, wide)
-                    if isinstance(size, Layout)
-                    else partial(decode, self._slots[:size], wide)
-                )
-                self._replays[size, wide] = capture(step)
-                progress(len(self._replays), sizes.total)
+            step = (
+                partial(mixed, self._columns[size], size)
+                if isinstance(size, Layout)
+                else partial(decode, self._slots[:size])
+            )
+            self._replays[size] = capture(step)
+            progress(len(self._replays), sizes.total)
 
     def replay(self, batch: Batch) -> Decoded | None:
         """Enqueues the step, if it has been captured."""
-        wide = batch.wide and self._by_width
         if not len(batch.chunk_slots):
-            return self._replay_decodes(batch.decode_slots, wide)
+            return self._replay_decodes(batch.decode_slots)
         layout = self._room_for(Layout.of(batch))
         if layout is None:
             return None
         self._columns[layout].copy_(
             _pinned(columns(batch, layout, self._nobodys)), non_blocking=True
         )
-        return _first(self._replays[layout, wide](), len(batch.sampling_rows))
+        return _first(self._replays[layout](), len(batch.sampling_rows))
 
-    def _replay_decodes(self, slots: Int32s, wide: bool) -> Decoded:
+    def _replay_decodes(self, slots: Int32s) -> Decoded:
         n = len(slots)
         size = int(self._decode_sizes[np.searchsorted(self._decode_sizes, n)])
         if (
@@ -117,7 +103,7 @@ class StepGraphs:
             self._host_slots[:n] = slots
             self._host_slots[n:size] = self._nobodys
             self._slots[:size].copy_(_pinned(self._host_slots[:size]), non_blocking=True)
-        return _first(self._replays[size, wide](), n)
+        return _first(self._replays[size](), n)
 
     def _room_for(self, needed: Layout) -> Layout | None:
         """The smallest layout that has room."""
@@ -157,7 +143,7 @@ class CudaCapture:
         return replay
 
 
-def graph_sizes(max_num_seqs: int, max_prefill_tokens: int, tp_size: int) -> Sizes:
+def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
     """The steps to capture.
 
     A row too many costs a few µs of a step, of which at 64 rows there are thousands, but a graph
@@ -175,7 +161,7 @@ def graph_sizes(max_num_seqs: int, max_prefill_tokens: int, tp_size: int) -> Siz
         ]
         tokens *= 2
     decodes = [size for size in decodes if size < max_num_seqs] + [max_num_seqs]
-    return Sizes(decodes, mixed, by_width=tp_size > 1)
+    return Sizes(decodes, mixed)
 
 
 def _first(decoded: Decoded, rows: int) -> Decoded:
@@ -190,4 +176,4 @@ def _pinned(array: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
 
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
-_NOTHING = Batch([], False, _NO_ROWS.reshape(0, 3), *[_NO_ROWS] * 10)
+_NOTHING = Batch([], _NO_ROWS.reshape(0, 3), *[_NO_ROWS] * 11)

@@ -27,8 +27,6 @@ class Batch(NamedTuple):
 
     Attributes:
         admitted: sequences that took a slot; their tokens and sampling parameters.
-        wide: whether one of the rows that sample may keep more tokens than CANDIDATES; where the
-            vocabulary is spread over ranks, such a step samples in another way.
         block_updates: int32 [u, 3], (slot, column, block): entries of the block tables to write.
         decode_slots: int32 [d]; token and position of each are on the device.
         chunk_slots: int32 [p].
@@ -39,11 +37,12 @@ class Batch(NamedTuple):
         sampling_rows: int32 [s]: all decodes, then the chunks that reach their last token.
         sampling_slots: int32 [s], their slots: each at most once.
         sampled_positions: int32 [s], index in its sequence of each token to be sampled.
+        whole_rows: int32 [w], which of the s rows need whole logits: they may draw from more than
+            CANDIDATES tokens.
         logprobs: int32 [s], how many likeliest tokens each wants, or NO_LOGPROBS.
     """
 
     admitted: Sequence[Admission]
-    wide: bool
     block_updates: Int32s
     decode_slots: Int32s
     chunk_slots: Int32s
@@ -54,6 +53,7 @@ class Batch(NamedTuple):
     sampling_rows: Int32s
     sampling_slots: Int32s
     sampled_positions: Int32s
+    whole_rows: Int32s
     logprobs: Int32s
 
     @property
@@ -77,7 +77,7 @@ class SlotTable:
         self._num_tokens: Int32s = np.zeros(max_num_seqs, dtype=np.int32)
         self._num_blocks = [0] * max_num_seqs
         self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
-        self._wide = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._needs_whole_logits = np.zeros(max_num_seqs, dtype=np.bool_)
         self.seeds = np.zeros(max_num_seqs, dtype=np.int64)
         self._indices = np.arange(max_num_seqs, dtype=np.int32)
         self._ones = np.ones(max_num_seqs, dtype=np.int32)
@@ -123,7 +123,6 @@ class SlotTable:
         self._num_tokens[sampling_slots] = sampled_positions + 1
         return Batch(
             admitted=plan.admit,
-            wide=bool(self._wide[sampling_slots].any()),
             block_updates=np.array(updates, dtype=np.int32).reshape(-1, 3),
             decode_slots=decode_slots,
             chunk_slots=chunks.slots,
@@ -134,6 +133,9 @@ class SlotTable:
             sampling_rows=sampling_rows,
             sampling_slots=sampling_slots,
             sampled_positions=sampled_positions,
+            whole_rows=self._indices[: len(sampling_slots)][
+                self._needs_whole_logits[sampling_slots]
+            ],
             logprobs=self._logprobs[sampling_slots],
         )
 
@@ -145,7 +147,7 @@ class SlotTable:
         self._num_tokens[slot] = len(tokens)
         self._num_blocks[slot] = 0
         self._logprobs[slot] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
-        self._wide[slot] = _is_wide(sampling)
+        self._needs_whole_logits[slot] = _needs_whole_logits(sampling)
         self.seeds[slot] = sampling.seed
 
     def _append(self, slot: int, blocks: list[int], updates: list[tuple[int, int, int]]) -> None:
@@ -168,8 +170,8 @@ class SlotTable:
         )
 
 
-def _is_wide(sampling: Sampling) -> bool:
-    """Whether it may take more than CANDIDATES tokens of a shard to know what filters keep."""
+def _needs_whole_logits(sampling: Sampling) -> bool:
+    """Whether the filters may keep more than CANDIDATES tokens of a shard."""
     if sampling.temperature == 0:
         return False
     if sampling.top_k == 0:

@@ -16,10 +16,10 @@ from nanovllm.kernels.attention.interface import (
     LayerCache,
 )
 from nanovllm.kernels.slots.ops import choose_slot_ops
-from nanovllm.services.gpu_worker.device_state import DeviceState
+from nanovllm.services.gpu_worker.device_state import DeviceState, to_device
 from nanovllm.services.gpu_worker.layout import Layout
 from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
-from nanovllm.services.gpu_worker.sampling import sample
+from nanovllm.services.gpu_worker.sampling import sample, sample_whole
 from nanovllm.services.gpu_worker.slots import Int32s
 from nanovllm.settings import Settings
 
@@ -57,6 +57,8 @@ class Steps:
         self._state = state
         self._block_size = settings.kvcache_block_size
         self._max_model_len = settings.max_model_len
+        self._shard = model.head.ids
+        self._device = device
         self._ops = choose_slot_ops(device)
         self._row_numbers = torch.arange(
             settings.max_num_seqs + 1, dtype=torch.int32, device=device
@@ -70,11 +72,10 @@ class Steps:
         query[layout.decodes :] = layout.tokens
         return Lengths(query, np.full(rows, self._max_model_len, dtype=np.int32))
 
-    def decode(self, slots: Tensor, wide: bool, logits_out: Tensor) -> Decoded:
+    def decode(self, slots: Tensor, logits_out: Tensor) -> Decoded:
         """Slots int64 [n] decode.
 
         Args:
-            wide: see `Batch.wide`.
             logits_out: [n, local vocabulary], where to write the logits.
         """
         n = len(slots)
@@ -96,24 +97,16 @@ class Steps:
             self._kv_cache,
         )
         logits = self._model.logits(hidden, logits_out)
-        token_ids = sample(
-            logits, inputs.sampling, inputs.next_positions, self._model.head.ids, wide
-        )
+        token_ids = sample(logits, inputs.sampling, inputs.next_positions, self._shard)
         return Decoded(self._ops.advance(self._state.held, slots, token_ids), logits)
 
     def mixed(
-        self,
-        columns: Tensor,
-        layout: Layout,
-        lengths: Lengths,
-        wide: bool,
-        logits_out: Tensor | None = None,
+        self, columns: Tensor, layout: Layout, lengths: Lengths, logits_out: Tensor | None = None
     ) -> Decoded:
         """Slots decode while prompts are computed, or only one of the two.
 
         Args:
             columns: int64, see `layout.columns`.
-            wide: see `Batch.wide`.
             logits_out: [layout.samples, local vocabulary], where to write the logits, if given.
         """
         held, decodes, block_size = self._state.held, layout.decodes, self._block_size
@@ -154,5 +147,43 @@ class Steps:
         # A sequence's length is the index of the token that comes next.
         next_positions = held.num_tokens[sampling_slots]
         params = self._state.sampling(sampling_slots)
-        token_ids = sample(logits, params, next_positions, self._model.head.ids, wide)
+        token_ids = sample(logits, params, next_positions, self._shard)
         return Decoded(self._ops.advance(held, sampling_slots, token_ids), logits)
+
+    def sample_whole(self, decoded: Decoded, rows: Int32s, slots: Int32s) -> None:
+        """Samples again the rows that need whole logits, if shards of the vocabulary are spread
+        over ranks. It is never captured, since a graph has one shape and a step any number of such
+        rows; the CPU launches it while the device still runs the step itself.
+
+        Args:
+            decoded: what the step came to; the rows' token ids are overwritten.
+            rows: int32 [w], indices into `decoded`.
+            slots: int32 [w], the rows' slots.
+        """
+        tp = self._shard.tp
+        if tp.size == 1 or not len(rows):
+            return
+        share = -(-len(rows) // tp.size)
+        # Each rank draws as many rows; some are drawn twice.
+        drawn = np.arange(share * tp.size) % len(rows)
+        both = to_device(np.stack((rows, slots)).astype(np.int64)[:, drawn], self._device)
+        rows_to_draw, slots_to_draw = both
+        own_slots = slots_to_draw[tp.rank * share : (tp.rank + 1) * share]
+        held = self._state.held
+        token_ids = sample_whole(
+            decoded.logits[rows_to_draw],
+            self._state.sampling(own_slots),
+            held.num_tokens[own_slots] - 1,  # the length has the sampled token in it
+            self._shard,
+        )
+        decoded.token_ids[rows_to_draw] = token_ids.int()
+        held.last_tokens[slots_to_draw] = token_ids
+
+    def warm_up(self) -> None:
+        """Compiles what `sample_whole` launches, and lets its collectives connect."""
+        logits = self._model.head.weight.new_zeros(1, len(self._model.head.weight))
+        row = np.zeros(1, dtype=np.int32)
+        slot = np.full(1, self._state.padding_slot, dtype=np.int32)
+        self.sample_whole(
+            Decoded(torch.zeros(1, dtype=torch.int32, device=self._device), logits), row, slot
+        )

@@ -1,7 +1,9 @@
-"""Drives a model over a paged cache in any ragged schedule, as a runner would."""
+"""Drives a model over a paged cache in any ragged schedule, as a runner would; and what stands for
+a CUDA graph."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from nanovllm.services.gpu_worker.model.kv_cache import allocate_kv_cache, atten
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from nanovllm.services.gpu_worker.steps import Decoded
 
 CPU = torch.device("cpu")
 
@@ -126,3 +129,22 @@ class PagedSequences:
             for index, logits in self.step(left).items():
                 parts[index].append(logits)
         return [torch.cat(part) for part in parts]
+
+
+class RunAgain:
+    """A double of a CUDA graph, for want of a GPU: a replay runs the step once more, on the buffers
+    that it was captured with. Counts both."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replays = 0
+
+    def __call__(self, step: Callable[[], Decoded]) -> Callable[[], Decoded]:
+        self.captured += 1
+        step()
+
+        def replay() -> Decoded:
+            self.replays += 1
+            return step()
+
+        return replay

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from nanovllm.services.gpu_worker.slots import SlotTable
 from nanovllm.services.gpu_worker.steps import Decoded
 from nanovllm.settings import Settings
 from tests.checkpoints import write_checkpoint
-from tests.gpu_worker.paged import CPU, load_model
+from tests.gpu_worker.paged import CPU, RunAgain, load_model
 from tests.gpu_worker.plans import (
     GREEDY,
     Request,
@@ -55,7 +54,7 @@ SETTINGS = Settings(
 
 @given(st.integers(1, 2000), st.integers(1, 10_000))
 def test_a_step_is_hardly_padded(max_num_seqs: int, max_prefill_tokens: int) -> None:
-    sizes = graph_sizes(max_num_seqs, max_prefill_tokens, 1)
+    sizes = graph_sizes(max_num_seqs, max_prefill_tokens)
     assert sizes.decodes[0] == 1
     assert sizes.decodes[-1] == max_num_seqs
     for size, larger in pairwise(sizes.decodes):
@@ -94,25 +93,6 @@ def execute(on: Executor, schedule: list[Scheduled], requests: int) -> list[list
     return outputs(schedule, [step.result(busy_us=0, at_us=0) for step in sampled], requests)
 
 
-class RunAgain:
-    """A double of a CUDA graph, for want of a GPU: a replay runs the step once more, on the buffers
-    that it was captured with. Counts both."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-        self.replays = 0
-
-    def __call__(self, step: Callable[[], Decoded]) -> Callable[[], Decoded]:
-        self.captured += 1
-        step()
-
-        def replay() -> Decoded:
-            self.replays += 1
-            return step()
-
-        return replay
-
-
 def test_padded_steps_sample_what_exact_ones_do(tmp_path: Path) -> None:
     directory = write_checkpoint(
         tmp_path / "checkpoint", vocab_size=515, num_hidden_layers=1, num_attention_heads=4
@@ -138,43 +118,39 @@ def test_padded_steps_sample_what_exact_ones_do(tmp_path: Path) -> None:
     assert len(schedule) // 2 < capture.replays < len(schedule), "some steps fit, and some do not"
 
 
-@pytest.mark.parametrize("tp_size", [1, 4])
-def test_wide_steps_are_captured_apart_where_ranks_share_the_vocabulary(tp_size: int) -> None:
-    """A step's token tells what was run."""
-    sizes = graph_sizes(8, 200, tp_size)
+def test_the_smallest_graph_with_room_is_replayed() -> None:
+    """A step's token tells which one was."""
+    sizes = graph_sizes(8, 200)
     reported: list[tuple[int, int]] = []
 
-    def ran(size: int, wide: bool) -> Decoded:
-        return Decoded(torch.full((size,), size * 2 + wide, dtype=torch.int32), torch.empty(size))
+    def ran(size: int) -> Decoded:
+        return Decoded(torch.full((size,), size, dtype=torch.int32), torch.empty(size))
 
     capture = RunAgain()
     graphs = StepGraphs(
-        lambda slots, wide: ran(len(slots), wide),
-        lambda _, layout, wide: ran(layout.samples, wide),
+        lambda slots: ran(len(slots)),
+        lambda _, layout: ran(layout.samples),
         sizes,
         8,
         CPU,
         capture,
         lambda *done: reported.append(done),
     )
-    assert sizes.total == (4 + 2) * (2 if tp_size > 1 else 1)
+    assert sizes.total == 4 + 2
     assert reported == [(done, sizes.total) for done in range(sizes.total + 1)]
     assert capture.captured == sizes.total
 
     table = SlotTable(8)
-    wide = Sampling(1.0, top_p=0.5, top_k=0, min_p=0.0, seed=0, logprobs=None)
-    for slot, sampling in enumerate((GREEDY, wide)):
-        admitted = Admission(slot, bytes(4), bytes(4), 0, sampling)
+    for slot in range(3):
+        admitted = Admission(slot, bytes(4), bytes(4), 0, GREEDY)
         batch = table.apply(step_plan(0, admit=[admitted], prefill=[(slot, 0, 1)]))
         decoded = graphs.replay(batch)
         assert decoded is not None
-        samples = sizes.mixed[0].samples
-        assert decoded.token_ids.tolist() == [samples * 2 + (slot == 1 and tp_size > 1)]
-    for slots, needed in (([0], 1), ([1], 1), ([1, 0], 2), ([0], 1)):
+        assert decoded.token_ids.tolist() == [sizes.mixed[0].samples]
+    for slots, size in (([0], 1), ([1, 0], 2), ([1, 2, 0], 4), ([2], 1)):
         decoded = graphs.replay(table.apply(step_plan(0, decode=slots)))
         assert decoded is not None
-        expected = needed * 2 + (1 in slots and tp_size > 1)
-        assert decoded.token_ids.tolist() == [expected] * len(slots)
+        assert decoded.token_ids.tolist() == [size] * len(slots)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

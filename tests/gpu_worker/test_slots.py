@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -88,7 +87,7 @@ def rows_of(batch: Batch) -> list[Row]:
     return rows
 
 
-def is_wide(sampling: Sampling) -> bool:
+def needs_whole_logits(sampling: Sampling) -> bool:
     """Whether neither the best token nor CANDIDATES likeliest ones are all that it may draw."""
     plain = sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
     return not (sampling.temperature == 0 or plain or 0 < sampling.top_k <= CANDIDATES)
@@ -134,7 +133,9 @@ def test_equals_the_naive_model(asked: list[Request], rng: random.Random) -> Non
         assert batch.logprobs.tolist() == [
             NO_LOGPROBS if one.logprobs is None else one.logprobs for one in sampling
         ]
-        assert batch.wide == any(is_wide(one) for one in sampling)
+        assert batch.whole_rows.tolist() == [
+            row for row, one in enumerate(sampling) if needs_whole_logits(one)
+        ]
         assert table.seeds[batch.sampling_slots].tolist() == [one.seed for one in sampling]
 
 
@@ -162,23 +163,6 @@ def test_a_reset_empties_all_slots() -> None:
     )
     assert batch.chunk_tokens.tolist() == [3, 3]
     assert batch.sampled_positions.tolist() == [2]
-
-
-def test_only_rows_that_sample_make_a_step_wide() -> None:
-    table = SlotTable(2)
-    wide = msgspec.structs.replace(GREEDY, temperature=1.0, top_p=0.9)
-    plan = step_plan(
-        0,
-        admit=[Admission(0, b"\1\0\0\0", b"", 0, GREEDY), Admission(1, bytes(8), b"", 0, wide)],
-        prefill=[(0, 0, 1), (1, 0, 1)],
-    )
-    assert not table.apply(plan).wide, "its prompt has another token"
-    assert table.apply(step_plan(1, prefill=[(1, 1, 1)])).wide
-    assert not table.apply(step_plan(2, decode=[0])).wide
-    assert table.apply(step_plan(3, decode=[0, 1])).wide
-    again = Admission(1, bytes(4), b"", 0, GREEDY)
-    plan = step_plan(4, release=[1], admit=[again], prefill=[(1, 0, 1)], decode=[0])
-    assert not table.apply(plan).wide, "the slot is another's now"
 
 
 def test_a_slot_that_does_not_exist() -> None:

@@ -26,9 +26,12 @@ from tests.gpu_worker.tp_rank import (
     logits_file,
     logits_to_sample,
     run_rank,
+    run_steps,
     samples_file,
+    steps_directory,
+    steps_file,
 )
-from tests.kernels.drawn import KINDS, NARROW, Row, count_other, row_tensors
+from tests.kernels.drawn import BY_SHORTLISTS, KINDS, Row, count_other, row_tensors
 
 # Two key/value heads unless said otherwise: with four ranks they are replicated.
 CASES: dict[str, dict[str, Any]] = {
@@ -44,6 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tp")
     for case, overrides in enumerate(CASES.values()):
         write_checkpoint(checkpoint_directory(root, case), **overrides)
+    write_checkpoint(steps_directory(root), vocab_size=515, num_hidden_layers=1)
     context = multiprocessing.get_context("spawn")
     ranks = [
         context.Process(target=run_rank, args=(rank, root, len(CASES)))
@@ -87,11 +91,10 @@ def test_every_rank_draws_the_reference_s_tokens(root: Path, name: str, size: in
         rows = len(kinds)
         return logits[:rows], row_tensors(kinds, 0, CPU), torch.arange(rows)
 
-    narrow = list(NARROW.values())
     assert torch.equal(found[0].tokens, reference.sample(*whole(list(KINDS.values()))))
-    assert torch.equal(found[0].of_three, reference.sample(*whole(narrow[:3])))
-    other = count_other(found[0].narrow, *whole(narrow))
-    other += count_other(found[0].of_one, *whole(narrow[-1:]))
+    by_shortlists = list(BY_SHORTLISTS.values())
+    other = count_other(found[0].by_shortlists, *whole(by_shortlists))
+    other += count_other(found[0].of_one, *whole(by_shortlists[-1:]))
     # The edge of top-p falls on a token only where weights are equal.
     assert other == 0 or name in ("ties", "equal")
 
@@ -108,6 +111,14 @@ def test_logprobs_of_a_sharded_vocabulary(root: Path, size: int) -> None:
         torch.testing.assert_close(found.logprobs[:, 1:].double(), likeliest, rtol=1e-5, atol=1e-5)
         distinct = [len(set(row)) for row in found.logprob_ids[:, 1:].tolist()]
         assert distinct == [LOGPROBS] * len(distinct)
+
+
+def test_rows_that_need_whole_logits_go_on_with_what_was_drawn(root: Path) -> None:
+    """In steps that are replayed and in steps that are not, as without tensor parallelism."""
+    expected = run_steps(root, TensorParallel(), replayed=False)
+    for rank in range(2):
+        replayed, launched = torch.load(steps_file(root, 2, rank))
+        assert replayed == launched == expected
 
 
 def test_a_collective_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShape
+from nanovllm.kernels.attention.sdpa import SdpaBackend
+from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.messages import Sampling, unpack
+from nanovllm.services.gpu_worker.executor import Executor
+from nanovllm.services.gpu_worker.graphs import Sizes
 from nanovllm.services.gpu_worker.group import GroupBroken
+from nanovllm.services.gpu_worker.layout import Layout
+from nanovllm.services.gpu_worker.model.kv_cache import allocate_kv_cache, attention_shape
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
-from nanovllm.services.gpu_worker.sampling import logprobs, sample
-from tests.gpu_worker.paged import CPU, PagedSequences, load_model
-from tests.kernels.drawn import KINDS, NARROW, Row, row_tensors
+from nanovllm.services.gpu_worker.sampling import logprobs, sample, sample_whole
+from nanovllm.settings import Settings
+from tests.gpu_worker.paged import CPU, PagedSequences, RunAgain, load_model
+from tests.gpu_worker.plans import Request, Scheduled, random_schedule
+from tests.kernels.drawn import BY_SHORTLISTS, KINDS, Row, row_tensors
 
 SIZES = (2, 4)
 SEQUENCES = [[3, 141, 59, 26, 5, 358, 97, 93, 238], list(range(60, 99)), [514]]
@@ -48,13 +59,12 @@ def logits_to_sample() -> dict[str, Tensor]:
 
 
 class Samples(NamedTuple):
-    """Of each logits in `logits_to_sample`: the tokens of rows of all KINDS, of the NARROW ones
-    alone, of the first three and of one, and the log-probabilities of the first with those of the
-    likeliest LOGPROBS."""
+    """From logits of `logits_to_sample`: the tokens of rows of all KINDS, drawn from whole logits,
+    of rows BY_SHORTLISTS, and of one of these; and the log-probabilities of the first, each with
+    those of the likeliest LOGPROBS."""
 
     tokens: Tensor
-    narrow: Tensor
-    of_three: Tensor
+    by_shortlists: Tensor
     of_one: Tensor
     logprob_ids: Tensor
     logprobs: Tensor
@@ -68,24 +78,78 @@ def draw(tp: TensorParallel) -> dict[str, Samples]:
     for name, logits in logits_to_sample().items():
         shard = -(-logits.shape[1] // tp.size)
         padded = F.pad(logits, (0, shard * tp.size - logits.shape[1]), value=-torch.inf)
-        local = padded[:, tp.rank * shard : (tp.rank + 1) * shard]
+        local = padded[:, tp.rank * shard : (tp.rank + 1) * shard].contiguous()
         ids = VocabShard(tp, tp.rank * shard)
 
-        def drawn(kinds: list[Row], wide: bool) -> Tensor:
+        def drawn(kinds: list[Row]) -> Tensor:
             rows = len(kinds)
             params = row_tensors(kinds, 0, CPU)
-            return sample(local[:rows], params, torch.arange(rows), ids, wide)  # noqa: B023
+            return sample(local[:rows], params, torch.arange(rows), ids)  # noqa: B023
 
-        narrow = list(NARROW.values())
-        tokens = drawn(list(KINDS.values()), wide=True)
+        share = len(KINDS) // tp.size
+        own = slice(tp.rank * share, (tp.rank + 1) * share)
+        params = SamplingTensors(*(of[own] for of in row_tensors(list(KINDS.values()), 0, CPU)))
+        tokens = sample_whole(local, params, torch.arange(len(KINDS))[own], ids)
+        by_shortlists = list(BY_SHORTLISTS.values())
         found[name] = Samples(
             tokens,
-            drawn(narrow, wide=False),
-            drawn(narrow[:3], wide=True),
-            drawn(narrow[-1:], wide=False),
+            drawn(by_shortlists),
+            drawn(by_shortlists[-1:]),
             *logprobs(local, tokens, LOGPROBS, ids),
         )
     return found
+
+
+def steps_directory(root: Path) -> Path:
+    return root / "steps"
+
+
+def steps_file(root: Path, size: int, rank: int) -> Path:
+    return root / f"steps-{size}-{rank}.pt"
+
+
+def scheduled_steps() -> list[Scheduled]:
+    """Of requests some of whose rows need whole logits: often not as many as there are ranks."""
+    rng = random.Random(3)
+    samplings = [(0.9, 0, 0.0), (1.0, 100, 0.0), (1.0, 20, 0.0), (1.0, 0, 0.05), (1.0, 0, 0.0)]
+    requests = [
+        Request(
+            rng.choices(range(515), k=rng.randint(1, 20)),
+            rng.randint(2, 5),
+            Sampling(0.8, top_p, top_k, min_p, seed=number, logprobs=2),
+        )
+        for number, (top_p, top_k, min_p) in enumerate(samplings)
+    ]
+    return random_schedule(requests, rng, slots=4, blocks=12, block_size=16, largest_chunk=15)
+
+
+def triton_backend(shape: AttentionShape) -> AttentionBackend:
+    # Imported where it is used: it takes its time, and most ranks do not.
+    from nanovllm.kernels.attention.by_phase import ByPhaseBackend
+    from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
+    from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
+
+    return ByPhaseBackend(TritonDecodeBackend(shape), TritonPrefillBackend(shape))
+
+
+def run_steps(root: Path, tp: TensorParallel, replayed: bool) -> list[list[int]]:
+    """Of each step, the tokens, and then those that log-probabilities were given of."""
+    settings = Settings(max_num_seqs=4, max_model_len=32, kvcache_block_size=16)
+    model = load_model(steps_directory(root), tp)
+    shape = attention_shape(model.config, tp, 16)
+    cache = allocate_kv_cache(model.config, shape, 12, torch.float32, CPU)
+    backend = triton_backend(shape) if replayed else SdpaBackend(shape)
+    executor = Executor(model, backend, cache, settings, CPU)
+    if replayed:
+        sizes = Sizes([2, 4], [Layout(4, 3, 20, 7)])
+        executor.capture_graphs(sizes, RunAgain(), lambda done, total: None)
+    results = [executor.step(plan).result(0, 0) for plan, _ in scheduled_steps()]
+    return [
+        unpack(
+            result.token_ids + b"".join(row.logprobs.token_ids for row in result.logprobs)
+        ).tolist()
+        for result in results
+    ]
 
 
 def outlive_the_others(tp: TensorParallel) -> None:
@@ -121,6 +185,9 @@ def run_in_group(rank: int, size: int, root: Path, cases: int) -> None:
         found = PagedSequences(model, SEQUENCES, 16, tp).run(8)
         torch.save(torch.cat(found), logits_file(root, case, size, rank))
     torch.save(draw(tp), samples_file(root, size, rank))
+    if size == 2:
+        both = run_steps(root, tp, replayed=True), run_steps(root, tp, replayed=False)
+        torch.save(both, steps_file(root, size, rank))
     if size == 2 and rank == 0:
         outlive_the_others(tp)
     tp.close()

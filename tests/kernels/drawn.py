@@ -39,8 +39,8 @@ KINDS: dict[str, Row] = {
     "top-k of all candidates": (2.0, 64, 0.95, 0.0),
 }
 
-# Those that a few candidates decide.
-NARROW = {
+# Those that do not need whole logits.
+BY_SHORTLISTS = {
     name: row
     for name, row in KINDS.items()
     if row[0] == 0 or 0 < row[1] <= CANDIDATES or row[1:] == (0, 1.0, 0.0)

@@ -16,13 +16,13 @@ from nanovllm.kernels.sampling import CANDIDATES, candidates, fused, fused_candi
 from nanovllm.kernels.sampling.ops import SamplingOps
 from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, Tuning
-from tests.kernels.drawn import NARROW, Row, count_other, fill_with, row_tensors
+from tests.kernels.drawn import BY_SHORTLISTS, Row, count_other, fill_with, row_tensors
 
 # The interpreter computes with numpy, which warns of infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
-ROWS = list(NARROW.values())
+ROWS = list(BY_SHORTLISTS.values())
 
 
 def fused_ops(tuning: Tuning) -> SamplingOps:
@@ -130,7 +130,7 @@ def test_both_make_the_same_shortlist(shape: str) -> None:
 
 @BOTH
 def test_no_rows(ops: SamplingOps) -> None:
-    none = row_tensors([NARROW["plain"]], 0, DEVICE)
+    none = row_tensors([BY_SHORTLISTS["plain"]], 0, DEVICE)
     none = SamplingTensors(*(values[:0] for values in none))
     sent = ops.shortlist(random_logits(3, 50)[:0], none, none.seed, 0)
     assert ops.choose(sent, none, none.seed).shape == (0,)
@@ -163,7 +163,7 @@ def test_shards_of_a_whole_vocabulary(rows: int, dtype: torch.dtype) -> None:
 def test_captured_in_a_graph_they_follow_their_parameters() -> None:
     logits = random_logits(8, 151_936).bfloat16()
     positions = torch.arange(8, device=DEVICE)
-    params = row_tensors([NARROW["plain"]] * 8, 0, DEVICE)
+    params = row_tensors([BY_SHORTLISTS["plain"]] * 8, 0, DEVICE)
     ops = fused_ops(DEFAULT_TUNING)
 
     def draw() -> Tensor:
