@@ -25,8 +25,6 @@ from torch import Tensor
 from benchmarks.kernels import DIM, NUM, NUM_KV
 from benchmarks.support.bandwidth import copy_bandwidth
 from benchmarks.support.timing import ROTATED_BYTES, TOLERANCE, random, seconds_per_call
-from nanovllm.kernels.attention import prefill_cuts, triton_decode, triton_prefill
-from nanovllm.kernels.attention.device import Device
 from nanovllm.kernels.attention.interface import (
     AttentionBackend,
     AttentionMetadata,
@@ -34,6 +32,14 @@ from nanovllm.kernels.attention.interface import (
     LayerCache,
 )
 from nanovllm.kernels.attention.sdpa import SdpaBackend
+from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
+from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
+from nanovllm.kernels.attention.tuning import (
+    DecodeTuning,
+    Gpu,
+    PrefillTuning,
+    choose_prefill_tuning,
+)
 
 SHAPE = AttentionShape(NUM, NUM_KV, DIM, 256)
 # Chunks and context before them of a step that is replayed are bounds: see `captured`.
@@ -92,27 +98,26 @@ DECODES = (
 PREFILLS_TO_COMPILE = (PREFILLS[0], PREFILLS[-1])
 DECODES_TO_COMPILE = (DECODES[0], DECODES[-1])
 
-Prefill, Decode = prefill_cuts.Tuning, triton_decode.Tuning
 PREFILL_SWEEP = (
-    Prefill(128, 128, warps=8, stages=2, programs=1),
-    Prefill(128, 128, warps=8, stages=3, programs=1),
-    Prefill(128, 128, warps=8, stages=2, programs=1, descriptors=False),
-    Prefill(128, 64, warps=8, stages=2, programs=1),
-    Prefill(128, 64, warps=8, stages=3, programs=1),
-    Prefill(128, 64, warps=8, stages=3, programs=1, descriptors=False),
-    Prefill(128, 64, warps=4, stages=2, programs=2),
-    Prefill(128, 64, warps=4, stages=2, programs=2, descriptors=False),
-    Prefill(128, 32, warps=4, stages=3, programs=2),
-    Prefill(64, 64, warps=4, stages=2, programs=2),
-    Prefill(64, 64, warps=4, stages=3, programs=2),
-    Prefill(64, 64, warps=4, stages=2, programs=2, descriptors=False),
+    PrefillTuning(128, 128, warps=8, stages=2, programs=1),
+    PrefillTuning(128, 128, warps=8, stages=3, programs=1),
+    PrefillTuning(128, 128, warps=8, stages=2, programs=1, descriptors=False),
+    PrefillTuning(128, 64, warps=8, stages=2, programs=1),
+    PrefillTuning(128, 64, warps=8, stages=3, programs=1),
+    PrefillTuning(128, 64, warps=8, stages=3, programs=1, descriptors=False),
+    PrefillTuning(128, 64, warps=4, stages=2, programs=2),
+    PrefillTuning(128, 64, warps=4, stages=2, programs=2, descriptors=False),
+    PrefillTuning(128, 32, warps=4, stages=3, programs=2),
+    PrefillTuning(64, 64, warps=4, stages=2, programs=2),
+    PrefillTuning(64, 64, warps=4, stages=3, programs=2),
+    PrefillTuning(64, 64, warps=4, stages=2, programs=2, descriptors=False),
 )
 DECODE_SWEEP = (
-    Decode(),
-    Decode(tile=128, warps=4, stages=3),
-    Decode(tile=128, warps=4, stages=2),
-    Decode(tile=64, warps=4, stages=3),
-    Decode(tile=128, warps=8, stages=2),
+    DecodeTuning(),
+    DecodeTuning(tile=128, warps=4, stages=3),
+    DecodeTuning(tile=128, warps=4, stages=2),
+    DecodeTuning(tile=64, warps=4, stages=3),
+    DecodeTuning(tile=128, warps=8, stages=2),
 )
 
 
@@ -146,17 +151,17 @@ def main(sweep: bool) -> None:
 
 
 def prefill_ways(sweep: bool) -> list[Way]:
-    device = Device.current()
-    tunings = PREFILL_SWEEP if sweep else [prefill_cuts.choose_tuning(DIM, torch.bfloat16, device)]
+    gpu = Gpu.current()
+    tunings = PREFILL_SWEEP if sweep else [choose_prefill_tuning(DIM, torch.bfloat16, gpu)]
     return [
-        Way(str(tuple(tuning)), lambda t=tuning: triton_prefill.TritonPrefillBackend(SHAPE, t))  # type: ignore[misc]
+        Way(str(tuple(tuning)), lambda t=tuning: TritonPrefillBackend(SHAPE, t))  # type: ignore[misc]
         for tuning in tunings
     ]
 
 
 def decode_ways(sweep: bool) -> list[Way]:
     return [
-        Way(str(tuple(tuning)), lambda t=tuning: triton_decode.TritonDecodeBackend(SHAPE, t))  # type: ignore[misc]
+        Way(str(tuple(tuning)), lambda t=tuning: TritonDecodeBackend(SHAPE, t))  # type: ignore[misc]
         for tuning in (DECODE_SWEEP if sweep else DECODE_SWEEP[:1])
     ]
 

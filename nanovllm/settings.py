@@ -81,7 +81,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "auto"
     attention: Annotated[
         Literal["auto", "flash-attn", "triton", "sdpa"],
-        _option("Attention backend; auto takes the fastest that can run, for each phase."),
+        _option("Attention backend; auto takes the fastest that can run."),
     ] = "auto"
     enforce_eager: Annotated[bool, _option("Never use CUDA graphs.")] = False
     gpu_memory_utilization: Annotated[

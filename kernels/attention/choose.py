@@ -1,4 +1,4 @@
-"""Which attention backend serves which phase."""
+"""Which attention backend runs."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import importlib.util
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from nanovllm.kernels.attention.by_phase import ByPhaseBackend
-from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShape
+from nanovllm.kernels.attention.interface import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionMetadata,
+    AttentionShape,
+    LayerCache,
+)
 from nanovllm.kernels.attention.sdpa import SdpaBackend
 
-# Fastest first, as measured (docs/performance.md).
-DECODE_PREFERENCE = ("triton", "flash-attn")
-PREFILL_PREFERENCE = ("triton", "flash-attn")
+# Fastest first, as measured (docs/performance.md). Both decode and prefill.
+GPU_BACKENDS = ("triton", "flash-attn")
 
 
 class Chosen(NamedTuple):
-    """A backend, what it is called in the log, and whether steps that use it can be captured in
-    CUDA graphs."""
+    """A backend.
+
+    Attributes:
+        description: its name in the log.
+        capturable: whether CUDA graphs can capture steps that use it.
+    """
 
     backend: AttentionBackend
     description: str
@@ -28,20 +37,16 @@ class Chosen(NamedTuple):
 def choose(name: str, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Chosen:
     """The backend called `name`, or for "auto" the fastest that can run.
 
-    Raises ValueError if the one that is named cannot run; the message says why.
+    Raises ValueError, which says why, if the named backend cannot run.
     """
-    if name == "sdpa" or (name == "auto" and device.type == "cpu"):
-        return Chosen(SdpaBackend(shape), "sdpa", capturable=False)
-    if name != "auto":
-        if reason := _obstacle(name, shape, dtype, device):
-            raise ValueError(f"--attention {name} cannot run: {reason}")
-        return _by_phase(name, name, shape)
-    able = {name for name in ("triton", "flash-attn") if not _obstacle(name, shape, dtype, device)}
-    decode = next((name for name in DECODE_PREFERENCE if name in able), None)
-    prefill = next((name for name in PREFILL_PREFERENCE if name in able), None)
-    if decode is None or prefill is None:
-        return Chosen(SdpaBackend(shape), "sdpa", capturable=False)
-    return _by_phase(decode, prefill, shape)
+    for candidate in GPU_BACKENDS:
+        if name in (candidate, "auto"):
+            obstacle = _obstacle(candidate, shape, dtype, device)
+            if obstacle is None:
+                return Chosen(_gpu_backend(candidate, shape), candidate, capturable=True)
+            if name == candidate:
+                raise ValueError(f"--attention {name} cannot run: {obstacle}")
+    return Chosen(SdpaBackend(shape), "sdpa", capturable=False)
 
 
 def _obstacle(
@@ -67,30 +72,43 @@ def _obstacle(
     return None
 
 
-def _by_phase(decode: str, prefill: str, shape: AttentionShape) -> Chosen:
-    backend = ByPhaseBackend(_decode_backend(decode, shape), _prefill_backend(prefill, shape))
-    described = decode if decode == prefill else f"{decode} (decode) and {prefill} (prefill)"
-    return Chosen(backend, described, capturable=True)
-
-
-# Imported where they are chosen: on a CPU there is no Triton to import, and it takes its time.
-
-
-def _decode_backend(name: str, shape: AttentionShape) -> AttentionBackend:
+def _gpu_backend(name: str, shape: AttentionShape) -> AttentionBackend:
+    # Imported where they are chosen: a CPU may have no Triton, and importing it is slow.
     if name == "flash-attn":
-        from nanovllm.kernels.attention.flash import FlashDecodeBackend
+        from nanovllm.kernels.attention.flash import FlashDecodeBackend, FlashPrefillBackend
 
-        return FlashDecodeBackend(shape)
+        return ByPhaseBackend(FlashDecodeBackend(shape), FlashPrefillBackend(shape))
     from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
-
-    return TritonDecodeBackend(shape)
-
-
-def _prefill_backend(name: str, shape: AttentionShape) -> AttentionBackend:
-    if name == "flash-attn":
-        from nanovllm.kernels.attention.flash import FlashPrefillBackend
-
-        return FlashPrefillBackend(shape)
     from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
 
-    return TritonPrefillBackend(shape)
+    return ByPhaseBackend(TritonDecodeBackend(shape), TritonPrefillBackend(shape))
+
+
+class ByPhaseBackend(AttentionBackend):
+    """Cuts a batch in two: decodes for one backend, prefills for another."""
+
+    def __init__(self, decode: AttentionBackend, prefill: AttentionBackend) -> None:
+        super().__init__(decode.shape)
+        self._decode = decode
+        self._prefill = prefill
+
+    def prepare(self, metadata: AttentionMetadata) -> AttentionBatch:
+        if metadata.num_decodes == len(metadata.query_lens):
+            return self._decode.prepare(metadata)
+        prefills = self._prefill.prepare(metadata.prefills())
+        if not metadata.num_decodes:
+            return prefills
+        decodes = self._decode.prepare(metadata.decodes())
+        return _MixedBatch(metadata.num_decodes, decodes, prefills)
+
+
+class _MixedBatch(AttentionBatch):
+    def __init__(self, num_decodes: int, decodes: AttentionBatch, prefills: AttentionBatch) -> None:
+        self._num_decodes = num_decodes
+        self._decodes = decodes
+        self._prefills = prefills
+
+    def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
+        d = self._num_decodes
+        self._decodes.write(q[:d], cache, out[:d])
+        self._prefills.write(q[d:], cache, out[d:])

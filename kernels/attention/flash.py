@@ -1,4 +1,4 @@
-"""The flash-attn package (Dao, 2023, "FlashAttention-2"), over block tables."""
+"""Attention by the flash-attn package (Dao, 2023, "FlashAttention-2"), over block tables."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from nanovllm.kernels.attention.interface import (
 
 
 class FlashDecodeBackend(AttentionBackend):
-    """Decodes only."""
+    """Takes decodes only."""
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionBatch:
         return _Decodes(metadata)
 
 
 class FlashPrefillBackend(AttentionBackend):
-    """Prefills only."""
+    """Takes prefills only."""
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionBatch:
         return _Prefills(metadata)
@@ -33,7 +33,7 @@ class _Decodes(AttentionBatch):
         self._metadata = metadata
 
     def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
-        found: Tensor = flash_attn_with_kvcache(
+        result: Tensor = flash_attn_with_kvcache(
             q[:, None],
             cache.k,
             cache.v,
@@ -41,7 +41,7 @@ class _Decodes(AttentionBatch):
             block_table=self._metadata.block_tables,
             causal=True,
         )
-        out.copy_(found.squeeze(1))
+        out.copy_(result.squeeze(1))
 
 
 class _Prefills(AttentionBatch):
@@ -52,7 +52,7 @@ class _Prefills(AttentionBatch):
 
     def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         metadata = self._metadata
-        found: Tensor = flash_attn_varlen_func(
+        result: Tensor = flash_attn_varlen_func(
             q,
             cache.k,
             cache.v,
@@ -63,4 +63,4 @@ class _Prefills(AttentionBatch):
             causal=True,
             block_table=metadata.block_tables,
         )
-        out.copy_(found)
+        out.copy_(result)

@@ -1,18 +1,19 @@
-"""Attention over a paged KV cache: the one interface that every backend has.
+"""Attention over a paged KV cache: the interface of all backends.
 
-A batch is ragged. Each of its n sequences has q_len >= 1 query tokens, which stand at the end of a
-context of ctx_len >= q_len tokens, all of whose keys and values are in the cache (those of the
-query tokens are stored first). A whole prompt, a chunk of one, a prompt after a prefix-cache hit
-and a decode (q_len 1) are thus the same case. Decodes come first in the batch, since backends
-treat them apart.
+A batch is ragged. Each of its n sequences has q_len >= 1 query tokens at the end of a context of
+ctx_len >= q_len tokens. All keys and values of the context are in the cache; those of the query
+tokens are stored before attention runs. A whole prompt, a prefill chunk, a prompt after a
+prefix-cache hit and a decode (q_len 1) are thus the same case. Decodes come first in a batch, since
+backends may treat them apart.
 
-    batch = backend.prepare(metadata)      # once a step: what all layers share
-    store_kv(k, v, cache, slot_mapping)    # in each layer, or a kernel that does so
+    batch = backend.prepare(metadata)      # once a step, for all layers
+    store_kv(k, v, cache, slot_mapping)    # in each layer, or a kernel that does the same
     out = batch.forward(q, cache)
 
-The cache of a layer is `[num_blocks, block_size, num_kv_heads, head_dim]` for keys and the same
-for values, heads being those of this TP rank. It must start as finite numbers (zeros): positions
-past a context may be read, and masked. The Triton kernels bear anything there, NaN included.
+The cache of a layer is `[num_blocks, block_size, num_kv_heads, head_dim]` for keys and the same for
+values; heads are those of this TP rank. The cache must start with finite numbers (zeros), since a
+backend may read positions past a context before it masks them. The Triton kernels bear any value
+there, even NaN.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class LayerCache(NamedTuple):
 
 
 class AttentionShape(NamedTuple):
-    """What a backend is built for; heads are those of this TP rank."""
+    """Heads of this TP rank, and the block size of the cache."""
 
     num_heads: int
     num_kv_heads: int
@@ -47,22 +48,22 @@ class AttentionShape(NamedTuple):
 class AttentionMetadata:
     """A batch of n sequences with T query tokens; the first `num_decodes` have q_len 1 each.
 
-    Lengths are given twice: on the host, where they are known before the step and choose kernels
-    and shapes, and on the device, for the kernels themselves. Neither is ever read back.
+    Lengths are given twice: on the host, to choose kernels and shapes before the step, and on the
+    device, for the kernels. Neither is read back.
 
-    A captured step, which only the reference does not take, is replayed with many batches. There
-    lengths on the host are bounds, sequences past the decodes may have neither query tokens nor a
-    context, and the last rows may be nobody's: what comes out for those is anything.
+    A captured step is replayed with many batches; all backends but sdpa take such steps. In them
+    lengths on the host are upper bounds, sequences after the decodes may have neither query tokens
+    nor a context, and the last rows may be padding, whose result is undefined.
 
     Attributes:
-        num_decodes: sequences [0, num_decodes) are decodes; a one-token chunk may be among the
-            rest as well.
+        num_decodes: sequences [0, num_decodes) are decodes. A prefill chunk of one token may be
+            among the others.
         query_lens: host, int32 [n].
         context_lens: host, int32 [n]; query tokens included.
-        cu_seqlens_q: device, int32 [n + 1]; sequence i has the rows from [i] up to [i + 1].
+        cu_seqlens_q: device, int32 [n + 1]; sequence i has query rows [i] up to [i + 1].
         cache_seqlens: device, int32 [n]; `context_lens`.
-        block_tables: device, int32 [n, max_blocks]; entries past a context are not used, but must
-            name a block (0, say).
+        block_tables: device, int32 [n, max_blocks]; entries past a context are unused, but must
+            name a block.
     """
 
     num_decodes: int
@@ -73,7 +74,7 @@ class AttentionMetadata:
     block_tables: Tensor
 
     def decodes(self) -> AttentionMetadata:
-        """The decodes alone."""
+        """The decodes of the batch."""
         d = self.num_decodes
         return AttentionMetadata(
             num_decodes=d,
@@ -85,7 +86,7 @@ class AttentionMetadata:
         )
 
     def prefills(self) -> AttentionMetadata:
-        """All but the decodes; their first query token is row `num_decodes` of the batch."""
+        """The batch without its decodes: query rows from `num_decodes` on."""
         d = self.num_decodes
         return AttentionMetadata(
             num_decodes=0,
@@ -98,7 +99,7 @@ class AttentionMetadata:
 
 
 class AttentionBatch(ABC):
-    """One step's batch, as its backend has prepared it; serves all layers."""
+    """A step's batch, prepared for all layers."""
 
     def forward(self, q: Tensor, cache: LayerCache) -> Tensor:
         """Causal attention of q [T, num_heads, head_dim], scaled by head_dim ** -0.5, over each
@@ -109,25 +110,25 @@ class AttentionBatch(ABC):
 
     @abstractmethod
     def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
-        """The same, written to `out`, which is contiguous."""
+        """As `forward`; writes the result to `out`, which is contiguous."""
 
 
 class AttentionBackend(ABC):
-    """Makes batches; holds nothing that belongs to a single step."""
+    """Prepares batches; has no state of a single step."""
 
     def __init__(self, shape: AttentionShape) -> None:
         self.shape = shape
 
     @abstractmethod
     def prepare(self, metadata: AttentionMetadata) -> AttentionBatch:
-        """What all layers of a step share. Raises ValueError if this backend cannot serve it."""
+        """Prepares a step's batch. Raises ValueError if the backend cannot take it."""
 
 
 def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
     """Writes keys and values, each [T, num_kv_heads, head_dim], into the cache.
 
     Args:
-        slot_mapping: int64 [T], where each goes: block * block_size + offset.
+        slot_mapping: int64 [T], each token's index in the cache: block * block_size + offset.
     """
     cache.k.flatten(0, 1)[slot_mapping] = k
     cache.v.flatten(0, 1)[slot_mapping] = v

@@ -1,9 +1,9 @@
-"""The reference backend: plain torch, on a CPU and anywhere else.
+"""The reference backend: torch's scaled_dot_product_attention (SDPA), on any device.
 
-Decodes gather their context through the block table and attend together, in groups of similar
-length, padded and masked; prefills attend one sequence at a time. Query heads that share a
-key/value head are never given copies of it. It needs every length on the host, so no step that
-uses it can be captured in a CUDA graph.
+Decodes gather their context through the block table, and attend together in groups of similar
+length, padded and masked. Prefills attend one sequence at a time. Keys and values are never copied
+for the query heads that share them. The backend needs exact lengths on the host, so CUDA graphs
+cannot capture a step that uses it.
 """
 
 from __future__ import annotations
@@ -26,42 +26,43 @@ from nanovllm.kernels.attention.interface import (
     LayerCache,
 )
 
-# Most elements of keys that a group of decodes gathers at once: 2 MiB in float32, so that they are
-# still in a CPU's cache when they are used, and their memory is not got anew each time.
+# The most elements of keys that a group of decodes gathers: 2 MiB in float32, so that they stay in
+# a CPU's cache until they are used, and malloc keeps their memory.
 GATHER_ELEMENTS = 1 << 19
-# Query rows that attend at once after a cached prefix; bounds their mask's memory.
+# Query rows that attend at once after a cached prefix; bounds the mask's memory.
 QUERY_TILE = 512
 
 
 class SdpaBackend(AttentionBackend):
-    """See the module."""
+    """See the module's docstring."""
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionBatch:
         return _SdpaBatch(self.shape, metadata)
 
 
 class _Decodes(NamedTuple):
-    """Decodes that attend together.
+    """g decodes that attend together.
 
     Attributes:
         rows: int64 [g], their query rows.
-        slots: int64 [g * context], where in the cache the longest context among them would have
-            its tokens, for each.
-        mask: bool [g, 1, 1, context], or None if all are that long.
+        cache_indices: int64 [g * context], where in the cache each decode's context is, padded to
+            the longest among them.
+        mask: bool [g, 1, 1, context], or None if all contexts are equally long.
     """
 
     rows: Tensor
-    slots: Tensor
+    cache_indices: Tensor
     mask: Tensor | None
 
 
 class _Prefill(NamedTuple):
-    """One sequence's query rows [start, end), and the slots int64 [context] of its context."""
+    """One sequence: query rows [start, end), and the indices int64 [context] of its context in the
+    cache."""
 
     start: int
     end: int
     context: int
-    slots: Tensor
+    cache_indices: Tensor
 
 
 class _SdpaBatch(AttentionBatch):
@@ -80,13 +81,14 @@ class _SdpaBatch(AttentionBatch):
             start=end - int(metadata.query_lens[row]),
             end=end,
             context=context,
-            slots=self._slots(metadata.block_tables[row : row + 1], context),
+            cache_indices=self._cache_indices(metadata.block_tables[row : row + 1], context),
         )
 
-    def _slots(self, block_tables: Tensor, context: int) -> Tensor:
-        """Where the tables' int32 [g, max_blocks] first `context` tokens are: int64 [g * context].
+    def _cache_indices(self, block_tables: Tensor, context: int) -> Tensor:
+        """The indices in the cache of the first `context` tokens of each row of `block_tables`
+        int32 [g, max_blocks]: int64 [g * context].
 
-        Tokens, not blocks, are gathered, since a block may be much longer than what is in it.
+        Tokens are gathered, not blocks, since most of a large block may be unused.
         """
         size = self.shape.block_size
         positions = torch.arange(context, device=block_tables.device)
@@ -101,7 +103,7 @@ class _SdpaBatch(AttentionBatch):
             positions = torch.arange(context, dtype=torch.int32, device=row_ids.device)
             mask = (positions < metadata.cache_seqlens[row_ids, None])[:, None, None]
         tables = metadata.block_tables.index_select(0, row_ids)
-        return _Decodes(row_ids, self._slots(tables, context), mask)
+        return _Decodes(row_ids, self._cache_indices(tables, context), mask)
 
     def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         for group in self.decodes:
@@ -112,11 +114,11 @@ class _SdpaBatch(AttentionBatch):
 
     def _decode(self, q: Tensor, group: _Decodes, cache: LayerCache) -> Tensor:
         """q and the result: [g, num_heads, head_dim]."""
-        # The query heads of one key/value head stand where SDPA expects query positions.
+        # The query heads of a key/value head take the dimension of SDPA's query positions.
         grouped = q.view(len(group.rows), self.shape.num_kv_heads, -1, self.shape.head_dim)
         k, v = (
             held.flatten(0, 1)
-            .index_select(0, group.slots)
+            .index_select(0, group.cache_indices)
             .view(len(group.rows), -1, *held.shape[2:])
             .transpose(1, 2)
             for held in cache
@@ -128,12 +130,12 @@ class _SdpaBatch(AttentionBatch):
         """q and out: [q_len, num_heads, head_dim]."""
         kv_heads = self.shape.num_kv_heads
         per_kv_head = self.shape.num_heads // kv_heads
-        # [num_kv_heads, query heads of each, tokens, head_dim]; keys and values are expanded
-        # along the second without a copy.
+        # [num_kv_heads, query heads of each, tokens, head_dim]; keys and values are expanded along
+        # the second dimension without a copy.
         grouped = q.view(len(q), kv_heads, per_kv_head, -1).permute(1, 2, 0, 3)
         k, v = (
             held.flatten(0, 1)
-            .index_select(0, sequence.slots)
+            .index_select(0, sequence.cache_indices)
             .transpose(0, 1)[:, None]
             .expand(-1, per_kv_head, -1, -1)
             for held in cache
@@ -158,8 +160,8 @@ class _SdpaBatch(AttentionBatch):
 def group_by_length(
     lengths: NDArray[np.int32], shape: AttentionShape
 ) -> Iterator[NDArray[np.int64]]:
-    """Indices of `lengths` [n] in groups whose lengths are within a factor of two, and whose
-    padded keys have at most GATHER_ELEMENTS elements (or that are single)."""
+    """Groups of indices into `lengths` [n]. Lengths of a group are within a factor of two, and its
+    padded keys have at most GATHER_ELEMENTS elements, unless it has one member."""
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):

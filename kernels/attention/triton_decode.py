@@ -1,20 +1,19 @@
-"""Paged decode attention in Triton: split-KV, with the query heads of a KV head in one tile.
+"""Paged decode attention in Triton: split-KV, with all query heads of a key/value head in one tile.
 
-One program has one sequence, one key/value head and one part of the context, and computes softmax
-and weighted sum over that part online (Milakov and Gimelshein, 2018). A decode reads each key and
-value once and does little with it, so that all that counts is to have enough bytes in flight.
+A program takes one sequence, one key/value head and one split of the context, and computes an
+online softmax over that split (Milakov and Gimelshein, 2018, "Online normalizer calculation for
+softmax"). A decode reads each key and value once and computes little with it, so its speed is that
+of memory: enough bytes must be in flight.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.attention.device import Device
 from nanovllm.kernels.attention.interface import (
     AttentionBackend,
     AttentionBatch,
@@ -22,55 +21,42 @@ from nanovllm.kernels.attention.interface import (
     AttentionShape,
     LayerCache,
 )
-from nanovllm.kernels.attention.parts import MOST_PARTS, Parts
+from nanovllm.kernels.attention.split_kv import MAX_SPLITS, SplitResults
+from nanovllm.kernels.attention.tuning import DecodeTuning, Gpu
 from nanovllm.kernels.overlap import await_previous, begin, overlapped
 
-# tl.dot takes no fewer rows.
+# The fewest rows that tl.dot takes.
 MIN_ROWS = 16
 
 
-class Tuning(NamedTuple):
-    """How a decode is cut up.
-
-    Attributes:
-        tile: tokens that a program takes at a time.
-        programs_per_processor: contexts are split until there are so many.
-    """
-
-    tile: int = 64
-    warps: int = 4
-    stages: int = 2
-    programs_per_processor: int = 4
-
-
 class TritonDecodeBackend(AttentionBackend):
-    """Decodes only. Any block size that is a multiple of 16."""
+    """Takes decodes only, with any block size that is a multiple of 16."""
 
-    def __init__(self, shape: AttentionShape, tuning: Tuning | None = None) -> None:
+    def __init__(self, shape: AttentionShape, tuning: DecodeTuning | None = None) -> None:
         super().__init__(shape)
-        self._tuning = tuning or Tuning()
-        self._processors = Device.current().processors
+        self._tuning = tuning or DecodeTuning()
+        self._processors = Gpu.current().processors
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionBatch:
-        most_tiles = -(-int(metadata.context_lens.max()) // self._tuning.tile)
+        max_tiles = -(-int(metadata.context_lens.max()) // self._tuning.tile)
         wanted = self._processors * self._tuning.programs_per_processor
         programs = metadata.num_decodes * self.shape.num_kv_heads
-        splits = max(1, min(wanted // programs, most_tiles, MOST_PARTS))
+        splits = max(1, min(wanted // programs, max_tiles, MAX_SPLITS))
         return _Decodes(self.shape, self._tuning, splits, metadata)
 
 
 class _Decodes(AttentionBatch):
     def __init__(
-        self, shape: AttentionShape, tuning: Tuning, splits: int, metadata: AttentionMetadata
+        self, shape: AttentionShape, tuning: DecodeTuning, splits: int, metadata: AttentionMetadata
     ) -> None:
         self._shape = shape
         self._tuning = tuning
         self._splits = splits
         self._metadata = metadata
-        self._parts: Parts | None = None
+        self._split_results: SplitResults | None = None
         if splits > 1:
             device = metadata.cache_seqlens.device
-            self._parts = Parts.of(metadata.num_decodes, shape, splits, device)
+            self._split_results = SplitResults.empty(metadata.num_decodes, shape, splits, device)
 
     def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         group = self._shape.num_heads // self._shape.num_kv_heads
@@ -79,7 +65,7 @@ class _Decodes(AttentionBatch):
             cache.k,
             cache.v,
             out,
-            *(self._parts or (out, out)),
+            *(self._split_results or (out, out)),
             self._metadata.block_tables,
             self._metadata.cache_seqlens,
             self._metadata.block_tables.stride(0),
@@ -95,8 +81,8 @@ class _Decodes(AttentionBatch):
             num_stages=self._tuning.stages,
             **overlapped(),
         )
-        if self._parts is not None:
-            self._parts.join(out)
+        if self._split_results is not None:
+            self._split_results.combine(out)
 
 
 @triton.jit
@@ -105,12 +91,12 @@ def _decode(
     k_ptr,  # [blocks, BLOCK, HEADS, DIM]
     v_ptr,
     out_ptr,  # as q
-    parts_ptr,  # see Parts
-    logs_ptr,
+    split_out_ptr,  # see SplitResults; used where SPLIT
+    lse_ptr,
     tables_ptr,
     lengths_ptr,
     table_stride,
-    scale,  # of the scores, in base 2
+    scale,  # head_dim ** -0.5 * log2(e), since exponentials are powers of two
     SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -126,9 +112,9 @@ def _decode(
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     length = tl.load(lengths_ptr + sequence)
-    each = tl.cdiv(tl.cdiv(length, splits), TILE) * TILE
-    start = split * each
-    end = tl.minimum(start + each, length)
+    split_keys = tl.cdiv(tl.cdiv(length, splits), TILE) * TILE
+    start = split * split_keys
+    end = tl.minimum(start + split_keys, length)
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
@@ -138,46 +124,46 @@ def _decode(
     await_previous(OVERLAP)
     q = tl.load(q_ptr + heads[:, None] * DIM + dims[None, :], mask=in_group, other=0.0)
 
-    most = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, DIM], tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM], tl.float32)
     table = tables_ptr + sequence.to(tl.int64) * table_stride
     for first in range(start, end, TILE):
         positions = first + tokens
         inside = positions < end
         if BLOCK % TILE == 0:
             block = tl.load(table + first // BLOCK).to(tl.int64)
-            slots = block * BLOCK + first % BLOCK + tokens
+            kv_rows = block * BLOCK + first % BLOCK + tokens
         else:
             blocks = tl.load(table + positions // BLOCK, mask=inside, other=0).to(tl.int64)
-            slots = blocks * BLOCK + positions % BLOCK
-        offsets = (slots * HEADS + head)[:, None] * DIM + dims[None, :]
+            kv_rows = blocks * BLOCK + positions % BLOCK
+        offsets = (kv_rows * HEADS + head)[:, None] * DIM + dims[None, :]
         k = tl.load(k_ptr + offsets, mask=inside[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
-        new_most = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_most[:, None])
-        shrink = tl.exp2(most - new_most)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
         v = tl.load(v_ptr + offsets, mask=inside[:, None], other=0.0)
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        most = new_most
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        row_max = new_max
 
     if not SPLIT:
-        result = mixed / total[:, None]
+        out = acc / row_sum[:, None]
         tl.store(
             out_ptr + heads[:, None] * DIM + dims[None, :],
-            result.to(out_ptr.dtype.element_ty),
+            out.to(out_ptr.dtype.element_ty),
             mask=in_group,
         )
     else:
-        # A part beyond a short context has no tokens: its weight is zero, and it is not read.
-        parts = heads * splits + split
-        total = tl.where(start < end, total, 1.0)
-        logs = tl.where(start < end, most + tl.log2(total), float("-inf"))
-        tl.store(logs_ptr + parts, logs, mask=rows < GROUP)
+        # A split beyond the end of a short context has no keys. Its lse of -inf gives it no weight.
+        split_rows = heads * splits + split
+        row_sum = tl.where(start < end, row_sum, 1.0)
+        lse = tl.where(start < end, row_max + tl.log2(row_sum), float("-inf"))
+        tl.store(lse_ptr + split_rows, lse, mask=rows < GROUP)
         tl.store(
-            parts_ptr + parts[:, None] * DIM + dims[None, :],
-            mixed / total[:, None],
+            split_out_ptr + split_rows[:, None] * DIM + dims[None, :],
+            acc / row_sum[:, None],
             mask=rows[:, None] < tl.where(start < end, GROUP, 0),
         )

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.kernels.attention.by_phase import ByPhaseBackend
+from nanovllm.kernels.attention.choose import ByPhaseBackend
 from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
 from nanovllm.messages import Admission, Sampling

@@ -11,18 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.kernels.attention.by_phase import ByPhaseBackend
-from nanovllm.kernels.attention.choose import choose
-from nanovllm.kernels.attention.device import Device
+from nanovllm.kernels.attention.choose import ByPhaseBackend, choose
 from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShape
-from nanovllm.kernels.attention.prefill_cuts import (
-    SHORTEST_PART,
-    Tuning,
-    choose_splits,
-    most_tiles,
-)
 from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
+from nanovllm.kernels.attention.tuning import (
+    MIN_SPLIT_KEYS,
+    Gpu,
+    PrefillTuning,
+    choose_prefill_splits,
+    max_prefill_tiles,
+)
 from tests.gpu_worker.paged import batch_metadata
 from tests.kernels.ragged import CPU, Ragged
 
@@ -114,27 +113,27 @@ def test_lengths_on_the_host_may_be_more_than_the_true_ones() -> None:
 @pytest.mark.parametrize(
     ("per_kv_head", "head_dim", "block_size", "tuning", "processors"),
     [
-        (1, 16, 64, Tuning(32, 32), 1),
-        (2, 64, 128, Tuning(64, 64), 40),
-        (2, 32, 64, Tuning(32, 64, descriptors=False), 40),
-        (3, 16, 48, Tuning(32, 32), 1),
-        (8, 16, 64, Tuning(64, 64), 500),
-        (5, 16, 16, Tuning(64, 64), 20),
+        (1, 16, 64, PrefillTuning(32, 32), 1),
+        (2, 64, 128, PrefillTuning(64, 64), 40),
+        (2, 32, 64, PrefillTuning(32, 64, descriptors=False), 40),
+        (3, 16, 48, PrefillTuning(32, 32), 1),
+        (8, 16, 64, PrefillTuning(64, 64), 500),
+        (5, 16, 16, PrefillTuning(64, 64), 20),
     ],
 )
 def test_prefills_however_they_are_cut(
     per_kv_head: int,
     head_dim: int,
     block_size: int,
-    tuning: Tuning,
+    tuning: PrefillTuning,
     processors: int,
 ) -> None:
     shape = AttentionShape(2 * per_kv_head, 2, head_dim, block_size)
-    dtype, device = torch.float32, Device(processors)
+    dtype, device = torch.float32, Gpu(processors)
     if ON_CUDA:
         # Tensor cores take no fewer rows.
         tuning, dtype = tuning._replace(rows=max(tuning.rows, 64)), torch.bfloat16
-        device = device._replace(descriptors=Device.current().descriptors)
+        device = device._replace(descriptors=Gpu.current().descriptors)
     backend = TritonPrefillBackend(shape, tuning, device)
     # As in a captured step, some have no tokens.
     # The last tokens of the long one see a part of its keys that others of their tile do not.
@@ -159,12 +158,12 @@ def test_tiles_are_enough_and_splits_are_of_use(
 ) -> None:
     metadata = batch_metadata(torch.zeros(len(lengths), 1).int(), lengths, lengths)
     needed = sum(-(-length // tokens) for length in lengths)
-    assert most_tiles(metadata, sum(lengths), tokens) == max(1, needed)
+    assert max_prefill_tiles(metadata, sum(lengths), tokens) == max(1, needed)
     metadata.query_lens[:] = sum(lengths)  # bounds
-    bound = most_tiles(metadata, sum(lengths), tokens)
+    bound = max_prefill_tiles(metadata, sum(lengths), tokens)
     assert needed <= bound <= max(1, sum(lengths) // tokens + len(lengths))
-    splits = choose_splits(bound, slots, context)
-    assert splits == 1 or context >= SHORTEST_PART * splits
+    splits = choose_prefill_splits(bound, slots, context)
+    assert splits == 1 or context >= MIN_SPLIT_KEYS * splits
     assert splits == 1 or bound * splits <= 2 * slots
     # How much of a context any processor computes, one part after the other.
     assert splits == 1 or -(-bound * splits // slots) / splits < -(-bound // slots)
@@ -172,8 +171,13 @@ def test_tiles_are_enough_and_splits_are_of_use(
 
 def test_contexts_are_split_where_tiles_are_few() -> None:
     # Qwen3-0.6B's chunks of 128, 512, 600 and 2048 tokens on 132 processors.
-    assert [choose_splits(programs, 264, 8000) for programs in (32, 128, 150, 512)] == [8, 2, 3, 1]
-    assert choose_splits(32, 264, 1000) == 1
+    assert [choose_prefill_splits(programs, 264, 8000) for programs in (32, 128, 150, 512)] == [
+        8,
+        2,
+        3,
+        1,
+    ]
+    assert choose_prefill_splits(32, 264, 1000) == 1
 
 
 # Block size, query heads a KV head.
