@@ -21,8 +21,8 @@ from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectab
 
 
 @click.command(
-    help="""Serve a Qwen3 model: ingress, tokenizers, scheduler, GPU workers and detokenizers,
-    each a process of its own.
+    help="""Serve a Qwen3 or Qwen2.5 model: ingress, tokenizers, scheduler, GPU workers and
+    detokenizers, each a process of its own.
 
     MODEL is a checkpoint directory or a hub id; without it a small demo model is served, which
     needs no GPU.

@@ -1,4 +1,4 @@
-"""nanovllm: an LLM inference server for Qwen3, built as a pipeline of small processes.
+"""nanovllm: an LLM inference server for Qwen models, built as a pipeline of small processes.
 
 What programs import is here, and loaded when it is asked for: a service that imports
 `nanovllm.messages` pays for no client.

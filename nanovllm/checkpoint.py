@@ -13,6 +13,10 @@ import msgspec
 
 DEMO_CHECKPOINT = (Path(__file__).parent / "launch" / "demo" / "checkpoint").resolve()
 
+FAMILIES: dict[str, int | None] = {"qwen2": None, "qwen3": 128}
+"""The families of models that are served, by `model_type`, with each family's default `head_dim`;
+None is hidden_size / num_attention_heads. gpu_worker/model/registry.py has a model for each."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be served; the message says why in one line."""
@@ -40,7 +44,7 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True, rename={"type": "rop
 
 
 class _RawConfig(msgspec.Struct, kw_only=True):
-    """config.json as written; only what is needed here."""
+    """config.json as written: the keys that are honoured, and keys that are refused if set."""
 
     model_type: str = ""
     vocab_size: int
@@ -49,13 +53,16 @@ class _RawConfig(msgspec.Struct, kw_only=True):
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int | None = None
-    head_dim: int = 128
+    head_dim: int | None = None
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     hidden_act: str = "silu"
     use_sliding_window: bool = False
+    layer_types: list[str] | None = None
+    quantization_config: dict[str, Any] | None = None
+    dual_chunk_attention_config: dict[str, Any] | None = None
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
@@ -65,8 +72,12 @@ class _RawConfig(msgspec.Struct, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of a dense Qwen3 model."""
+    """The shape of a dense decoder of one of FAMILIES.
 
+    `attention_bias` is config.json's; a family may have biases without that key.
+    """
+
+    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -86,7 +97,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Reads `directory/config.json`.
 
         Raises:
-            CheckpointError: if it is missing, malformed, or not a dense Qwen3.
+            CheckpointError: if it is missing, malformed, not of one of FAMILIES, or asks for what
+                is not served.
         """
         path = directory / "config.json"
         try:
@@ -94,33 +106,35 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         except FileNotFoundError:
             raise CheckpointError(f"{directory} has no config.json: not a checkpoint") from None
         except msgspec.ValidationError as error:
-            if (found := _model_type(path)) != "qwen3":
+            if (found := _model_type(path)) not in FAMILIES:
                 raise CheckpointError(_wrong_architecture(directory, found)) from None
             raise CheckpointError(f"{path}: {error}") from None
         except msgspec.DecodeError as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-        if raw.model_type != "qwen3":
+        if raw.model_type not in FAMILIES:
             raise CheckpointError(_wrong_architecture(directory, raw.model_type))
-        if raw.hidden_act != "silu":
-            raise CheckpointError(f"{path}: hidden_act {raw.hidden_act!r}; only 'silu' is served")
-        if raw.use_sliding_window:
-            raise CheckpointError(f"{path}: use_sliding_window is not served")
+        if refused := _refused(raw):
+            raise CheckpointError(f"{path}: {refused} is not served")
         heads = raw.num_attention_heads
         kv_heads = heads if raw.num_key_value_heads is None else raw.num_key_value_heads
+        head_dim = FAMILIES[raw.model_type] if raw.head_dim is None else raw.head_dim
+        if head_dim is None:
+            head_dim = raw.hidden_size // max(heads, 1)
         sizes = (raw.vocab_size, raw.hidden_size, raw.intermediate_size, raw.num_hidden_layers)
-        if min(*sizes, heads, kv_heads, raw.head_dim) < 1 or heads % kv_heads:
+        if min(*sizes, heads, kv_heads, head_dim) < 1 or heads % kv_heads:
             raise CheckpointError(
                 f"{path}: sizes must be positive, and num_attention_heads ({heads}) a multiple"
                 f" of num_key_value_heads ({kv_heads})"
             )
         return cls(
+            model_type=raw.model_type,
             vocab_size=raw.vocab_size,
             hidden_size=raw.hidden_size,
             intermediate_size=raw.intermediate_size,
             num_hidden_layers=raw.num_hidden_layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=raw.head_dim,
+            head_dim=head_dim,
             rms_norm_eps=raw.rms_norm_eps,
             max_position_embeddings=raw.max_position_embeddings,
             tie_word_embeddings=raw.tie_word_embeddings,
@@ -223,7 +237,23 @@ def _model_type(path: Path) -> str:
 
 
 def _wrong_architecture(directory: Path, found: str) -> str:
-    return f"{directory} is a {found or 'nameless'!r} model; only dense 'qwen3' is served"
+    served = " and ".join(map(repr, FAMILIES))
+    return f"{directory} is a {found or 'nameless'!r} model; only dense {served} are served"
+
+
+def _refused(raw: _RawConfig) -> str | None:
+    """What config.json asks for and no family honours."""
+    if raw.hidden_act != "silu":
+        return f"hidden_act {raw.hidden_act!r}"
+    if raw.use_sliding_window:
+        return "use_sliding_window"
+    if other := set(raw.layer_types or ()) - {"full_attention"}:
+        return f"layer_types {min(other)!r}"
+    if raw.quantization_config is not None:
+        return "quantization_config"
+    if raw.dual_chunk_attention_config is not None:
+        return "dual_chunk_attention_config"
+    return None
 
 
 def _rope(raw: _RawConfig, path: Path) -> RopeConfig:

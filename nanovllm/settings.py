@@ -52,7 +52,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     model: Annotated[
-        str, _option("Checkpoint directory or hub id of a Qwen3 model; the demo if not given.")
+        str,
+        _option(
+            "Checkpoint directory or hub id of a Qwen3 or Qwen2.5 model; the demo if not given."
+        ),
     ] = ""
     ingress: Annotated[
         str,

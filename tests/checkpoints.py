@@ -1,4 +1,4 @@
-"""Random Qwen3 checkpoints, written by transformers itself."""
+"""Random Qwen3 and Qwen2 checkpoints, written by transformers itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 TOKENIZER_FILES = ("tokenizer*.json", "chat_template.jinja", "vocab.json", "merges.txt")
 
@@ -28,9 +28,9 @@ def write_checkpoint(
         shards: the number of safetensors files.
         tokenizer: a directory whose tokenizer files are copied; `vocab_size` must hold its ids.
         dtype: of the weights as stored.
-        overrides: Qwen3Config's own: `vocab_size`, `hidden_size`, `num_attention_heads`,
-            `num_key_value_heads`, `head_dim`, `tie_word_embeddings`, `rope_parameters`,
-            `eos_token_id` …
+        overrides: `family`, see `random_model`, and the config's own: `vocab_size`,
+            `hidden_size`, `num_attention_heads`, `num_key_value_heads`, `head_dim`,
+            `tie_word_embeddings`, `rope_parameters`, `eos_token_id` …
     """
     model = random_model(seed=seed, **overrides).to(dtype)
     total = sum(parameter.nbytes for parameter in model.parameters())
@@ -48,8 +48,12 @@ def write_checkpoint(
     return directory
 
 
-def random_model(seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
-    """A small Qwen3 in float32, every weight of it random: norms and biases too."""
+def random_model(seed: int = 0, family: str = "qwen3", **overrides: Any) -> Any:
+    """A small model in float32, every weight of it random: norms and biases too.
+
+    Args:
+        family: "qwen2" or "qwen3".
+    """
     values: dict[str, Any] = {
         "vocab_size": 515,
         "hidden_size": 64,
@@ -57,14 +61,15 @@ def random_model(seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
         "num_hidden_layers": 3,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        **({"head_dim": 16} if family == "qwen3" else {}),
         "max_position_embeddings": 4096,
         "eos_token_id": None,
         **overrides,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(Qwen3Config(**values)).eval()
+        config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](**values)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):
@@ -78,6 +83,6 @@ def random_model(seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
     return model
 
 
-def read_model(directory: Path) -> Qwen3ForCausalLM:
+def read_model(directory: Path) -> Any:
     """The checkpoint as transformers loads it, in float32."""
-    return Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

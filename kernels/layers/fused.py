@@ -77,8 +77,8 @@ class FusedOps(LayerOps):
     def norm_rope_store(
         self,
         qkv: Tensor,
-        q_norm: Norm,
-        k_norm: Norm,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
         rotation: Tensor,
         cache: LayerCache,
         slot_mapping: Tensor,
@@ -90,14 +90,15 @@ class FusedOps(LayerOps):
         q = torch.empty(len(qkv), num, dim, dtype=qkv.dtype, device=qkv.device)
         _norm_rope_store[(len(qkv), triton.cdiv(num + 2 * num_kv, HEADS))](
             qkv,
-            q_norm.weight,
-            k_norm.weight,
+            qkv if q_norm is None else q_norm.weight,
+            qkv if k_norm is None else k_norm.weight,
             rotation,
             slot_mapping,
             q,
             cache.k,
             cache.v,
-            q_norm.eps,
+            0.0 if q_norm is None else q_norm.eps,
+            NORM=q_norm is not None,
             NUM=num,
             NUM_KV=num_kv,
             HALF=dim // 2,
@@ -154,7 +155,7 @@ def _add_rms_norm(
 @triton.jit
 def _norm_rope_store(
     qkv_ptr,  # [tokens, NUM + 2 * NUM_KV, 2 * HALF]
-    q_weight_ptr,  # [2 * HALF]
+    q_weight_ptr,  # [2 * HALF], read where NORM
     k_weight_ptr,
     rotation_ptr,  # float32 [tokens, 2 * HALF]
     slots_ptr,  # int64 [tokens]
@@ -162,6 +163,7 @@ def _norm_rope_store(
     k_ptr,  # [slots, NUM_KV, 2 * HALF]
     v_ptr,
     eps,
+    NORM: tl.constexpr,
     NUM: tl.constexpr,
     NUM_KV: tl.constexpr,
     HALF: tl.constexpr,
@@ -177,10 +179,11 @@ def _norm_rope_store(
     is_k = (heads >= NUM) & (heads < NUM + NUM_KV)
     is_v = (heads >= NUM + NUM_KV) & (heads < NUM + 2 * NUM_KV)
 
-    first_q_weight = tl.load(q_weight_ptr + pairs).to(tl.float32)
-    second_q_weight = tl.load(q_weight_ptr + HALF + pairs).to(tl.float32)
-    first_k_weight = tl.load(k_weight_ptr + pairs).to(tl.float32)
-    second_k_weight = tl.load(k_weight_ptr + HALF + pairs).to(tl.float32)
+    if NORM:
+        first_q_weight = tl.load(q_weight_ptr + pairs).to(tl.float32)
+        second_q_weight = tl.load(q_weight_ptr + HALF + pairs).to(tl.float32)
+        first_k_weight = tl.load(k_weight_ptr + pairs).to(tl.float32)
+        second_k_weight = tl.load(k_weight_ptr + HALF + pairs).to(tl.float32)
     cos = tl.load(rotation_ptr + token * (2 * HALF) + pairs)
     sin = tl.load(rotation_ptr + token * (2 * HALF) + HALF + pairs)
 
@@ -189,10 +192,12 @@ def _norm_rope_store(
     present = heads < NUM + 2 * NUM_KV
     first = tl.load(qkv_ptr + offsets, mask=present, other=0.0).to(tl.float32)
     second = tl.load(qkv_ptr + offsets + HALF, mask=present, other=0.0).to(tl.float32)
-    squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-    inverse = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
-    x = first * inverse * tl.where(is_q, first_q_weight, first_k_weight)
-    y = second * inverse * tl.where(is_q, second_q_weight, second_k_weight)
+    x, y = first, second
+    if NORM:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        inverse = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        x = first * inverse * tl.where(is_q, first_q_weight, first_k_weight)
+        y = second * inverse * tl.where(is_q, second_q_weight, second_k_weight)
     dtype = q_ptr.dtype.element_ty
     rotated_first = (x * cos - y * sin).to(dtype)
     rotated_second = (y * cos + x * sin).to(dtype)

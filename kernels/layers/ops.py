@@ -53,17 +53,18 @@ class LayerOps:
     def norm_rope_store(
         self,
         qkv: Tensor,
-        q_norm: Norm,
-        k_norm: Norm,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
         rotation: Tensor,
         cache: LayerCache,
         slot_mapping: Tensor,
     ) -> Tensor:
-        """Normalizes and rotates each head's query and key, and stores keys and values.
+        """Normalizes each head's query and key, rotates both, and stores keys and values.
 
         Args:
             qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim].
-            q_norm, k_norm: over each head, with the same eps.
+            q_norm, k_norm: over each head, with the same eps; None for both where heads are not
+                normalized.
             rotation: float32 [T, head_dim], see `rotate`.
             slot_mapping: int64 [T], see `store_kv`.
 
@@ -74,15 +75,18 @@ class LayerOps:
         num = qkv.shape[1] // dim - 2 * num_kv
         heads = qkv.view(len(qkv), num + 2 * num_kv, dim)
         q, k, v = torch.split(heads, [num, num_kv, num_kv], dim=1)
-        k = F.rms_norm(k.float(), (dim,), k_norm.weight.float(), k_norm.eps)
+        q, k = _norm_heads(q.float(), q_norm), _norm_heads(k.float(), k_norm)
         store_kv(rotate(k, rotation).to(v.dtype), v, cache, slot_mapping)
-        q = F.rms_norm(q.float(), (dim,), q_norm.weight.float(), q_norm.eps)
         return rotate(q, rotation).to(v.dtype)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up [T, 2 * size], gates first. Returns silu(gate) * up [T, size]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate.float()).mul_(up).to(up.dtype)
+
+
+def _norm_heads(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else F.rms_norm(x, norm.weight.shape, norm.weight.float(), norm.eps)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

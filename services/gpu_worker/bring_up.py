@@ -24,7 +24,7 @@ from nanovllm.services.gpu_worker.model.kv_cache import (
 )
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
-from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from nanovllm.services.gpu_worker.model.registry import Model, build_model
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.wording import counted
 
@@ -109,7 +109,7 @@ def load(
         return Executor(model, backend, kv_cache, settings, device)
 
     try:
-        model = Qwen3ForCausalLM(config, settings.max_model_len, tp, dtype, device)
+        model = build_model(config, settings.max_model_len, tp, dtype, device)
         load_checkpoint(model, directory, partial(progress, "loading weights"))
         if device.type == "cpu":
             _use_worthwhile_threads(model)
@@ -143,7 +143,7 @@ def load(
     return Loaded(loaded, num_blocks, f"{described}, {blocks}")
 
 
-def _use_worthwhile_threads(model: Qwen3ForCausalLM) -> None:
+def _use_worthwhile_threads(model: Model) -> None:
     """Leaves the calling thread no more of its threads than are of use to this rank's shard."""
     weights = sum(tensor.target.numel() for tensor in model.checkpoint_tensors())
     torch.set_num_threads(min(torch.get_num_threads(), 1 + weights // WEIGHTS_PER_THREAD))

@@ -19,7 +19,7 @@ from nanovllm.services.gpu_worker.device_state import DeviceState, to_device
 from nanovllm.services.gpu_worker.graphs import Capture, Sizes, StepGraphs
 from nanovllm.services.gpu_worker.layout import Layout, columns
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence
-from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from nanovllm.services.gpu_worker.model.registry import Model
 from nanovllm.services.gpu_worker.sampling import logprobs
 from nanovllm.services.gpu_worker.slots import Batch, SlotTable
 from nanovllm.services.gpu_worker.steps import Decoded, Lengths, Steps
@@ -85,7 +85,7 @@ class Executor:
     @torch.inference_mode()
     def __init__(
         self,
-        model: Qwen3ForCausalLM,
+        model: Model,
         backend: AttentionBackend,
         kv_cache: Sequence[LayerCache],
         settings: Settings,

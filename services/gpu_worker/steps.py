@@ -18,7 +18,7 @@ from nanovllm.kernels.attention.interface import (
 from nanovllm.kernels.slots.ops import choose_slot_ops
 from nanovllm.services.gpu_worker.device_state import DeviceState, to_device
 from nanovllm.services.gpu_worker.layout import Layout
-from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from nanovllm.services.gpu_worker.model.registry import Model
 from nanovllm.services.gpu_worker.sampling import sample, sample_whole
 from nanovllm.services.gpu_worker.slots import Int32s
 from nanovllm.settings import Settings
@@ -44,7 +44,7 @@ class Steps:
 
     def __init__(
         self,
-        model: Qwen3ForCausalLM,
+        model: Model,
         backend: AttentionBackend,
         kv_cache: Sequence[LayerCache],
         state: DeviceState,

@@ -16,7 +16,7 @@ from nanovllm.kernels.attention.sdpa import SdpaBackend
 from nanovllm.services.gpu_worker.model.kv_cache import allocate_kv_cache, attention_shape
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
-from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from nanovllm.services.gpu_worker.model.registry import Model, build_model
 from nanovllm.services.gpu_worker.steps import Decoded
 
 CPU = torch.device("cpu")
@@ -27,10 +27,10 @@ def load_model(
     tp: TensorParallel | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
-) -> Qwen3ForCausalLM:
+) -> Model:
     config = ModelConfig.from_checkpoint(directory)
     length = config.max_position_embeddings
-    model = Qwen3ForCausalLM(config, length, tp or TensorParallel(), dtype, device)
+    model = build_model(config, length, tp or TensorParallel(), dtype, device)
     load_checkpoint(model, directory, lambda done, total: None)
     return model
 
@@ -73,7 +73,7 @@ class PagedSequences:
 
     def __init__(
         self,
-        model: Qwen3ForCausalLM,
+        model: Model,
         sequences: list[list[int]],
         block_size: int,
         tp: TensorParallel | None = None,

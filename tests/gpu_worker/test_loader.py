@@ -14,7 +14,7 @@ from torch import Tensor
 from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
-from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from nanovllm.services.gpu_worker.model.registry import build_model
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import CPU, load_model
 
@@ -62,22 +62,22 @@ def test_the_ranks_parts_make_up_the_checkpoint(
 def test_a_padded_vocabulary_shard_ends_in_zeros(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path, vocab_size=515)
     model = load_model(directory, TensorParallel(3, 4))
-    assert model.embedding.weight.shape[0] == 129
-    assert model.embedding.rows == 515 - 3 * 129
-    assert not model.embedding.weight[model.embedding.rows :].any()
+    assert model.head.weight.shape[0] == 129
+    assert model.head.rows == 515 - 3 * 129
+    assert not model.head.weight[model.head.rows :].any()
 
 
 def test_a_vocabulary_smaller_than_the_ranks_leaves_the_last_empty(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path, vocab_size=9)
     model = load_model(directory, TensorParallel(7, 8))
-    assert model.embedding.rows == 0
-    assert not model.embedding.weight.any()
+    assert model.head.rows == 0
+    assert not model.head.weight.any()
 
 
 def test_weights_are_converted_and_progress_reaches_its_total(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path, shards=3)
     config = ModelConfig.from_checkpoint(directory)
-    model = Qwen3ForCausalLM(config, 1, TensorParallel(), torch.bfloat16, CPU)
+    model = build_model(config, 1, TensorParallel(), torch.bfloat16, CPU)
     seen: list[tuple[int, int]] = []
     load_checkpoint(model, directory, lambda done, total: seen.append((done, total)))
     tensors = list(model.checkpoint_tensors())

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from nanovllm.checkpoint import CheckpointError, ModelConfig
+from nanovllm.checkpoint import FAMILIES, CheckpointError, ModelConfig
 from nanovllm.kernels.layers.ops import rotate
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
-from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from nanovllm.services.gpu_worker.model.registry import MODELS, Model, build_model
 from nanovllm.services.gpu_worker.model.rope import RotaryEmbedding, rope_frequencies
 from tests.checkpoints import read_model, write_checkpoint
 from tests.gpu_worker.paged import CPU, PagedSequences, load_model, relative_error
@@ -33,6 +33,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "gqa 8": {"num_key_value_heads": 1, "head_dim": 24},
     "bias": {"attention_bias": True},
+    "qwen2": {"family": "qwen2"},
+    "qwen2, tied, 7 query heads a KV head": {
+        "family": "qwen2",
+        "tie_word_embeddings": True,
+        "hidden_size": 112,
+        "num_attention_heads": 14,
+    },
     "yarn": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -69,6 +76,10 @@ def test_logits_equal_transformers(shape: dict[str, Any], tmp_path: Path) -> Non
             assert relative_error(found, wanted) < TOLERANCE
 
 
+def test_every_family_has_a_model() -> None:
+    assert set(MODELS) == set(FAMILIES)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
@@ -78,7 +89,7 @@ LENGTHS = (1, 20, 45)
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path) -> tuple[Qwen3ForCausalLM, list[list[int]], list[torch.Tensor]]:
+def loaded(checkpoint: Path) -> tuple[Model, list[list[int]], list[torch.Tensor]]:
     sequences = random_tokens(*LENGTHS)
     return load_model(checkpoint), sequences, expected_logits(checkpoint, sequences)
 
@@ -91,7 +102,7 @@ def loaded(checkpoint: Path) -> tuple[Qwen3ForCausalLM, list[list[int]], list[to
     ),
 )
 def test_any_ragged_schedule_gives_the_same_logits(
-    loaded: tuple[Qwen3ForCausalLM, list[list[int]], list[torch.Tensor]],
+    loaded: tuple[Model, list[list[int]], list[torch.Tensor]],
     block_size: int,
     chunks: list[tuple[int, ...]],
 ) -> None:
@@ -120,7 +131,7 @@ def test_bfloat16_weights_in_float32_equal_transformers(tmp_path: Path) -> None:
 def test_sizes_that_tensor_parallelism_cannot_cut_are_refused(checkpoint: Path) -> None:
     config = ModelConfig.from_checkpoint(checkpoint)
     with pytest.raises(CheckpointError, match="--tp 3 does not divide"):
-        Qwen3ForCausalLM(config, 1, TensorParallel(0, 3), torch.float32, CPU)
+        build_model(config, 1, TensorParallel(0, 3), torch.float32, CPU)
 
 
 ROPES: list[dict[str, Any]] = [

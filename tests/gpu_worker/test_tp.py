@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "untied, vocabulary not divided": {"vocab_size": 515},
     "tied": {"tie_word_embeddings": True, "vocab_size": 517},
     "bias, one key/value head": {"attention_bias": True, "num_key_value_heads": 1},
+    "qwen2": {"family": "qwen2"},
     "eight key/value heads, three files": {"num_key_value_heads": 8, "shards": 3},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.layers.fused import FusedOps
 from nanovllm.kernels.layers.linear import Norm
 from nanovllm.kernels.layers.ops import LayerOps
-from nanovllm.services.gpu_worker.model import qwen3
+from nanovllm.services.gpu_worker.model import decoder
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import PagedSequences, load_model, relative_error
 
@@ -65,9 +66,9 @@ def test_norm_rope_store(dtype: torch.dtype) -> None:
     if ON_CUDA:
         shapes += [(1, 16, 8, 128), (512, 16, 8, 128), (16384, 16, 8, 128), (100, 5, 1, 256)]
     random = Random(dtype)
-    for tokens, num, num_kv, dim in shapes:
+    for (tokens, num, num_kv, dim), normed in itertools.product(shapes, (True, False)):
         qkv = random(tokens, (num + 2 * num_kv) * dim)
-        norms = Norm(random(dim), EPS), Norm(random(dim), EPS)
+        q_norm, k_norm = (Norm(random(dim), EPS) if normed else None for _ in range(2))
         angles = torch.rand(tokens, dim // 2, generator=random.generator, device=DEVICE) * 1000
         rotation = torch.cat((angles.cos(), angles.sin()), dim=-1)
         blocks, block_size = tokens // 16 + 2, 16
@@ -75,7 +76,7 @@ def test_norm_rope_store(dtype: torch.dtype) -> None:
         before = random(2, blocks, block_size, num_kv, dim)
         caches = [LayerCache(*before.clone()) for _ in range(2)]
         q, expected_q = (
-            ops.norm_rope_store(qkv, *norms, rotation, cache, slots[:tokens])
+            ops.norm_rope_store(qkv, q_norm, k_norm, rotation, cache, slots[:tokens])
             for ops, cache in zip((FusedOps(), LayerOps()), caches, strict=True)
         )
         assert_same(q, expected_q)
@@ -95,13 +96,14 @@ def test_silu_mul(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(ON_CUDA, reason="a model on a CPU, whose kernels the interpreter runs")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_a_model_of_fused_ops_has_the_same_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = write_checkpoint(tmp_path, head_dim=16)
+    directory = write_checkpoint(tmp_path, family=family, head_dim=16)
     sequences = [[5, 7, 500, 2, 88, 90, 3, 4, 8, 1], [44]]
     expected = PagedSequences(load_model(directory), sequences, 16).run(9)
-    monkeypatch.setattr(qwen3, "choose_ops", lambda device: FusedOps())
+    monkeypatch.setattr(decoder, "choose_ops", lambda device: FusedOps())
     # Steps of 10 rows and of one.
     found = PagedSequences(load_model(directory), sequences, 16).run(9)
     for logits, wanted in zip(found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Greedy output through the ingress equals transformers' own Qwen3, token for token, in float32.
+"""Greedy output through the ingress equals transformers' own models', token for token, in float32.
 
 Random checkpoints of several shapes, served by real pipelines: prompts of 1 to several hundred
 tokens, alone and 32 at once, with tensor parallelism, two block sizes, prefix-cache hits, chunked
@@ -62,8 +62,15 @@ CASES = [
         "--tp 4 --kvcache-block-size 16",
     ),
     Case(
-        "small budget, few blocks",
-        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        "Qwen2, tp 2",
+        {"family": "qwen2", "num_attention_heads": 8, "num_key_value_heads": 2}
+        | {"tie_word_embeddings": False, "vocab_size": 2048},
+        1,
+        "--tp 2 --kvcache-block-size 16",
+    ),
+    Case(
+        "Qwen2, small budget, few blocks",
+        {"family": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2}
         | {"tie_word_embeddings": True, "vocab_size": 2048},
         1,
         "--kvcache-block-size 16 --num-kvcache-blocks 48 --max-model-len 640 --max-num-seqs 32"

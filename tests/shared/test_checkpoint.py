@@ -48,11 +48,15 @@ def test_the_older_and_the_newer_form_of_rope(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"model_type": "llama"}, "'llama' model; only dense 'qwen3'"),
+        ({"model_type": "llama"}, "'llama' model; only dense 'qwen2' and 'qwen3'"),
         ({"model_type": "qwen3_moe", "vocab_size": "x"}, "'qwen3_moe' model"),
         ({**SHAPE, "vocab_size": "many"}, "vocab_size"),
         ({**SHAPE, "hidden_act": "gelu"}, "hidden_act"),
         ({**SHAPE, "use_sliding_window": True}, "use_sliding_window"),
+        ({**SHAPE, "layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention'"),
+        ({**SHAPE, "quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({**SHAPE, "dual_chunk_attention_config": {}}, "dual_chunk_attention_config"),
+        ({**SHAPE, "head_dim": 0}, "must be positive"),
         ({**SHAPE, "num_key_value_heads": 3}, "num_key_value_heads"),
         ({**SHAPE, "rope_scaling": {"factor": "big"}}, "rope parameters"),
     ],
@@ -64,6 +68,12 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     with pytest.raises(CheckpointError, match=complaint) as error:
         ModelConfig.from_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("family", "head_dim"), [("qwen2", 8), ("qwen3", 128)])
+def test_a_family_has_its_own_head_dim(tmp_path: Path, family: str, head_dim: int) -> None:
+    write(tmp_path, **{**SHAPE, "model_type": family, "head_dim": None})
+    assert ModelConfig.from_checkpoint(tmp_path).head_dim == head_dim
 
 
 def test_a_directory_without_a_config_is_no_checkpoint(tmp_path: Path) -> None:

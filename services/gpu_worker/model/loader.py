@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanovllm.checkpoint import CheckpointError
 from nanovllm.services.gpu_worker.model.layers import CheckpointTensor
-from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM
+from nanovllm.services.gpu_worker.model.registry import Model
 
 Progress = Callable[[int, int], None]
 """Is told bytes done and bytes in total, as they lie in this rank's memory."""
@@ -29,7 +29,7 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def load_checkpoint(model: Qwen3ForCausalLM, directory: Path, progress: Progress) -> None:
+def load_checkpoint(model: Model, directory: Path, progress: Progress) -> None:
     """Fills all of the model's weights from `directory`.
 
     Args:
