@@ -180,7 +180,14 @@ def _plans(prompts: Prompts, work: Work, settings: Settings) -> Iterator[StepPla
     sampling = Sampling(work.temperature, top_p=1.0, top_k=0, min_p=0.0, seed=0, logprobs=None)
     each = work.blocks_each(settings.kvcache_block_size)
     admit = [
-        Admission(slot, pack(prompt), pack(range(slot * each, (slot + 1) * each)), 0, sampling)
+        Admission(
+            slot,
+            pack(prompt),
+            len(prompt),
+            pack(range(slot * each, (slot + 1) * each)),
+            0,
+            sampling,
+        )
         for slot, prompt in enumerate(prompts)
     ]
     computed = [0] * work.sequences

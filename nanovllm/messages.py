@@ -300,12 +300,14 @@ class Reset(Message, tag="reset"):
 class Admission(Message):
     """A sequence takes a slot.
 
-    `tokens` (int32) are prompt and output so far; `blocks` (int32) the slot's block table so far;
-    the KV of the first `computed` tokens is in them already (prefix cache).
+    `tokens` (int32) are the prompt, of `prompt_tokens` tokens, and the output so far; `blocks`
+    (int32) is the slot's block table so far. The KV of the first `computed` tokens is in these
+    blocks already (prefix cache).
     """
 
     slot: int
     tokens: bytes
+    prompt_tokens: int
     blocks: bytes
     computed: int
     sampling: Sampling

@@ -231,7 +231,8 @@ def _prefill(settings: Settings, number: int, length: int, count: int) -> StepPl
         number=number,
         release=b"",
         admit=[
-            Admission(slot, pack(tokens), pack([0] * blocks), 0, sampling) for slot in range(count)
+            Admission(slot, pack(tokens), length, pack([0] * blocks), 0, sampling)
+            for slot in range(count)
         ],
         append=b"",
         prefill=pack(value for slot in range(count) for value in (slot, 0, length)),

@@ -286,7 +286,14 @@ class Engine:
             self.prompt_tokens += sequence.prompt_tokens
             self.cached_tokens += sequence.cached_tokens
         draft.admit.append(
-            Admission(slot, tokens, pack(blocks), computed, sequence.submit.sampling)
+            Admission(
+                slot,
+                tokens,
+                sequence.prompt_tokens,
+                pack(blocks),
+                computed,
+                sequence.submit.sampling,
+            )
         )
         return sequence
 

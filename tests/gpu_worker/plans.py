@@ -87,7 +87,9 @@ def random_schedule(
             reserved += blocks_of(index)
             running.append(sequence)
             tokens, table = pack(asked.prompt), pack(sequence.blocks)
-            admit.append(Admission(sequence.slot, tokens, table, 0, asked.sampling))
+            admit.append(
+                Admission(sequence.slot, tokens, len(asked.prompt), table, 0, asked.sampling)
+            )
         decode: list[_Running] = []
         completed: list[_Running] = []
         for sequence in rng.sample(running, len(running)):

@@ -142,7 +142,7 @@ def test_the_smallest_graph_with_room_is_replayed() -> None:
 
     table = SlotTable(8)
     for slot in range(3):
-        admitted = Admission(slot, bytes(4), bytes(4), 0, GREEDY)
+        admitted = Admission(slot, bytes(4), 1, bytes(4), 0, GREEDY)
         batch = table.apply(step_plan(0, admit=[admitted], prefill=[(slot, 0, 1)]))
         decoded = graphs.replay(batch)
         assert decoded is not None

@@ -106,7 +106,7 @@ def test_a_cached_prefix_is_not_computed_again(directory: Path) -> None:
     prompt = prompts(1, seed=8)[0][:1] * 40
 
     def first_token(number: int, slot: int, blocks: list[int], computed: int) -> int:
-        admission = Admission(slot, pack(prompt), pack(blocks), computed, GREEDY)
+        admission = Admission(slot, pack(prompt), len(prompt), pack(blocks), computed, GREEDY)
         chunk = (slot, computed, len(prompt) - computed)
         sampled = on.step(step_plan(number, admit=[admission], prefill=[chunk]))
         return int(unpack(sampled.result(0, 0).token_ids)[0])
@@ -179,7 +179,7 @@ def test_logprobs_are_those_of_the_raw_logits(directory: Path) -> None:
 
 def test_a_plan_may_only_change_slots(directory: Path) -> None:
     on = executor(directory)
-    on.step(step_plan(0, admit=[Admission(2, pack([1, 2, 3]), pack([4]), 0, GREEDY)]))
+    on.step(step_plan(0, admit=[Admission(2, pack([1, 2, 3]), 3, pack([4]), 0, GREEDY)]))
     assert on.slots.used == 1
     (partial, whole) = (
         on.step(step_plan(1, prefill=[(2, 0, 2)])),

@@ -101,7 +101,7 @@ def test_tokens_are_well_mixed() -> None:
 def test_logprobs_have_the_chosen_token_first() -> None:
     runner = SimRunner(SETTINGS, VOCABULARY)
     admit = [
-        Admission(slot, pack([1, 2]), pack([slot]), 0, sampling(slot, logprobs))
+        Admission(slot, pack([1, 2]), 2, pack([slot]), 0, sampling(slot, logprobs))
         for slot, logprobs in enumerate((None, 0, 3))
     ]
     runner.launch(step_plan(0, admit=admit, prefill=[(0, 0, 2), (1, 0, 2), (2, 0, 2)]))

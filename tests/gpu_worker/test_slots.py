@@ -141,9 +141,9 @@ def test_equals_the_naive_model(asked: list[Request], rng: random.Random) -> Non
 
 def test_a_slot_is_released_and_taken_in_one_plan() -> None:
     table = SlotTable(2)
-    first = Admission(1, b"\1\0\0\0" * 5, b"\7\0\0\0\x08\0\0\0", 0, GREEDY)
+    first = Admission(1, b"\1\0\0\0" * 5, 5, b"\7\0\0\0\x08\0\0\0", 0, GREEDY)
     table.apply(step_plan(0, admit=[first], prefill=[(1, 0, 3)]))
-    second = Admission(1, b"\2\0\0\0" * 2, b"\x09\0\0\0", 0, GREEDY)
+    second = Admission(1, b"\2\0\0\0" * 2, 2, b"\x09\0\0\0", 0, GREEDY)
     batch = table.apply(
         step_plan(1, release=[1], admit=[second], append=[(1, 3), (1, 4)], prefill=[(1, 1, 1)])
     )
@@ -155,11 +155,11 @@ def test_a_slot_is_released_and_taken_in_one_plan() -> None:
 
 def test_a_reset_empties_all_slots() -> None:
     table = SlotTable(2)
-    table.apply(step_plan(0, admit=[Admission(0, b"\1\0\0\0", b"", 0, GREEDY)]))
+    table.apply(step_plan(0, admit=[Admission(0, b"\1\0\0\0", 1, b"", 0, GREEDY)]))
     table.reset()
     assert table.used == 0
     batch = table.apply(
-        step_plan(1, admit=[Admission(0, b"\3\0\0\0" * 2, b"", 0, GREEDY)], prefill=[(0, 0, 2)])
+        step_plan(1, admit=[Admission(0, b"\3\0\0\0" * 2, 2, b"", 0, GREEDY)], prefill=[(0, 0, 2)])
     )
     assert batch.chunk_tokens.tolist() == [3, 3]
     assert batch.sampled_positions.tolist() == [2]

@@ -175,7 +175,7 @@ def cpu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def admit(slot: int, tokens: int = 3) -> Admission:
-    return Admission(slot, pack(range(tokens)), pack([slot]), 0, GREEDY)
+    return Admission(slot, pack(range(tokens)), tokens, pack([slot]), 0, GREEDY)
 
 
 def test_handshake_plans_results_and_a_link_made_anew(

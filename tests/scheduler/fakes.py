@@ -222,6 +222,7 @@ class FakeWorker:
         for token in tokens:
             state = next_state(state, token)
             slot.states.append(state)
+        assert admission.tokens[: 4 * admission.prompt_tokens] == request.submit.prompt
         assert admission.computed < len(tokens), "nothing left to compute"
         assert admission.computed % self.block_size == 0
         assert len(blocks) == -(-len(tokens) // self.block_size)
