@@ -13,7 +13,7 @@ import torch
 from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.control import LoadingStage
 from nanovllm.kernels.attention.choose import choose
-from nanovllm.messages import Admission, Sampling, StepPlan, pack
+from nanovllm.messages import Admission, StepPlan, pack
 from nanovllm.services.gpu_worker import memory
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import CudaCapture, Sizes, graph_sizes
@@ -25,6 +25,7 @@ from nanovllm.services.gpu_worker.model.kv_cache import (
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import Model, build_model
+from nanovllm.services.gpu_worker.slot_state import COSTLIEST
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.wording import counted
 
@@ -225,13 +226,12 @@ def largest_steps(settings: Settings) -> list[StepPlan]:
 def _prefill(settings: Settings, number: int, length: int, count: int) -> StepPlan:
     """`count` prompts of `length` tokens."""
     blocks = -(-length // settings.kvcache_block_size)
-    sampling = Sampling(1.0, top_p=0.5, top_k=1000, min_p=0.01, seed=0, logprobs=20)
     tokens = np.zeros(length, dtype=np.int32)
     return StepPlan(
         number=number,
         release=b"",
         admit=[
-            Admission(slot, pack(tokens), length, pack([0] * blocks), 0, sampling)
+            Admission(slot, pack(tokens), length, pack([0] * blocks), 0, COSTLIEST)
             for slot in range(count)
         ],
         append=b"",

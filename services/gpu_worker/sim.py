@@ -45,6 +45,7 @@ class SimRunner:
             num_blocks = settings.max_num_seqs * blocks_per_sequence(settings)
         check_room_for_one(num_blocks, settings)
         self._slots = SlotTable(settings.max_num_seqs)
+        self._seeds = np.zeros(settings.max_num_seqs, dtype=np.int64)
         self._vocabulary = vocabulary
         self._start = time.monotonic()
         self._device = SimDevice(settings.sim_step_ms / 1000, self._start)
@@ -68,8 +69,10 @@ class SimRunner:
     def launch(self, plan: StepPlan) -> None:
         step = self._device.launch(time.monotonic())
         batch = self._slots.apply(plan)
+        for admission in plan.admit:
+            self._seeds[admission.slot] = admission.sampling.seed
         indices = draw(
-            self._slots.seeds[batch.sampling_slots],
+            self._seeds[batch.sampling_slots],
             batch.sampled_positions,
             len(self._vocabulary),
         )

@@ -68,9 +68,6 @@ class SlotTable:
 
     Plans come from the scheduler, which has checked them; a slot that does not exist raises
     IndexError.
-
-    Attributes:
-        seeds: int64 [max_num_seqs].
     """
 
     def __init__(self, max_num_seqs: int) -> None:
@@ -78,7 +75,6 @@ class SlotTable:
         self._num_blocks = [0] * max_num_seqs
         self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
         self._needs_whole_logits = np.zeros(max_num_seqs, dtype=np.bool_)
-        self.seeds = np.zeros(max_num_seqs, dtype=np.int64)
         self._indices = np.arange(max_num_seqs, dtype=np.int32)
         self._ones = np.ones(max_num_seqs, dtype=np.int32)
         # Tokens of sequences whose prefill is not complete.
@@ -148,7 +144,6 @@ class SlotTable:
         self._num_blocks[slot] = 0
         self._logprobs[slot] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
         self._needs_whole_logits[slot] = _needs_whole_logits(sampling)
-        self.seeds[slot] = sampling.seed
 
     def _append(self, slot: int, blocks: list[int], updates: list[tuple[int, int, int]]) -> None:
         first = self._num_blocks[slot]
