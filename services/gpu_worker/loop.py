@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NoReturn
 
 from nanovllm.control import WorkerStats
-from nanovllm.faults import crash_on, fault
 from nanovllm.messages import GroupReady, Message, Reset, SchedulerToWorker, StepPlan, StepResult
 from nanovllm.service import Service
 from nanovllm.services.gpu_worker.group import GroupBroken, LeaderToFollower, Rendezvous
@@ -44,20 +42,6 @@ def _make_runner(service: Service) -> Runner:
     return TorchRunner(service.directory, service.config, settings, service.me.index)
 
 
-def _launch(runner: Runner) -> Callable[[StepPlan], None]:
-    """`runner.launch`, unless a test wants it to crash."""
-    token = fault("gpu_worker")
-    if token is None:
-        return runner.launch
-
-    def crash_or_launch(plan: StepPlan) -> None:
-        for admission in plan.admit:
-            crash_on(token, admission.tokens)
-        runner.launch(plan)
-
-    return crash_or_launch
-
-
 class Counts:
     """What this rank did so far."""
 
@@ -86,7 +70,6 @@ class Leader:
         self.counts = Counts(runner)
         self._service = service
         self._runner = runner
-        self._launch = _launch(runner)
         self._session = Session(service.settings.pipeline_depth)
         self._loaded: Loaded | None = None
         self._port: int | None = None
@@ -153,7 +136,7 @@ class Leader:
             case Received(message=StepPlan(number=number) as plan):
                 if self._session.accepts_plan(number):
                     self._tell_followers(plan)
-                    self._launch(plan)
+                    self._runner.launch(plan)
                     self.counts.launched()
 
     def _on_follower(self, event: Event[None]) -> None:
@@ -181,7 +164,6 @@ class Follower:
         self.counts = Counts(runner)
         self._service = service
         self._runner = runner
-        self._launch = _launch(runner)
         service.connect(service.settings.workers_endpoint, list[LeaderToFollower], self._on_leader)
 
     def take_reports(self) -> None:
@@ -206,5 +188,5 @@ class Follower:
             case Received(message=Reset()):
                 self._runner.reset()
             case Received(message=StepPlan() as plan):
-                self._launch(plan)
+                self._runner.launch(plan)
                 self.counts.launched()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from typing import NoReturn
 
-from nanovllm.faults import crash_on, fault
-from nanovllm.messages import IngressToTokenizer, Refused, Submit, Tokenize
+from nanovllm.messages import IngressToTokenizer
 from nanovllm.service import Service, service_command
-from nanovllm.services.tokenizer.core import Desk, Encode
+from nanovllm.services.tokenizer.core import Desk
 from nanovllm.services.tokenizer.prompts import PromptEncoder
 from nanovllm.transport.links import Event, Received, Up
 
@@ -68,24 +67,9 @@ class TokenizerLoop:
         """Nothing to do: `step` sends what is in hand as soon as the scheduler is there."""
 
 
-def _encode(encoder: PromptEncoder) -> Encode:
-    """`encoder.encode`, unless a test wants it to crash."""
-    token = fault("tokenizer")
-    if token is None:
-        return encoder.encode
-
-    def encode_or_crash(request: Tokenize) -> Submit | Refused:
-        result = encoder.encode(request)
-        if isinstance(result, Submit):
-            crash_on(token, result.prompt)
-        return result
-
-    return encode_or_crash
-
-
 def serve(service: Service) -> NoReturn:
     encoder = PromptEncoder.from_checkpoint(service.directory, service.settings.max_model_len)
-    desk = Desk(_encode(encoder))
+    desk = Desk(encoder.encode)
     loop = TokenizerLoop(service, desk)
     service.ready()
     service.run(loop.step, desk.stats)

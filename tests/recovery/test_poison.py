@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanovllm.faults import VARIABLE
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import Answer, Wire
 from tests.pipelines import Pipeline
 from tests.recovery.streams import kill, living, wait_for_another
 
+FAULT = Path(__file__).parent / "fault"
 GUILTY = 1276  # <|im_start|>, which the simulated device never samples
 SIM = ("--device", "sim", "--sim-step-ms", "4", "--kvcache-block-size", "16")
 WORKER, SCHEDULER = ("gpu_worker", 0), ("scheduler", 0)
@@ -45,7 +47,9 @@ def test_a_guilty_request_is_set_aside_and_the_others_finish(
     start_pipeline: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(VARIABLE, f"{role}:{GUILTY}")
+    paths = [str(FAULT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("NANOVLLM_TEST_FAULT", f"{role}:{GUILTY}")
     pipeline = start_pipeline("", *arguments)
     with Wire(pipeline.endpoint) as wire:
         expected = wire.ask_all(map(innocent, range(4)))

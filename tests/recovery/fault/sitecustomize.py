@@ -1,0 +1,50 @@
+"""Crashes services of one role when they meet a chosen token, as a bug in native code would.
+
+Python imports this module first where its directory is on the PYTHONPATH. `NANOVLLM_TEST_FAULT` is
+`ROLE:TOKEN`: every gpu_worker (of the simulated device) ends by SIGABRT when TOKEN is in a sequence
+that it is to compute, every tokenizer when TOKEN is in a prompt that it has encoded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from nanovllm.messages import StepPlan, Tokenize, unpack
+
+ROLE, _, TOKEN = os.environ["NANOVLLM_TEST_FAULT"].partition(":")
+
+
+def crash_if_in(tokens: bytes | None) -> None:
+    if tokens is not None and int(TOKEN) in unpack(tokens):
+        os.abort()
+
+
+def break_gpu_worker() -> None:
+    from nanovllm.services.gpu_worker.sim import SimRunner
+
+    launch = SimRunner.launch
+
+    def launch_or_crash(self: SimRunner, plan: StepPlan) -> None:
+        for admission in plan.admit:
+            crash_if_in(admission.tokens)
+        launch(self, plan)
+
+    SimRunner.launch = launch_or_crash  # type: ignore[method-assign]
+
+
+def break_tokenizer() -> None:
+    from nanovllm.services.tokenizer.prompts import PromptEncoder
+
+    encode = PromptEncoder.encode
+
+    def encode_or_crash(self: PromptEncoder, request: Tokenize) -> object:
+        result = encode(self, request)
+        crash_if_in(request.token_ids)
+        return result
+
+    PromptEncoder.encode = encode_or_crash  # type: ignore[assignment, method-assign]
+
+
+if f"nanovllm.services.{ROLE}" in sys.orig_argv:
+    {"gpu_worker": break_gpu_worker, "tokenizer": break_tokenizer}[ROLE]()
