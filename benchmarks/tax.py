@@ -36,7 +36,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.messages import Admission, Sampling, StepPlan, pack
 from nanovllm.service import settled
-from nanovllm.services.gpu_worker.openmp import spin_briefly
+from nanovllm.services.gpu_worker.loop import spin_briefly
 from nanovllm.settings import Settings
 
 if TYPE_CHECKING:

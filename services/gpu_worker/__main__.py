@@ -8,8 +8,8 @@ import sys
 from typing import NoReturn
 
 from nanovllm.service import EXIT_FOLLOWED, service_command
-from nanovllm.services.gpu_worker.group import GroupBroken
 from nanovllm.services.gpu_worker.loop import serve
+from nanovllm.services.gpu_worker.runner import GroupBroken
 
 log = logging.getLogger(__name__)
 

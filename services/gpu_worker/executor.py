@@ -16,12 +16,11 @@ from torch import Tensor
 from nanovllm.kernels.attention.interface import AttentionBackend, LayerCache
 from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, pack
 from nanovllm.services.gpu_worker.graphs import Capture, Sizes, StepGraphs
-from nanovllm.services.gpu_worker.layout import Layout, columns
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence
 from nanovllm.services.gpu_worker.model.registry import Model
 from nanovllm.services.gpu_worker.sampling import logprobs
 from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
-from nanovllm.services.gpu_worker.slots import Batch, SlotTable
+from nanovllm.services.gpu_worker.slots import Batch, Layout, SlotTable, columns
 from nanovllm.services.gpu_worker.steps import Decoded, Lengths, Steps
 from nanovllm.settings import Settings
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.services.gpu_worker.layout import Layout, columns
-from nanovllm.services.gpu_worker.slots import Batch, Int32s
+from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, columns
 from nanovllm.services.gpu_worker.steps import Decoded
 
 # Prefill chunks in a step that is replayed, at most.

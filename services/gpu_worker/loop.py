@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from typing import NoReturn
 
 from nanovllm.control import WorkerStats
 from nanovllm.messages import GroupReady, Message, Reset, SchedulerToWorker, StepPlan, StepResult
 from nanovllm.service import Service
-from nanovllm.services.gpu_worker.group import GroupBroken, LeaderToFollower, Rendezvous
-from nanovllm.services.gpu_worker.openmp import spin_briefly
-from nanovllm.services.gpu_worker.runner import Listening, Loaded, Progress, Runner
+from nanovllm.services.gpu_worker.runner import GroupBroken, Listening, Loaded, Progress, Runner
 from nanovllm.services.gpu_worker.session import Phase, Session
 from nanovllm.transport.links import HEARTBEAT_S, BoundLink, Down, Event, Peer, Received, Up
 
 # When the scheduler's queue was full, the results are offered again after this long.
 RETRY_S = 0.01
+# About 50 µs: as long as the gaps between the operations of a step.
+SPINS = 3000
+
+
+class Rendezvous(Message, tag="rendezvous"):
+    """Where rank 0 awaits the others, to form a process group: a port of the loopback interface."""
+
+    port: int
+
+
+LeaderToFollower = Rendezvous | Reset | StepPlan
 
 
 def serve(service: Service) -> NoReturn:
@@ -40,6 +50,20 @@ def _make_runner(service: Service) -> Runner:
     from nanovllm.services.gpu_worker.torch_runner import TorchRunner
 
     return TorchRunner(service.directory, service.config, settings, service.me.index)
+
+
+def spin_briefly() -> None:
+    """Makes OpenMP's threads sleep after a short wait; the user's own settings stay.
+
+    Call it before torch is imported: later it has no effect.
+
+    GNU's OpenMP spins for milliseconds before it sleeps. Where the other services need the cores
+    as well, it thus takes the time of those who have work, of the very thread that it waits for
+    among them, and steps become ten times slower. Sleeping at once is slow too: a thread that is
+    woken at every operation tends to be put on the core of the one that woke it.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 class Counts:

@@ -35,6 +35,10 @@ class Loaded(NamedTuple):
 Report = Progress | Listening | Loaded | StepResult
 
 
+class GroupBroken(RuntimeError):
+    """A rank of this group is gone, and so the group is."""
+
+
 class Runner(Protocol):
     """A device that executes step plans in order, beside the thread that launches them.
 

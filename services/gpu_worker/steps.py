@@ -16,11 +16,10 @@ from nanovllm.kernels.attention.interface import (
     LayerCache,
 )
 from nanovllm.kernels.slots.ops import choose_slot_ops
-from nanovllm.services.gpu_worker.layout import Layout
 from nanovllm.services.gpu_worker.model.registry import Model
 from nanovllm.services.gpu_worker.sampling import sample, sample_whole
 from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
-from nanovllm.services.gpu_worker.slots import Int32s
+from nanovllm.services.gpu_worker.slots import Int32s, Layout
 from nanovllm.settings import Settings
 
 

@@ -19,10 +19,13 @@ import torch
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.control import LoadingStage
 from nanovllm.messages import StepPlan
-from nanovllm.services.gpu_worker import bring_up, rendezvous
-from nanovllm.services.gpu_worker.busy import BusyMeter
+from nanovllm.services.gpu_worker import bring_up
 from nanovllm.services.gpu_worker.executor import Executor, Sampled
-from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.services.gpu_worker.model.parallel import (
+    TensorParallel,
+    listen_for_ranks,
+    reach_rank_0,
+)
 from nanovllm.services.gpu_worker.runner import Listening, Loaded, Outbox, Progress, Report
 from nanovllm.settings import Settings
 
@@ -127,10 +130,10 @@ class TorchRunner:
         if size == 1:
             return TensorParallel()
         if self._rank == 0:
-            store = rendezvous.listen()
+            store = listen_for_ranks()
             self._outbox.put(Listening(store.port))
         else:
-            store = rendezvous.reach(self._port.get())
+            store = reach_rank_0(self._port.get())
         return TensorParallel.connect(self._rank, size, store, device)
 
     def _tell_progress(self) -> bring_up.Progress:
@@ -146,3 +149,30 @@ class TorchRunner:
                 self._outbox.put(Progress(stage, done, total))
 
         return tell
+
+
+class BusyMeter:
+    """Adds up the time in which at least one step was launched and not finished.
+
+    Times are seconds of one clock; `launched` and `finished` may be called by different threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._in_flight = 0
+        self._busy = 0.0
+        self._since = 0.0
+
+    def launched(self, now: float) -> None:
+        with self._lock:
+            if self._in_flight == 0:
+                self._since = now
+            self._in_flight += 1
+
+    def finished(self, now: float) -> float:
+        """Notes the end of a step. Returns the busy time up to `now`."""
+        with self._lock:
+            self._in_flight -= 1
+            self._busy += now - self._since
+            self._since = now
+            return self._busy

@@ -18,12 +18,11 @@ from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
 from nanovllm.messages import Admission, Sampling
 from nanovllm.services.gpu_worker import bring_up
+from nanovllm.services.gpu_worker.bring_up import allocate_kv_cache, attention_shape
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import MAX_CHUNKS, Sizes, StepGraphs, graph_sizes
-from nanovllm.services.gpu_worker.layout import Layout
-from nanovllm.services.gpu_worker.model.kv_cache import allocate_kv_cache, attention_shape
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
-from nanovllm.services.gpu_worker.slots import SlotTable
+from nanovllm.services.gpu_worker.slots import Layout, SlotTable
 from nanovllm.services.gpu_worker.steps import Decoded
 from nanovllm.settings import Settings
 from tests.checkpoints import write_checkpoint

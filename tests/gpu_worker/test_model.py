@@ -15,9 +15,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from nanovllm.checkpoint import FAMILIES, CheckpointError, ModelConfig
 from nanovllm.kernels.layers.ops import rotate
+from nanovllm.services.gpu_worker.model.layers import RotaryEmbedding, rope_frequencies
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import MODELS, Model, build_model
-from nanovllm.services.gpu_worker.model.rope import RotaryEmbedding, rope_frequencies
 from tests.checkpoints import read_model, write_checkpoint
 from tests.gpu_worker.paged import CPU, PagedSequences, load_model, relative_error
 

@@ -16,12 +16,11 @@ import torch
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.messages import Admission, Sampling, StepPlan, StepResult, pack, unpack
 from nanovllm.services.gpu_worker import bring_up, memory
-from nanovllm.services.gpu_worker.busy import BusyMeter
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import Sizes
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.runner import Loaded, Progress, Report
-from nanovllm.services.gpu_worker.torch_runner import TorchRunner
+from nanovllm.services.gpu_worker.torch_runner import BusyMeter, TorchRunner
 from nanovllm.settings import Settings, SettingsError
 from tests.checkpoints import read_model, write_checkpoint
 from tests.gpu_worker.paged import CPU

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nanovllm.kernels.sampling import reference
 from nanovllm.kernels.sampling.reference import SamplingTensors
-from nanovllm.services.gpu_worker.group import GroupBroken
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+from nanovllm.services.gpu_worker.runner import GroupBroken
 from tests.checkpoints import read_model, write_checkpoint
 from tests.gpu_worker.paged import CPU, relative_error
 from tests.gpu_worker.tp_rank import (

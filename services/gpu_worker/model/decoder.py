@@ -29,11 +29,11 @@ from nanovllm.services.gpu_worker.model.layers import (
     ColumnParallelLinear,
     Factory,
     Projection,
+    RotaryEmbedding,
     RowParallelLinear,
     VocabParallelMatrix,
 )
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, local_heads
-from nanovllm.services.gpu_worker.model.rope import RotaryEmbedding
 
 
 class Decoder(ABC):

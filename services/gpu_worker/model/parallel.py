@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +13,38 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.services.gpu_worker.group import GroupBroken
+from nanovllm.services.gpu_worker.runner import GroupBroken
 
+HOST = "127.0.0.1"
+# For joining, and for any collective while a slower rank still loads. A rank that died is noticed
+# by the link between the ranks, at once.
+TIMEOUT = timedelta(minutes=30)
 # For the first collective. GPUs that cannot reach one another are known by it, before weights are
 # loaded.
 FIRST_TIMEOUT = timedelta(minutes=2)
+
+
+def listen_for_ranks() -> TCPStore:
+    """Rank 0's store, on a free port (its `port`); does not wait for the others."""
+    # A socket of our own: the store's would listen on every interface, and trusts whoever comes.
+    listener = socket.create_server((HOST, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        HOST,
+        port,
+        is_master=True,
+        timeout=TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def reach_rank_0(port: int) -> TCPStore:
+    """Rank 0's store, for another rank."""
+    return TCPStore(HOST, port, is_master=False, timeout=TIMEOUT)
 
 
 @dataclass(frozen=True, slots=True)
