@@ -1,4 +1,4 @@
-"""`python -m nanovllm.services.gpu_worker`"""
+"""The worker process: `python -m nanovllm.services.gpu_worker`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 def main() -> NoReturn:
-    """Runs the command, and ends the process without waiting for anyone.
+    """Runs the command, and ends the process without the interpreter's own exit.
 
-    The interpreter's own way out would run the destructors of torch and its process group while
-    the device thread is inside a collective, which may hang or crash. There is nothing to save.
+    That exit would destroy torch and its process group while the device thread may be inside a
+    collective, which can hang or crash. A worker has nothing to save.
     """
     code = 1
     try:

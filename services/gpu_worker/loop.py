@@ -1,4 +1,8 @@
-"""The loop around a runner: rank 0 serves the scheduler, the other ranks follow rank 0."""
+"""The loop around a runner: rank 0 serves the scheduler, the other ranks follow rank 0.
+
+Rank 0 passes every step plan on before it launches the plan itself, so all ranks run the same steps
+in the same order. The other ranks answer nothing. The group ends when one rank does.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,15 @@ from nanovllm.services.gpu_worker.runner import GroupBroken, Listening, Loaded, 
 from nanovllm.services.gpu_worker.session import Phase, Session
 from nanovllm.transport.links import HEARTBEAT_S, BoundLink, Down, Event, Peer, Received, Up
 
-# When the scheduler's queue was full, the results are offered again after this long.
+# How long to wait before results are offered again to a scheduler whose queue was full.
 RETRY_S = 0.01
-# About 50 µs: as long as the gaps between the operations of a step.
+# How often an OpenMP thread looks for work before it sleeps. Takes about 50 µs, as long as the gaps
+# between the operations of a step.
 SPINS = 3000
 
 
 class Rendezvous(Message, tag="rendezvous"):
-    """Where rank 0 awaits the others, to form a process group: a port of the loopback interface."""
+    """Rank 0 awaits the other ranks at this port of the loopback interface."""
 
     port: int
 
@@ -28,7 +33,7 @@ LeaderToFollower = Rendezvous | Reset | StepPlan
 
 
 def serve(service: Service) -> NoReturn:
-    """Runs this rank; `service.me.index` says which."""
+    """Runs the rank whose number is `service.me.index`."""
     runner = _make_runner(service)
     role: Leader | Follower
     role = Leader(service, runner) if service.me.index == 0 else Follower(service, runner)
@@ -46,28 +51,28 @@ def _make_runner(service: Service) -> Runner:
 
         return SimRunner(settings, ordinary_tokens(service.directory, service.config.vocab_size))
     spin_briefly()
-    # Three seconds and 200 MB of torch, which the simulated device does without.
+    # Imported here, since torch takes three seconds and 200 MB, which a simulated device saves.
     from nanovllm.services.gpu_worker.torch_runner import TorchRunner
 
     return TorchRunner(service.directory, service.config, settings, service.me.index)
 
 
 def spin_briefly() -> None:
-    """Makes OpenMP's threads sleep after a short wait; the user's own settings stay.
+    """Makes OpenMP's threads sleep after a short wait, unless the user's environment says how.
 
-    Call it before torch is imported: later it has no effect.
+    Call this before torch is imported: later it has no effect.
 
-    GNU's OpenMP spins for milliseconds before it sleeps. Where the other services need the cores
-    as well, it thus takes the time of those who have work, of the very thread that it waits for
-    among them, and steps become ten times slower. Sleeping at once is slow too: a thread that is
-    woken at every operation tends to be put on the core of the one that woke it.
+    By default a thread of GNU's OpenMP spins for milliseconds before it sleeps. If other services
+    need the cores, spinning threads take time from threads that have work, even from the thread
+    that they wait for, and steps become ten times slower. Sleeping at once is slow as well: the
+    system tends to put a thread that is woken at every operation on the waker's core.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 class Counts:
-    """What this rank did so far."""
+    """Counts this rank's steps, for its statistics."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -88,7 +93,7 @@ class Counts:
 
 
 class Leader:
-    """Rank 0: takes plans from the scheduler, passes them on, runs them, sends results."""
+    """Rank 0: takes plans from the scheduler, passes them on, runs them, and sends results."""
 
     def __init__(self, service: Service, runner: Runner) -> None:
         self.counts = Counts(runner)
@@ -102,7 +107,7 @@ class Leader:
         self._num_followers = service.settings.tensor_parallel_size - 1
         self._workers: BoundLink[None] | None = None
         if self._num_followers:
-            # Followers say nothing: all they could send is an empty message.
+            # Followers send nothing but heartbeats.
             self._workers = service.bind(
                 service.settings.workers_endpoint, list[None], self._on_follower
             )
@@ -126,7 +131,8 @@ class Leader:
                     self._service.ready(report.detail)
 
     def step(self, now: float) -> float | None:
-        """Sends what there is to say. Returns when to call again at the latest."""
+        """Sends results, or announces the group. Returns in how many seconds to call again at the
+        latest; None: when an event comes."""
         if results := self._session.unsent:
             if self._scheduler.send(results):
                 self._session.sent()
@@ -182,7 +188,8 @@ class Leader:
 
 
 class Follower:
-    """Any other rank: runs what rank 0 runs; its results are the same, and nobody's."""
+    """Any other rank: runs the plans that rank 0 runs. Its results equal rank 0's, and are
+    not sent."""
 
     def __init__(self, service: Service, runner: Runner) -> None:
         self.counts = Counts(runner)
@@ -201,7 +208,7 @@ class Follower:
                     self._service.ready(report.detail)
 
     def step(self, now: float) -> None:
-        """Nothing is sent, and nothing has to be done in time."""
+        """Does nothing: a follower sends nothing, and waits for no time."""
 
     def _on_leader(self, event: Event[LeaderToFollower]) -> None:
         match event:

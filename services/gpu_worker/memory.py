@@ -1,4 +1,4 @@
-"""How many blocks of KV cache there are, and whether they are enough."""
+"""How many KV blocks there are, and whether they are enough. No torch."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import os
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.wording import counted
 
-# On a CPU the cache takes this share of the memory, up to a limit, over all ranks together.
+# On a CPU all ranks' caches together take this share of the memory, and no more than the limit.
 CPU_SHARE = 1 / 8
 CPU_LIMIT = 2 << 30
 
 
 def blocks_per_sequence(settings: Settings) -> int:
-    """Blocks of the longest sequence: the columns of a block table."""
+    """How many blocks the longest sequence takes: the columns of a block table."""
     return -(-settings.max_model_len // settings.kvcache_block_size)
 
 
 def cpu_blocks(settings: Settings, block_bytes: int) -> int:
-    """What a rank takes on a CPU: no more than all slots can use.
+    """How many blocks a rank has on a CPU: no more than all slots can use.
 
     Args:
-        block_bytes: what a block takes on this rank.
+        block_bytes: bytes of a block on this rank.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     budget = min(int(memory * CPU_SHARE), CPU_LIMIT) // settings.tensor_parallel_size
@@ -30,13 +30,13 @@ def cpu_blocks(settings: Settings, block_bytes: int) -> int:
 
 
 def cuda_blocks(settings: Settings, block_bytes: int, total: int, used: int, peak: int) -> int:
-    """What a rank takes on its GPU.
+    """How many blocks a rank has on its GPU.
 
     Args:
-        block_bytes: what a block takes on this rank.
-        total: the GPU's memory, in bytes.
-        used: of it now, by whomever.
-        peak: what the largest step takes beyond that, while it runs.
+        block_bytes: bytes of a block on this rank.
+        total: bytes of the GPU's memory.
+        used: bytes in use now, by any process.
+        peak: bytes that the largest step takes in addition, while it runs.
     """
     budget = int(total * settings.gpu_memory_utilization) - used - peak
     return max(0, budget // block_bytes)
@@ -48,8 +48,8 @@ def check_room_for_one(
     """Raises SettingsError unless the longest sequence fits into `num_blocks` blocks.
 
     Args:
-        block_bytes: what a block takes on a rank; 0 where none has a size.
-        remedy: how to get more memory; used where `num_kvcache_blocks` is not given.
+        block_bytes: bytes of a block on a rank; 0 if blocks take no memory.
+        remedy: how to get more memory, said if `num_kvcache_blocks` is not given.
     """
     needed = blocks_per_sequence(settings)
     if num_blocks >= needed:

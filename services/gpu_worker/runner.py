@@ -1,4 +1,4 @@
-"""What the loop knows of a device: it launches plans, and hears of what became of them."""
+"""The interface between the loop and a device: plans go in, reports come out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanovllm.messages import StepPlan, StepResult
 
 
 class Progress(NamedTuple):
-    """Loading, see `control.Loading`."""
+    """How far loading is, see `control.Loading`."""
 
     stage: LoadingStage
     done: int
@@ -26,7 +26,7 @@ class Listening(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The runner takes plans from here on. `detail` is a few words for the log."""
+    """The runner can take plans. `detail` is for the log."""
 
     num_blocks: int
     detail: str
@@ -36,40 +36,38 @@ Report = Progress | Listening | Loaded | StepResult
 
 
 class GroupBroken(RuntimeError):
-    """A rank of this group is gone, and so the group is."""
+    """A rank of this tensor-parallel group is gone, so the group cannot go on."""
 
 
 class Runner(Protocol):
-    """A device that executes step plans in order, beside the thread that launches them.
-
-    Attributes:
-        descriptor: readable when there are reports.
-    """
+    """A device that runs step plans in order, while the thread that launches them goes on."""
 
     @property
-    def descriptor(self) -> int: ...
+    def descriptor(self) -> int:
+        """A file descriptor that is readable when there are reports."""
 
     @property
-    def slots_used(self) -> int: ...
+    def slots_used(self) -> int:
+        """How many slots hold a sequence."""
 
     def join(self, port: int) -> None:
         """Tells a rank other than 0 where rank 0 listens."""
 
     def launch(self, plan: StepPlan) -> None:
-        """Enqueues a step; never waits for the device. Call it after `Loaded`."""
+        """Enqueues a step, without waiting for the device. Call this after `Loaded` only."""
 
     def reset(self) -> None:
         """Empties all slots, after the steps launched so far."""
 
     def reports(self) -> list[Report]:
-        """What has happened since the last call, results in the order of their plans.
+        """All reports since the last call, results in the order of their plans.
 
-        Raises whatever ended one of the runner's threads.
+        Raises the exception that ended one of the runner's threads, if one has ended.
         """
 
 
 class Outbox:
-    """Reports on their way from a runner's threads to the loop; wakes it through a pipe."""
+    """Reports on their way from a runner's threads to the loop, which a pipe wakes up."""
 
     def __init__(self) -> None:
         self.descriptor, self._write_end = os.pipe()
@@ -78,14 +76,14 @@ class Outbox:
         self._reports: deque[Report | BaseException] = deque()
 
     def put(self, report: Report | BaseException) -> None:
-        """Hands on a report, or the exception that ends a thread."""
+        """Passes on a report, or the exception that ends a thread."""
         self._reports.append(report)
-        with suppress(BlockingIOError):  # full: the loop will wake up anyway
+        with suppress(BlockingIOError):  # full, so the loop wakes up anyway
             os.write(self._write_end, b"\0")
 
     def take(self) -> list[Report]:
         """All reports so far. Raises the exception that was put, if there is one."""
-        # First the pipe, then the reports: one put in between costs a wake-up, and is not lost.
+        # The pipe first: a report put in between then costs a wake-up, but is not lost.
         with suppress(BlockingIOError):
             os.read(self.descriptor, 65536)
         taken: list[Report] = []

@@ -1,6 +1,6 @@
-"""Rank 0's side of its dialogue with the scheduler: which plans to take, which results to keep.
+"""Rank 0's dialogue with the scheduler: which plans to run, and which results to keep.
 
-No sockets and no clock: the loop tells it what happened, and asks what there is to say.
+A session knows no socket and no clock: the loop tells it what happened, and asks what to send.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ class Phase(Enum):
     DRAINING = auto()
     """Steps of a scheduler that is gone are still running."""
     WAITING = auto()
-    """Empty; announces itself until a `Reset` comes."""
+    """No step is running. Rank 0 announces the group until a `Reset` comes."""
     SERVING = auto()
 
 
 class Session:
-    """One life of the scheduler, as rank 0 sees it.
+    """The plans and results of one incarnation of the scheduler after another.
+
+    A result may be lost with a connection. So the result of plan n is kept until plan n + depth
+    comes, which the scheduler sends only after it has that result.
 
     Args:
-        depth: plans that the scheduler keeps in flight. Plan n + depth is sent only after the
-            result of plan n has arrived, so until then that result is kept: it may be lost with
-            a connection.
+        depth: how many plans the scheduler keeps in flight.
     """
 
     def __init__(self, depth: int) -> None:
@@ -40,17 +41,17 @@ class Session:
         self.phase = Phase.WAITING
 
     def reborn(self) -> None:
-        """The scheduler is there in a new life: it knows nothing of plans and results."""
+        """A new incarnation of the scheduler is there. It knows no earlier plan or result."""
         self._kept.clear()
         self._unsent = 0
         self.phase = Phase.DRAINING if self._in_flight else Phase.WAITING
 
     def reconnected(self) -> None:
-        """The link was made anew: what was sent last may be lost."""
+        """The same incarnation is connected again. Results sent before may be lost."""
         self._unsent = len(self._kept)
 
     def accepts_reset(self, number: int) -> bool:
-        """Whether to empty all slots now. A copy of a reset that was obeyed already is refused."""
+        """Whether to empty all slots now: not if this reset has been obeyed already."""
         if self.phase is Phase.DRAINING or (self.phase is Phase.SERVING and number < self._next):
             log.warning("dropped a reset to plan %d while %s", number, self._state())
             return False
@@ -59,7 +60,7 @@ class Session:
         return True
 
     def accepts_plan(self, number: int) -> bool:
-        """Whether to run this plan now: it is the next one. Copies are refused silently."""
+        """Whether to run this plan now: only if it is the next one. A copy is refused silently."""
         if self.phase is not Phase.SERVING or number > self._next:
             log.warning("dropped plan %d while %s", number, self._state())
             return False
@@ -73,7 +74,7 @@ class Session:
         return True
 
     def finished(self, result: StepResult) -> None:
-        """A step has ended; results come in the order of their plans."""
+        """Takes the result of the oldest step in flight."""
         self._in_flight -= 1
         if self.phase is Phase.DRAINING:
             if not self._in_flight:
@@ -89,7 +90,7 @@ class Session:
         return kept[len(kept) - self._unsent :]
 
     def sent(self) -> None:
-        """All that was unsent has been sent."""
+        """Notes that all of `unsent` was sent."""
         self._unsent = 0
 
     def _state(self) -> str:

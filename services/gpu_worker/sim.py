@@ -1,8 +1,8 @@
-"""`--device sim`: no model, but a device's timing and its interface, to measure the pipeline by.
+"""`--device sim`: the timing and interface of a device without a model, to measure the pipeline.
 
-A step takes a fixed time on a device that executes one after the other, and its tokens are a
-well-mixed function of (seed, position), so that a sequence is the same however it was batched,
-preempted or resumed.
+The device runs one step after another, and each takes a fixed time. A token is a well-mixed
+function of (seed, position), so that a sequence is the same however it was batched, preempted or
+resumed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STAMP_MODULO = 1 << 24
 
 
 class SimRunner:
-    """See the module. Implements `Runner`.
+    """Implements `Runner`.
 
     Args:
         vocabulary: int32 [v], the token ids to draw from.
@@ -50,7 +50,7 @@ class SimRunner:
         self._start = time.monotonic()
         self._device = SimDevice(settings.sim_step_ms / 1000, self._start)
         self._timer = Timer()
-        # What is to be reported, and when: steps end in the order of their launch.
+        # Reports and when each is due. Steps end in the order of their launch.
         loaded = Loaded(num_blocks, f"sim, {settings.sim_step_ms:g} ms a step")
         self._coming: deque[tuple[float, Report]] = deque([(self._start, loaded)])
         self._timer.set(self._start)
@@ -64,7 +64,7 @@ class SimRunner:
         return self._slots.used
 
     def join(self, port: int) -> None:
-        """Ranks of a simulated device have nothing to tell one another."""
+        """Does nothing: simulated ranks form no process group."""
 
     def launch(self, plan: StepPlan) -> None:
         step = self._device.launch(time.monotonic())
@@ -103,10 +103,10 @@ class SimRunner:
         return reports
 
     def _logprobs(self, batch: Batch, indices: NDArray[np.int64], end: float) -> list[RowLogprobs]:
-        """The likeliest are the chosen token and others, each half as likely as the one before.
+        """The likeliest tokens are the chosen one and others, each half as likely as the last.
 
-        What stands with the chosen token is no probability but a time stamp, by which the lag from
-        device to client can be measured: minus `end` in µs, modulo STAMP_MODULO.
+        The value of the chosen token is no probability but a time stamp, which tells the lag from
+        device to client: minus `end` in µs, modulo STAMP_MODULO.
         """
         stamp = -(int(end * 1e6) % STAMP_MODULO)
         found = []
@@ -120,17 +120,17 @@ class SimRunner:
 
 
 class SimStep(NamedTuple):
-    """When a step ends, and for how long the device has been busy by then; in seconds."""
+    """When a step ends, and how long the device has been busy by then, both in seconds."""
 
     end: float
     busy: float
 
 
 class SimDevice:
-    """A queue of steps of equal length: each starts when the one before has ended, or at once.
+    """A queue of steps of equal length. A step starts when the step before it has ended.
 
-    Ends are computed, not observed, so that a host that is late to notice one does not make the
-    device slower, nor seem busier, than it is.
+    Ends are computed, not observed. So a host that notices an end late makes the device neither
+    slower nor seemingly busier.
     """
 
     def __init__(self, step_s: float, start: float) -> None:
@@ -146,7 +146,7 @@ class SimDevice:
 
 def draw(seeds: NDArray[np.int64], positions: NDArray[np.int32], size: int) -> NDArray[np.int64]:
     """An index in [0, size) for each (seed, position): the finalizer of splitmix64 (Steele et al.,
-    2014) over both, each times an odd constant; wraps around."""
+    2014) over the sum of both, each times an odd constant, modulo 2**64."""
     x = seeds.view(np.uint64) * _SEED_FACTOR + positions.astype(np.uint64) * _POSITION_FACTOR
     x = (x ^ (x >> _SHIFTS[0])) * _FACTORS[0]
     x = (x ^ (x >> _SHIFTS[1])) * _FACTORS[1]
@@ -155,7 +155,7 @@ def draw(seeds: NDArray[np.int64], positions: NDArray[np.int32], size: int) -> N
 
 
 def ordinary_tokens(directory: Path, vocab_size: int) -> NDArray[np.int32]:
-    """The ids that stand for text: neither special, nor the end of a sequence.
+    """int32 [v], the ids of tokens that are text: neither special nor an end of sequence.
 
     Raises CheckpointError if the tokenizer cannot be read, or has no such token.
     """

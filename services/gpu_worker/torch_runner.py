@@ -1,8 +1,8 @@
 """The runner of a real model, on a CPU or on CUDA.
 
-A thread of its own loads the model and executes steps, so that the loop is free to hear of new
-plans, dead ranks and signals: on a CPU torch computes in that thread, with the interpreter's lock
-released; on CUDA it only enqueues, and a second thread waits for each step's results.
+A device thread loads the model and runs steps, so that the loop is free for new plans, dead ranks
+and signals. On a CPU torch computes in the device thread, and releases the interpreter's lock. On
+CUDA the device thread only enqueues, and a results thread waits for each step.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ PROGRESS_INTERVAL_S = 0.1
 
 
 class TorchRunner:
-    """See the module. Implements `Runner`.
+    """Implements `Runner`.
 
     Args:
-        directory: the checkpoint's.
-        config: its shape.
+        directory: the checkpoint's directory.
+        config: the checkpoint's shape.
         settings: settled, see `service.settled`.
         rank: this rank in its tensor-parallel group.
     """
@@ -82,7 +82,7 @@ class TorchRunner:
         def guarded() -> None:
             try:
                 body()
-            except BaseException as error:  # raised again by the loop: it ends the process
+            except BaseException as error:  # the loop raises it again, which ends the process
                 self._outbox.put(error)
 
         threading.Thread(target=guarded, name=name, daemon=True).start()
@@ -111,7 +111,8 @@ class TorchRunner:
                 finish(executor.step(plan))
 
     def _finish_enqueued(self, device: torch.device) -> None:
-        # Each thread has its own current device: to wait on another would take memory of the first.
+        # The current device is a thread's own. A wait on another device than the current one would
+        # take memory on the current one.
         torch.cuda.set_device(device)
         while True:
             self._finish(self._enqueued.get())
@@ -137,8 +138,8 @@ class TorchRunner:
         return TensorParallel.connect(self._rank, size, store, device)
 
     def _tell_progress(self) -> bring_up.Progress:
-        """Passes on how loading goes, at most every PROGRESS_INTERVAL_S, and each stage's begin
-        and end."""
+        """Reports how far loading is: the begin and end of each stage, and in between at most every
+        PROGRESS_INTERVAL_S seconds."""
         told = 0.0
 
         def tell(stage: LoadingStage, done: int, total: int) -> None:
@@ -154,7 +155,7 @@ class TorchRunner:
 class BusyMeter:
     """Adds up the time in which at least one step was launched and not finished.
 
-    Times are seconds of one clock; `launched` and `finished` may be called by different threads.
+    Times are seconds of one clock. Threads may differ in which of the methods they call.
     """
 
     def __init__(self) -> None:

@@ -79,7 +79,8 @@ class Decoder(ABC):
         attention: AttentionBatch,
         kv_cache: Sequence[LayerCache],
     ) -> Tensor:
-        # Before the embedding: the layers' kernels look ahead at it, see `kernels.overlap`.
+        # Before the embedding, since the layers' kernels read `rotation` ahead of their
+        # predecessors' end, see `kernels.overlap`.
         rotation = self.rotary(positions)
         x, residual = self.embedding.embed(token_ids), None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
@@ -120,7 +121,7 @@ class _Layer:
         attention: AttentionBatch,
         cache: LayerCache,
     ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream before and after, see `kernels.layers.ops`."""
+        """Takes and returns the residual stream as two tensors, see `kernels.layers.ops`."""
         x, residual = self.attention.forward(x, residual, rotation, slot_mapping, attention, cache)
         return self.mlp.forward(x, residual)
 

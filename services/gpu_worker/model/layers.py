@@ -1,7 +1,7 @@
-"""The layers of a dense Qwen3, each holding this rank's shard of its weights.
+"""The layers that models are made of. A layer holds this rank's shard of its weights.
 
-A layer's `checkpoint_tensors` says where each tensor of the checkpoint belongs; the loader needs
-nothing else. Layers are built with uninitialized weights.
+A layer is built with uninitialized weights. The layer's `checkpoint_tensors` says where in them
+each tensor of the checkpoint belongs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabSha
 
 
 class Factory(NamedTuple):
-    """Where and as what a model's weights are made, and what computes on them there."""
+    """Makes weights of one dtype on one device. `ops` are the fastest layer ops there."""
 
     dtype: torch.dtype
     device: torch.device
@@ -35,13 +35,13 @@ class Factory(NamedTuple):
 
 
 class CheckpointTensor(NamedTuple):
-    """Where this rank's part of a tensor of the checkpoint goes.
+    """Where this rank's part of one tensor of the checkpoint goes.
 
     Attributes:
-        name: its name in the checkpoint.
-        shape: its whole shape.
-        target: the view to fill; as large as the part.
-        dim: the dimension along which the part is cut out, or None for the whole tensor.
+        name: the tensor's name in the checkpoint.
+        shape: the whole tensor's shape.
+        target: the view of a weight to fill, as large as the part.
+        dim: the dimension along which the part is cut out; None if the part is the whole tensor.
         start: the part's first index along `dim`.
     """
 
@@ -57,13 +57,13 @@ class CheckpointTensor(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """One projection of a ColumnParallelLinear: rows of its weight.
+    """One projection of a ColumnParallelLinear: some rows of its weight.
 
     Attributes:
-        name: in the checkpoint, under the layer's prefix.
+        name: the projection's name in the checkpoint, after the layer's prefix.
         size: rows of the whole projection.
         local_size: rows of this rank's part.
-        start: the first of them.
+        start: the first row of this rank's part.
     """
 
     name: str
@@ -73,8 +73,9 @@ class Projection(NamedTuple):
 
 
 class ColumnParallelLinear:
-    """Projections of the normalized residual stream, as one matrix; each rank has some outputs of
-    each. Where gated, the first one's give silu(gate) * up with the second's."""
+    """Projections of the normalized residual stream, as one matrix. A rank computes some outputs of
+    each projection. If `gated`, there are two projections, and the output is silu(first) * second.
+    """
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class ColumnParallelLinear:
         self.ops = factory.ops
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the projections and the stream, see `kernels.layers.ops`."""
+        """Returns the projections and the residual stream, see `kernels.layers.ops`."""
         return self.ops.norm_linear(x, residual, self.norm, self.weight, self.bias, self.gated)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
@@ -112,8 +113,8 @@ class ColumnParallelLinear:
 
 
 class RowParallelLinear:
-    """A projection into the residual stream whose inputs are spread over the ranks; its output is
-    their sum."""
+    """A projection into the residual stream. A rank has some of the inputs, and the output is the
+    sum over the ranks."""
 
     def __init__(
         self, inputs: int, outputs: int, bias: bool, tp: TensorParallel, factory: Factory
@@ -125,7 +126,7 @@ class RowParallelLinear:
         self.ops = factory.ops
 
     def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the stream, see `kernels.layers.ops`."""
+        """Returns the residual stream, see `kernels.layers.ops`."""
         if self.tp.size == 1:
             return self.ops.linear_add(x, self.weight, self.bias, residual)
         total = self.tp.all_reduce(F.linear(x, self.weight))
@@ -141,9 +142,11 @@ class RowParallelLinear:
 
 
 class VocabParallelMatrix:
-    """A row for each token id, as embedding, as head, or both: rank r has the ids from
-    r * shard up to (r + 1) * shard. Where TP does not divide the vocabulary, the last shards are
-    padded with zeros."""
+    """A row of weights for each token id, used as embedding, as head, or as both.
+
+    Rank r has the ids from r * shard up to (r + 1) * shard. If the ranks do not divide the
+    vocabulary, the last shards are padded with zeros.
+    """
 
     def __init__(self, vocab_size: int, width: int, tp: TensorParallel, factory: Factory) -> None:
         self.vocab_size = vocab_size
@@ -165,8 +168,8 @@ class VocabParallelMatrix:
         return self.tp.all_reduce(rows.masked_fill(elsewhere[:, None], 0))
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden [rows, width]. Returns [rows, shard], in `out` if given: those of this rank's ids,
-        and -inf where the shard is padded."""
+        """hidden [rows, width]. Returns [rows, shard], in `out` if given: the logits of this rank's
+        ids, and -inf where the shard is padded."""
         local = torch.mm(hidden, self.weight.t(), out=out)
         if self.rows < self.shard:
             local[:, self.rows :] = -torch.inf
@@ -179,11 +182,13 @@ class VocabParallelMatrix:
         )
 
 
-# Rotary position embedding ----------------------------------------------------------------------
-
-
 class RotaryEmbedding:
-    """Cosines and sines of every position below `max_model_len`, computed once."""
+    """Rotary position embedding (Su et al., 2021, "RoFormer") and its context extensions: the
+    cosines and sines of every position below `max_model_len`.
+
+    Only scalings whose frequencies are the same at every length are served. With others (`dynamic`,
+    `longrope`) the frequencies change as a sequence grows, and keys in the cache would not match.
+    """
 
     def __init__(self, config: ModelConfig, max_model_len: int, device: torch.device) -> None:
         """Raises CheckpointError for a rope type that is not served or lacks a parameter."""
@@ -193,7 +198,7 @@ class RotaryEmbedding:
         self._table = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
 
     def __call__(self, positions: Tensor) -> Tensor:
-        """Args: positions int64 [T]. Returns float32 [T, head_dim], cosines and then sines."""
+        """positions int64 [T]. Returns float32 [T, head_dim]: cosines, then sines."""
         return F.embedding(positions, self._table)
 
 
@@ -234,8 +239,8 @@ def _linear(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def _llama3(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
-    """Llama 3.1's: long wavelengths are divided by the factor, short ones kept, and those in
-    between interpolated."""
+    """Llama 3.1's scaling: low frequencies are divided by the factor, high ones are kept, and those
+    between are interpolated."""
     rope = config.rope
     low = _required(rope, "low_freq_factor")
     high = _required(rope, "high_freq_factor")
@@ -245,14 +250,14 @@ def _llama3(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def _yarn(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
-    """YaRN (Peng et al., 2023): dimensions that turn often within the original length keep their
-    frequency, those that turn seldom are divided by the factor, with a linear ramp between."""
+    """YaRN (Peng et al., 2023): a dimension that turns often within the original length keeps its
+    frequency, one that turns seldom has it divided by the factor, with a linear ramp between."""
     rope = config.rope
     original = _original_length(config)
     factor = rope.factor or config.max_position_embeddings / original
 
     def dimension(turns: float) -> float:
-        """The (fractional) pair of dimensions that turns so often within `original` tokens."""
+        """Which pair of dimensions (a fraction) turns so often within `original` tokens."""
         ratio = math.log(original / (turns * 2 * math.pi)) / math.log(rope.rope_theta)
         return config.head_dim * ratio / 2
 

@@ -1,6 +1,6 @@
 """Reads a checkpoint's safetensors straight into a rank's shard of the model.
 
-Only the slices that the rank holds are read, and each is converted as it is copied to its place,
+A rank reads only the slices that it holds. Each slice is converted while it is copied to its place,
 so that the weights are never in memory twice.
 """
 
@@ -18,7 +18,7 @@ from nanovllm.services.gpu_worker.model.layers import CheckpointTensor
 from nanovllm.services.gpu_worker.model.registry import Model
 
 Progress = Callable[[int, int], None]
-"""Is told bytes done and bytes in total, as they lie in this rank's memory."""
+"""Takes the bytes done and the bytes in total, counted as this rank's memory holds them."""
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -58,7 +58,7 @@ def load_checkpoint(model: Model, directory: Path, progress: Progress) -> None:
 
 
 def _files_of_tensors(directory: Path) -> dict[str, Path]:
-    """Tensor names of the checkpoint, and the file that each is in."""
+    """The file of each tensor, by the tensor's name."""
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if index.exists():
         try:

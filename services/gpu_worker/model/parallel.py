@@ -1,4 +1,7 @@
-"""Tensor parallelism: who this rank is, its heads, and the collectives of a forward pass."""
+"""Tensor parallelism: how the ranks find one another, their collectives, and who has which heads.
+
+All ranks are on one machine. Rank 0 listens at a free port and tells the others which (see `loop`).
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ from nanovllm.checkpoint import ModelConfig
 from nanovllm.services.gpu_worker.runner import GroupBroken
 
 HOST = "127.0.0.1"
-# For joining, and for any collective while a slower rank still loads. A rank that died is noticed
-# by the link between the ranks, at once.
+# Of joining, and of a collective while a slower rank still loads. The death of a rank is noticed at
+# once by the link between the ranks.
 TIMEOUT = timedelta(minutes=30)
-# For the first collective. GPUs that cannot reach one another are known by it, before weights are
+# Of the first collective, which shows whether the GPUs can reach one another before weights are
 # loaded.
 FIRST_TIMEOUT = timedelta(minutes=2)
 
 
 def listen_for_ranks() -> TCPStore:
-    """Rank 0's store, on a free port (its `port`); does not wait for the others."""
-    # A socket of our own: the store's would listen on every interface, and trusts whoever comes.
+    """Rank 0's store, at a free port (its `port`). Does not wait for the other ranks."""
+    # The store's own socket would listen on every interface, and a store trusts whoever connects.
     listener = socket.create_server((HOST, 0))
     port = listener.getsockname()[1]
     return TCPStore(
@@ -43,16 +46,17 @@ def listen_for_ranks() -> TCPStore:
 
 
 def reach_rank_0(port: int) -> TCPStore:
-    """Rank 0's store, for another rank."""
+    """Rank 0's store, as another rank uses it."""
     return TCPStore(HOST, port, is_master=False, timeout=TIMEOUT)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """This rank's place in its group. With size 1 (the default) collectives do nothing.
+    """One rank of a group. With size 1 (the default) collectives do nothing.
 
     All ranks must make the same calls in the same order with the same shapes. A call raises
-    GroupBroken where it fails, as it does when another rank is gone, but for faults of this device.
+    GroupBroken if it fails, as when another rank is gone; a fault of this rank's own device is
+    raised as torch raises it.
     """
 
     rank: int = 0
@@ -61,21 +65,22 @@ class TensorParallel:
 
     @classmethod
     def connect(cls, rank: int, size: int, store: Store, device: torch.device) -> TensorParallel:
-        """Joins the group: NCCL on CUDA, gloo on a CPU. Blocks until all ranks are there.
+        """Joins the group: NCCL on CUDA, gloo on a CPU. Blocks until all ranks have joined.
 
         Args:
-            store: where the ranks find one another; its timeout is that of joining and of each
-                collective.
+            store: where the ranks find one another. The store's timeout holds for joining and for
+                each collective.
             device: this rank's device, which collectives run on.
 
-        Raises GroupBroken if the others do not come, or not in time.
+        Raises:
+            GroupBroken: if the other ranks do not join in time.
         """
         if sys.platform == "linux":
-            # Else they bind to what the host's name resolves to, or its first interface.
+            # By default they bind to the address of the host's name, or to the first interface.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-        # All calls, in graphs and outside, follow one another in one stream: NCCL need not record
-        # an event at each of those in a graph.
+        # All collectives, in graphs and outside, are in one stream. So NCCL need not record an
+        # event at each collective of a graph.
         os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
         on_cuda = device.type == "cuda"
         _together(
@@ -111,7 +116,7 @@ class TensorParallel:
         return parts.view(self.size, rows, columns).transpose(0, 1).flatten(1)
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """Of x [size, ...], part r goes to rank r; returns what came from each rank."""
+        """x [size, ...]: part r goes to rank r. Returns the same shape: part r came from rank r."""
         if self.group is None:
             return x
         received = torch.empty_like(x)
@@ -119,7 +124,7 @@ class TensorParallel:
         return received
 
     def minimum(self, value: int, device: torch.device) -> int:
-        """The least of all ranks' `value`, on the host (not for the step's path: it waits)."""
+        """The least of all ranks' `value`. Not for the step path: the host waits for the device."""
         if self.group is None:
             return value
         least = torch.tensor(value, dtype=torch.int64, device=device)
@@ -132,13 +137,13 @@ def _reach_all(device: torch.device) -> None:
 
 
 def _together(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Makes a call that all ranks must make."""
+    """Makes a call that all ranks make together."""
     try:
         call(*args, **kwargs)
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own
         raise
-    except RuntimeError as error:  # gloo and NCCL have no narrower one in common
-        # NCCL says what happened in the last lines.
+    except RuntimeError as error:  # gloo and NCCL share no narrower class
+        # NCCL says in the last lines what happened.
         reason = "; ".join(filter(None, map(str.strip, str(error).splitlines())))
         raise GroupBroken(
             f"a rank of this tensor-parallel group does not answer: {reason}"
@@ -153,7 +158,8 @@ class VocabShard(NamedTuple):
 
 
 class LocalHeads(NamedTuple):
-    """A rank's attention heads: query heads [first, first + num), and as much for key/value."""
+    """A rank's heads: query heads [first, first + num), and key/value heads
+    [first_kv, first_kv + num_kv)."""
 
     first: int
     num: int
@@ -162,7 +168,8 @@ class LocalHeads(NamedTuple):
 
 
 def local_heads(config: ModelConfig, tp: TensorParallel) -> LocalHeads:
-    """Heads spread over the ranks; key/value heads are replicated where TP exceeds them."""
+    """The heads of this rank. If there are more ranks than key/value heads, several ranks have the
+    same key/value head."""
     num = config.num_attention_heads // tp.size
     return LocalHeads(
         first=tp.rank * num,
