@@ -142,12 +142,12 @@ class BareLoop:
 
     def __init__(self, settings: Settings, config: ModelConfig) -> None:
         spin_briefly()
-        from nanovllm.services.gpu_worker import bring_up
+        from nanovllm.services.gpu_worker import startup
         from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 
         directory = resolve_model(settings.model)
-        device = bring_up.choose_device(settings, rank=0)
-        loaded = bring_up.load(
+        device = startup.choose_device(settings, rank=0)
+        loaded = startup.load(
             directory, config, settings, device, TensorParallel(), lambda *_: None
         )
         self._settings = settings

@@ -1,7 +1,7 @@
-"""Runs step plans on the model: slot state in, sampled tokens out.
+"""Runs step plans on one rank's model, cache and slots.
 
-Nothing here waits for the device: a step is enqueued, and its tokens are on their way to the host
-when `step` returns. They are also where the next step needs them, on the device.
+Nothing here waits for the device. When `step` returns, the step is enqueued, and so is the copy of
+its tokens to the host. The next step finds the tokens on the device.
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ from nanovllm.settings import Settings
 
 
 class SampledLogprobs(NamedTuple):
-    """int32 and float32 [r, most asked for + 1] of the r rows that asked; `rows` has each one's
-    index among those that sampled, and how many it asked for."""
+    """Log-probabilities of the r rows that asked.
+
+    Attributes:
+        rows: of each row its index among the rows that sampled, and how many likeliest tokens it
+            asked for.
+        token_ids, values: int32 and float32 [r, most asked for + 1], see `sampling.logprobs`.
+    """
 
     rows: list[tuple[int, int]]
     token_ids: Tensor
@@ -35,14 +40,14 @@ class SampledLogprobs(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What a step sampled; on the host once `wait` returns.
+    """What a step sampled. Its tensors are complete once `wait` has returned.
 
     Attributes:
-        number: the plan's.
-        token_ids: int32 [s].
-        logprobs: None if no row asked.
-        started, on_host: when the device began the step, and when all of this was on the host;
-            None if the device is the host.
+        number: the plan's number.
+        token_ids: int32 [s], on the host.
+        logprobs: on the host; None if no row asked.
+        started, on_host: events at the step's begin and after the copies to the host; None on a
+            CPU.
     """
 
     number: int
@@ -56,14 +61,13 @@ class Sampled(NamedTuple):
             self.on_host.synchronize()
 
     def device_seconds(self) -> float | None:
-        """How long the step took on the device, by its own clock; None if that is the host.
-        Call `wait` first."""
+        """How long the step took by the device's clock; None on a CPU. Call `wait` first."""
         if self.started is None or self.on_host is None:
             return None
         return float(self.started.elapsed_time(self.on_host)) / 1000
 
     def result(self, busy_us: int, at_us: int) -> StepResult:
-        """As a message; call `wait` first."""
+        """The step's result as a message. Call `wait` first."""
         return StepResult(
             number=self.number,
             token_ids=pack(self.token_ids.numpy()),
@@ -74,11 +78,11 @@ class Sampled(NamedTuple):
 
 
 class Executor:
-    """One rank's model, cache and slots.
+    """See the module.
 
     Args:
+        kv_cache: one for each layer. The last block is a spare one, which no sequence gets.
         device: where model and cache are.
-        kv_cache: one for each layer; its last block is not the scheduler's.
     """
 
     @torch.inference_mode()
@@ -95,7 +99,6 @@ class Executor:
         self._logits_like = model.head.weight
         self._device = device
         self.slots = SlotTable(settings.max_num_seqs)
-        # The last block belongs to no sequence.
         spare_block = len(kv_cache[0].k) - 1
         max_blocks = blocks_per_sequence(settings)
         self._state = DeviceState(settings.max_num_seqs, max_blocks, spare_block, device)
@@ -106,15 +109,16 @@ class Executor:
     def capture_graphs(
         self, sizes: Sizes, capture: Capture, progress: Callable[[int, int], None]
     ) -> None:
-        """From here on, steps are replayed where one of these sizes has room for them.
+        """Captures steps of these sizes. From here on, a step that one of them has room for is
+        replayed.
 
         Args:
-            capture: turns a step into what replays it.
-            progress: told how many graphs are captured, of how many.
+            capture: turns a step into a function that replays it.
+            progress: takes the number of graphs captured, and the number in total.
         """
         steps = self._steps
         rows = max(sizes.decodes[-1], *(layout.samples for layout in sizes.mixed))
-        # One for all graphs: else each would keep its own.
+        # All graphs write to the same logits. Otherwise each graph would keep logits of its own.
         logits = self._logits_like.new_empty(rows, len(self._logits_like))
 
         def decode(slots: Tensor) -> Decoded:
@@ -124,8 +128,9 @@ class Executor:
             return steps.mixed(columns, layout, steps.bounds(layout), logits[: layout.samples])
 
         steps.warm_up()
-        nobodys = self._state.padding_slot
-        self._graphs = StepGraphs(decode, mixed, sizes, nobodys, self._device, capture, progress)
+        self._graphs = StepGraphs(
+            decode, mixed, sizes, self._state.padding_slot, self._device, capture, progress
+        )
 
     def reset(self) -> None:
         """Empties all slots."""
@@ -133,7 +138,7 @@ class Executor:
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> Sampled:
-        """Enqueues a step. All ranks must call it with the same plans."""
+        """Enqueues a step. All ranks must be given the same plans in the same order."""
         batch = self.slots.apply(plan)
         started = _event(self._device)
         self._state.update(batch)
@@ -156,7 +161,7 @@ class Executor:
         logprobs: SampledLogprobs | None,
         started: torch.cuda.Event | None,
     ) -> Sampled:
-        """Sends what was sampled, int32 [s], on its way to the host."""
+        """Enqueues the copies to the host of token ids int32 [s] and log-probabilities."""
         if logprobs is not None:
             logprobs = SampledLogprobs(
                 logprobs.rows, _to_host(logprobs.token_ids), _to_host(logprobs.values)
@@ -174,17 +179,17 @@ class Executor:
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
-    """The moment at which the device comes to this point of its queue."""
+    """An event for this point of the device's queue; None on a CPU."""
     if device.type != "cuda":
         return None
-    # Blocking: who waits for it sleeps.
+    # Blocking: a thread that waits for the event sleeps, and does not spin.
     event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 
 
 def _to_host(x: Tensor) -> Tensor:
-    # From CUDA this lands in pinned memory, else it could not go on by itself.
+    # From CUDA torch copies to pinned memory, so that nothing waits for the copy.
     return x.to("cpu", non_blocking=True)
 
 

@@ -1,8 +1,9 @@
-"""The host's mirror of the slots: turns step plans into ragged batches. No torch, no device.
+"""The host's mirror of the slots: turns a step plan into a ragged batch, and into the columns that
+the device is sent. No torch.
 
-The host never knows a sampled token when it plans with it, but it always knows how many there are:
-each row that samples adds one. So lengths, positions and block tables are known here ahead of the
-device, and only tokens stay there.
+When the host launches a step, it does not know the tokens of the steps before, but it knows how
+many they are: each row that samples adds one. So the host has lengths, positions and block tables
+ahead of the device, and only the tokens stay on the device.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ NO_LOGPROBS = -1
 
 
 class Batch(NamedTuple):
-    """What one plan changes and runs. Its n rows are d decodes, then p prefill chunks with t
-    tokens together; s of the rows sample.
+    """What one plan changes and runs. The n rows are d decodes, then p prefill chunks of t tokens
+    together; s of the rows sample.
 
     Attributes:
-        admitted: sequences that took a slot; their tokens and sampling parameters.
+        admitted: sequences that take a slot.
         block_updates: int32 [u, 3], (slot, column, block): entries of the block tables to write.
-        decode_slots: int32 [d]; token and position of each are on the device.
+        decode_slots: int32 [d]; the tokens and positions of decodes are on the device.
         chunk_slots: int32 [p].
         chunk_tokens: int32 [t], token ids.
         chunk_positions: int32 [t], each token's index in its sequence.
         query_lens: int32 [n]; 1 for each decode.
         context_lens: int32 [n], query tokens included.
         sampling_rows: int32 [s]: all decodes, then the chunks that reach their last token.
-        sampling_slots: int32 [s], their slots: each at most once.
-        sampled_positions: int32 [s], index in its sequence of each token to be sampled.
+        sampling_slots: int32 [s], the slots of `sampling_rows`, each at most once.
+        sampled_positions: int32 [s], each sampled token's index in its sequence.
         whole_rows: int32 [w], which of the s rows need whole logits: they may draw from more than
             CANDIDATES tokens.
-        logprobs: int32 [s], how many likeliest tokens each wants, or NO_LOGPROBS.
+        logprobs: int32 [s], how many likeliest tokens to report, or NO_LOGPROBS.
     """
 
     admitted: Sequence[Admission]
@@ -58,16 +59,15 @@ class Batch(NamedTuple):
 
     @property
     def wants_logprobs(self) -> list[tuple[int, int]]:
-        """(row among those that sample, how many likeliest) of those that asked."""
+        """(index among the s rows, how many likeliest tokens) of each row that asked."""
         rows = (self.logprobs != NO_LOGPROBS).nonzero()[0]
         return list(zip(rows.tolist(), self.logprobs[rows].tolist(), strict=True))
 
 
 class SlotTable:
-    """Lengths and sampling of every slot, as of the last plan applied.
+    """What the host knows of every slot after the last plan applied.
 
-    Plans come from the scheduler, which has checked them; a slot that does not exist raises
-    IndexError.
+    Plans are trusted: the scheduler has checked them. A slot that does not exist raises IndexError.
     """
 
     def __init__(self, max_num_seqs: int) -> None:
@@ -83,7 +83,7 @@ class SlotTable:
 
     @property
     def used(self) -> int:
-        """Slots that hold a sequence."""
+        """How many slots hold a sequence."""
         return len(self._used)
 
     def reset(self) -> None:
@@ -175,8 +175,8 @@ def _needs_whole_logits(sampling: Sampling) -> bool:
 
 
 class _Chunks(NamedTuple):
-    """Prefill chunks: int32 [p] each, but for `tokens` and `positions`, int32 [t], and
-    `complete`, the indices of those that reach their sequence's last token."""
+    """p prefill chunks: int32 [p] each, except for `tokens` and `positions`, int32 [t], and for
+    `complete`, the indices of the chunks that reach their sequence's last token."""
 
     slots: Int32s
     lengths: Int32s
@@ -186,12 +186,17 @@ class _Chunks(NamedTuple):
     complete: Int32s
 
 
-# What most steps have.
+# Most steps have no chunks.
 _NO_CHUNKS = _Chunks(*[np.empty(0, dtype=np.int32)] * 6)
 
 
 class Layout(NamedTuple):
-    """Room for so many decodes, prefill chunks, tokens of them all, and rows that sample."""
+    """Room for so many decodes, prefill chunks, tokens of all chunks, and rows that sample.
+
+    A step that is launched has a layout of exactly its size. A step that is replayed has the
+    graph's layout, which may have room left: rows of the padding slot, chunks without tokens, and
+    tokens of no chunk.
+    """
 
     decodes: int
     chunks: int
@@ -200,7 +205,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> Layout:
-        """No larger than the batch is."""
+        """The layout of exactly the batch's size."""
         return cls(
             len(batch.decode_slots),
             len(batch.chunk_slots),
@@ -210,7 +215,7 @@ class Layout(NamedTuple):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Of the columns, in the order of `columns`."""
+        """Lengths of the columns, in the order of `columns`."""
         rows = self.decodes + self.chunks
         return (
             rows,
@@ -224,22 +229,22 @@ class Layout(NamedTuple):
         )
 
 
-def columns(batch: Batch, layout: Layout, nobodys: int) -> NDArray[np.int64]:
-    """The columns of `batch`, one after the other.
+def columns(batch: Batch, layout: Layout, padding_slot: int) -> NDArray[np.int64]:
+    """What the device is sent of `batch`: int64 columns, one after the other.
 
     Args:
-        nobodys: the slot of what is too many.
+        padding_slot: the slot of rows and tokens that the layout has too many.
 
-    They are, with the decodes' rows and tokens before those of the chunks:
+    The columns are these, with the rows and tokens of decodes before those of chunks:
 
         row_slots        [decodes + chunks]
-        token_slots      [tokens], of the chunks' tokens, as the next two
+        token_slots      [tokens], of the chunks' tokens, as the next two columns
         token_ids        [tokens]
         positions        [tokens], each token's index in its sequence
-        contexts         [chunks], their query tokens included
-        starts           [decodes + chunks + 1], each row's first token, and how many there are
-        sampling_tokens  [samples], the last tokens of the rows that sample
-        sampling_slots   [samples], their slots
+        contexts         [chunks], context lengths, query tokens included
+        starts           [decodes + chunks + 1], each row's first token, then the number of tokens
+        sampling_tokens  [samples], the last token of each row that samples
+        sampling_slots   [samples], the slot of each row that samples
     """
     decodes, chunks, tokens, samples = Layout.of(batch)
     flat = np.zeros(sum(layout.lengths), dtype=np.int64)
@@ -255,10 +260,10 @@ def columns(batch: Batch, layout: Layout, nobodys: int) -> NDArray[np.int64]:
         sampling_slots,
     ) = np.split(flat, ends)
     lengths = batch.query_lens[decodes:]
-    row_slots[:] = nobodys
+    row_slots[:] = padding_slot
     row_slots[:decodes] = batch.decode_slots
     row_slots[layout.decodes : layout.decodes + chunks] = batch.chunk_slots
-    token_slots[tokens:] = nobodys
+    token_slots[tokens:] = padding_slot
     token_slots[:tokens] = np.repeat(batch.chunk_slots, lengths)
     token_ids[:tokens] = batch.chunk_tokens
     positions[:tokens] = batch.chunk_positions
@@ -270,6 +275,6 @@ def columns(batch: Batch, layout: Layout, nobodys: int) -> NDArray[np.int64]:
     sampling_tokens[:decodes] = np.arange(decodes)
     chunk_rows = batch.sampling_rows[decodes:] - decodes
     sampling_tokens[decodes:samples] = starts[layout.decodes + 1 + chunk_rows] - 1
-    sampling_slots[:] = nobodys
+    sampling_slots[:] = padding_slot
     sampling_slots[:samples] = batch.sampling_slots
     return flat

@@ -19,7 +19,7 @@ import torch
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.control import LoadingStage
 from nanovllm.messages import StepPlan
-from nanovllm.services.gpu_worker import bring_up
+from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.executor import Executor, Sampled
 from nanovllm.services.gpu_worker.model.parallel import (
     TensorParallel,
@@ -88,8 +88,8 @@ class TorchRunner:
         threading.Thread(target=guarded, name=name, daemon=True).start()
 
     def _execute(self) -> None:
-        device = bring_up.choose_device(self._settings, self._rank)
-        loaded = bring_up.load(
+        device = startup.choose_device(self._settings, self._rank)
+        loaded = startup.load(
             self._directory,
             self._config,
             self._settings,
@@ -137,7 +137,7 @@ class TorchRunner:
             store = reach_rank_0(self._port.get())
         return TensorParallel.connect(self._rank, size, store, device)
 
-    def _tell_progress(self) -> bring_up.Progress:
+    def _tell_progress(self) -> startup.Progress:
         """Reports how far loading is: the begin and end of each stage, and in between at most every
         PROGRESS_INTERVAL_S seconds."""
         told = 0.0

@@ -13,10 +13,10 @@ from torch import Tensor
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.interface import AttentionMetadata
 from nanovllm.kernels.attention.sdpa import SdpaBackend
-from nanovllm.services.gpu_worker.bring_up import allocate_kv_cache, attention_shape
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import Model, build_model
+from nanovllm.services.gpu_worker.startup import allocate_kv_cache, attention_shape
 from nanovllm.services.gpu_worker.steps import Decoded
 
 CPU = torch.device("cpu")

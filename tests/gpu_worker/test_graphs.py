@@ -17,12 +17,12 @@ from nanovllm.kernels.attention.choose import ByPhaseBackend
 from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
 from nanovllm.messages import Admission, Sampling
-from nanovllm.services.gpu_worker import bring_up
-from nanovllm.services.gpu_worker.bring_up import allocate_kv_cache, attention_shape
+from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import MAX_CHUNKS, Sizes, StepGraphs, graph_sizes
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.slots import Layout, SlotTable
+from nanovllm.services.gpu_worker.startup import allocate_kv_cache, attention_shape
 from nanovllm.services.gpu_worker.steps import Decoded
 from nanovllm.settings import Settings
 from tests.checkpoints import write_checkpoint
@@ -164,7 +164,7 @@ def test_replayed_steps_sample_what_launched_steps_do(tmp_path: Path) -> None:
         used = msgspec.structs.replace(SETTINGS, enforce_eager=enforce_eager)
         config = ModelConfig.from_checkpoint(directory)
         device = torch.device("cuda", 0)
-        loaded = bring_up.load(directory, config, used, device, TensorParallel(), lambda *_: None)
+        loaded = startup.load(directory, config, used, device, TensorParallel(), lambda *_: None)
         found.append(execute(loaded.executor, schedule, len(requests)))
     assert found[0] == found[1]
 
@@ -192,7 +192,7 @@ def test_replayed_prefills_come_to_the_same_logits_in_bfloat16(tmp_path: Path) -
         )
         config = ModelConfig.from_checkpoint(directory)
         device = torch.device("cuda", 0)
-        loaded = bring_up.load(directory, config, used, device, TensorParallel(), lambda *_: None)
+        loaded = startup.load(directory, config, used, device, TensorParallel(), lambda *_: None)
         sampled = [loaded.executor.step(plan) for plan, _ in schedule]
         for step in sampled:
             step.wait()

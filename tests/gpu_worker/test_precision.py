@@ -11,10 +11,10 @@ from transformers import Qwen3ForCausalLM
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.choose import choose
-from nanovllm.services.gpu_worker.bring_up import allocate_kv_cache, attention_shape
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM as Model
+from nanovllm.services.gpu_worker.startup import allocate_kv_cache, attention_shape
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import batch_metadata
 

@@ -15,7 +15,7 @@ import torch
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.messages import Admission, Sampling, StepPlan, StepResult, pack, unpack
-from nanovllm.services.gpu_worker import bring_up, memory
+from nanovllm.services.gpu_worker import memory, startup
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import Sizes
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
@@ -57,7 +57,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def executor(directory: Path, used: Settings = SETTINGS) -> Executor:
     config = ModelConfig.from_checkpoint(directory)
-    return bring_up.load(directory, config, used, CPU, TensorParallel(), lambda *_: None).executor
+    return startup.load(directory, config, used, CPU, TensorParallel(), lambda *_: None).executor
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:
@@ -269,7 +269,7 @@ def test_cuda_blocks_leave_room_for_the_largest_step() -> None:
 def test_the_largest_steps_can_be_run(directory: Path, max_model_len: int) -> None:
     used = settings(max_model_len=max_model_len, num_kvcache_blocks=6)
     on = executor(directory, used)
-    for plan in bring_up.largest_steps(used):
+    for plan in startup.largest_steps(used):
         chunks = unpack(plan.prefill).reshape(-1, 3)
         assert chunks[:, 2].sum() <= used.max_num_batched_tokens
         sampled = on.step(plan).result(0, 0)
@@ -311,10 +311,10 @@ def test_it_is_told_how_much_has_been_tried_to_know_the_memory_it_takes(
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda _: 0)
-    monkeypatch.setattr(bring_up, "CudaCapture", lambda _: None)
+    monkeypatch.setattr(startup, "CudaCapture", lambda _: None)
     tried = Tried()
     told: list[tuple[int, int, int]] = []
-    blocks = bring_up._blocks_on_cuda(
+    blocks = startup._blocks_on_cuda(
         lambda _: tried,  # type: ignore[arg-type, return-value]
         settings(gpu_memory_utilization=0.5),
         CPU,

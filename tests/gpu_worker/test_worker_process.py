@@ -29,7 +29,7 @@ from nanovllm.messages import (
 )
 from nanovllm.options import settings_argv
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED, REASON_PREFIX
-from nanovllm.services.gpu_worker import bring_up
+from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.settings import Settings
 from nanovllm.transport.links import BoundLink, Down, Peer, Received, Up, new_incarnation
@@ -267,7 +267,7 @@ def test_two_ranks_sample_what_one_does(start: Callable[..., Group], cpu_model: 
     results.append(group.scheduler.message(StepResult))
 
     config = ModelConfig.from_checkpoint(cpu_model)
-    alone = bring_up.load(
+    alone = startup.load(
         cpu_model, config, group.settings, CPU, TensorParallel(), lambda *_: None
     ).executor
     expected = [alone.step(plan).result(0, 0) for plan, _ in schedule]

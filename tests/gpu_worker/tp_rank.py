@@ -16,13 +16,13 @@ from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShap
 from nanovllm.kernels.attention.sdpa import SdpaBackend
 from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.messages import Sampling, unpack
-from nanovllm.services.gpu_worker.bring_up import allocate_kv_cache, attention_shape
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import Sizes
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
 from nanovllm.services.gpu_worker.runner import GroupBroken
 from nanovllm.services.gpu_worker.sampling import logprobs, sample, sample_whole
 from nanovllm.services.gpu_worker.slots import Layout
+from nanovllm.services.gpu_worker.startup import allocate_kv_cache, attention_shape
 from nanovllm.settings import Settings
 from tests.gpu_worker.paged import CPU, PagedSequences, RunAgain, load_model
 from tests.gpu_worker.plans import Request, Scheduled, random_schedule

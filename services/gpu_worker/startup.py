@@ -27,13 +27,14 @@ from nanovllm.services.gpu_worker.slot_state import COSTLIEST
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.wording import counted
 
-# Threads wait for one another at every operation. On a CPU a model of fewer weights is no faster
-# with one more, and far slower where another service takes the core that one of them is on.
+# How many weights make one more CPU thread worthwhile. Threads wait for one another at every
+# operation. With fewer weights one more thread gains nothing, and costs much if another service
+# takes the core of one of the threads.
 WEIGHTS_PER_THREAD = 1 << 22
 
 
 Progress = Callable[[LoadingStage, int, int], None]
-"""Is told a stage of loading, and how much of it is done, of how much."""
+"""Takes a stage of loading, how much of the stage is done, and how much there is in total."""
 
 
 class Loaded(NamedTuple):
@@ -43,9 +44,11 @@ class Loaded(NamedTuple):
 
 
 def choose_device(settings: Settings, rank: int) -> torch.device:
-    """This rank's device, made the calling thread's own: on a CPU, with its share of the cores.
+    """This rank's device, which becomes the calling thread's current one. On a CPU the thread gets
+    this rank's share of the cores.
 
-    Raises SettingsError if there is none for it.
+    Raises:
+        SettingsError: if there is no device for this rank.
     """
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     size = settings.tensor_parallel_size
@@ -62,7 +65,7 @@ def choose_device(settings: Settings, rank: int) -> torch.device:
 
 
 def choose_dtype(settings: Settings, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of weights and cache. Raises CheckpointError if the checkpoint's is unknown."""
+    """The dtype of weights and cache. Raises CheckpointError if the checkpoint's is not served."""
     name = settings.dtype
     if name == "auto" and device.type == "cpu":
         return torch.float32
@@ -88,7 +91,7 @@ def load(
     tp: TensorParallel,
     progress: Progress,
 ) -> Loaded:
-    """Loads the model, and sizes the KV cache; the same number of blocks on every rank.
+    """Loads the model, and allocates a KV cache of the same number of blocks on every rank.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
@@ -119,7 +122,7 @@ def load(
             num_blocks = _blocks_on_cuda(executor, settings, device, size, graphs, measuring)
         else:
             num_blocks = memory.cpu_blocks(settings, size)
-        # All ranks must come to this point before one of them may give up.
+        # A collective: a rank may give up only after it.
         num_blocks = tp.minimum(num_blocks, device)
         remedy = (
             "raise --gpu-memory-utilization or --tp"
@@ -143,13 +146,13 @@ def load(
 
 
 def attention_shape(config: ModelConfig, tp: TensorParallel, block_size: int) -> AttentionShape:
-    """What this rank's attention backend is built for."""
+    """The shape of this rank's attention."""
     heads = local_heads(config, tp)
     return AttentionShape(heads.num, heads.num_kv, config.head_dim, block_size)
 
 
 def block_bytes(config: ModelConfig, shape: AttentionShape, dtype: torch.dtype) -> int:
-    """Bytes that one block takes on this rank, keys and values of all layers together."""
+    """Bytes of one block on this rank: keys and values of all layers."""
     per_token = 2 * config.num_hidden_layers * shape.num_kv_heads * shape.head_dim
     return per_token * shape.block_size * dtype.itemsize
 
@@ -161,7 +164,7 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[LayerCache]:
-    """Zeros for every layer: `num_blocks` blocks and a spare one, which no sequence gets; see
+    """Zeros for every layer: `num_blocks` blocks and a spare block, which no sequence gets. See
     `kernels.attention.interface` for the layout."""
     size = (num_blocks + 1, shape.block_size, shape.num_kv_heads, shape.head_dim)
     return [
@@ -173,13 +176,13 @@ def allocate_kv_cache(
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
-    # NumPy's zeros are the system's, and take memory only where they are written.
+    # The system gives NumPy zeros that take memory only where they are written.
     untouched = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(untouched).view(dtype).view(size)
 
 
 def _use_worthwhile_threads(model: Model) -> None:
-    """Leaves the calling thread no more of its threads than are of use to this rank's shard."""
+    """Lets torch use no more threads than are worthwhile for this rank's shard."""
     weights = sum(tensor.target.numel() for tensor in model.checkpoint_tensors())
     torch.set_num_threads(min(torch.get_num_threads(), 1 + weights // WEIGHTS_PER_THREAD))
 
@@ -192,7 +195,8 @@ def _blocks_on_cuda(
     graphs: bool,
     progress: Callable[[int, int], None],
 ) -> int:
-    """As many as fit beside the graphs and the largest steps, which are run to find out."""
+    """How many blocks fit beside the graphs and the largest steps, some of which are run to measure
+    their memory."""
     steps = largest_steps(settings)
     captured = _largest(_sizes(settings)).total if graphs else 0
     tried = captured + len(steps)
@@ -221,8 +225,9 @@ def _bytes_of_graphs(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> int:
-    """What all graphs together will hold. Some are captured to find out: the largest, with the
-    temporaries that all share, and last one more, which holds what each of the others does."""
+    """Bytes that all graphs together will hold, estimated from some that are captured. The largest
+    is captured first, with the temporaries that all graphs share; the last one captured holds as
+    much as each graph not captured."""
     sizes = _sizes(settings)
     free = [torch.cuda.mem_get_info(device)[0]]
 
@@ -245,8 +250,9 @@ def _sizes(settings: Settings) -> Sizes:
 
 
 def largest_steps(settings: Settings) -> list[StepPlan]:
-    """Steps that take a whole token budget: with as many sequences as there may be, each of which
-    samples in the most costly way, and with the longest. All blocks are block 0."""
+    """Two steps of a whole token budget: one with as many sequences as there may be, one with
+    sequences as long as they may be. All sample in the costliest way, and all blocks are block 0.
+    """
     budget, longest = settings.max_num_batched_tokens, settings.max_model_len - 1
     return [
         _prefill(settings, number, length, count)
@@ -258,7 +264,7 @@ def largest_steps(settings: Settings) -> list[StepPlan]:
 
 
 def _prefill(settings: Settings, number: int, length: int, count: int) -> StepPlan:
-    """`count` prompts of `length` tokens."""
+    """A step that computes `count` prompts of `length` tokens."""
     blocks = -(-length // settings.kvcache_block_size)
     tokens = np.zeros(length, dtype=np.int32)
     return StepPlan(
