@@ -1,8 +1,8 @@
-"""CUDA graphs of whole steps: from what the host says of a step to its sampled tokens.
+"""CUDA graphs of whole steps: from the slots or columns that the host sends to sampled tokens.
 
-A graph is captured for a fixed number of rows and tokens. A step with fewer is padded with rows of
-a slot that belongs to nobody. All graphs share one pool of memory, since only one runs at a time;
-so what a replay returns holds until the next one.
+A graph is captured for a fixed number of rows and tokens. A smaller step is padded with rows of the
+padding slot. All graphs share one pool of memory, since only one runs at a time. So the tensors
+that a replay returns hold until the next replay.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, columns
 from nanovllm.services.gpu_worker.steps import Decoded
 
-# Prefill chunks in a step that is replayed, at most.
+# How many prefill chunks a replayed step may have.
 MAX_CHUNKS = 32
 FEWEST_CHUNK_TOKENS = 128
 
 
 class Sizes(NamedTuple):
-    """The steps to capture: numbers of decodes, and layouts of mixed steps; ascending."""
+    """The steps to capture: numbers of decodes, and layouts of mixed steps, both ascending."""
 
     decodes: Sequence[int]
     mixed: Sequence[Layout]
@@ -42,11 +42,12 @@ class StepGraphs:
     """Captured steps.
 
     Args:
-        decode: a step of the slots int64 [n] that all decode; takes them.
-        mixed: a step with prefill chunks; takes `layout.columns` on the device, and their layout.
-        nobodys: the slot that belongs to nobody.
-        capture: turns a step into what replays it.
-        progress: told how many graphs are captured, of how many.
+        decode: enqueues a step in which all slots int64 [n] given decode.
+        mixed: enqueues a step with prefill chunks. Takes `slots.columns` on the device, and their
+            layout.
+        padding_slot: the slot of the rows that a graph has too many.
+        capture: turns a step into a function that replays it.
+        progress: takes the number of graphs captured, and the number in total.
     """
 
     def __init__(
@@ -54,22 +55,24 @@ class StepGraphs:
         decode: Callable[[Tensor], Decoded],
         mixed: Callable[[Tensor, Layout], Decoded],
         sizes: Sizes,
-        nobodys: int,
+        padding_slot: int,
         device: torch.device,
         capture: Capture,
         progress: Callable[[int, int], None],
     ) -> None:
         self._decode_sizes = np.array(sizes.decodes)
-        self._nobodys = nobodys
+        self._padding_slot = padding_slot
         most = sizes.decodes[-1]
-        self._slots = torch.full((most,), nobodys, dtype=torch.int64, device=device)
-        self._host_slots = np.full(most, nobodys, dtype=np.int64)
+        self._slots = torch.full((most,), padding_slot, dtype=torch.int64, device=device)
+        self._host_slots = np.full(most, padding_slot, dtype=np.int64)
         self._columns: dict[Layout, Tensor] = {}
         for layout in sizes.mixed:
-            self._columns[layout] = torch.from_numpy(columns(_NOTHING, layout, nobodys)).to(device)
+            self._columns[layout] = torch.from_numpy(columns(_NOTHING, layout, padding_slot)).to(
+                device
+            )
         self._replays: dict[int | Layout, Replay] = {}
         progress(0, sizes.total)
-        # It needs the most of the memory that they share.
+        # The largest step needs the most of the memory that all graphs share.
         largest_first: list[int | Layout] = [*reversed(sizes.mixed), *reversed(sizes.decodes)]
         for size in largest_first:
             step = (
@@ -81,14 +84,14 @@ class StepGraphs:
             progress(len(self._replays), sizes.total)
 
     def replay(self, batch: Batch) -> Decoded | None:
-        """Enqueues the step, if it has been captured."""
+        """Enqueues the step, if a graph has room for it. Otherwise returns None."""
         if not len(batch.chunk_slots):
             return self._replay_decodes(batch.decode_slots)
         layout = self._room_for(Layout.of(batch))
         if layout is None:
             return None
         self._columns[layout].copy_(
-            _pinned(columns(batch, layout, self._nobodys)), non_blocking=True
+            _pinned(columns(batch, layout, self._padding_slot)), non_blocking=True
         )
         return _first(self._replays[layout](), len(batch.sampling_rows))
 
@@ -97,15 +100,15 @@ class StepGraphs:
         size = int(self._decode_sizes[np.searchsorted(self._decode_sizes, n)])
         if (
             not np.array_equal(self._host_slots[:n], slots)
-            or (self._host_slots[n:size] != self._nobodys).any()
+            or (self._host_slots[n:size] != self._padding_slot).any()
         ):
             self._host_slots[:n] = slots
-            self._host_slots[n:size] = self._nobodys
+            self._host_slots[n:size] = self._padding_slot
             self._slots[:size].copy_(_pinned(self._host_slots[:size]), non_blocking=True)
         return _first(self._replays[size](), n)
 
     def _room_for(self, needed: Layout) -> Layout | None:
-        """The smallest layout that has room."""
+        """The first layout that has room: the smallest one."""
         return next(
             (
                 layout
@@ -117,7 +120,7 @@ class StepGraphs:
 
 
 class CudaCapture:
-    """Captures steps, all of which share a pool of memory."""
+    """Captures steps as CUDA graphs that share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -128,7 +131,7 @@ class CudaCapture:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            step()  # compiles kernels, which a capture may not
+            step()  # kernels are compiled here, which a capture does not allow
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(self._pool)
             decoded = step()
@@ -145,9 +148,9 @@ class CudaCapture:
 def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
     """The steps to capture.
 
-    A row too many costs a few µs of a step, of which at 64 rows there are thousands, but a graph
-    costs some hundredths of a second at start. So there are few, and steps grow with the size.
-    Mixed steps, which are longer, are padded by up to as many tokens as they have.
+    A padding row costs a few µs of a step, which at 64 rows takes thousands of µs. A graph costs
+    some hundredths of a second at start. So there are few graphs, and the larger, the fewer. Mixed
+    steps take longer, and are padded by up to as many tokens as they have.
     """
     decodes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
     tokens = FEWEST_CHUNK_TOKENS
@@ -168,8 +171,8 @@ def _first(decoded: Decoded, rows: int) -> Decoded:
 
 
 def _pinned(array: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
-    """For a copy that nobody waits for. Pinned memory comes from torch's cache, which keeps it
-    until the copy is done."""
+    """A copy of `array` on the host, from which nothing waits for the copy to the device. Torch's
+    cache keeps the pinned memory until that copy is done."""
     host = torch.from_numpy(array)
     return host.pin_memory() if torch.cuda.is_available() else host.clone()
 

@@ -1,5 +1,8 @@
-"""A step on the device: from slots and columns to sampled tokens. Nothing is read back from it, and
-no shape depends on a value there, so that it can be captured in a CUDA graph."""
+"""A step on the device: from slots or columns to sampled tokens.
+
+A step reads nothing back from the device, and no shape depends on a value there, so that a step can
+be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,15 @@ from nanovllm.settings import Settings
 
 
 class Decoded(NamedTuple):
-    """Of n rows: token_ids int32 [n], and the logits [n, local vocabulary] they were drawn from."""
+    """token_ids int32 [n] of n rows, and the logits [n, shard] that the tokens were drawn from."""
 
     token_ids: Tensor
     logits: Tensor
 
 
 class Lengths(NamedTuple):
-    """Query and context lengths of the rows of a step, int32 [rows] on the host, or bounds of
-    them."""
+    """Query and context lengths of a step's rows, or upper bounds of them: int32 [rows], on the
+    host."""
 
     query: Int32s
     context: Int32s
@@ -65,17 +68,17 @@ class Steps:
         self.no_tokens = torch.empty(0, dtype=torch.int32, device=device)
 
     def bounds(self, layout: Layout) -> Lengths:
-        """What no step of this layout goes beyond."""
+        """Upper bounds for every step of this layout."""
         rows = layout.decodes + layout.chunks
         query = np.ones(rows, dtype=np.int32)
         query[layout.decodes :] = layout.tokens
         return Lengths(query, np.full(rows, self._max_model_len, dtype=np.int32))
 
     def decode(self, slots: Tensor, logits_out: Tensor) -> Decoded:
-        """Slots int64 [n] decode.
+        """All of the slots int64 [n] decode.
 
         Args:
-            logits_out: [n, local vocabulary], where to write the logits.
+            logits_out: [n, shard], where to write the logits.
         """
         n = len(slots)
         inputs = self._ops.gather(self._state.held, slots, self._block_size)
@@ -102,11 +105,11 @@ class Steps:
     def mixed(
         self, columns: Tensor, layout: Layout, lengths: Lengths, logits_out: Tensor | None = None
     ) -> Decoded:
-        """Slots decode while prompts are computed, or only one of the two.
+        """Some slots decode, and prefill chunks of others are computed. Either may be missing.
 
         Args:
-            columns: int64, see `layout.columns`.
-            logits_out: [layout.samples, local vocabulary], where to write the logits, if given.
+            columns: int64, see `slots.columns`.
+            logits_out: [layout.samples, shard], where to write the logits, if given.
         """
         held, decodes, block_size = self._state.held, layout.decodes, self._block_size
         (
@@ -150,12 +153,13 @@ class Steps:
         return Decoded(self._ops.advance(held, sampling_slots, token_ids), logits)
 
     def sample_whole(self, decoded: Decoded, rows: Int32s, slots: Int32s) -> None:
-        """Samples again the rows that need whole logits, if shards of the vocabulary are spread
-        over ranks. It is never captured, since a graph has one shape and a step any number of such
-        rows; the CPU launches it while the device still runs the step itself.
+        """Samples again the rows that need whole logits, if there is more than one rank.
+
+        Never captured: a graph has one shape, and a step any number of such rows. The CPU launches
+        these kernels while the device still runs the step.
 
         Args:
-            decoded: what the step came to; the rows' token ids are overwritten.
+            decoded: the step's result. The token ids of `rows` are overwritten.
             rows: int32 [w], indices into `decoded`.
             slots: int32 [w], the rows' slots.
         """
@@ -163,7 +167,7 @@ class Steps:
         if tp.size == 1 or not len(rows):
             return
         share = -(-len(rows) // tp.size)
-        # Each rank draws as many rows; some are drawn twice.
+        # All ranks draw equally many rows, so some rows are drawn twice.
         drawn = np.arange(share * tp.size) % len(rows)
         both = to_device(np.stack((rows, slots)).astype(np.int64)[:, drawn], self._device)
         rows_to_draw, slots_to_draw = both
@@ -172,7 +176,7 @@ class Steps:
         token_ids = sample_whole(
             decoded.logits[rows_to_draw],
             self._state.sampling(own_slots),
-            held.num_tokens[own_slots] - 1,  # the length has the sampled token in it
+            held.num_tokens[own_slots] - 1,  # the length includes the sampled token
             self._shard,
         )
         decoded.token_ids[rows_to_draw] = token_ids.int()

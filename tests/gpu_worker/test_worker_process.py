@@ -58,7 +58,7 @@ class Binder:
         return BoundLink(self._context, self._endpoint, self._me, self._inbound)
 
     def make_anew(self, *, reborn: bool) -> None:
-        """Breaks the connections; perhaps as another life of the service."""
+        """Breaks the connections; perhaps as another incarnation of the service."""
         self._link.close()
         if reborn:
             self._me = Peer(self._role, 0, new_incarnation())
