@@ -201,7 +201,8 @@ class Group:
         return actions
 
     def ended(self, service: ServiceId, code: int, now: float) -> None:
-        """The process of `service` has ended; the rest of the group is killed."""
+        """The process of `service` has ended, with exit code `code` or by the signal -`code`; the
+        rest of the group is killed."""
         self._alive.discard(service)
         if self.phase is Phase.RUNNING:
             self._note_death(service, code, by_itself(code), now)

@@ -1,7 +1,7 @@
 """When to start, end and give up services: supervision as in Erlang/OTP.
 
-No processes, sockets or clock: the supervisor tells what happened and when, and does what is `due`.
-Times are seconds of one monotonic clock.
+No processes, sockets or clock: the supervisor tells each group what happened to its services, tells
+the policy of commands, and does what is `due`. Times are seconds of one monotonic clock.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
-from nanovllm.launch.groups import Action, Answer, Group, Phase, ServiceId, Work
+from nanovllm.launch.groups import Action, Answer, Group, Phase, ServiceId
 from nanovllm.transport.links import Peer
 
 # After a longer pause between two calls of `due`, the supervisor itself was stopped: the silence of
@@ -36,25 +36,6 @@ class Policy:
         self.groups = [Group(services, now) for services in groups]
         self._commands: deque[_Command] = deque()
         self._called_at = now
-
-    # What happens -------------------------------------------------------------------------------
-
-    def ended(self, service: ServiceId, code: int, now: float) -> None:
-        """The process of `service` has ended with exit code `code`, or by the signal -`code`."""
-        if (group := self.group_of(service)) is not None:
-            group.ended(service, code, now)
-
-    def ready(self, service: ServiceId, now: float) -> None:
-        if (group := self.group_of(service)) is not None:
-            group.ready(service, now)
-
-    def sign(self, service: ServiceId, now: float) -> None:
-        if (group := self.group_of(service)) is not None:
-            group.sign(service, now)
-
-    def work(self, service: ServiceId, work: Work | None, now: float) -> None:
-        if (group := self.group_of(service)) is not None:
-            group.work(service, work, now)
 
     # Commands -----------------------------------------------------------------------------------
 
@@ -108,6 +89,7 @@ class Policy:
         return any(group.given_up for group in self.groups)
 
     def group_of(self, service: ServiceId) -> Group | None:
+        """The group of a service; None if the service has left."""
         return next((group for group in self.groups if service in group.services), None)
 
     def _due_for_commands(self, now: float) -> list[Action]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from nanovllm.control import Loading, Ready, Report, ServiceState, ServiceStatus
 from nanovllm.launch.groups import ServiceId
 from nanovllm.options import settings_argv
-from nanovllm.service import LIFELINE_VARIABLE, REASON_PREFIX
+from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED, LIFELINE_VARIABLE, REASON_PREFIX
 from nanovllm.settings import Settings
 
 # The last lines of a service's output are kept, to show them if the service ends.
@@ -107,6 +107,22 @@ class ServiceProcess:
         return (
             f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         )
+
+    def distance_from_the_cause(self) -> tuple[bool, bool, bool]:
+        """A sort key for services that have ended together: first a service that says why it cannot
+        start, then those that were killed, last those that ended because another had."""
+        code = self.process.returncode
+        return code != EXIT_MISCONFIGURED, code == EXIT_FOLLOWED, code > 0
+
+    def last_words(self, times: int) -> str:
+        """How it ended, `times` in a row before it was ready, and its last lines."""
+        how = f"{self.id} {self.how_it_ended()}"
+        if self.reason is not None:
+            return how
+        said = [line for line in self.last_lines if line]
+        how += " before it was ready"
+        how += f", {times} times in a row" if times > 1 else ""
+        return "\n  ".join([f"{how}: {said[-1]}" if said else how, *said[:-1]])
 
     def status(self, restarts: int) -> ServiceStatus:
         state: ServiceState = "loading" if self.loading else "starting"

@@ -44,7 +44,6 @@ from nanovllm.launch.groups import (
 from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.progress import LoadingBar
-from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.settings import MAX_SERVICES, Settings
 from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.wording import counted
@@ -149,11 +148,11 @@ class Supervisor:
                 self._on_command(peer, event.message, now)
             return
         service_id = ServiceId(peer.role, peer.index)
-        service = self._services.get(service_id)
-        if service is None or self._control.pids.get(peer) != service.process.pid:
+        service, group = self._services.get(service_id), self._policy.group_of(service_id)
+        if service is None or self._control.pids.get(peer) != service.process.pid or group is None:
             return  # from a process that has ended, or another one
         service.incarnation = peer.incarnation
-        self._policy.sign(service_id, now)
+        group.sign(service_id, now)
         match event:
             case Up() if service_id == INGRESS:
                 self._ingress = peer
@@ -164,9 +163,9 @@ class Supervisor:
             case Received(message=Loading() | Ready() | Report() as said):
                 service.note(said)
                 if isinstance(said, Ready):
-                    self._policy.ready(service_id, now)
+                    group.ready(service_id, now)
                 elif isinstance(said, Report):
-                    self._policy.work(service_id, work_of(said.stats), now)
+                    group.work(service_id, work_of(said.stats), now)
                     self._announce_drain(said)
 
     def _on_command(self, asker: Peer, command: ToSupervisor, now: float) -> None:
@@ -223,10 +222,11 @@ class Supervisor:
         for service in alive:
             for line in service.lines():
                 self._bar.write(f"{service.id} | {line}")
-        for service in sorted(ended, key=_nearness_to_the_cause):
+        for service in sorted(ended, key=ServiceProcess.distance_from_the_cause):
             self._poller.unregister(service.output)
             service.close()
-            self._policy.ended(service.id, service.process.returncode, now)
+            if (group := self._policy.group_of(service.id)) is not None:
+                group.ended(service.id, service.process.returncode, now)
             # If the policy gives up, `ServiceFailed` says how the service ended.
             if service.stopping is None and not self._policy.gives_up:
                 self._bar.write(f"supervisor | {service.id} {service.how_it_ended()}")
@@ -250,7 +250,7 @@ class Supervisor:
             case Blame(service=service_id):
                 self._blame(service_id)
             case GiveUp(service=service_id, times=times):
-                raise ServiceFailed(_last_words(self._services[service_id], times))
+                raise ServiceFailed(self._services[service_id].last_words(times))
             case Answer(asked_by=peer):
                 self._control.send(peer, [Done(None)])
 
@@ -319,20 +319,3 @@ class _SignalPipe:
             signal.signal(number, handler)
         os.close(self.descriptor)
         os.close(self._write_end)
-
-
-def _nearness_to_the_cause(service: ServiceProcess) -> tuple[bool, bool, bool]:
-    """A sort key for services that have ended together: first a service that says why it cannot
-    start, then those that were killed, last those that ended because another had."""
-    code = service.process.returncode
-    return code != EXIT_MISCONFIGURED, code == EXIT_FOLLOWED, code > 0
-
-
-def _last_words(service: ServiceProcess, times: int) -> str:
-    how = f"{service.id} {service.how_it_ended()}"
-    if service.reason is not None:
-        return how
-    said = [line for line in service.last_lines if line]
-    how += " before it was ready"
-    how += f", {times} times in a row" if times > 1 else ""
-    return "\n  ".join([f"{how}: {said[-1]}" if said else how, *said[:-1]])

@@ -21,6 +21,7 @@ from nanovllm.launch.groups import (
     Answer,
     Blame,
     GiveUp,
+    Group,
     Kill,
     ServiceId,
     Start,
@@ -72,12 +73,13 @@ class World:
             for service, started in list(self.alive.items()):
                 if service in self.silent:
                     continue
+                group = self.group_of(service)
                 if self.now - started >= self.load_s:
-                    self.policy.ready(service, self.now)
+                    group.ready(service, self.now)
                 if self.now.is_integer():
-                    self.policy.sign(service, self.now)
+                    group.sign(service, self.now)
                     work = Work(1, 7) if service in self.busy else Work(0, 7)
-                    self.policy.work(service, work, self.now)
+                    group.work(service, work, self.now)
             self.look()
 
     def look(self) -> None:
@@ -87,7 +89,12 @@ class World:
 
     def end(self, service: ServiceId, code: int = KILLED) -> None:
         if self.alive.pop(service, None) is not None:
-            self.policy.ended(service, code, self.now)
+            self.group_of(service).ended(service, code, self.now)
+
+    def group_of(self, service: ServiceId) -> Group:
+        group = self.policy.group_of(service)
+        assert group is not None, "a group is there while a process of it is"
+        return group
 
     def do(self, action: Action) -> None:
         match action:
