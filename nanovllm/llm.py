@@ -187,28 +187,21 @@ class LLM:
 
     def _wait_until_it_serves(self) -> None:
         """Returns when its own pipeline is ready, or a running one has answered."""
-        bar = LoadingBar()
-        try:
-            self._wait_watching(bar)
-        finally:
-            bar.close()
-
-    def _wait_watching(self, bar: LoadingBar) -> None:
-        while True:
-            ping = self._connection.core.ping()
-            while not ping.ended:
-                self._connection.wait(CHECK_PERIOD_S)
-                if self._pipeline is not None:
-                    self._pipeline.check(launching=True)
-                    bar.show(self._pipeline.services())
-            if self._pipeline is None:
-                ping.result()
-                return
-            # Its own pipeline may be silent for as long as the launcher lets it start.
-            if ping.answer is not None and ping.answer.ready:
-                return
-            bar.show(self._pipeline.services())
-            self._connection.wait(READY_PERIOD_S)
+        with LoadingBar() as bar:
+            while True:
+                ping = self._connection.core.ping()
+                while not ping.ended:
+                    self._connection.wait(CHECK_PERIOD_S)
+                    if self._pipeline is not None:
+                        self._pipeline.check(launching=True)
+                        bar.show(self._pipeline.services())
+                if self._pipeline is None:
+                    ping.result()
+                    return
+                # Its own pipeline may be silent for as long as the launcher lets it start.
+                if ping.answer is not None and ping.answer.ready:
+                    return
+                self._connection.wait(READY_PERIOD_S)
 
 
 def _as_list(prompts: str | Sequence[Prompt]) -> Sequence[Prompt]:

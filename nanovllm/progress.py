@@ -62,6 +62,12 @@ class LoadingBar:
             self._bar.close()
             self._bar = None
 
+    def __enter__(self) -> LoadingBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def progress(services: Sequence[ServiceStatus]) -> Shown | None:
     """How far the start is; None if all `services` are ready, or there is none yet."""

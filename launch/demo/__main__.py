@@ -48,14 +48,11 @@ def main() -> None:
 
 def _watch_start(pipeline: PrivatePipeline) -> None:
     """Returns when all services are ready."""
-    bar = LoadingBar()
-    try:
+    with LoadingBar() as bar:
         while not (services := pipeline.services()) or any(s.state != "ready" for s in services):
             pipeline.check(launching=True)
             bar.show(services)
             time.sleep(0.1)
-    finally:
-        bar.close()
 
 
 def _answer(client: Client) -> None:
