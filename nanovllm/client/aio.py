@@ -33,7 +33,7 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
         self._loop = asyncio.get_running_loop()
         self._watched: Sequence[int] = ()
         self._timer: asyncio.TimerHandle | None = None
-        self._waiting: dict[Pending, set[asyncio.Future[None]]] = {}
+        self._waiting: dict[Pending, asyncio.Event] = {}
         self._closed = False
         self._connection = Connection(endpoint, timeout, self._watch)
 
@@ -50,7 +50,7 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
             while not ping.ended:
                 await self._changed(ping)
         finally:
-            self._connection.core.abandon(ping)
+            self._abandon(ping)
         return ping.result()
 
     async def close(self) -> None:
@@ -75,15 +75,7 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
         Raises RuntimeError if the client is closed first.
         """
         if not self._closed:
-            waiting = self._loop.create_future()
-            waiters = self._waiting.setdefault(pending, set())
-            waiters.add(waiting)
-            try:
-                await waiting
-            finally:
-                waiters.remove(waiting)
-                if not waiters:
-                    del self._waiting[pending]
+            await self._waiting.setdefault(pending, asyncio.Event()).wait()
         if self._closed and not pending.ended:
             if (task := asyncio.current_task()) is not None:
                 task.add_done_callback(_retrieve)
@@ -91,14 +83,14 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
 
     def _wake(self, *pendings: Pending) -> None:
         for pending in pendings:
-            for waiting in self._waiting.get(pending, ()):
-                if not waiting.done():
-                    waiting.set_result(None)
+            if (changed := self._waiting.pop(pending, None)) is not None:
+                changed.set()
 
-    def _abandon(self, request: PendingRequest) -> None:
-        """Aborts a request that nobody reads any more."""
+    def _abandon(self, pending: Pending) -> None:
+        """Aborts a request, or drops a ping."""
+        self._wake(pending)
         if not self._closed:
-            self._connection.core.abandon(request)
+            self._connection.core.abandon(pending)
             self._pump()
 
     def _pump(self) -> None:
