@@ -31,28 +31,24 @@ SEED = 77
 
 
 class HangUp:
-    """In a script's answer: here the double drops all its connections, and is reborn."""
+    """In a script's answers: the double closes all connections, and starts again as another
+    incarnation."""
 
 
 Answer = ServerMessage | HangUp
-# What the double answers to one message of a client's; the second argument is the client's session.
+# The double's answers to one message of a client; the second argument is the client's session.
 Script = Callable[[Any, str], Iterator[Answer]]
 
 
 class IngressDouble:
-    """Serves on a TCP port until the test ends.
-
-    Attributes:
-        endpoint: where.
-        received: every message of every client, in order.
-    """
+    """Serves on a TCP port until the test ends."""
 
     def __init__(self, script: Script, on_ping: Script) -> None:
-        self.received: list[ClientMessage] = []
+        self.received: list[ClientMessage] = []  # from all clients, in order
         self._script = script
         self._on_ping = on_ping
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._context.setsockopt(zmq.SNDHWM, 0)  # a ROUTER would drop what is above it
+        self._context.setsockopt(zmq.SNDHWM, 0)  # above its limit a ROUTER drops messages
         self._router = self._context.socket(zmq.ROUTER)
         port = self._router.bind_to_random_port("tcp://127.0.0.1")
         self.endpoint = f"tcp://127.0.0.1:{port}"
@@ -66,7 +62,7 @@ class IngressDouble:
         self._thread.start()
 
     def wait_for(self, condition: Callable[[list[ClientMessage]], bool]) -> None:
-        """Until what was received fulfils `condition`."""
+        """Returns once the messages received fulfil `condition`."""
         with self._news:
             if not self._news.wait_for(lambda: condition(self.received), TIMEOUT_S):
                 raise TimeoutError(f"received only {self.received}")
@@ -100,11 +96,11 @@ class IngressDouble:
         script = self._on_ping if isinstance(message, Ping) else self._script
         for answer in script(message, session):
             if isinstance(answer, HangUp):
-                self._be_reborn()
+                self._start_again()
                 return
             self._router.send_multipart([client, self._encoder.encode([answer])])
 
-    def _be_reborn(self) -> None:
+    def _start_again(self) -> None:
         self._incarnation = secrets.token_hex(4)
         self._router.close(linger=1000)
         self._router = self._context.socket(zmq.ROUTER)
@@ -136,7 +132,7 @@ def ingress(script: Script, on_ping: Script = answer_ping) -> Iterator[IngressDo
 
 
 def text_of(token_ids: list[int]) -> str:
-    """What the double takes for detokenizing."""
+    """The text of output tokens, as the double writes it."""
     return "".join(f"<{token_id}>" for token_id in token_ids)
 
 
@@ -168,7 +164,7 @@ def whole_answer(message: Generate, session: str) -> Iterator[ServerMessage]:
 
 
 def answer_in_full(message: Any, session: str) -> Iterator[Answer]:
-    """A script: every request is answered well, every abort confirmed."""
+    """A script: answers every request in full, and confirms every abort."""
     if isinstance(message, Generate):
         yield from whole_answer(message, session)
     elif isinstance(message, Abort):

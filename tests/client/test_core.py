@@ -278,10 +278,10 @@ def test_a_connection_that_keeps_breaking_is_not_retried_at_once() -> None:
 
 
 class Cut(msgspec.Struct):
-    """After this many answers the connection is lost; `noticed` by a pong or by the monitor."""
+    """The connection is lost after so many answers."""
 
     answers: int
-    by_pong: bool
+    by_pong: bool  # a pong of another session tells, and not the socket
 
 
 @given(

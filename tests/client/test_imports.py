@@ -17,11 +17,13 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = nanovllm.Engine
 
 
-def test_a_service_that_imports_messages_pays_for_no_client_and_a_client_not_for_torch() -> None:
+def test_messages_import_no_client_and_clients_neither_torch_nor_the_launcher() -> None:
     check = (
         "import sys, nanovllm.messages\n"
         "assert not [name for name in sys.modules if name.startswith('nanovllm.client')]\n"
         "from nanovllm import LLM, SamplingParams, Client, AsyncClient\n"
+        "import nanovllm.client.cli\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "assert not [name for name in sys.modules if name.startswith('nanovllm.launch')]\n"
     )
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)

@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from nanovllm.control import Loading, LoadingStage, ServiceStatus
+from nanovllm.control import Loading, LoadingStage, ServiceState, ServiceStatus
 from nanovllm.progress import LoadingBar, Shown, progress
 
 
-def service(*loading: Loading, state: str = "starting") -> ServiceStatus:
+def service(*loading: Loading, state: ServiceState = "starting") -> ServiceStatus:
     return ServiceStatus(
         role="gpu_worker",
         index=0,
         pid=1,
-        state=state,  # type: ignore[arg-type]
+        state=state,
         loading=loading[0] if loading else None,
         uptime_s=1.0,
         restarts=0,

@@ -110,7 +110,7 @@ def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
     private = ("--runtime-dir", str(tmp_path / "run"), "--ingress", "")
     assert "no such model: ./nothing" in refused("./nothing", *private)
     llama = config(tmp_path, model_type="llama")
-    assert "only dense 'qwen3' is served" in refused(str(llama), *private)
+    assert "only dense 'qwen2' and 'qwen3' are served" in refused(str(llama), *private)
     assert "--tp 3 does not divide" in refused("--tp", "3", *private)
     assert "--device" in refused("--device", "abacus", *private)
     small = ("--kvcache-block-size", "16", "--num-kvcache-blocks", "8", *SIM)
