@@ -20,9 +20,9 @@ FIRST_DELAY_S: Final = 0.1
 LONGEST_DELAY_S: Final = 3.0
 # A group that was ready for so long starts its back-off anew.
 STABLE_S: Final = 5.0
-# A group is given up after so many starts in a row that did not get ready, unless ...
+# A group is given up when so many starts in a row ended by themselves before it was ready.
 MAX_FAILED_STARTS: Final = 5
-# ... kills from outside ended the starts, and the first of them was not longer ago than this.
+# Starts that were killed from outside count too, once the first failed start is so long ago.
 KILLS_BORNE_S: Final = 120.0
 # Between SIGTERM and SIGKILL.
 GRACE_S: Final = 3.0

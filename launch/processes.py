@@ -109,8 +109,8 @@ class ServiceProcess:
         )
 
     def distance_from_the_cause(self) -> tuple[bool, bool, bool]:
-        """A sort key for services that have ended together: first a service that says why it cannot
-        start, then those that were killed, last those that ended because another had."""
+        """A sort key for services that have ended together: first those that cannot run with their
+        options, then those that a signal ended, last those that ended because another had."""
         code = self.process.returncode
         return code != EXIT_MISCONFIGURED, code == EXIT_FOLLOWED, code > 0
 

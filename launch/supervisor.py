@@ -14,6 +14,8 @@ from collections.abc import Callable
 import zmq
 
 from nanovllm.control import (
+    ROLES,
+    SCALABLE_ROLES,
     Crashed,
     Done,
     Drain,
@@ -49,11 +51,9 @@ from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_i
 from nanovllm.wording import counted
 
 INGRESS = ServiceId("ingress", 0)
-ROLES = ("ingress", "scheduler", "gpu_worker", "tokenizer", "detokenizer")
 # How long an ingress that starts during a drain takes requests, so that the clients of the ingress
 # before can submit their unfinished requests again.
 RESUME_S = 5.0
-SCALABLE = ("tokenizer", "detokenizer")
 
 
 class ServiceFailed(RuntimeError):
@@ -174,10 +174,10 @@ class Supervisor:
                 endpoint = self._settings.client_endpoints[0]
                 self._control.send(asker, [Status(self._model, endpoint, self._statuses())])
             case Scale(role=role, count=count):
-                if role in SCALABLE and 1 <= count <= MAX_SERVICES:
+                if role in SCALABLE_ROLES and 1 <= count <= MAX_SERVICES:
                     self._policy.scale(role, count, asker, now)
                 else:
-                    roles = " and ".join(f"{name}s" for name in SCALABLE)
+                    roles = " and ".join(f"{name}s" for name in SCALABLE_ROLES)
                     error = f"only {roles} can be scaled, to 1 to {MAX_SERVICES}"
                     self._control.send(asker, [Done(error)])
             case Restart(role=role):

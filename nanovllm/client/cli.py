@@ -15,7 +15,7 @@ from nanovllm.client import status as status_view
 from nanovllm.client.control import Control
 from nanovllm.client.results import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client, Stream
-from nanovllm.control import Restart, Scale
+from nanovllm.control import ROLES, SCALABLE_ROLES, Restart, Scale
 from nanovllm.protocol import ChatMessage, Pong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import DEFAULT_INGRESS, MAX_SERVICES, SettingsError, default_runtime_dir
@@ -26,28 +26,36 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # After so long without an answer, tell the person which pipeline the command waits for.
 PATIENCE_S: Final = 1.0
 
-_SAMPLING: tuple[tuple[str, type, Any, str], ...] = (
-    ("--max-tokens", int, 512, "Output tokens at most."),
-    ("--temperature", float, 0.6, "0 is greedy."),
-    ("--top-p", float, 1.0, "Only the likeliest tokens that together have this probability."),
-    ("--top-k", int, 0, "Only the k likeliest tokens; 0 is off."),
-    ("--min-p", float, 0.0, "Only tokens at least this likely, relative to the likeliest."),
-    ("--seed", int, None, "Makes the output repeatable."),
-)
-
-
-def _sampling_options(command: Command) -> Command:
-    command = click.option("--stop", multiple=True, help="End before this text; may be repeated.")(
-        command
-    )
-    for name, kind, default, help_text in reversed(_SAMPLING):
-        shown = default is not None
-        command = click.option(
-            name, type=kind, default=default, show_default=shown, help=help_text
-        )(command)
-    return click.option(
+_REQUEST_OPTIONS = [
+    click.option(
         "--endpoint", default=DEFAULT_INGRESS, show_default=True, help="Where the pipeline serves."
-    )(command)
+    ),
+    click.option("--max-tokens", default=512, show_default=True, help="Output tokens at most."),
+    click.option("--temperature", default=0.6, show_default=True, help="0 is greedy."),
+    click.option(
+        "--top-p",
+        default=1.0,
+        show_default=True,
+        help="Only the likeliest tokens that together have this probability.",
+    ),
+    click.option(
+        "--top-k", default=0, show_default=True, help="Only the k likeliest tokens; 0 is off."
+    ),
+    click.option(
+        "--min-p",
+        default=0.0,
+        show_default=True,
+        help="Only tokens at least this likely, relative to the likeliest.",
+    ),
+    click.option("--seed", type=int, help="Makes the output repeatable."),
+    click.option("--stop", multiple=True, help="End before this text; may be repeated."),
+]
+
+
+def _request_options(command: Command) -> Command:
+    for option in reversed(_REQUEST_OPTIONS):
+        command = option(command)
+    return command
 
 
 _runtime_dir_option = click.option(
@@ -87,7 +95,7 @@ def main() -> None:
     short_help="Continue a prompt, streaming to stdout.",
 )
 @click.argument("prompt")
-@_sampling_options
+@_request_options
 def generate(endpoint: str, prompt: str, **sampling: Any) -> None:
     with _told_in_one_line():
         text = sys.stdin.read() if prompt == "-" else prompt
@@ -116,7 +124,7 @@ def generate(endpoint: str, prompt: str, **sampling: Any) -> None:
     default=None,
     help="Passed to the chat template as enable_thinking.",
 )
-@_sampling_options
+@_request_options
 def chat(
     endpoint: str, message: str | None, system: str | None, thinking: bool | None, **sampling: Any
 ) -> None:
@@ -180,7 +188,7 @@ def status(runtime_dir: str, as_json: bool) -> None:
     """,
     short_help="Run so many tokenizers or detokenizers.",
 )
-@click.argument("role", type=click.Choice(["tokenizer", "detokenizer"]), metavar="ROLE")
+@click.argument("role", type=click.Choice(SCALABLE_ROLES), metavar="ROLE")
 @click.argument("count", type=click.IntRange(1, MAX_SERVICES))
 @_runtime_dir_option
 def scale(runtime_dir: str, role: str, count: int) -> None:
@@ -207,7 +215,7 @@ def scale(runtime_dir: str, role: str, count: int) -> None:
 )
 @click.argument(
     "role",
-    type=click.Choice(["ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer", "all"]),
+    type=click.Choice([*ROLES, "all"]),
     metavar="ROLE",
 )
 @_runtime_dir_option
