@@ -1,8 +1,8 @@
-"""Attention over a paged cache on a GPU, at Qwen3-0.6B's shape in bfloat16: ours beside that of
-flash-attn, where it is installed. Each is checked against the reference and timed.
+"""Attention over a paged cache on a GPU, at Qwen3-0.6B's shape in bfloat16: our kernels, beside
+flash-attn where it is installed. Each is checked against the reference and timed.
 
 Calls are timed inside CUDA graphs. The cache rotates over copies that together do not fit into L2,
-as those of a model's layers do.
+as the caches of a model's layers do not.
 
 python -m benchmarks.attention
 """
@@ -42,7 +42,7 @@ from nanovllm.kernels.attention.tuning import (
 )
 
 SHAPE = AttentionShape(NUM, NUM_KV, DIM, 256)
-# Chunks and context before them of a step that is replayed are bounds: see `captured`.
+# The bounds of a captured step.
 CHUNK_ROWS = 32
 MAX_MODEL_LEN = 8192
 COMPILERS = 12
@@ -53,7 +53,7 @@ class Case(NamedTuple):
     """Sequences with `queries` tokens at the end of `contexts`.
 
     Attributes:
-        captured: it is what a captured step has, with rows to spare and bounds for lengths.
+        captured: as in a captured step there are padding rows, and lengths on the host are bounds.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
     @property
     def operations(self) -> int:
-        """Of the products, but for what causality masks."""
+        """Floating-point operations of both GEMMs, without what causality masks."""
         pairs = sum(
             q * (context - q) + q * (q + 1) // 2
             for q, context in zip(self.queries, self.contexts, strict=True)
@@ -121,7 +121,7 @@ DECODE_SWEEP = (
 )
 
 
-class Way(NamedTuple):
+class Candidate(NamedTuple):
     """A backend, and its name in the table."""
 
     name: str
@@ -138,45 +138,45 @@ def main(sweep: bool) -> None:
         jobs = [
             pool.submit(_compile, case, number, sweep)
             for case in (*PREFILLS_TO_COMPILE, *DECODES_TO_COMPILE)
-            for number in range(len(_ways(case, sweep)))
+            for number in range(len(_candidates(case, sweep)))
         ]
         for job in jobs:
             job.result()
     # Graphs are captured on any stream but the default one.
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-        wrong = list(time_all("prefill", PREFILLS, prefill_ways(sweep), bandwidth))
-        wrong += time_all("decode", DECODES, decode_ways(sweep), bandwidth)
+        wrong = list(time_all("prefill", PREFILLS, prefill_candidates(sweep), bandwidth))
+        wrong += time_all("decode", DECODES, decode_candidates(sweep), bandwidth)
     if wrong:
         sys.exit("wrong: " + ", ".join(wrong))
 
 
-def prefill_ways(sweep: bool) -> list[Way]:
+def prefill_candidates(sweep: bool) -> list[Candidate]:
     gpu = Gpu.current()
     tunings = PREFILL_SWEEP if sweep else [choose_prefill_tuning(DIM, torch.bfloat16, gpu)]
     return [
-        Way(str(tuple(tuning)), lambda t=tuning: TritonPrefillBackend(SHAPE, t))  # type: ignore[misc]
+        Candidate(str(tuple(tuning)), lambda t=tuning: TritonPrefillBackend(SHAPE, t))  # type: ignore[misc]
         for tuning in tunings
     ]
 
 
-def decode_ways(sweep: bool) -> list[Way]:
+def decode_candidates(sweep: bool) -> list[Candidate]:
     return [
-        Way(str(tuple(tuning)), lambda t=tuning: TritonDecodeBackend(SHAPE, t))  # type: ignore[misc]
+        Candidate(str(tuple(tuning)), lambda t=tuning: TritonDecodeBackend(SHAPE, t))  # type: ignore[misc]
         for tuning in (DECODE_SWEEP if sweep else DECODE_SWEEP[:1])
     ]
 
 
-def flash_way(phase: str) -> list[Way]:
+def flash_candidate(phase: str) -> list[Candidate]:
     if importlib.util.find_spec("flash_attn") is None:
         return []
     from nanovllm.kernels.attention import flash
 
     backend = flash.FlashPrefillBackend if phase == "prefill" else flash.FlashDecodeBackend
-    return [Way("flash-attn", lambda: backend(SHAPE))]
+    return [Candidate("flash-attn", lambda: backend(SHAPE))]
 
 
 class Inputs(NamedTuple):
-    """Of a case; `caches` are copies of one, and `exact` has no bounds for lengths."""
+    """The inputs of a case; `caches` are copies of one cache, and `exact` has exact lengths."""
 
     q: Tensor
     caches: list[LayerCache]
@@ -218,35 +218,35 @@ def _metadata(
     )
 
 
-def _ways(case: Case, sweep: bool) -> list[Way]:
-    return decode_ways(sweep) if case in DECODES else prefill_ways(sweep)
+def _candidates(case: Case, sweep: bool) -> list[Candidate]:
+    return decode_candidates(sweep) if case in DECODES else prefill_candidates(sweep)
 
 
 def _compile(case: Case, number: int, sweep: bool) -> None:
     inputs = Inputs.of(case, 0)
     # What fails is reported where it is timed.
     with contextlib.suppress(Exception):
-        batch = _ways(case, sweep)[number].make().prepare(inputs.metadata)
+        batch = _candidates(case, sweep)[number].make().prepare(inputs.metadata)
         batch.forward(inputs.q, inputs.caches[0])
         torch.cuda.synchronize()
 
 
 def time_all(
-    phase: str, cases: Sequence[Case], ours: Sequence[Way], bandwidth: float
+    phase: str, cases: Sequence[Case], ours: Sequence[Candidate], bandwidth: float
 ) -> Iterator[str]:
-    """Prints a line for each case; gives what is wrong."""
-    ways = [*flash_way(phase), *ours]
+    """Prints a line for each case; yields the wrong results' names."""
+    candidates = [*flash_candidate(phase), *ours]
     measure = "TFLOP/s" if phase == "prefill" else "times the floor: reading keys and values once"
     print(f"\n{phase}: µs, {measure}, relative error")
-    for number, way in enumerate(ways):
-        print(f"  [{number}] {way.name}")
+    for number, candidate in enumerate(candidates):
+        print(f"  [{number}] {candidate.name}")
     for case in cases:
         inputs = Inputs.of(case, ROTATED_BYTES)
         expected = SdpaBackend(SHAPE).prepare(inputs.exact).forward(inputs.q, inputs.caches[0])
         print(f"{case.name:<28}", end="", flush=True)
-        for number, way in enumerate(ways):
+        for number, candidate in enumerate(candidates):
             try:
-                seconds, error = _time(way, inputs, expected)
+                seconds, error = _time(candidate, inputs, expected)
             except Exception as problem:  # a tuning that this GPU has no room for, say
                 print(f"  [{number}] - ({type(problem).__name__})", end="", flush=True)
                 continue
@@ -256,13 +256,13 @@ def time_all(
                 rate = f"{seconds / (case.cache_bytes / bandwidth):.2f}"
             print(f"  [{number}] {seconds * 1e6:.1f} {rate} {error:.4f}", end="", flush=True)
             if not error <= TOLERANCE:
-                yield f"{phase} {case.name} by {way.name}"
+                yield f"{phase} {case.name} by {candidate.name}"
         print(flush=True)
 
 
-def _time(way: Way, inputs: Inputs, expected: Tensor) -> tuple[float, float]:
+def _time(candidate: Candidate, inputs: Inputs, expected: Tensor) -> tuple[float, float]:
     """Seconds a call, and the relative error ||out - expected|| / ||expected||."""
-    batch = way.make().prepare(inputs.metadata)
+    batch = candidate.make().prepare(inputs.metadata)
     found = batch.forward(inputs.q, inputs.caches[0]).float()
     error = (found - expected.float()).norm() / expected.float().norm()
     seconds = seconds_per_call(

@@ -1,6 +1,7 @@
-"""The kernels between a decoder layer's products on a GPU, at Qwen3-0.6B's shape in bfloat16: each
-is checked against its reference and timed inside CUDA graphs, as decode steps run, gaps between
-kernels included.
+"""The kernels between a decoder layer's GEMMs on a GPU, at Qwen3-0.6B's shape in bfloat16.
+
+Each is checked against its reference, and timed inside CUDA graphs, as decode steps run; gaps
+between kernels are included.
 
 python -m benchmarks.kernels
 """
@@ -18,8 +19,7 @@ from torch import Tensor
 from benchmarks.support.timing import is_wrong, random, seconds_per_call
 from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.layers.fused import FusedOps
-from nanovllm.kernels.layers.linear import Norm
-from nanovllm.kernels.layers.ops import LayerOps
+from nanovllm.kernels.layers.ops import LayerOps, Norm
 
 HIDDEN, NUM, NUM_KV, DIM, INTERMEDIATE = 1024, 16, 8, 128, 3072
 EPS = 1e-6

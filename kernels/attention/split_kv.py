@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention.interface import AttentionShape
-from nanovllm.kernels.overlap import await_previous, begin, overlapped
+from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 # Powers of two. The combining kernel is compiled twice: for few splits, where a program combines
 # several rows, and for many, where it combines one.
@@ -79,7 +79,7 @@ def _combine(
     DIM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.arange(0, SPLITS)

@@ -23,7 +23,7 @@ from nanovllm.kernels.attention.interface import (
 )
 from nanovllm.kernels.attention.split_kv import MAX_SPLITS, SplitResults
 from nanovllm.kernels.attention.tuning import DecodeTuning, Gpu
-from nanovllm.kernels.overlap import await_previous, begin, overlapped
+from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 # The fewest rows that tl.dot takes.
 MIN_ROWS = 16
@@ -106,7 +106,7 @@ def _decode(
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)

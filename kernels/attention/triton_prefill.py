@@ -36,7 +36,7 @@ from nanovllm.kernels.attention.tuning import (
     choose_prefill_tuning,
     max_prefill_tiles,
 )
-from nanovllm.kernels.overlap import await_previous, begin, overlapped
+from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 
 class TritonPrefillBackend(AttentionBackend):
@@ -264,7 +264,7 @@ def _prefill(
     MIN_SPLIT: tl.constexpr,  # the fewest keys of a split
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     await_previous(OVERLAP)
     TOKENS: tl.constexpr = ROWS // GROUP
     head = tl.program_id(0)

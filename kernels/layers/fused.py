@@ -1,8 +1,8 @@
-"""The ops of a decoder layer in Triton; what they compute is in `ops`.
+"""The layer operations of `ops` in Triton.
 
-They do next to nothing with what they read: for a prefill all that counts is that each byte is read
-and written once, for a decode that there are few of them. So with a few rows, norms, gates and the
-sums of the residual stream become part of the matrix products.
+They compute next to nothing with what they read. A prefill's speed is that of memory: each byte is
+read and written once. A decode's speed depends on the number of kernels: with few rows, norms,
+gates and residual sums are fused into the GEMVs.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from torch import Tensor
 
 from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.layers import gemv
-from nanovllm.kernels.layers.linear import Around, Norm
-from nanovllm.kernels.layers.ops import LayerOps
-from nanovllm.kernels.overlap import await_previous, begin, overlapped
+from nanovllm.kernels.layers.ops import Fusion, LayerOps, Norm
+from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
-# Elements that a thread has of a row: 16 bytes in bfloat16.
+# Elements of a row for each thread: 16 bytes in bfloat16.
 PER_THREAD = 8
 MAX_WARPS = 16
-# Heads of one token that a program of `_norm_rope_store` takes, and its warps.
+# A program of `_norm_rope_store` takes this many heads of one token, with this many warps.
 HEADS = 8
 HEADS_WARPS = 4
-# Elements that a program of `_silu_mul` takes.
+# A program of `_silu_mul` takes this many elements.
 SILU_TILE = 1024
 
 
@@ -64,7 +63,7 @@ class FusedOps(LayerOps):
         tuning = gemv.choose_tuning(len(x), x.shape[1], outputs, gated)
         if residual is not None or bias is not None or tuning is None:
             return super().norm_linear(x, residual, norm, weight, bias, gated)
-        return gemv.linear(x, weight, Around(norm, gated), tuning), x
+        return gemv.linear(x, weight, Fusion(norm, gated), tuning), x
 
     def linear_add(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
@@ -72,7 +71,7 @@ class FusedOps(LayerOps):
         tuning = gemv.choose_tuning(len(x), x.shape[1], len(weight), gated=False)
         if bias is not None or tuning is None:
             return super().linear_add(x, weight, bias, residual)
-        return gemv.linear(x, weight, Around(residual=residual), tuning), None
+        return gemv.linear(x, weight, Fusion(residual=residual), tuning), None
 
     def norm_rope_store(
         self,
@@ -128,14 +127,14 @@ def _add_rms_norm(
     residual_ptr,
     weight_ptr,  # [SIZE]
     normed_ptr,
-    total_ptr,  # written where ADD
+    total_ptr,  # [rows, SIZE], written where ADD
     eps,
     ADD: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     columns = tl.arange(0, PADDED)
     present = columns < SIZE
     offsets = tl.program_id(0).to(tl.int64) * SIZE + columns
@@ -158,9 +157,9 @@ def _norm_rope_store(
     q_weight_ptr,  # [2 * HALF], read where NORM
     k_weight_ptr,
     rotation_ptr,  # float32 [tokens, 2 * HALF]
-    slots_ptr,  # int64 [tokens]
+    kv_rows_ptr,  # int64 [tokens], where in the cache keys and values go
     q_ptr,  # [tokens, NUM, 2 * HALF]
-    k_ptr,  # [slots, NUM_KV, 2 * HALF]
+    k_ptr,  # [blocks * block_size, NUM_KV, 2 * HALF]
     v_ptr,
     eps,
     NORM: tl.constexpr,
@@ -170,9 +169,9 @@ def _norm_rope_store(
     HEADS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token)
+    kv_row = tl.load(kv_rows_ptr + token)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pairs = tl.arange(0, HALF)[None, :]
     is_q = heads < NUM
@@ -205,10 +204,10 @@ def _norm_rope_store(
     q_offsets = (token * NUM + heads) * (2 * HALF) + pairs
     tl.store(q_ptr + q_offsets, rotated_first, mask=is_q)
     tl.store(q_ptr + q_offsets + HALF, rotated_second, mask=is_q)
-    k_offsets = (slot * NUM_KV + heads - NUM) * (2 * HALF) + pairs
+    k_offsets = (kv_row * NUM_KV + heads - NUM) * (2 * HALF) + pairs
     tl.store(k_ptr + k_offsets, rotated_first, mask=is_k)
     tl.store(k_ptr + k_offsets + HALF, rotated_second, mask=is_k)
-    v_offsets = (slot * NUM_KV + heads - NUM - NUM_KV) * (2 * HALF) + pairs
+    v_offsets = (kv_row * NUM_KV + heads - NUM - NUM_KV) * (2 * HALF) + pairs
     tl.store(v_ptr + v_offsets, first.to(dtype), mask=is_v)
     tl.store(v_ptr + v_offsets + HALF, second.to(dtype), mask=is_v)
 
@@ -221,7 +220,7 @@ def _silu_mul(
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)

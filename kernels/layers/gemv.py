@@ -1,11 +1,10 @@
-"""Matrix products of up to 4 rows in Triton, without tensor cores.
+"""GEMV: GEMMs of up to 4 rows in Triton, without tensor cores.
 
-A product of so few rows reads its weight once and does little with it, and takes microseconds: what
-counts is that all processors have loads in flight at once and for the whole time. A program has all
-inputs of a few outputs. Each thread keeps sums of its own over its inputs, and only at the end are
-they added up, so that nothing in between waits for anything but memory. With tensor cores a sum
-would wait for the one before, each time. Weights are on their way before the kernel that computes
-the inputs is complete.
+A GEMV reads its weight once, computes little with it, and takes microseconds. Its speed is that of
+memory, if all processors have loads in flight all the time. So a program computes a few outputs
+over all inputs. Each thread keeps its own partial sums, which are added up only at the end: until
+then a thread waits for nothing but memory. On tensor cores each sum would wait for the one before.
+The first weights are loaded before the kernel that computes the inputs is complete.
 """
 
 from __future__ import annotations
@@ -17,39 +16,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.layers.linear import Around
-from nanovllm.kernels.overlap import await_previous, begin, overlapped
+from nanovllm.kernels.layers.ops import Fusion
+from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 MAX_ROWS = 4
-# Of several rows, products with more inputs and outputs are faster on tensor cores.
+# With several rows, tensor cores are faster at more inputs and outputs.
 SMALL = 1024
-# With no more outputs, a program for each few of them has to be larger for all processors to have
-# enough loads in flight.
-NARROW = 2048
-WIDE = 4096
-# Programs are small up to so many inputs.
-SHORT = 2560
-# Neighbouring inputs that a thread has of each tile: 16 bytes in bfloat16, its widest load. With
-# all threads side by side along the inputs, each multiplies what it has loaded itself.
+# With few outputs there are few programs: they must be larger for all processors to have enough
+# loads in flight.
+FEW_OUTPUTS = 2048
+MANY_OUTPUTS = 4096
+# Programs are small up to this number of inputs.
+FEW_INPUTS = 2560
+# A thread loads this many neighbouring inputs of a tile: 16 bytes in bfloat16, its widest load. All
+# threads lie side by side along the inputs, so each multiplies what it has loaded itself.
 PER_LOAD = 8
-# Weights that a thread loads before the inputs are there, at most: they take registers.
+# The most weights that a thread loads before the inputs are there: they take registers.
 AHEAD = 32
 
 
-class Tuning(NamedTuple):
-    """Outputs of a program, and its warps; powers of two."""
+class GemvTuning(NamedTuple):
+    """Outputs and warps of a program; powers of two."""
 
     outputs: int
     warps: int
 
 
-def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning) -> Tensor:
-    """See `linear.linear`; x has at most `MAX_ROWS` rows."""
+def linear(x: Tensor, weight: Tensor, fusion: Fusion, tuning: GemvTuning) -> Tensor:
+    """See `ops.fused_linear`; x has at most `MAX_ROWS` rows."""
     rows, inputs = x.shape
-    outputs = len(weight) // 2 if around.gated else len(weight)
+    outputs = len(weight) // 2 if fusion.gated else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    norm, residual = around.norm, around.residual
-    # Few kernels, since each has to be compiled.
+    norm, residual = fusion.norm, fusion.residual
+    # Two kernels instead of four, since each has to be compiled.
     padded = 1 if rows == 1 else MAX_ROWS
     tile = 32 * tuning.warps * PER_LOAD
     _linear[(triton.cdiv(outputs, tuning.outputs),)](
@@ -61,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning) -> Tensor:
         rows,
         0.0 if norm is None else norm.eps,
         NORM=norm is not None,
-        GATED=around.gated,
+        GATED=fusion.gated,
         ADD=residual is not None,
         ROWS=padded,
         OUTPUTS=outputs,
@@ -70,7 +69,7 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning) -> Tensor:
         TILE_IN=tile,
         PER_LOAD=PER_LOAD,
         TILES_AHEAD=min(
-            triton.cdiv(inputs, tile), AHEAD // (PER_LOAD * tuning.outputs * (1 + around.gated))
+            triton.cdiv(inputs, tile), AHEAD // (PER_LOAD * tuning.outputs * (1 + fusion.gated))
         ),
         num_warps=tuning.warps,
         **overlapped(),
@@ -78,22 +77,22 @@ def linear(x: Tensor, weight: Tensor, around: Around, tuning: Tuning) -> Tensor:
     return out
 
 
-def choose_tuning(rows: int, inputs: int, outputs: int, gated: bool) -> Tuning | None:
-    """Among the fastest on an H200 (`benchmarks.products`), for the shapes of Qwen3-0.6B to 8B at 1
-    and 4 rows; None where cuBLAS is faster."""
+def choose_tuning(rows: int, inputs: int, outputs: int, gated: bool) -> GemvTuning | None:
+    """A tuning among the fastest on an H200 (`benchmarks.gemm`) for the shapes of Qwen3-0.6B to 8B
+    at 1 and 4 rows; None where cuBLAS is faster."""
     if rows > 1:
         if rows > MAX_ROWS or (inputs if gated else min(inputs, outputs)) > SMALL:
             return None
-        return Tuning(2, 4) if outputs <= NARROW and not gated else Tuning(4, 2)
+        return GemvTuning(2, 4) if outputs <= FEW_OUTPUTS and not gated else GemvTuning(4, 2)
     if gated:
-        if inputs > SHORT:
-            return Tuning(4, 4)
-        return Tuning(2, 2) if inputs <= SMALL else Tuning(2, 4)
-    if outputs <= NARROW:
-        return Tuning(2, 8)
-    if inputs <= SHORT:
-        return Tuning(2, 2)
-    return Tuning(2, 4) if outputs < WIDE else Tuning(4, 8)
+        if inputs > FEW_INPUTS:
+            return GemvTuning(4, 4)
+        return GemvTuning(2, 2) if inputs <= SMALL else GemvTuning(2, 4)
+    if outputs <= FEW_OUTPUTS:
+        return GemvTuning(2, 8)
+    if inputs <= FEW_INPUTS:
+        return GemvTuning(2, 2)
+    return GemvTuning(2, 4) if outputs < MANY_OUTPUTS else GemvTuning(4, 8)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -117,7 +116,7 @@ def _linear(
     TILES_AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     THREADS: tl.constexpr = TILE_IN // PER_LOAD
     rows_of = tl.arange(0, ROWS)[:, None, None]
     outputs_of = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)[None, :, None]
@@ -134,7 +133,7 @@ def _linear(
     sums = tl.zeros([ROWS, TILE_OUT, THREADS], tl.float32)
     up_sums = tl.zeros([ROWS, TILE_OUT, THREADS], tl.float32)
     squares = tl.zeros([ROWS, 1, TILE_IN], tl.float32)
-    # Unrolled, so that loads need not wait for the sums before.
+    # Unrolled, so that loads do not wait for earlier sums.
     for start in tl.static_range(0, INPUTS, TILE_IN):
         inputs = start + inputs_of
         is_input = inputs < INPUTS
@@ -158,14 +157,14 @@ def _linear(
 
     out = tl.sum(sums, 2)
     if NORM:
-        # The norm's factor is the same for all inputs of a row, so it can come last.
+        # The norm scales all inputs of a row alike, so the scale can be applied last.
         scale = tl.rsqrt(tl.sum(squares, 2) / INPUTS + eps)
         out *= scale
     if GATED:
-        let_pass = tl.sum(up_sums, 2)
+        up_out = tl.sum(up_sums, 2)
         if NORM:
-            let_pass *= scale
-        out = out / (1.0 + tl.exp(-out)) * let_pass
+            up_out *= scale
+        out = out / (1.0 + tl.exp(-out)) * up_out
     row = tl.arange(0, ROWS)[:, None]
     outputs = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)[None, :]
     offsets = row * OUTPUTS + outputs
@@ -177,7 +176,7 @@ def _linear(
 
 @triton.jit
 def _load_tiles(weights, inputs_of, is_output, INPUTS, TILE_IN, TILES):
-    """The first tiles, a tuple."""
+    """Loads the first tiles; a tuple."""
     tiles = ()
     for tile in tl.static_range(TILES):
         inside = is_output & (tile * TILE_IN + inputs_of < INPUTS)
@@ -192,6 +191,6 @@ def _load_once(pointers, inside):
 
 @triton.jit
 def _sum_of_loads(x, PER_LOAD: tl.constexpr):
-    """[..., threads * PER_LOAD] to [..., threads]: each thread adds up what it has."""
+    """[..., threads * PER_LOAD] to [..., threads]: each thread adds up its own elements."""
     loads: tl.constexpr = [x.shape[0], x.shape[1], x.shape[2] // PER_LOAD, PER_LOAD]
     return tl.sum(tl.reshape(x, loads), 3)

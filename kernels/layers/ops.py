@@ -1,27 +1,70 @@
-"""What a decoder layer does besides attention, in plain torch.
+"""The layer operations besides attention, in plain torch; `FusedOps` has the same for a GPU.
 
-`FusedOps` in `kernels.layers.fused` does the same on a GPU, with fewer kernels.
-
-The residual stream goes from layer to layer as two tensors [T, hidden]: `x` and the `residual` that
-x has yet to be added to, or None where x is the stream itself. So each op that could add them can
-leave it to the next.
+The residual stream goes from layer to layer as two tensors [T, hidden]: `x`, and the `residual` to
+which x has yet to be added, or None where x is the whole stream. So an operation that could add
+them may leave the sum to the next one, which can fuse it.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.attention.interface import LayerCache, store_kv
-from nanovllm.kernels.layers.linear import Norm
+
+
+class Norm(NamedTuple):
+    """An RMSNorm: its weight [inputs], and the eps that it adds to the mean square."""
+
+    weight: Tensor
+    eps: float
+
+
+class Fusion(NamedTuple):
+    """What is fused into a GEMM.
+
+    Attributes:
+        norm: normalizes the input.
+        gated: the output is silu(gate) * up, where the weight's first half gives gate and its
+            second half up.
+        residual: [T, outputs], is added to the output.
+    """
+
+    norm: Norm | None = None
+    gated: bool = False
+    residual: Tensor | None = None
+
+
+def fused_linear(x: Tensor, weight: Tensor, fusion: Fusion) -> Tensor:
+    """The reference of `gemv.linear`: a GEMM with what is fused into it, all in float32.
+
+    Args:
+        x: [T, inputs].
+        weight: [outputs, inputs], twice as many outputs where gated.
+
+    Returns:
+        [T, outputs] in x's dtype.
+    """
+    out = x.float()
+    if fusion.norm is not None:
+        out = F.rms_norm(out, weight.shape[1:], fusion.norm.weight.float(), fusion.norm.eps)
+    out = F.linear(out, weight.float())
+    if fusion.gated:
+        gate, up = out.chunk(2, dim=-1)
+        out = F.silu(gate) * up
+    if fusion.residual is not None:
+        out = out + fusion.residual
+    return out.to(x.dtype)
 
 
 class LayerOps:
-    """The reference. Inputs are contiguous; each op computes in float32 and rounds once."""
+    """The reference. Inputs are contiguous. Each operation computes in float32 and rounds once."""
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-        """The normalized stream, and the stream, added up and rounded before it is normalized."""
+        """Returns the normalized stream, and the stream itself, rounded before it is normalized."""
         total = x if residual is None else residual + x
         return F.rms_norm(total, norm.weight.shape, norm.weight, norm.eps), total
 
@@ -34,10 +77,14 @@ class LayerOps:
         bias: Tensor | None,
         gated: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The product of the normalized stream with weight [outputs, hidden], and the stream.
+        """Normalizes the stream and projects it.
 
         Args:
-            gated: the product's first half are gates; returns silu(gate) * up [T, outputs / 2].
+            weight: [outputs, hidden].
+            gated: the projection's first half are gates; the result is silu(gate) * up.
+
+        Returns:
+            The projection [T, outputs], half as wide where gated, and the stream.
         """
         normed, total = self.add_rms_norm(x, residual, norm)
         out = F.linear(normed, weight, bias)
@@ -46,8 +93,7 @@ class LayerOps:
     def linear_add(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The stream `residual` with a product of something else, x [T, inputs], on its way into
-        it."""
+        """Projects x [T, inputs], to be added to the stream `residual`. Returns the stream."""
         return F.linear(x, weight, bias), residual
 
     def norm_rope_store(
@@ -90,9 +136,10 @@ def _norm_heads(x: Tensor, norm: Norm | None) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates x, float32 [T, heads, head_dim], whose halves are the two coordinates.
+    """Applies rotary position embeddings (Su et al., 2021, "RoFormer").
 
     Args:
+        x: float32 [T, heads, head_dim]; its halves are the two coordinates of each pair.
         rotation: float32 [T, head_dim], cosines in its first half and sines in its second.
     """
     cos, sin = rotation[:, None].chunk(2, dim=-1)
@@ -101,10 +148,10 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def choose_ops(device: torch.device) -> LayerOps:
-    """The fastest that run on `device`."""
+    """The fastest operations that run on `device`."""
     if device.type != "cuda":
         return LayerOps()
-    # Imported where it is chosen: on a CPU there is no Triton to import, and it takes its time.
+    # Imported where it is chosen: a CPU may have no Triton, and importing it is slow.
     from nanovllm.kernels.layers.fused import FusedOps
 
     return FusedOps()

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.overlap import await_previous, begin, overlapped
+from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 from nanovllm.kernels.sampling.device_stream import row_key
 from nanovllm.kernels.sampling.order import (
     LAST,
@@ -124,7 +124,7 @@ def _choose(
     PAIRS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     await_previous(OVERLAP)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)

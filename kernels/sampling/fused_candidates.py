@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.overlap import await_previous, begin, overlapped
+from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 from nanovllm.kernels.sampling import CANDIDATES
 from nanovllm.kernels.sampling.device_stream import row_key
 from nanovllm.kernels.sampling.order import (
@@ -139,7 +139,7 @@ def _shortlist(
     CANDIDATES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     await_previous(OVERLAP)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
@@ -202,7 +202,7 @@ def _choose(
     CANDIDATES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     await_previous(OVERLAP)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.overlap import await_previous, begin, overlapped
+from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 from nanovllm.kernels.sampling.device_stream import row_key
 from nanovllm.kernels.sampling.order import contest
 from nanovllm.kernels.sampling.reference import MIN_TEMPERATURE, SamplingTensors
@@ -128,7 +128,7 @@ def _scan(
     GROUP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     await_previous(OVERLAP)
     row = tl.program_id(0)
     chunk = tl.program_id(1)

@@ -1,4 +1,4 @@
-"""The ops of `kernels.slots.ops` in Triton, one kernel each."""
+"""The operations of `kernels.slots.ops` in Triton, one kernel each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.overlap import await_previous, begin, overlapped
+from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.kernels.slots.ops import DecodeInputs, SlotOps, SlotState
 
@@ -21,7 +21,7 @@ class FusedSlotOps(SlotOps):
         def like(held: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             return torch.empty((n, *held.shape[1:]), dtype=dtype or held.dtype, device=held.device)
 
-        found = DecodeInputs(
+        inputs = DecodeInputs(
             token_ids=like(state.last_tokens),
             positions=like(state.num_tokens),
             slot_mapping=like(state.num_tokens),
@@ -36,25 +36,25 @@ class FusedSlotOps(SlotOps):
             state.num_tokens,
             state.last_tokens,
             *state.sampling,
-            *found[:-1],
-            *found.sampling,
+            *inputs[:-1],
+            *inputs.sampling,
             columns,
             PADDED=triton.next_power_of_2(columns),
             BLOCK=block_size,
             num_warps=1,
         )
-        return found
+        return inputs
 
     def advance(self, state: SlotState, slots: Tensor, token_ids: Tensor) -> Tensor:
         sampled = torch.empty(len(slots), dtype=torch.int32, device=slots.device)
-        nobodys = len(state.num_tokens) - 1
+        padding_slot = len(state.num_tokens) - 1
         _advance[(len(slots),)](
             slots,
             token_ids,
             state.num_tokens,
             state.last_tokens,
             sampled,
-            nobodys,
+            padding_slot,
             num_warps=1,
             **overlapped(),
         )
@@ -119,16 +119,16 @@ def _advance(
     num_tokens_ptr,
     last_tokens_ptr,
     sampled_ptr,  # int32 [n]
-    nobodys,  # the last slot
+    padding_slot,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    launch_next(OVERLAP)
     await_previous(OVERLAP)
     row = tl.program_id(0)
     slot = tl.load(slots_ptr + row)
     token = tl.load(token_ids_ptr + row)
     tl.store(sampled_ptr + row, token.to(tl.int32))
-    owned = slot != nobodys
-    tl.store(last_tokens_ptr + slot, token, mask=owned)
+    advances = slot != padding_slot
+    tl.store(last_tokens_ptr + slot, token, mask=advances)
     length = tl.load(num_tokens_ptr + slot)
-    tl.store(num_tokens_ptr + slot, length + 1, mask=owned)
+    tl.store(num_tokens_ptr + slot, length + 1, mask=advances)

@@ -1,7 +1,7 @@
-"""What a decode step takes from its slots and gives back to them, in plain torch.
+"""How a decode step reads and advances the slots, in plain torch.
 
-`FusedSlotOps` in `kernels.slots.fused` does the same on a GPU, where a step of one sequence would
-else spend a thirtieth of its time on a dozen small copies.
+`FusedSlotOps` in `kernels.slots.fused` does the same on a GPU in one kernel each. A dozen small
+copies would take a thirtieth of the step of one sequence.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from nanovllm.kernels.sampling.reference import SamplingTensors
 
 
 class SlotState(NamedTuple):
-    """What is held of s slots. The last one is nobody's: a sequence of one token seems to be in it,
-    over and over.
+    """The device state of s slots. The last one is the padding slot, which takes a captured step's
+    unused rows: it always looks like a sequence of one token.
 
     Attributes:
         block_tables: int32 [s, max_blocks]; entries beyond a sequence's blocks name any block.
@@ -32,11 +32,11 @@ class SlotState(NamedTuple):
 
 
 class DecodeInputs(NamedTuple):
-    """What n decodes need.
+    """The inputs of n decodes.
 
     Attributes:
         token_ids, positions: int64 [n], the token to compute and its index in its sequence.
-        slot_mapping: int64 [n], where its key and value go: block * block_size + offset.
+        slot_mapping: int64 [n], see `store_kv`.
         context_lens: int32 [n], the sequence's length.
         block_tables: int32 [n, max_blocks].
         next_positions: int64 [n], the index that the sampled token will have.
@@ -72,8 +72,15 @@ class SlotOps:
         )
 
     def advance(self, state: SlotState, slots: Tensor, token_ids: Tensor) -> Tensor:
-        """Each of the slots int64 [n] goes on by its token of int64 [n]; only the last slot may be
-        there more than once. Returns the tokens as int32 [n]."""
+        """Appends a sampled token to each slot.
+
+        Args:
+            slots: int64 [n]; only the padding slot may occur more than once.
+            token_ids: int64 [n].
+
+        Returns:
+            The tokens as int32 [n].
+        """
         state.last_tokens[slots] = token_ids
         state.num_tokens[slots] += 1
         state.num_tokens[-1:] = 1
@@ -81,10 +88,10 @@ class SlotOps:
 
 
 def choose_slot_ops(device: torch.device) -> SlotOps:
-    """The fastest that run on `device`."""
+    """The fastest operations that run on `device`."""
     if device.type != "cuda":
         return SlotOps()
-    # Imported where it is chosen: on a CPU there is no Triton to import, and it takes its time.
+    # Imported where it is chosen: a CPU may have no Triton, and importing it is slow.
     from nanovllm.kernels.slots.fused import FusedSlotOps
 
     return FusedSlotOps()

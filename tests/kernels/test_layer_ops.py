@@ -11,8 +11,7 @@ from torch import Tensor
 
 from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.layers.fused import FusedOps
-from nanovllm.kernels.layers.linear import Norm
-from nanovllm.kernels.layers.ops import LayerOps
+from nanovllm.kernels.layers.ops import LayerOps, Norm
 from nanovllm.services.gpu_worker.model import decoder
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import PagedSequences, load_model, relative_error

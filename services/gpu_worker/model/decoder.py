@@ -22,8 +22,7 @@ from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache
-from nanovllm.kernels.layers.linear import Norm
-from nanovllm.kernels.layers.ops import choose_ops
+from nanovllm.kernels.layers.ops import Norm, choose_ops
 from nanovllm.services.gpu_worker.model.layers import (
     CheckpointTensor,
     ColumnParallelLinear,

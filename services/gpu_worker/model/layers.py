@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, RopeConfig
-from nanovllm.kernels.layers.linear import Norm
-from nanovllm.kernels.layers.ops import LayerOps
+from nanovllm.kernels.layers.ops import LayerOps, Norm
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
 
 

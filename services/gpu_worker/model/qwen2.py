@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.kernels.layers.linear import Norm
+from nanovllm.kernels.layers.ops import Norm
 from nanovllm.services.gpu_worker.model.decoder import Attention, Decoder
 from nanovllm.services.gpu_worker.model.layers import Factory
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel

@@ -1,4 +1,4 @@
-"""Matrix products of a few rows against the plain one; on a CPU, in Triton's interpreter."""
+"""GEMVs against the reference; on a CPU, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.layers import gemv
-from nanovllm.kernels.layers.linear import Around, Norm, linear
+from nanovllm.kernels.layers.gemv import GemvTuning
+from nanovllm.kernels.layers.ops import Fusion, Norm, fused_linear
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -20,21 +21,21 @@ def random(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
 
 
-def check(tuning: gemv.Tuning, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
-    """With everything that may be around it."""
+def check(tuning: GemvTuning, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """With all that may be fused."""
     x = random(rows, inputs, dtype=dtype) * 3
     norm = Norm(random(inputs, dtype=dtype), 1e-6)
     residual = random(rows, outputs, dtype=dtype)
-    for around in (
-        Around(),
-        Around(norm=norm),
-        Around(residual=residual),
-        Around(gated=True),
-        Around(norm, gated=True, residual=residual),
+    for fusion in (
+        Fusion(),
+        Fusion(norm=norm),
+        Fusion(residual=residual),
+        Fusion(gated=True),
+        Fusion(norm, gated=True, residual=residual),
     ):
-        weight = random((1 + around.gated) * outputs, inputs, dtype=dtype) * inputs**-0.5
-        out = gemv.linear(x, weight, around, tuning)
-        expected = linear(x, weight, around)
+        weight = random((1 + fusion.gated) * outputs, inputs, dtype=dtype) * inputs**-0.5
+        out = gemv.linear(x, weight, fusion, tuning)
+        expected = fused_linear(x, weight, fusion)
         assert out.dtype == dtype
         error = (out.float() - expected.float()).norm() / expected.float().norm()
         assert error.item() < TOLERANCES[dtype]
@@ -42,15 +43,15 @@ def check(tuning: gemv.Tuning, rows: int, inputs: int, outputs: int, dtype: torc
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_gemv(dtype: torch.dtype) -> None:
-    small = (gemv.Tuning(2, 2), gemv.Tuning(4, 1), gemv.Tuning(2, 4))
+    small = (GemvTuning(2, 2), GemvTuning(4, 1), GemvTuning(2, 4))
     cases = [(tuning, shape) for tuning in small for shape in ((1, 64, 19), (3, 300, 9))]
     if ON_CUDA:
         cases += [
-            (gemv.Tuning(2, 2), (1, 1024, 4096)),
-            (gemv.Tuning(4, 2), (2, 1024, 4096)),
-            (gemv.Tuning(2, 4), (4, 2048, 1024)),
-            (gemv.Tuning(4, 4), (1, 4096, 12288)),
-            (gemv.Tuning(4, 8), (1, 12288, 4096)),
+            (GemvTuning(2, 2), (1, 1024, 4096)),
+            (GemvTuning(4, 2), (2, 1024, 4096)),
+            (GemvTuning(2, 4), (4, 2048, 1024)),
+            (GemvTuning(4, 4), (1, 4096, 12288)),
+            (GemvTuning(4, 8), (1, 12288, 4096)),
         ]
     for tuning, shape in cases:
         check(tuning, *shape, dtype)
