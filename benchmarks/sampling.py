@@ -2,11 +2,11 @@
 
     python -m benchmarks.sampling
 
-Every case is timed in a CUDA graph, on bfloat16 logits of Qwen3's vocabulary, peaked ones and flat
-ones; its tokens are compared with the reference's. The floor is the time of reading those logits at
-the bandwidth measured in the same run by copying. Few rows fit in the L2 cache, and may be faster.
-Where few candidates decide a row, "one of four ranks" is what a rank computes with --tp 4, the
-gathering of the shortlists apart.
+Every case is timed in a CUDA graph, on peaked and on flat bfloat16 logits of Qwen3's vocabulary.
+Its tokens are compared with the reference's. The floor is the time of reading the logits once at
+the bandwidth of a copy, measured in the same run. Few rows fit in the L2 cache, and may be faster.
+For rows that do not need whole logits, "one of four ranks" is what a rank computes with --tp 4,
+without gathering the shortlists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.support.bandwidth import copy_bandwidth
-from nanovllm.kernels.sampling import fused, fused_candidates, reference
+from nanovllm.kernels.sampling import fused, fused_shortlists, reference
 from nanovllm.kernels.sampling.reference import SamplingTensors
 
 VOCAB = 151_936
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[float, int, float, float]] = {
 SHAPES = {"peaked": 2.6, "flat": 0.5}
 TIMED_S = 0.05
 SHARDS = 4
-NARROW = ("greedy", "temperature", "top-k 20, top-p 0.95")
+BY_SHORTLISTS = ("greedy", "temperature", "top-k 20, top-p 0.95")
 
 
 @click.command(help=__doc__)
@@ -59,7 +59,7 @@ def main() -> None:
                 seconds = graph_seconds(lambda: fused.sample(logits, params, positions))  # noqa: B023
                 floor = logits.numel() * logits.element_size() / bandwidth
                 rank = " | "
-                if case in NARROW:
+                if case in BY_SHORTLISTS:
                     sharded, rank_seconds = of_a_rank(logits, params, positions)
                     rank = f"{rank_seconds * 1e6:.1f} | {int((sharded != expected).sum())}"
                 print(
@@ -70,19 +70,19 @@ def main() -> None:
 
 
 def of_a_rank(logits: Tensor, params: SamplingTensors, positions: Tensor) -> tuple[Tensor, float]:
-    """Draws from the shortlists of all shards; and the seconds that one of them, and the choice
-    from all of them, take."""
+    """Tokens drawn from the shortlists of all shards; and the seconds that it takes to make one
+    shortlist, and to draw from all."""
     shard = VOCAB // SHARDS
     parts = [(first, logits[:, first : first + shard].clone()) for first in range(0, VOCAB, shard)]
     gathered = torch.cat(
-        [fused_candidates.shortlist(part, params, positions, first) for first, part in parts],
+        [fused_shortlists.shortlist(part, params, positions, first) for first, part in parts],
         dim=-1,
     )
     first, part = parts[-1]
 
     def step() -> Tensor:
-        fused_candidates.shortlist(part, params, positions, first)
-        return fused_candidates.choose(gathered, params, positions)
+        fused_shortlists.shortlist(part, params, positions, first)
+        return fused_shortlists.sample_shortlists(gathered, params, positions)
 
     return step(), graph_seconds(step)
 

@@ -1,23 +1,25 @@
-"""Sampling in two kernels, for any mix of greedy, random and filtered rows.
+"""Sampling from whole logits in two kernels, for any mix of greedy, random and filtered rows.
 
-`_scan` reads the logits once, spread over (row, chunk of the vocabulary). Of a row without filters
-it draws the chunk's candidate: the highest logit, or the highest score + noise. Of a filtered row
-it also notes the maximum of each group of tokens.
+`_scan` reads the logits once; a program takes a chunk of a row. Of a row without filters it finds
+the chunk's best token, by its logit or by its score + noise. Of a filtered row it also notes the
+highest score of each group of tokens.
 
-`_choose`, a program for each row, joins the chunks; that is the token of a row without filters.
-The tokens that filters keep are the first ones in the order (score descending, id ascending), and
-the groups' maxima bound from below where they end: with top-k, at the k-th highest maximum, since
-so many tokens are at least as high; with min-p, at a fixed distance from the highest. So what is
-kept is in the few groups that reach that bound. If no more than CANDIDATES of their tokens do,
-these are gathered, and the filters' definition is applied to all pairs of them. Else, as with
-top-p alone, the token is found by rejection: draw one, and count the tokens and sum the weights
-that stand before it; if it is not kept, then nothing after it is, and the next one is drawn among
-those before. For top-p after top-k, the k-th highest score is found first, by bisection of its
-bits.
+`_choose` has a program for each row. The best token of all chunks is the token of a row without
+filters. The tokens that filters keep are the first ones in the order (score descending, id
+ascending), and the groups' maxima give a lower bound of their scores: with top-k the k-th highest
+maximum, since at least k tokens are that high; with min-p a fixed distance from the highest score.
+So all kept tokens are in the few groups that reach the bound.
 
-All of it is exact but for the rounding of sums, so that of the tokens at the very edge of top-p or
-min-p (within about 1e-6) others may be kept than `reference.sample` keeps. What a row draws depends
-neither on other rows nor on their number.
+- If at most CANDIDATES tokens reach it, they are gathered, and the filters are applied to all pairs
+  of them.
+- Else, as with top-p alone, the token is found by rejection: draw a token, and count the tokens and
+  sum the weights before it. If the filters do not keep the token, they keep none after it, and the
+  next token is drawn among those before it. For top-p after top-k, the k-th highest score is found
+  first, by bisection of its bits.
+
+The result is exact but for the rounding of sums: at the very edge of top-p or min-p (within about
+1e-6) other tokens may be kept than `reference.sample` keeps. A row's token depends neither on other
+rows nor on their number.
 """
 
 from __future__ import annotations
@@ -28,28 +30,32 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
-from nanovllm.kernels.sampling.device_stream import row_key
-from nanovllm.kernels.sampling.order import (
+from nanovllm.kernels.sampling.filters import (
     LAST,
     LOWEST,
     best_of,
     bound,
+    draw_among,
     draw_before,
+    floor_of_min_p,
     gather,
     kth_score,
     list_tokens,
     maxima_of,
     standing,
 )
-from nanovllm.kernels.sampling.pairs import draw_among, floor_of_min_p
+from nanovllm.kernels.sampling.random_stream_triton import row_key
 from nanovllm.kernels.sampling.reference import SamplingTensors
-from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, Tuning, scale_of, scan
+from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, SamplingTuning, scale_of, scan
 
 
 def sample(
-    logits: Tensor, params: SamplingTensors, positions: Tensor, tuning: Tuning = DEFAULT_TUNING
+    logits: Tensor,
+    params: SamplingTensors,
+    positions: Tensor,
+    tuning: SamplingTuning = DEFAULT_TUNING,
 ) -> Tensor:
-    """As `reference.sample`, without a look at anything on the host.
+    """As `reference.sample`, but reads nothing back to the host.
 
     Args:
         logits: float32, bfloat16 or float16 [n, vocab]; each row contiguous.
@@ -62,7 +68,7 @@ def sample(
     sampled = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
         return sampled
-    best, best_ids, maxima, most_chunks = scan(logits, params, positions, tuning, 0, vocab)
+    best, best_ids, maxima, max_chunks = scan(logits, params, positions, tuning, 0, vocab)
     groups = maxima.shape[1]
 
     def scratch(columns: int, dtype: torch.dtype) -> Tensor:
@@ -82,7 +88,7 @@ def sample(
         scratch(tuning.candidates, torch.int32),
         sampled,
         best.shape[1],
-        CHUNKS=triton.next_power_of_2(most_chunks),
+        CHUNKS=triton.next_power_of_2(max_chunks),
         GROUPS=triton.next_power_of_2(groups),
         GROUP=tuning.group,
         PAGE=tuning.page,
@@ -111,8 +117,8 @@ def _choose(
     best_ids_ptr,
     maxima_ptr,
     listed_ptr,  # int32 [n, groups], scratch: groups in which tokens may be kept
-    candidates_ptr,  # float32 [n, CANDIDATES], scratch: scores, and
-    candidate_ids_ptr,  # int32 [n, CANDIDATES]: tokens
+    candidates_ptr,  # float32 [n, CANDIDATES], scratch: scores
+    candidate_ids_ptr,  # int32 [n, CANDIDATES], scratch: tokens
     sampled_ptr,  # int64 [n]
     chunks,
     CHUNKS: tl.constexpr,
@@ -144,8 +150,8 @@ def _choose(
         maxima = maxima_of(maxima_ptr, row, num_groups, GROUPS)
         most = tl.max(maxima, 0)
         min_p_floor = floor_of_min_p(most, min_p)
-        # No kept token is below the floor; and as top-p is of the mass that top-k leaves, all of
-        # that is above it.
+        # No kept token is below the floor. Top-p is of the mass that top-k leaves, all of which is
+        # above the floor too.
         floor = tl.where(top_p < 1, LOWEST, min_p_floor)
         if top_k > 0:
             floor = tl.maximum(floor, bound(maxima, most, top_k))
@@ -211,7 +217,7 @@ def _choose(
                     searching = 0
                 else:
                     drawn = draw_before(tokens, cut, score, drawn, low, high, PAGE, GROUP)
-                    # Without NaNs there always is one.
+                    # There is one, unless logits are NaN.
                     searching = tl.where(drawn < LAST, 1, 0)
                     score = tl.load(logits + tl.where(drawn < LAST, drawn, 0)).to(tl.float32)
                     score = score * scale

@@ -1,4 +1,4 @@
-"""The one reading of all logits that sampling begins with, and how the work is cut up."""
+"""The first kernel of sampling, which reads all logits once; and the tuning of all of them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
-from nanovllm.kernels.sampling.device_stream import row_key
-from nanovllm.kernels.sampling.order import contest
+from nanovllm.kernels.sampling.filters import contest
+from nanovllm.kernels.sampling.random_stream_triton import row_key
 from nanovllm.kernels.sampling.reference import MIN_TEMPERATURE, SamplingTensors
 
 
-class Tuning(NamedTuple):
-    """How the work is cut up; all but `programs` are powers of two.
+class SamplingTuning(NamedTuple):
+    """How sampling is cut; all but `programs` are powers of two.
 
     Attributes:
-        group: tokens with a common maximum.
+        group: tokens of a group, whose highest score is noted.
         tile: groups that a program of `_scan` takes at a time.
-        programs: of `_scan`, into which a step is cut, if there is so much work.
-        page: groups that what comes after it takes at a time where it reads many, and
-        gather: where it gathers candidates.
-        candidates: as many are compared in pairs,
-        pairs: with so many at a time.
+        programs: programs of `_scan`, if there is work for as many.
+        page: groups that the second kernel takes at a time, when it reads many.
+        gather: groups that it takes at a time, when it gathers candidates.
+        candidates: the most candidates that are compared in pairs.
+        pairs: candidates that each is compared with at a time.
     """
 
     group: int = 64
@@ -39,31 +39,31 @@ class Tuning(NamedTuple):
     choose_warps: int = 16
 
 
-DEFAULT_TUNING = Tuning()
+DEFAULT_TUNING = SamplingTuning()
 
 
 class Scanned(NamedTuple):
-    """What the logits [n, vocab] were found to hold.
+    """The results of reading logits [n, vocab], a row in chunks.
 
     Attributes:
-        best: float32 [n, chunks], of rows without filters: the highest logit of each chunk, or the
-            highest score + noise, and
-        best_ids: int32 [n, chunks]: its token.
-        maxima: float32 [n, groups], of filtered rows: the highest score of each group.
-        most_chunks: that there may be, whatever n.
+        best: float32 [n, chunks], the highest score + noise of each chunk, or its highest logit if
+            the row is greedy or has a top-k or min-p.
+        best_ids: int32 [n, chunks], the token of `best`.
+        maxima: float32 [n, groups], the highest score of each group; of filtered rows only.
+        max_chunks: the most chunks that there can be, for any n.
     """
 
     best: Tensor
     best_ids: Tensor
     maxima: Tensor
-    most_chunks: int
+    max_chunks: int
 
 
 def scan(
     logits: Tensor,
     params: SamplingTensors,
     positions: Tensor,
-    tuning: Tuning,
+    tuning: SamplingTuning,
     first: int,
     off_from: int,
 ) -> Scanned:
@@ -72,8 +72,8 @@ def scan(
     Args:
         logits: float32, bfloat16 or float16 [n, vocab], n > 0; each row contiguous.
         positions: int64 [n].
-        first: the token of the first column.
-        off_from: a top-k of so many or more is none.
+        first: the token id of the first column.
+        off_from: a top-k of this or more is ignored.
     """
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, tuning.tile * tuning.group)
@@ -112,17 +112,17 @@ def _scan(
     logits_ptr,  # [n, vocab]
     stride,
     vocab,
-    first,  # the token of the first column
-    off_from,  # a top-k of so many or more is none
+    first,  # the token id of the first column
+    off_from,  # a top-k of this or more is ignored
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
     seed_ptr,
     positions_ptr,
-    best_ptr,  # float32 [n, chunks]: the highest logit, or score with noise
-    best_ids_ptr,  # int32 [n, chunks]: its token
-    maxima_ptr,  # float32 [n, groups]: highest score of each; of filtered rows alone
+    best_ptr,  # float32 [n, chunks], see Scanned
+    best_ids_ptr,  # int32 [n, chunks]
+    maxima_ptr,  # float32 [n, groups]
     tiles_each,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,

@@ -4,12 +4,12 @@ All ranks draw from one random stream, keyed by token id, and exchange what deci
 rank ends with the same tokens:
 
 - Few tokens of each shard decide most rows: rows at temperature 0, without filters, or with a top-k
-  of at most CANDIDATES. Each rank makes a shortlist of them, 512 bytes a row, and chooses from the
-  shortlists of all (`kernels.sampling`). The exchange has one shape whatever the rows ask for, so a
-  CUDA graph can hold it.
+  of at most SHORTLIST_SIZE. Each rank makes a shortlist of these tokens, 512 bytes a row, and draws
+  from the shortlists of all ranks (`kernels.sampling.reference`). The exchange has the same shape
+  whatever the rows ask for, so CUDA graphs capture it.
 - A row with top-p or min-p alone, or with a larger top-k, may keep any number of tokens: it needs
-  whole logits. Each such row is drawn by one rank, to which the others send their shards of it.
-  So a logit moves once, where an all-gather would move it to every rank.
+  whole logits. The ranks divide these rows among them, and the other ranks send their shards of a
+  row to the rank that draws it. So each logit moves once; an all-gather would move it to all ranks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.sampling.ops import choose_sampling_ops
-from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.kernels.sampling.reference import SamplingTensors, choose_sampling_ops
 from nanovllm.services.gpu_worker.model.parallel import VocabShard
 
 
@@ -37,7 +36,7 @@ def sample(logits: Tensor, params: SamplingTensors, positions: Tensor, shard: Vo
     if shard.tp.size == 1:
         return ops.sample(logits, params, positions)
     shortlists = shard.tp.all_gather(ops.shortlist(logits, params, positions, shard.first))
-    return ops.choose(shortlists, params, positions)
+    return ops.sample_shortlists(shortlists, params, positions)
 
 
 def sample_whole(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.kernels.sampling import CANDIDATES
+from nanovllm.kernels.sampling import SHORTLIST_SIZE
 from nanovllm.messages import Admission, Sampling, StepPlan, unpack
 
 Int32s = NDArray[np.int32]
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
         sampling_slots: int32 [s], the slots of `sampling_rows`, each at most once.
         sampled_positions: int32 [s], each sampled token's index in its sequence.
         whole_rows: int32 [w], which of the s rows need whole logits: they may draw from more than
-            CANDIDATES tokens.
+            SHORTLIST_SIZE tokens.
         logprobs: int32 [s], how many likeliest tokens to report, or NO_LOGPROBS.
     """
 
@@ -166,12 +166,12 @@ class SlotTable:
 
 
 def _needs_whole_logits(sampling: Sampling) -> bool:
-    """Whether the filters may keep more than CANDIDATES tokens of a shard."""
+    """Whether the filters may keep more than SHORTLIST_SIZE tokens of a shard."""
     if sampling.temperature == 0:
         return False
     if sampling.top_k == 0:
         return sampling.top_p < 1 or sampling.min_p > 0
-    return sampling.top_k > CANDIDATES
+    return sampling.top_k > SHORTLIST_SIZE
 
 
 class _Chunks(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.kernels.sampling import CANDIDATES
+from nanovllm.kernels.sampling import SHORTLIST_SIZE
 from nanovllm.messages import Admission, Sampling, StepPlan, unpack
 from nanovllm.services.gpu_worker.slots import NO_LOGPROBS, Batch, SlotTable
 from tests.gpu_worker.plans import GREEDY, Request, random_schedule, step_plan
@@ -88,16 +88,16 @@ def rows_of(batch: Batch) -> list[Row]:
 
 
 def needs_whole_logits(sampling: Sampling) -> bool:
-    """Whether neither the best token nor CANDIDATES likeliest ones are all that it may draw."""
+    """Whether neither the best token nor SHORTLIST_SIZE likeliest ones are all that it may draw."""
     plain = sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
-    return not (sampling.temperature == 0 or plain or 0 < sampling.top_k <= CANDIDATES)
+    return not (sampling.temperature == 0 or plain or 0 < sampling.top_k <= SHORTLIST_SIZE)
 
 
 samplings = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 0.7]),
     top_p=st.sampled_from([0.5, 1.0]),
-    top_k=st.sampled_from([0, 3, CANDIDATES, CANDIDATES + 1]),
+    top_k=st.sampled_from([0, 3, SHORTLIST_SIZE, SHORTLIST_SIZE + 1]),
     min_p=st.sampled_from([0.0, 0.1]),
     seed=st.integers(-(2**63), 2**63 - 1),
     logprobs=st.none() | st.integers(0, 20),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.sampling import CANDIDATES, reference
+from nanovllm.kernels.sampling import SHORTLIST_SIZE, reference
+from nanovllm.kernels.sampling.random_stream import exponential_noise, stream_keys
 from nanovllm.kernels.sampling.reference import SamplingTensors, filter_mask, temper
-from nanovllm.kernels.sampling.stream import exponential_noise, stream_keys
 
 # Sums are rounded otherwise than the reference's, and logarithms are good to 1e-6.
 EDGE = 2e-5
@@ -36,14 +36,14 @@ KINDS: dict[str, Row] = {
     "all": (1.5, 30, 0.9, 0.02),
     "all of many": (3.0, 200, 0.9, 0.001),
     "top-p, min-p": (1.5, 0, 0.9, 0.02),
-    "top-k of all candidates": (2.0, 64, 0.95, 0.0),
+    "top-k of a whole shortlist": (2.0, 64, 0.95, 0.0),
 }
 
 # Those that do not need whole logits.
 BY_SHORTLISTS = {
     name: row
     for name, row in KINDS.items()
-    if row[0] == 0 or 0 < row[1] <= CANDIDATES or row[1:] == (0, 1.0, 0.0)
+    if row[0] == 0 or 0 < row[1] <= SHORTLIST_SIZE or row[1:] == (0, 1.0, 0.0)
 }
 
 

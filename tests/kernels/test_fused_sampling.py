@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanovllm.kernels.sampling import fused
 from nanovllm.kernels.sampling.reference import SamplingTensors
-from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, Tuning
+from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, SamplingTuning
 from tests.kernels.drawn import KINDS, Row, count_other, fill_with, row_tensors
 
 # The interpreter computes with numpy, which warns of infinities.
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 # So small that a few hundred tokens take several tiles and pages, and few are gathered.
-SMALL = Tuning(group=16, tile=4, programs=16, page=16, gather=4, candidates=32, pairs=16)
+SMALL = SamplingTuning(group=16, tile=4, programs=16, page=16, gather=4, candidates=32, pairs=16)
 
 
 def of_rows(rows: list[Row], seed: int = 0) -> SamplingTensors:
@@ -33,7 +33,7 @@ def random_logits(
     return logits.to(dtype)
 
 
-def check(logits: Tensor, params: SamplingTensors, tuning: Tuning = SMALL) -> int:
+def check(logits: Tensor, params: SamplingTensors, tuning: SamplingTuning = SMALL) -> int:
     """How many tokens differ from the reference's; see `count_other`."""
     positions = torch.arange(len(logits), device=DEVICE) * 3 + 1
     found = fused.sample(logits, params, positions, tuning)

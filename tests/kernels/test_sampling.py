@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanovllm.kernels.sampling import reference, stream
+from nanovllm.kernels.sampling import random_stream, reference
+from nanovllm.kernels.sampling.random_stream import exponential_noise, stream_keys, token_bits
 from nanovllm.kernels.sampling.reference import SamplingTensors, filter_mask, sample
-from nanovllm.kernels.sampling.stream import exponential_noise, stream_keys, token_bits
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
 from nanovllm.services.gpu_worker.sampling import logprobs
 
@@ -125,7 +125,7 @@ def test_noise_is_exponential_down_to_its_tail() -> None:
 
 def test_the_extremes_of_the_bits_give_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     extremes = torch.tensor([[0, -1, 2**31 - 1, -(2**31)]], dtype=torch.int32)
-    monkeypatch.setattr(stream, "token_bits", lambda *_: extremes.clone())
+    monkeypatch.setattr(random_stream, "token_bits", lambda *_: extremes.clone())
     noise = exponential_noise(torch.zeros(1, dtype=torch.int64), 4)
     assert noise.log().isfinite().all()
     assert noise.tolist()[0] == pytest.approx([2**-32, 24 * np.log(2), 24 * np.log(2), 2**-32])

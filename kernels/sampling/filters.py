@@ -1,7 +1,13 @@
-"""What a kernel does with a row's tokens in the order (score descending, id ascending).
+"""Triton functions that find the tokens of a row that top-k, top-p and min-p keep.
 
-A row's tokens are read by pages of its listed groups: those in which tokens may be kept. `tokens`
-is all that it takes: (logits, vocab, scale, listed, num_listed, num_groups).
+They work in the order (score descending, id ascending), of which the filters keep the first tokens.
+Two forms of a row occur:
+
+- Listed tokens: the row's groups in which tokens may be kept, read from the logits page by page.
+  `tokens` is the tuple (logits, vocab, scale, listed, num_listed, num_groups).
+- Candidates: few tokens in memory, in any order, all pairs of which are compared. They are stored
+  as runs of RUN scores and RUN token ids; the next run is 2 * RUN further on. A candidate with the
+  id LAST is unused.
 """
 
 from __future__ import annotations
@@ -9,20 +15,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.sampling.device_stream import gumbel, token_bits
+from nanovllm.kernels.sampling.random_stream_triton import LN_2, gumbel, token_bits
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's
 LAST = tl.constexpr(0x7FFFFFFF)  # an id after all others
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The bound by groups' maxima is good enough once no more than so many reach it beyond k.
+# `bound` stops once at most k + _SLACK of the groups' maxima reach the bound.
 _SLACK = tl.constexpr(8)
 _BISECTIONS = tl.constexpr(32)
 
 
 @triton.jit
 def bound(maxima, most, k):
-    """A score that at least k of the groups' maxima reach, and not many more; float32's lowest if
-    fewer than k are finite."""
+    """A score that at least k of the groups' maxima reach, and few more; LOWEST if fewer than k are
+    finite."""
     finite = maxima > float("-inf")
     reaching = tl.sum(finite.to(tl.int32), 0)
     least = tl.min(tl.where(finite, maxima, most), 0)
@@ -42,7 +48,7 @@ def bound(maxima, most, k):
 
 @triton.jit
 def best_of(best_ptr, best_ids_ptr, row, chunks, CHUNKS: tl.constexpr):
-    """The highest of the row's chunks, and its token."""
+    """The highest value of the row's chunks, and its token."""
     parts = tl.arange(0, CHUNKS)
     present = parts < chunks
     values = tl.load(best_ptr + row * chunks + parts, mask=present, other=float("-inf"))
@@ -53,7 +59,7 @@ def best_of(best_ptr, best_ids_ptr, row, chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def maxima_of(maxima_ptr, row, num_groups, GROUPS: tl.constexpr):
-    """The highest score of each of the row's groups, -inf beyond."""
+    """The highest score of each group of the row; -inf beyond."""
     groups = tl.arange(0, GROUPS)
     return tl.load(
         maxima_ptr + row.to(tl.int64) * num_groups + groups,
@@ -64,7 +70,7 @@ def maxima_of(maxima_ptr, row, num_groups, GROUPS: tl.constexpr):
 
 @triton.jit
 def list_tokens(logits, vocab, scale, maxima, floor, listed, num_groups, GROUPS: tl.constexpr):
-    """Lists the groups with a token that reaches the floor, ascending; returns `tokens`."""
+    """Lists the groups, ascending, with a token that reaches the floor; returns `tokens`."""
     reach = (maxima >= floor) & (maxima > float("-inf"))
     place = tl.cumsum(reach.to(tl.int32), 0) - 1
     tl.store(listed + place, tl.arange(0, GROUPS), mask=reach)
@@ -78,7 +84,7 @@ def page(tokens, start, PAGE: tl.constexpr, GROUP: tl.constexpr):
     logits, vocab, scale, listed, num_listed, num_groups = tokens
     at = start + tl.arange(0, PAGE)
     present = at < num_listed
-    # Where all groups are listed, nothing needs to wait for the list.
+    # If all groups are listed, the list need not be read.
     to_read = tl.where(num_listed < num_groups, num_listed, 0)
     groups = tl.load(listed + at, mask=at < to_read, other=0)
     groups = tl.where(num_listed < num_groups, groups, at)
@@ -90,14 +96,14 @@ def page(tokens, start, PAGE: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def before(scores, ids, than_scores, than_ids):
-    """Which come before the others in the order (score descending, id ascending)."""
+    """Whether the first come before the second in the order (score descending, id ascending)."""
     return (scores > than_scores) | ((scores == than_scores) & (ids < than_ids))
 
 
 @triton.jit
 def standing(tokens, score, token, most, PAGE: tl.constexpr, GROUP: tl.constexpr):
-    """How many listed tokens come before (score, token), and the sum of their weights, relative to
-    that of the highest score."""
+    """How many listed tokens come before (score, token), and the sum of their weights
+    exp(score - most)."""
     counts = tl.zeros([PAGE], tl.int32)
     masses = tl.zeros([PAGE], tl.float32)
     num_listed = tokens[4]
@@ -111,7 +117,8 @@ def standing(tokens, score, token, most, PAGE: tl.constexpr, GROUP: tl.constexpr
 
 @triton.jit
 def kth_score(tokens, floor, most, k, PAGE: tl.constexpr, GROUP: tl.constexpr):
-    """The k-th highest score of the listed tokens, of which at least k reach the floor."""
+    """The k-th highest score of the listed tokens, by bisection of its bits. At least k of them
+    must reach the floor."""
     lower = ordered(floor).to(tl.int64)
     upper = ordered(most).to(tl.int64) + 1
     while upper - lower > 1:
@@ -135,8 +142,10 @@ def gather(
     GATHER: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Appends the listed tokens whose score is in [floor, ceiling], ids ascending, to those
-    gathered; returns how many there are then, or if that is beyond the room, any number that is."""
+    """Appends the listed tokens with a score in [floor, ceiling] to the candidates, ids ascending.
+
+    Returns how many candidates there are then; if more than `room`, any number above it.
+    """
     num_listed = tokens[4]
     start = 0
     while (start < num_listed) & (gathered <= room):
@@ -155,8 +164,8 @@ def gather(
 
 @triton.jit
 def draw_before(tokens, cut, score, token, low, high, PAGE: tl.constexpr, GROUP: tl.constexpr):
-    """The one with the highest score + noise of the listed tokens that come before (score, token)
-    and reach `cut`; LAST if there are none."""
+    """The listed token with the highest score + noise of those that come before (score, token) and
+    reach `cut`; LAST if there is none."""
     best = float("-inf")
     best_id = LAST
     num_listed = tokens[4]
@@ -170,13 +179,14 @@ def draw_before(tokens, cut, score, token, low, high, PAGE: tl.constexpr, GROUP:
 
 @triton.jit
 def contest(logits, scale, ids, best, best_id, noisy, low, high):
-    """The best score so far, or if `noisy` score + noise, and its token, after these contested it.
+    """The best score, or if `noisy` the best score + noise, of these tokens and of those before,
+    and its token.
 
-    Most tokens cannot win, whatever the exact value of their noise -log(E): as E = -log(1 - u) is
-    at least u, one whose u is above exp(score - best) cannot. Two logarithms are saved so.
+    Most tokens cannot win, whatever the exact value of their noise -log(E): E = -log(1 - u) is at
+    least u, so a token with u above exp(score - best) cannot. That saves two logarithms.
     """
     if noisy:
-        # Of the 31 bits of u, with a little more for all that is rounded.
+        # The limit of u, of 31 bits, with a margin for rounding.
         more = 31.001 - best * LOG2_E + tl.abs(best) * 1e-6
         room = tl.exp2(tl.fma(logits, tl.zeros_like(logits) + scale * LOG2_E, more))
         promising = tl.max(tl.max((token_bits(low, high, ids) < room).to(tl.int32), 1), 0) > 0
@@ -195,7 +205,7 @@ def contest(logits, scale, ids, best, best_id, noisy, low, high):
 
 @triton.jit
 def ordered(x):
-    """An int32 for each float32, in the same order."""
+    """Maps float32 to int32, in the same order."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -203,3 +213,73 @@ def ordered(x):
 @triton.jit
 def from_ordered(bits):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def candidate(scores_ptr, ids_ptr, at, count, RUN: tl.constexpr):
+    """Score and token id of the candidates number `at`, of `count`."""
+    place = at + at // RUN * RUN
+    scores = tl.load(scores_ptr + place, mask=at < count, other=float("-inf"))
+    return scores, tl.load(ids_ptr + place, mask=at < count, other=LAST)
+
+
+@triton.jit
+def ranked(
+    scores_ptr,
+    ids_ptr,
+    count,
+    most,
+    COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Ranks at most COLUMNS candidates.
+
+    Returns their scores and ids, how many candidates come before each, and the sum of the weights
+    exp(score - most) of these.
+    """
+    scores, ids = candidate(scores_ptr, ids_ptr, tl.arange(0, COLUMNS), count, RUN)
+    ranks = tl.zeros([COLUMNS], tl.int32)
+    likelier = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, count, PAIRS):
+        others = first + tl.arange(0, PAIRS)
+        other_scores, other_ids = candidate(scores_ptr, ids_ptr, others, count, RUN)
+        ahead = before(other_scores[None, :], other_ids[None, :], scores[:, None], ids[:, None])
+        weights = tl.exp(other_scores - most)[None, :]
+        ranks += tl.sum(ahead.to(tl.int32), 1)
+        likelier += tl.sum(tl.where(ahead, weights, 0.0), 1)
+    return scores, ids, ranks, likelier
+
+
+@triton.jit
+def draw_among(
+    scores_ptr,
+    ids_ptr,
+    count,
+    most,
+    top_k,
+    top_p,
+    min_p,
+    low,
+    high,
+    COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """The candidate with the highest score + noise of those that the filters keep; LAST without
+    candidates. `most` is the highest score."""
+    scores, ids, ranks, likelier = ranked(scores_ptr, ids_ptr, count, most, COLUMNS, RUN, PAIRS)
+    in_top_k = (ids < LAST) & (ranks < tl.where(top_k > 0, top_k, COLUMNS))
+    total = tl.sum(tl.where(in_top_k, tl.exp(scores - most), 0.0), 0)
+    in_top_p = likelier < tl.where(top_p < 1, top_p * total, float("inf"))
+    in_min_p = scores >= floor_of_min_p(most, min_p)
+    kept = in_top_k & ((in_top_p & in_min_p) | (ranks == 0))
+    noisy = tl.where(kept, scores + gumbel(token_bits(low, high, ids)), float("-inf"))
+    return tl.min(tl.where(kept & (noisy == tl.max(noisy, 0)), ids, LAST), 0)
+
+
+@triton.jit
+def floor_of_min_p(most, min_p):
+    """The lowest score that min-p keeps."""
+    floor = most + tl.log2(tl.where(min_p > 0, min_p, 1.0)) * LN_2
+    return tl.where(min_p > 0, floor, LOWEST)

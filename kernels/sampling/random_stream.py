@@ -1,7 +1,7 @@
-"""The random stream: noise as a pure function of (seed, position, token id).
+"""The random stream: noise as a pure function of (seed, position, token id), in plain torch.
 
-64-bit arithmetic once a row, 32-bit arithmetic once a token, all of it modulo 2**64 and 2**32:
-torch's signed integers wrap around, and their right shifts are made logical by a mask.
+A row takes 64-bit arithmetic and a token 32-bit arithmetic, modulo 2**64 and 2**32. Torch's signed
+integers wrap around; a mask makes their right shifts logical.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ UNIT = (1 - 2.0**-24) * 2.0**-31
 
 
 def stream_keys(seed: Tensor, positions: Tensor) -> Tensor:
-    """One key for each (seed, position), int64 [n]: the finalizer of splitmix64 over either."""
+    """A key int64 [n] for each (seed, position): the finalizer of splitmix64 over both, in turn."""
     return _mix64(_mix64(seed) + positions)
 
 
@@ -25,21 +25,21 @@ def exponential_noise(keys: Tensor, vocab: int, first: int = 0) -> Tensor:
 
 
 def exponential_noise_of(keys: Tensor, tokens: Tensor) -> Tensor:
-    """Samples of Exp(1) for the tokens, int32 [c] or [n, c]: float32 [n, c].
+    """Samples of Exp(1) for tokens int32 [c] or [n, c]: float32 [n, c].
 
-    Their precision is relative: 2**-24 down to values of 2**-7, and below that steps of 2**-31.
-    The least is 2**-32, so their logarithm is finite.
+    Down to 2**-7 a sample has a relative precision of 2**-24; below, samples are steps of 2**-31.
+    The least is 2**-32, so that its logarithm is finite.
     """
     bits = token_bits(keys, tokens).bitwise_and_(0x7FFFFFFF)
     return bits.to(torch.float32).add_(0.5).mul_(-UNIT).log1p_().neg_()
 
 
 def token_bits(keys: Tensor, tokens: Tensor) -> Tensor:
-    """32 random bits for each row and each of its tokens, int32 [c] or [n, c]: int32 [n, c].
+    """32 random bits for each row's tokens int32 [c] or [n, c]: int32 [n, c].
 
-    The hash is `lowbias32` (Wellons, "Prospecting for Hash Functions", with the constants found
-    later by TheIronBorn), to which the two halves of the row's key are given: one at its start,
-    one in its middle, so that no two keys merely permute the same noise over the tokens.
+    The hash is `lowbias32` (Wellons, "Prospecting for Hash Functions", with constants found later
+    by TheIronBorn). Half of the row's key enters at its start and half in its middle: so two keys
+    never merely permute the same noise over the tokens.
     """
     low = (keys & 0xFFFFFFFF).to(torch.int32)[:, None]
     high = (keys >> 32).to(torch.int32)[:, None]

@@ -1,10 +1,10 @@
-"""The functions of `candidates` in Triton, looking at nothing on the host.
+"""`reference.shortlist` and `reference.sample_shortlists` in Triton, reading nothing back.
 
-A shard's shortlist begins with the reading of its logits that `fused.sample` begins with. Then, a
-program for each row lists the groups of tokens whose maxima reach the k-th highest maximum, and
-gathers the tokens that do: the k likeliest are among them. Where too many tokens are equal, or high
-ones lie side by side, the k-th highest score is found by bisection of its bits, and those above it
-are gathered, and as many with that very score as are missing.
+A shortlist begins with `_scan`, as `fused.sample` does. Then a program for each row lists the
+groups whose maxima reach the k-th highest maximum, and gathers the tokens that reach it: the k
+likeliest are among them. If these are too many, because many tokens are equal or high ones lie side
+by side, the k-th highest score is found by bisection of its bits. Then the tokens above it are
+gathered, and as many with that very score as are missing.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
-from nanovllm.kernels.sampling import CANDIDATES
-from nanovllm.kernels.sampling.device_stream import row_key
-from nanovllm.kernels.sampling.order import (
+from nanovllm.kernels.sampling import SHORTLIST_SIZE
+from nanovllm.kernels.sampling.filters import (
     LAST,
     best_of,
     bound,
+    candidate,
+    draw_among,
     from_ordered,
     gather,
     kth_score,
     list_tokens,
     maxima_of,
     ordered,
+    ranked,
 )
-from nanovllm.kernels.sampling.pairs import candidate, draw_among, ranked
+from nanovllm.kernels.sampling.random_stream_triton import row_key
 from nanovllm.kernels.sampling.reference import SamplingTensors
-from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, Tuning, scale_of, scan
+from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, SamplingTuning, scale_of, scan
 
 
 def shortlist(
@@ -38,15 +40,15 @@ def shortlist(
     params: SamplingTensors,
     positions: Tensor,
     first: int,
-    tuning: Tuning = DEFAULT_TUNING,
+    tuning: SamplingTuning = DEFAULT_TUNING,
 ) -> Tensor:
-    """See `candidates.shortlist`; each row of the logits is contiguous."""
+    """As `reference.shortlist`; each row of the logits is contiguous."""
     rows, shard = logits.shape
-    sent = torch.empty(rows, 2 * CANDIDATES, dtype=torch.int32, device=logits.device)
+    sent = torch.empty(rows, 2 * SHORTLIST_SIZE, dtype=torch.int32, device=logits.device)
     if not rows:
         return sent
-    best, best_ids, maxima, most_chunks = scan(
-        logits, params, positions, tuning, first, CANDIDATES + 1
+    best, best_ids, maxima, max_chunks = scan(
+        logits, params, positions, tuning, first, SHORTLIST_SIZE + 1
     )
     groups = maxima.shape[1]
 
@@ -69,14 +71,14 @@ def shortlist(
         sent.view(torch.float32),
         sent,
         best.shape[1],
-        CHUNKS=triton.next_power_of_2(most_chunks),
+        CHUNKS=triton.next_power_of_2(max_chunks),
         GROUPS=triton.next_power_of_2(groups),
         GROUP=tuning.group,
         PAGE=tuning.page,
         GATHER=tuning.gather,
         GATHERED=tuning.candidates,
         PAIRS=tuning.pairs,
-        CANDIDATES=CANDIDATES,
+        SHORTLIST=SHORTLIST_SIZE,
         num_warps=tuning.choose_warps,
         enable_fp_fusion=False,
         **overlapped(),
@@ -84,13 +86,13 @@ def shortlist(
     return sent
 
 
-def choose(
+def sample_shortlists(
     shortlists: Tensor,
     params: SamplingTensors,
     positions: Tensor,
-    tuning: Tuning = DEFAULT_TUNING,
+    tuning: SamplingTuning = DEFAULT_TUNING,
 ) -> Tensor:
-    """See `candidates.choose`; the shortlists are contiguous."""
+    """As `reference.sample_shortlists`; the shortlists are contiguous."""
     rows, columns = shortlists.shape
     sampled = torch.empty(rows, dtype=torch.int64, device=shortlists.device)
     if not rows:
@@ -104,7 +106,7 @@ def choose(
         ENTRIES=columns // 2,
         COLUMNS=triton.next_power_of_2(columns // 2),
         PAIRS=tuning.pairs,
-        CANDIDATES=CANDIDATES,
+        SHORTLIST=SHORTLIST_SIZE,
         num_warps=tuning.choose_warps,
         enable_fp_fusion=False,
         **overlapped(),
@@ -124,10 +126,10 @@ def _shortlist(
     best_ids_ptr,
     maxima_ptr,
     listed_ptr,  # int32 [n, groups], scratch: groups with tokens that may be among the likeliest
-    gathered_ptr,  # float32 [n, GATHERED], scratch: scores, and
-    gathered_ids_ptr,  # int32 [n, GATHERED]: columns
-    scores_ptr,  # float32 [n, 2, CANDIDATES]; only the first of the two,
-    ids_ptr,  # int32, and of the same memory the second
+    gathered_ptr,  # float32 [n, GATHERED], scratch: scores
+    gathered_ids_ptr,  # int32 [n, GATHERED], scratch: columns
+    scores_ptr,  # float32 [n, 2, SHORTLIST], of which [:, 0] are scores
+    ids_ptr,  # int32, the same memory, of which [:, 1] are token ids
     chunks,
     CHUNKS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -136,7 +138,7 @@ def _shortlist(
     GATHER: tl.constexpr,
     GATHERED: tl.constexpr,
     PAIRS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
+    SHORTLIST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     launch_next(OVERLAP)
@@ -144,9 +146,9 @@ def _shortlist(
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
-    out = row * (2 * CANDIDATES)
-    entries = tl.arange(0, CANDIDATES)
-    if (temperature > 0) & (top_k > 0) & (top_k <= CANDIDATES):
+    out = row * (2 * SHORTLIST)
+    entries = tl.arange(0, SHORTLIST)
+    if (temperature > 0) & (top_k > 0) & (top_k <= SHORTLIST):
         scale = scale_of(temperature)
         logits = logits_ptr + row.to(tl.int64) * stride
         num_groups = tl.cdiv(shard, GROUP)
@@ -158,7 +160,7 @@ def _shortlist(
 
         held = gathered_ptr + row * GATHERED
         held_ids = gathered_ids_ptr + row * GATHERED
-        count = 0  # a variable: the compiler loops over no literal
+        count = 0  # a variable, since the compiler takes no literal as a loop's initial value
         count = gather(tokens, floor, float("inf"), held, held_ids, count, GATHERED, GATHER, GROUP)
         if count > GATHERED:
             kth = kth_score(tokens, floor, most, top_k, PAGE, GROUP)
@@ -175,20 +177,20 @@ def _shortlist(
         scores, columns, ranks, _ = ranked(held, held_ids, count, most, GATHERED, GATHERED, PAIRS)
         taken = (columns < LAST) & (ranks < top_k)
         tl.store(scores_ptr + out + ranks, scores, mask=taken)
-        tl.store(ids_ptr + out + CANDIDATES + ranks, first + columns, mask=taken)
+        tl.store(ids_ptr + out + SHORTLIST + ranks, first + columns, mask=taken)
         none = entries >= tl.minimum(count, top_k)
         tl.store(scores_ptr + out + entries, float("-inf"), mask=none)
-        tl.store(ids_ptr + out + CANDIDATES + entries, LAST, mask=none)
+        tl.store(ids_ptr + out + SHORTLIST + entries, LAST, mask=none)
     else:
         best, token = best_of(best_ptr, best_ids_ptr, row, chunks, CHUNKS)
         tl.store(scores_ptr + out + entries, tl.where(entries == 0, best, float("-inf")))
-        tl.store(ids_ptr + out + CANDIDATES + entries, tl.where(entries == 0, token, LAST))
+        tl.store(ids_ptr + out + SHORTLIST + entries, tl.where(entries == 0, token, LAST))
 
 
 @triton.jit
 def _choose(
-    scores_ptr,  # float32 [n, shards, 2, CANDIDATES]; only the first of the two,
-    ids_ptr,  # int32, and of the same memory the second
+    scores_ptr,  # float32 [n, shards, 2, SHORTLIST], of which [:, :, 0] are scores
+    ids_ptr,  # int32, the same memory, of which [:, :, 1] are token ids
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -199,7 +201,7 @@ def _choose(
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
     PAIRS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
+    SHORTLIST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     launch_next(OVERLAP)
@@ -208,11 +210,11 @@ def _choose(
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     scores_of = scores_ptr + row * (2 * ENTRIES)
-    ids_of = ids_ptr + row * (2 * ENTRIES) + CANDIDATES
-    scores, ids = candidate(scores_of, ids_of, tl.arange(0, COLUMNS), ENTRIES, CANDIDATES)
+    ids_of = ids_ptr + row * (2 * ENTRIES) + SHORTLIST
+    scores, ids = candidate(scores_of, ids_of, tl.arange(0, COLUMNS), ENTRIES, SHORTLIST)
     most = tl.max(scores, 0)
     token = tl.min(tl.where(scores == most, ids, LAST), 0)
-    if (temperature > 0) & (top_k > 0) & (top_k <= CANDIDATES):
+    if (temperature > 0) & (top_k > 0) & (top_k <= SHORTLIST):
         low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
         token = draw_among(
             scores_of,
@@ -225,8 +227,8 @@ def _choose(
             low,
             high,
             COLUMNS,
-            CANDIDATES,
+            SHORTLIST,
             PAIRS,
         )
-    # There is one unless all logits are -inf.
+    # There is a token, unless all logits are -inf.
     tl.store(sampled_ptr + row, tl.where(token < LAST, token, 0).to(tl.int64))

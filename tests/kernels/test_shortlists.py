@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanovllm.kernels.sampling import CANDIDATES, candidates, fused, fused_candidates, reference
-from nanovllm.kernels.sampling.ops import SamplingOps
-from nanovllm.kernels.sampling.reference import SamplingTensors
-from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, Tuning
+from nanovllm.kernels.sampling import SHORTLIST_SIZE, fused, fused_shortlists, reference
+from nanovllm.kernels.sampling.reference import SamplingOps, SamplingTensors
+from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, SamplingTuning
 from tests.kernels.drawn import BY_SHORTLISTS, Row, count_other, fill_with, row_tensors
 
 # The interpreter computes with numpy, which warns of infinities.
@@ -25,18 +24,20 @@ DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 ROWS = list(BY_SHORTLISTS.values())
 
 
-def fused_ops(tuning: Tuning) -> SamplingOps:
+def fused_ops(tuning: SamplingTuning) -> SamplingOps:
     return SamplingOps(
         partial(fused.sample, tuning=tuning),
-        partial(fused_candidates.shortlist, tuning=tuning),
-        partial(fused_candidates.choose, tuning=tuning),
+        partial(fused_shortlists.shortlist, tuning=tuning),
+        partial(fused_shortlists.sample_shortlists, tuning=tuning),
     )
 
 
-PLAIN = SamplingOps(reference.sample, candidates.shortlist, candidates.choose)
+PLAIN = SamplingOps(reference.sample, reference.shortlist, reference.sample_shortlists)
 # So small that a few hundred tokens take several tiles and pages, and few are gathered: as many as
 # a top-k may want.
-FUSED = fused_ops(Tuning(group=8, tile=8, programs=16, page=32, gather=8, candidates=64, pairs=64))
+FUSED = fused_ops(
+    SamplingTuning(group=8, tile=8, programs=16, page=32, gather=8, candidates=64, pairs=64)
+)
 BOTH = pytest.mark.parametrize("ops", [PLAIN, FUSED], ids=["plain", "fused"])
 
 
@@ -62,7 +63,7 @@ def check(ops: SamplingOps, logits: Tensor, params: SamplingTensors, shards: int
     """How many tokens differ from the reference's; see `count_other`."""
     positions = torch.arange(len(logits), device=DEVICE) * 3 + 1
     sent = torch.cat(shortlists(ops, logits, params, positions, shards), dim=-1)
-    found = ops.choose(sent, params, positions)
+    found = ops.sample_shortlists(sent, params, positions)
     assert found.dtype == torch.int64
     return count_other(found, logits, params, positions)
 
@@ -95,7 +96,7 @@ def test_ties_and_infinities(ops: SamplingOps, fill: str) -> None:
 @given(
     row=st.tuples(
         st.one_of(st.just(0.0), st.floats(0.125, 5, width=32)),
-        st.integers(1, CANDIDATES),
+        st.integers(1, SHORTLIST_SIZE),
         st.one_of(st.just(1.0), st.floats(0.015625, 0.984375, width=32)),
         st.one_of(st.just(0.0), st.floats(0.0009765625, 0.984375, width=32)),
     ),
@@ -123,8 +124,8 @@ def test_both_make_the_same_shortlist(shape: str) -> None:
     for plain, found in zip(
         *(shortlists(ops, logits, params, positions, 2) for ops in (PLAIN, FUSED)), strict=True
     ):
-        assert torch.equal(found[:, CANDIDATES:], plain[:, CANDIDATES:])
-        scores = (sent[:, :CANDIDATES].view(torch.float32) for sent in (found, plain))
+        assert torch.equal(found[:, SHORTLIST_SIZE:], plain[:, SHORTLIST_SIZE:])
+        scores = (sent[:, :SHORTLIST_SIZE].view(torch.float32) for sent in (found, plain))
         torch.testing.assert_close(*scores, rtol=1e-6, atol=2e-6)
 
 
@@ -133,7 +134,7 @@ def test_no_rows(ops: SamplingOps) -> None:
     none = row_tensors([BY_SHORTLISTS["plain"]], 0, DEVICE)
     none = SamplingTensors(*(values[:0] for values in none))
     sent = ops.shortlist(random_logits(3, 50)[:0], none, none.seed, 0)
-    assert ops.choose(sent, none, none.seed).shape == (0,)
+    assert ops.sample_shortlists(sent, none, none.seed).shape == (0,)
 
 
 @pytest.mark.skipif(not ON_CUDA, reason="the interpreter is too slow")
@@ -151,7 +152,7 @@ def test_shards_of_a_whole_vocabulary(rows: int, dtype: torch.dtype) -> None:
             whole = ops.sample(logits, params, positions)
             for shards in (2, 4, 8):
                 sent = torch.cat(shortlists(ops, logits, params, positions, shards), dim=-1)
-                found = ops.choose(sent, params, positions)
+                found = ops.sample_shortlists(sent, params, positions)
                 # Sums of top-p may be rounded otherwise.
                 assert int((found != whole).sum()) <= rows // 50
                 assert count_other(found, logits, params, positions) <= 1 + rows // 50
@@ -168,7 +169,7 @@ def test_captured_in_a_graph_they_follow_their_parameters() -> None:
 
     def draw() -> Tensor:
         sent = torch.cat(shortlists(ops, logits, params, positions, 4), dim=-1)
-        return ops.choose(sent, params, positions)
+        return ops.sample_shortlists(sent, params, positions)
 
     draw()
     graph = torch.cuda.CUDAGraph()

@@ -1,11 +1,11 @@
-"""The random stream of stream.py in a kernel."""
+"""The random stream of random_stream.py, as Triton functions."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.sampling.stream import UNIT
+from nanovllm.kernels.sampling.random_stream import UNIT
 
 LN_2 = tl.constexpr(0.6931471805599453)
 _UNIT = tl.constexpr(UNIT)
@@ -40,10 +40,10 @@ def token_bits(low, high, tokens):
 
 @triton.jit
 def gumbel(bits):
-    """-log(exponential_noise), to 1e-6."""
+    """-log(exponential_noise) of these bits, to 1e-6."""
     u = (bits + 0.5) * _UNIT
-    # -log(1 - u), of which 1 - u rounded would leave too little where u is small: there it is u
-    # times the Chebyshev interpolation of -log(1 - u) / u over [0, 1/4], good to 4e-8.
+    # E = -log(1 - u). Where u is small, rounding 1 - u would lose too much: there E is u times the
+    # Chebyshev interpolation of -log(1 - u) / u over [0, 1/4], good to 4e-8.
     series = 0.33863464 * u + 0.14463115
     series = series * u + 0.25764420
     series = series * u + 0.33287035
