@@ -40,7 +40,7 @@ from nanovllm.services.gpu_worker.loop import spin_briefly
 from nanovllm.settings import Settings
 
 if TYPE_CHECKING:
-    from nanovllm.services.gpu_worker.executor import Executor, Sampled
+    from nanovllm.services.gpu_worker.executor import Sampled
 
 Prompts = list[list[int]]
 
@@ -147,11 +147,10 @@ class BareLoop:
 
         directory = resolve_model(settings.model)
         device = startup.choose_device(settings, rank=0)
-        loaded = startup.load(
+        self._executor, _ = startup.load(
             directory, config, settings, device, TensorParallel(), lambda *_: None
         )
         self._settings = settings
-        self._executor: Executor = loaded.executor
 
     def run(self, prompts: Prompts, work: Work) -> Round:
         in_flight: deque[Sampled] = deque()

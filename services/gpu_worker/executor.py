@@ -26,35 +26,21 @@ from nanovllm.settings import Settings
 
 
 class SampledLogprobs(NamedTuple):
-    """Log-probabilities of the r rows that asked.
+    """Log-probabilities of the r rows that asked, see `sampling.logprobs`."""
 
-    Attributes:
-        rows: of each row its index among the rows that sampled, and how many likeliest tokens it
-            asked for.
-        token_ids, values: int32 and float32 [r, most asked for + 1], see `sampling.logprobs`.
-    """
-
-    rows: list[tuple[int, int]]
-    token_ids: Tensor
-    values: Tensor
+    rows: list[tuple[int, int]]  # (index among the rows that sampled, tokens asked for)
+    token_ids: Tensor  # int32 [r, most asked for + 1]
+    values: Tensor  # float32 [r, most asked for + 1]
 
 
 class Sampled(NamedTuple):
-    """What a step sampled. Its tensors are complete once `wait` has returned.
+    """What a step sampled, on the host. The tensors are complete once `wait` has returned."""
 
-    Attributes:
-        number: the plan's number.
-        token_ids: int32 [s], on the host.
-        logprobs: on the host; None if no row asked.
-        started, on_host: events at the step's begin and after the copies to the host; None on a
-            CPU.
-    """
-
-    number: int
-    token_ids: Tensor
-    logprobs: SampledLogprobs | None
-    started: torch.cuda.Event | None
-    on_host: torch.cuda.Event | None
+    number: int  # the plan's
+    token_ids: Tensor  # int32 [s]
+    logprobs: SampledLogprobs | None  # None if no row asked
+    started: torch.cuda.Event | None  # the step's begin; None on a CPU
+    on_host: torch.cuda.Event | None  # the end of the copies to the host; None on a CPU
 
     def wait(self) -> None:
         if self.on_host is not None:

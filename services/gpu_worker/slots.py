@@ -9,7 +9,7 @@ ahead of the device, and only the tokens stay on the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,38 +24,22 @@ NO_LOGPROBS = -1
 
 class Batch(NamedTuple):
     """What one plan changes and runs. The n rows are d decodes, then p prefill chunks of t tokens
-    together; s of the rows sample.
+    together; s of the rows sample."""
 
-    Attributes:
-        admitted: sequences that take a slot.
-        block_updates: int32 [u, 3], (slot, column, block): entries of the block tables to write.
-        decode_slots: int32 [d]; the tokens and positions of decodes are on the device.
-        chunk_slots: int32 [p].
-        chunk_tokens: int32 [t], token ids.
-        chunk_positions: int32 [t], each token's index in its sequence.
-        query_lens: int32 [n]; 1 for each decode.
-        context_lens: int32 [n], query tokens included.
-        sampling_rows: int32 [s]: all decodes, then the chunks that reach their last token.
-        sampling_slots: int32 [s], the slots of `sampling_rows`, each at most once.
-        sampled_positions: int32 [s], each sampled token's index in its sequence.
-        whole_rows: int32 [w], which of the s rows need whole logits: they may draw from more than
-            SHORTLIST_SIZE tokens.
-        logprobs: int32 [s], how many likeliest tokens to report, or NO_LOGPROBS.
-    """
-
-    admitted: Sequence[Admission]
-    block_updates: Int32s
-    decode_slots: Int32s
-    chunk_slots: Int32s
-    chunk_tokens: Int32s
-    chunk_positions: Int32s
-    query_lens: Int32s
-    context_lens: Int32s
-    sampling_rows: Int32s
-    sampling_slots: Int32s
-    sampled_positions: Int32s
+    admitted: Sequence[Admission]  # sequences that take a slot
+    block_updates: Int32s  # [u, 3], (slot, column, block): entries of the block tables to write
+    decode_slots: Int32s  # [d]; the tokens and positions of decodes are on the device
+    chunk_slots: Int32s  # [p]
+    chunk_tokens: Int32s  # [t], token ids
+    chunk_positions: Int32s  # [t], each token's index in its sequence
+    query_lens: Int32s  # [n], 1 for each decode
+    context_lens: Int32s  # [n], query tokens included
+    sampling_rows: Int32s  # [s], all decodes, then the chunks that reach their last token
+    sampling_slots: Int32s  # [s], the slots of `sampling_rows`, each at most once
+    sampled_positions: Int32s  # [s], each sampled token's index in its sequence
+    # [w], which of the s rows need whole logits: they may draw from more than SHORTLIST_SIZE tokens.
     whole_rows: Int32s
-    logprobs: Int32s
+    logprobs: Int32s  # [s], how many likeliest tokens to report, or NO_LOGPROBS
 
     @property
     def wants_logprobs(self) -> list[tuple[int, int]]:
@@ -175,15 +159,14 @@ def _needs_whole_logits(sampling: Sampling) -> bool:
 
 
 class _Chunks(NamedTuple):
-    """p prefill chunks: int32 [p] each, except for `tokens` and `positions`, int32 [t], and for
-    `complete`, the indices of the chunks that reach their sequence's last token."""
+    """p prefill chunks of t tokens together."""
 
-    slots: Int32s
-    lengths: Int32s
-    ends: Int32s
-    tokens: Int32s
-    positions: Int32s
-    complete: Int32s
+    slots: Int32s  # [p]
+    lengths: Int32s  # [p]
+    ends: Int32s  # [p], each chunk's last position plus 1
+    tokens: Int32s  # [t]
+    positions: Int32s  # [t]
+    complete: Int32s  # indices of the chunks that reach their sequence's last token
 
 
 # Most steps have no chunks.
@@ -214,67 +197,66 @@ class Layout(NamedTuple):
         )
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """Lengths of the columns, in the order of `columns`."""
+    def lengths(self) -> Columns[int]:
+        """How long each column is."""
         rows = self.decodes + self.chunks
-        return (
-            rows,
-            self.tokens,
-            self.tokens,
-            self.tokens,
-            self.chunks,
-            rows + 1,
-            self.samples,
-            self.samples,
+        return Columns(
+            row_slots=rows,
+            token_slots=self.tokens,
+            token_ids=self.tokens,
+            positions=self.tokens,
+            contexts=self.chunks,
+            starts=rows + 1,
+            sampling_tokens=self.samples,
+            sampling_slots=self.samples,
         )
 
 
+C = TypeVar("C")
+
+
+class Columns(NamedTuple, Generic[C]):
+    """What the device is sent of a batch. Rows and tokens of decodes come before those of chunks.
+
+    The columns travel one after the other, in one int64 array.
+    """
+
+    row_slots: C  # [decodes + chunks]
+    token_slots: C  # [tokens], of the chunks' tokens, as the next two columns
+    token_ids: C  # [tokens]
+    positions: C  # [tokens], each token's index in its sequence
+    contexts: C  # [chunks], context lengths, query tokens included
+    starts: C  # [decodes + chunks + 1], each row's first token, then the number of tokens
+    sampling_tokens: C  # [samples], the last token of each row that samples
+    sampling_slots: C  # [samples], the slot of each row that samples
+
+
 def columns(batch: Batch, layout: Layout, padding_slot: int) -> NDArray[np.int64]:
-    """What the device is sent of `batch`: int64 columns, one after the other.
+    """The columns of `batch`, one after the other.
 
     Args:
         padding_slot: the slot of rows and tokens that the layout has too many.
-
-    The columns are these, with the rows and tokens of decodes before those of chunks:
-
-        row_slots        [decodes + chunks]
-        token_slots      [tokens], of the chunks' tokens, as the next two columns
-        token_ids        [tokens]
-        positions        [tokens], each token's index in its sequence
-        contexts         [chunks], context lengths, query tokens included
-        starts           [decodes + chunks + 1], each row's first token, then the number of tokens
-        sampling_tokens  [samples], the last token of each row that samples
-        sampling_slots   [samples], the slot of each row that samples
     """
     decodes, chunks, tokens, samples = Layout.of(batch)
     flat = np.zeros(sum(layout.lengths), dtype=np.int64)
-    ends = np.cumsum(layout.lengths)[:-1]
-    (
-        row_slots,
-        token_slots,
-        token_ids,
-        positions,
-        contexts,
-        starts,
-        sampling_tokens,
-        sampling_slots,
-    ) = np.split(flat, ends)
+    c = Columns(*np.split(flat, np.cumsum(layout.lengths)[:-1]))
     lengths = batch.query_lens[decodes:]
-    row_slots[:] = padding_slot
-    row_slots[:decodes] = batch.decode_slots
-    row_slots[layout.decodes : layout.decodes + chunks] = batch.chunk_slots
-    token_slots[tokens:] = padding_slot
-    token_slots[:tokens] = np.repeat(batch.chunk_slots, lengths)
-    token_ids[:tokens] = batch.chunk_tokens
-    positions[:tokens] = batch.chunk_positions
-    contexts[:chunks] = batch.context_lens[decodes:]
-    starts[: layout.decodes] = np.arange(layout.decodes)
-    starts[layout.decodes] = layout.decodes
-    starts[layout.decodes + 1 :] = layout.decodes + tokens
-    starts[layout.decodes + 1 : layout.decodes + 1 + chunks] = layout.decodes + np.cumsum(lengths)
-    sampling_tokens[:decodes] = np.arange(decodes)
-    chunk_rows = batch.sampling_rows[decodes:] - decodes
-    sampling_tokens[decodes:samples] = starts[layout.decodes + 1 + chunk_rows] - 1
-    sampling_slots[:] = padding_slot
-    sampling_slots[:samples] = batch.sampling_slots
+    c.row_slots[:] = padding_slot
+    c.row_slots[:decodes] = batch.decode_slots
+    c.row_slots[layout.decodes : layout.decodes + chunks] = batch.chunk_slots
+    c.token_slots[tokens:] = padding_slot
+    c.token_slots[:tokens] = np.repeat(batch.chunk_slots, lengths)
+    c.token_ids[:tokens] = batch.chunk_tokens
+    c.positions[:tokens] = batch.chunk_positions
+    c.contexts[:chunks] = batch.context_lens[decodes:]
+    ends = layout.decodes + np.cumsum(lengths)
+    c.starts[: layout.decodes] = np.arange(layout.decodes)
+    c.starts[layout.decodes] = layout.decodes
+    c.starts[layout.decodes + 1 :] = layout.decodes + tokens
+    c.starts[layout.decodes + 1 : layout.decodes + 1 + chunks] = ends
+    c.sampling_tokens[:decodes] = np.arange(decodes)
+    complete = batch.sampling_rows[decodes:] - decodes
+    c.sampling_tokens[decodes:samples] = ends[complete] - 1
+    c.sampling_slots[:] = padding_slot
+    c.sampling_slots[:samples] = batch.sampling_slots
     return flat

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from nanovllm.services.gpu_worker.graphs import CudaCapture, Sizes, graph_sizes
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, local_heads
 from nanovllm.services.gpu_worker.model.registry import Model, build_model
+from nanovllm.services.gpu_worker.runner import Loaded
 from nanovllm.services.gpu_worker.slot_state import COSTLIEST
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.wording import counted
@@ -31,16 +31,6 @@ from nanovllm.wording import counted
 # operation. With fewer weights one more thread gains nothing, and costs much if another service
 # takes the core of one of the threads.
 WEIGHTS_PER_THREAD = 1 << 22
-
-
-Progress = Callable[[LoadingStage, int, int], None]
-"""Takes a stage of loading, how much of the stage is done, and how much there is in total."""
-
-
-class Loaded(NamedTuple):
-    executor: Executor
-    num_blocks: int
-    description: str
 
 
 def choose_device(settings: Settings, rank: int) -> torch.device:
@@ -89,9 +79,12 @@ def load(
     settings: Settings,
     device: torch.device,
     tp: TensorParallel,
-    progress: Progress,
-) -> Loaded:
+    progress: Callable[[LoadingStage, int, int], None],
+) -> tuple[Executor, Loaded]:
     """Loads the model, and allocates a KV cache of the same number of blocks on every rank.
+
+    Args:
+        progress: takes a stage, how much of the stage is done, and how much there is in total.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
@@ -142,7 +135,7 @@ def load(
         ) from None
     described = f"{device.type}, {str(dtype).removeprefix('torch.')}, {attention} attention"
     blocks = f"{counted(num_blocks, 'block')} of {settings.kvcache_block_size} tokens"
-    return Loaded(loaded, num_blocks, f"{described}, {blocks}")
+    return loaded, Loaded(num_blocks, f"{described}, {blocks}")
 
 
 def attention_shape(config: ModelConfig, tp: TensorParallel, block_size: int) -> AttentionShape:

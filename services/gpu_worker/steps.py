@@ -22,7 +22,7 @@ from nanovllm.kernels.slots.ops import choose_slot_ops
 from nanovllm.services.gpu_worker.model.registry import Model
 from nanovllm.services.gpu_worker.sampling import sample, sample_whole
 from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
-from nanovllm.services.gpu_worker.slots import Int32s, Layout
+from nanovllm.services.gpu_worker.slots import Columns, Int32s, Layout
 from nanovllm.settings import Settings
 
 
@@ -108,36 +108,27 @@ class Steps:
         """Some slots decode, and prefill chunks of others are computed. Either may be missing.
 
         Args:
-            columns: int64, see `slots.columns`.
+            columns: int64, see `slots.Columns`.
             logits_out: [layout.samples, shard], where to write the logits, if given.
         """
         held, decodes, block_size = self._state.held, layout.decodes, self._block_size
-        (
-            row_slots,
-            chunk_token_slots,
-            chunk_tokens,
-            chunk_positions,
-            chunk_contexts,
-            starts,
-            sampling_tokens,
-            sampling_slots,
-        ) = torch.split(columns, list(layout.lengths))
-        decode_slots = row_slots[:decodes]
+        c = Columns(*torch.split(columns, list(layout.lengths)))
+        decode_slots = c.row_slots[:decodes]
         decode_contexts = held.num_tokens[decode_slots]
-        positions = torch.cat((decode_contexts - 1, chunk_positions))
-        token_slots = torch.cat((decode_slots, chunk_token_slots))
+        positions = torch.cat((decode_contexts - 1, c.positions))
+        token_slots = torch.cat((decode_slots, c.token_slots))
         blocks = held.block_tables[token_slots, positions // block_size].long()
         used_columns = -(-int(lengths.context.max()) // block_size)
         attention = AttentionMetadata(
             num_decodes=decodes,
             query_lens=lengths.query,
             context_lens=lengths.context,
-            cu_seqlens_q=starts.int(),
-            cache_seqlens=torch.cat((decode_contexts, chunk_contexts)).int(),
-            block_tables=held.block_tables[:, :used_columns].index_select(0, row_slots),
+            cu_seqlens_q=c.starts.int(),
+            cache_seqlens=torch.cat((decode_contexts, c.contexts)).int(),
+            block_tables=held.block_tables[:, :used_columns].index_select(0, c.row_slots),
         )
         hidden = self._model.forward(
-            torch.cat((held.last_tokens[decode_slots], chunk_tokens)),
+            torch.cat((held.last_tokens[decode_slots], c.token_ids)),
             positions,
             blocks * block_size + positions % block_size,
             self._backend.prepare(attention),
@@ -145,12 +136,12 @@ class Steps:
         )
         if not layout.samples:
             return Decoded(self.no_tokens, hidden[:0])
-        logits = self._model.logits(hidden[sampling_tokens], logits_out)
+        logits = self._model.logits(hidden[c.sampling_tokens], logits_out)
         # A sequence's length is the index of the token that comes next.
-        next_positions = held.num_tokens[sampling_slots]
-        params = self._state.sampling(sampling_slots)
+        next_positions = held.num_tokens[c.sampling_slots]
+        params = self._state.sampling(c.sampling_slots)
         token_ids = sample(logits, params, next_positions, self._shard)
-        return Decoded(self._ops.advance(held, sampling_slots, token_ids), logits)
+        return Decoded(self._ops.advance(held, c.sampling_slots, token_ids), logits)
 
     def sample_whole(self, decoded: Decoded, rows: Int32s, slots: Int32s) -> None:
         """Samples again the rows that need whole logits, if there is more than one rank.

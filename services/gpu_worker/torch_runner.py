@@ -26,7 +26,7 @@ from nanovllm.services.gpu_worker.model.parallel import (
     listen_for_ranks,
     reach_rank_0,
 )
-from nanovllm.services.gpu_worker.runner import Listening, Loaded, Outbox, Progress, Report
+from nanovllm.services.gpu_worker.runner import Listening, Outbox, Progress, Report
 from nanovllm.settings import Settings
 
 PROGRESS_INTERVAL_S = 0.1
@@ -89,7 +89,7 @@ class TorchRunner:
 
     def _execute(self) -> None:
         device = startup.choose_device(self._settings, self._rank)
-        loaded = startup.load(
+        executor, loaded = startup.load(
             self._directory,
             self._config,
             self._settings,
@@ -97,8 +97,8 @@ class TorchRunner:
             self._join_group(device),
             self._tell_progress(),
         )
-        executor = self._executor = loaded.executor
-        self._outbox.put(Loaded(loaded.num_blocks, loaded.description))
+        self._executor = executor
+        self._outbox.put(loaded)
         finish: Callable[[Sampled], None] = self._finish
         if device.type == "cuda":
             self._start_thread("results", partial(self._finish_enqueued, device))
@@ -137,7 +137,7 @@ class TorchRunner:
             store = reach_rank_0(self._port.get())
         return TensorParallel.connect(self._rank, size, store, device)
 
-    def _tell_progress(self) -> startup.Progress:
+    def _tell_progress(self) -> Callable[[LoadingStage, int, int], None]:
         """Reports how far loading is: the begin and end of each stage, and in between at most every
         PROGRESS_INTERVAL_S seconds."""
         told = 0.0

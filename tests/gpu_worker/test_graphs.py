@@ -164,8 +164,10 @@ def test_replayed_steps_sample_what_launched_steps_do(tmp_path: Path) -> None:
         used = msgspec.structs.replace(SETTINGS, enforce_eager=enforce_eager)
         config = ModelConfig.from_checkpoint(directory)
         device = torch.device("cuda", 0)
-        loaded = startup.load(directory, config, used, device, TensorParallel(), lambda *_: None)
-        found.append(execute(loaded.executor, schedule, len(requests)))
+        executor, _ = startup.load(
+            directory, config, used, device, TensorParallel(), lambda *_: None
+        )
+        found.append(execute(executor, schedule, len(requests)))
     assert found[0] == found[1]
 
 
@@ -192,8 +194,10 @@ def test_replayed_prefills_come_to_the_same_logits_in_bfloat16(tmp_path: Path) -
         )
         config = ModelConfig.from_checkpoint(directory)
         device = torch.device("cuda", 0)
-        loaded = startup.load(directory, config, used, device, TensorParallel(), lambda *_: None)
-        sampled = [loaded.executor.step(plan) for plan, _ in schedule]
+        executor, _ = startup.load(
+            directory, config, used, device, TensorParallel(), lambda *_: None
+        )
+        sampled = [executor.step(plan) for plan, _ in schedule]
         for step in sampled:
             step.wait()
         rows = [row for step in sampled for row in step.result(0, 0).logprobs]

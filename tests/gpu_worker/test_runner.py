@@ -57,7 +57,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def executor(directory: Path, used: Settings = SETTINGS) -> Executor:
     config = ModelConfig.from_checkpoint(directory)
-    return startup.load(directory, config, used, CPU, TensorParallel(), lambda *_: None).executor
+    return startup.load(directory, config, used, CPU, TensorParallel(), lambda *_: None)[0]
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:

@@ -267,9 +267,9 @@ def test_two_ranks_sample_what_one_does(start: Callable[..., Group], cpu_model: 
     results.append(group.scheduler.message(StepResult))
 
     config = ModelConfig.from_checkpoint(cpu_model)
-    alone = startup.load(
+    alone, _ = startup.load(
         cpu_model, config, group.settings, CPU, TensorParallel(), lambda *_: None
-    ).executor
+    )
     expected = [alone.step(plan).result(0, 0) for plan, _ in schedule]
     assert outputs(schedule, results, 5) == outputs(schedule, expected, 5)
 

@@ -34,21 +34,13 @@ class Factory(NamedTuple):
 
 
 class CheckpointTensor(NamedTuple):
-    """Where this rank's part of one tensor of the checkpoint goes.
-
-    Attributes:
-        name: the tensor's name in the checkpoint.
-        shape: the whole tensor's shape.
-        target: the view of a weight to fill, as large as the part.
-        dim: the dimension along which the part is cut out; None if the part is the whole tensor.
-        start: the part's first index along `dim`.
-    """
+    """Where this rank's part of one tensor of the checkpoint goes."""
 
     name: str
-    shape: tuple[int, ...]
-    target: Tensor
-    dim: int | None = None
-    start: int = 0
+    shape: tuple[int, ...]  # of the whole tensor
+    target: Tensor  # the view of a weight to fill, as large as the part
+    dim: int | None = None  # along which the part is cut out; None if it is the whole tensor
+    start: int = 0  # the part's first index along `dim`
 
     @classmethod
     def whole(cls, name: str, target: Tensor) -> CheckpointTensor:
@@ -56,19 +48,12 @@ class CheckpointTensor(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """One projection of a ColumnParallelLinear: some rows of its weight.
+    """One projection of a ColumnParallelLinear: some rows of its weight."""
 
-    Attributes:
-        name: the projection's name in the checkpoint, after the layer's prefix.
-        size: rows of the whole projection.
-        local_size: rows of this rank's part.
-        start: the first row of this rank's part.
-    """
-
-    name: str
-    size: int
-    local_size: int
-    start: int
+    name: str  # in the checkpoint, after the layer's prefix
+    size: int  # rows of the whole projection
+    local_size: int  # rows of this rank's part
+    start: int  # the first row of this rank's part
 
 
 class ColumnParallelLinear:

@@ -17,9 +17,6 @@ from nanovllm.checkpoint import CheckpointError
 from nanovllm.services.gpu_worker.model.layers import CheckpointTensor
 from nanovllm.services.gpu_worker.model.registry import Model
 
-Progress = Callable[[int, int], None]
-"""Takes the bytes done and the bytes in total, counted as this rank's memory holds them."""
-
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -29,11 +26,12 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def load_checkpoint(model: Model, directory: Path, progress: Progress) -> None:
+def load_checkpoint(model: Model, directory: Path, progress: Callable[[int, int], None]) -> None:
     """Fills all of the model's weights from `directory`.
 
     Args:
-        progress: called at the start and after each tensor.
+        progress: takes the bytes done and the bytes in total, as this rank's memory holds them.
+            Called at the start and after each tensor.
 
     Raises:
         CheckpointError: if files or tensors are missing, unexpected, unreadable or of the wrong
