@@ -34,8 +34,8 @@ import click
 import psutil
 from tqdm import tqdm
 
+from benchmarks.support.pipeline import Pipeline
 from tests.pipeline.leftovers import wait_until_nothing_is_left
-from tests.pipelines import Pipeline
 from tests.recovery.streams import (
     STOPS,
     Outcome,

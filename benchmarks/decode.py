@@ -68,23 +68,17 @@ def main(
     bandwidth = copy_bandwidth()
     with checkpoint(model, random_weights) as directory:
         config = ModelConfig.from_checkpoint(directory)
-        settings = Settings(
-            model=str(directory),
-            ingress="",
-            device="cuda",
-            tensor_parallel_size=tensor_parallel_size,
-            attention=attention,  # type: ignore[arg-type]
-            log_level="warning",
-        )
+        arguments = f"--device cuda --tp {tensor_parallel_size} --attention {attention}"
+        arguments += " --log-level warning"
         sampling = Sampling(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             ignore_eos=True,
-            max_tokens=settings.max_model_len,
+            max_tokens=Settings().max_model_len,
         )
         weights = weight_bytes(directory, config)
-        with Pipeline(settings) as pipeline:
+        with Pipeline(directory, *arguments.split()) as pipeline:
             click.echo(
                 json.dumps(
                     {"start_s": round(pipeline.start_s, 1), "copy_gb_per_s": round(bandwidth / 1e9)}

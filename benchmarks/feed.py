@@ -21,11 +21,8 @@ from typing import Any, NamedTuple
 import click
 
 from benchmarks.support.closed_loop import ClosedLoop
-from nanovllm import Client
-from nanovllm.client.control import Control
-from nanovllm.client.private_pipeline import PrivatePipeline
+from benchmarks.support.pipeline import Pipeline
 from nanovllm.control import IngressStats, SchedulerStats, Status, WorkerStats
-from nanovllm.settings import Settings
 
 OUTPUT_TOKENS = (50, 300)
 WARM_UP_S = 4.0
@@ -54,35 +51,25 @@ def main(seconds: float, depths: tuple[int, ...], sequences: int | None) -> None
 
 def measure(load: Load, depth: int, seconds: float) -> dict[str, Any]:
     """Runs a pipeline of its own under `load` for `seconds` after a warm-up."""
-    settings = Settings(
-        ingress="",
-        device="sim",
-        sim_step_ms=load.step_ms,
-        pipeline_depth=depth,
-        max_num_seqs=load.sequences,
-        max_model_len=1024,
-        log_level="warning",
-    )
-    pipeline = PrivatePipeline(settings)
+    arguments = f"--device sim --sim-step-ms {load.step_ms} --pipeline-depth {depth}"
+    arguments += f" --max-num-seqs {load.sequences} --max-model-len 1024 --log-level warning"
     # A few more than run, so that whenever a sequence ends another is waiting.
     outstanding = load.sequences + max(1, load.sequences // 16)
-    clients = ClosedLoop(
-        pipeline.endpoint, outstanding, OUTPUT_TOKENS, probe_every=64 if load.sequences > 1 else 2
-    )
-    try:
-        with Client(pipeline.endpoint, timeout=60) as client:
-            pipeline.wait_until_ready(client)
+    with Pipeline("", *arguments.split()) as pipeline:
+        clients = ClosedLoop(
+            pipeline.endpoint,
+            outstanding,
+            OUTPUT_TOKENS,
+            probe_every=64 if load.sequences > 1 else 2,
+        )
         clients.run_until(time.monotonic() + WARM_UP_S)
         clients.lags_s.clear()
-        with Control(pipeline.runtime_dir) as control:
-            before = control.status()
-            # A report a second from each service, which says when it was made.
-            clients.run_until(time.monotonic() + seconds + 1.0)
-            after = control.status()
+        before = pipeline.status()
+        # A report a second from each service, which says when it was made.
+        clients.run_until(time.monotonic() + seconds + 1.0)
+        after = pipeline.status()
         clients.run_until(time.monotonic() + 0.2)
-    finally:
         clients.close()
-        pipeline.close()
     return {
         "sequences": load.sequences,
         "step_ms": load.step_ms,

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import click
 
+from benchmarks.support.pipeline import Pipeline
+from nanovllm.control import SchedulerStats
 from nanovllm.protocol import Error
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import Answer, Wire
-from tests.pipelines import Pipeline
 from tests.readers import free_tcp_endpoint, reader
 
 SLOTS = 4
@@ -77,8 +78,8 @@ def _freed(pipeline: Pipeline, endpoint: str, case: Case) -> float:
             holding = other.ask_all([LONG] * SLOTS)
             other.until(lambda: all(answer.deltas for answer in holding))
         with reader([endpoint], asks) as process:
-            pipeline.scheduler_stats_once(
-                lambda stats: 0 < stats.running == 2 * SLOTS - stats.waiting
+            pipeline.stats_once(
+                SchedulerStats, lambda stats: 0 < stats.running == 2 * SLOTS - stats.waiting
             )
             process.send_signal(case.how)
             start = time.monotonic()

@@ -29,10 +29,10 @@ import click
 import psutil
 from tqdm import tqdm
 
+from benchmarks.support.pipeline import Pipeline
 from tests.hostile import Hostile
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import Wire
-from tests.pipelines import Pipeline
 
 # What tests attack as well. Few and short sequences: a mutated request may still be a good one.
 FUZZED = ("--device", "sim", "--sim-step-ms", "1", "--max-num-seqs", "64", "--max-model-len", "256")

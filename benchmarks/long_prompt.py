@@ -24,7 +24,6 @@ from benchmarks.support.pipeline import Pipeline
 from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.protocol import Sampling
-from nanovllm.settings import Settings
 
 OTHERS_PROMPT = 256
 BEFORE_S = 1.0
@@ -62,15 +61,9 @@ def main(
         prompts = random_prompts(others, OTHERS_PROMPT, config.vocab_size)
         *_, long_prompt, warm_up = random_prompts(others + 2, prompt_tokens, config.vocab_size)
         for budget in budgets:
-            settings = Settings(
-                model=str(directory),
-                ingress="",
-                device=device,  # type: ignore[arg-type]
-                max_model_len=2 * prompt_tokens,
-                max_prefill_tokens=budget,
-                log_level="warning",
-            )
-            with Pipeline(settings) as pipeline:
+            arguments = f"--device {device} --max-model-len {2 * prompt_tokens}"
+            arguments += f" --max-prefill-tokens {budget} --log-level warning"
+            with Pipeline(directory, *arguments.split()) as pipeline:
                 _intrude(pipeline, prompts, warm_up)
                 figures = _intrude(pipeline, prompts, long_prompt)
             click.echo(json.dumps({"max_prefill_tokens": budget, "others": others, **figures}))

@@ -12,13 +12,11 @@ import time
 from pathlib import Path
 
 import click
-import msgspec
 
 from benchmarks.support.pipeline import Pipeline, Reported
 from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.settings import Settings
 
 
 @click.command(help=__doc__)
@@ -65,17 +63,10 @@ def main(
             )
             for _ in range(num_seqs)
         ]
-        options = {
-            "model": str(directory),
-            "ingress": "",
-            "tensor_parallel_size": tensor_parallel_size,
-            "device": device,
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "log_level": "warning",
-        }
+        arguments = f"--tp {tensor_parallel_size} --device {device} --dtype {dtype}"
+        arguments += f" --max-model-len {max_model_len} --log-level warning"
         with (
-            Pipeline(msgspec.convert(options, Settings)) as pipeline,
+            Pipeline(directory, *arguments.split()) as pipeline,
             LLM(endpoint=pipeline.endpoint) as llm,
         ):
             llm.generate(prompts[:2], SamplingParams(max_tokens=4), use_tqdm=False)

@@ -24,9 +24,9 @@ from typing import NamedTuple
 import click
 from tqdm import tqdm
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm import SamplingParams
 from nanovllm.launch.groups import STABLE_S
-from tests.pipelines import Pipeline
 from tests.recovery.streams import Case, Streamed, Streams, living, wait_until_ready
 
 Place = tuple[str, int]

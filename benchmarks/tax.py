@@ -37,7 +37,7 @@ from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.messages import Admission, Sampling, StepPlan, pack
 from nanovllm.service import settled
 from nanovllm.services.gpu_worker.loop import spin_briefly
-from nanovllm.settings import Settings
+from nanovllm.settings import Settings, flag
 
 if TYPE_CHECKING:
     from nanovllm.services.gpu_worker.executor import Sampled
@@ -94,18 +94,20 @@ def main(
     with checkpoint(model, random_weights) as directory:
         config = ModelConfig.from_checkpoint(directory)
         options = {
-            "model": str(directory),
-            "ingress": "",
             "device": device,
             "max_model_len": prompt_tokens + output_tokens,
             # Twice what they take, so that none waits for a block.
             "num_kvcache_blocks": 2 * num_seqs * work.blocks_each(Settings().kvcache_block_size),
             "log_level": "warning",
         }
-        settings = msgspec.convert(options, Settings)
+        settings = msgspec.convert({"model": str(directory), **options}, Settings)
+        arguments = [word for name, value in options.items() for word in (flag(name), str(value))]
         bare = BareLoop(settled(settings, directory, config), config)
         piped_rounds, bare_rounds = [], []
-        with Pipeline(settings) as pipeline, contextlib.closing(Piped(pipeline)) as piped:
+        with (
+            Pipeline(directory, *arguments) as pipeline,
+            contextlib.closing(Piped(pipeline)) as piped,
+        ):
             for number in range(rounds + 1):
                 prompts = work.prompts(number, config.vocab_size)
                 piped_rounds.append(piped.run(prompts, work))

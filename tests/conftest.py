@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.pipelines import Pipeline
+from benchmarks.support.pipeline import Pipeline
 
 # How long an example takes says something of the machine, not of the code.
 settings.register_profile("nanovllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])

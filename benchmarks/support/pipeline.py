@@ -1,20 +1,28 @@
-"""A pipeline of a benchmark's own, and what its services say of themselves."""
+"""Real pipelines: `nanovllm-launch` as a process, in a runtime directory of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from nanovllm import Client
 from nanovllm.client.control import NEXT_REPORT_S, Control
-from nanovllm.client.private_pipeline import PrivatePipeline
-from nanovllm.control import SchedulerStats, Stats, WorkerStats
-from nanovllm.settings import Settings
+from nanovllm.control import SchedulerStats, Stats, Status, WorkerStats
+from nanovllm.service import LIFELINE_VARIABLE
 
 READY_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 20.0
+REPORT_TIMEOUT_S = 30.0
 
 S = TypeVar("S", bound=Stats)
 
@@ -28,44 +36,137 @@ class Reported(NamedTuple):
 
 
 class Pipeline:
-    """Launches, and returns when requests can start.
+    """One launched pipeline.
+
+    Args:
+        model: as on the command line; "" is the demo checkpoint.
+        arguments: further arguments of `nanovllm-launch`. Unless they name an `--ingress`, there is
+            no TCP endpoint, so that pipelines do not meet.
+        lifeline: whether the pipeline ends with this process, however this process ends. Without,
+            it is as a shell launches it.
 
     Attributes:
-        endpoint: where it serves.
-        start_s: seconds from the launch until then.
+        endpoint: where clients connect.
+        output: the lines that the launcher has printed.
+        start_s: seconds from the launch until the pipeline served.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, model: Path | str = "", *arguments: str, lifeline: bool = True) -> None:
+        self.runtime_dir = Path(tempfile.mkdtemp(prefix="nv-"))
+        self.endpoint = f"ipc://{self.runtime_dir}/ingress.sock"
+        named = [str(model)] if str(model) else []
+        ingress = [] if "--ingress" in arguments else ["--ingress", ""]
+        self.arguments = [*named, "--runtime-dir", str(self.runtime_dir), *ingress, *arguments]
+        self.output: list[str] = []
+        self.start_s = 0.0
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._lifeline = [*os.pipe()] if lifeline else []
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        """The launcher. Raises RuntimeError before the launch."""
+        if self._process is None:
+            raise RuntimeError("not launched")
+        return self._process
+
+    @property
+    def transcript(self) -> str:
+        return "\n".join(self.output)
+
+    def start(self) -> Pipeline:
+        """Launches, and returns when the pipeline says that it serves.
+
+        Raises:
+            RuntimeError: the launcher ends before, with what it printed.
+            TimeoutError: the launcher does neither.
+        """
         started = time.monotonic()
-        self._pipeline = PrivatePipeline(settings)
-        self.endpoint = self._pipeline.endpoint
+        self.launch()
         try:
-            with Client(self.endpoint, timeout=READY_TIMEOUT_S) as client:
-                self._pipeline.wait_until_ready(client)
-            self._control = Control(self._pipeline.runtime_dir)
+            self.wait_for("nanovllm serves", READY_TIMEOUT_S)
         except BaseException:
-            self._pipeline.close()
+            self.stop()
             raise
         self.start_s = time.monotonic() - started
-
-    def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._control.close()
-        self._pipeline.close()
+    def launch(self) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if self._lifeline:
+            environment[LIFELINE_VARIABLE] = str(self._lifeline[0])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "nanovllm.launch.cli", *self.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            pass_fds=self._lifeline[:1],
+            process_group=0,  # the terminal's Ctrl-C is for this program
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+        return self._process
+
+    def wait_for(self, text: str, timeout_s: float) -> str:
+        """The first line from now on that contains `text`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError(f"no {text!r} in {timeout_s} s:\n{self.transcript}") from None
+            if line is None:
+                raise RuntimeError(f"the launcher ended before {text!r}:\n{self.transcript}")
+            if text in line:
+                return line
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code. The processes that are left are the caller's to look at."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise TimeoutError(f"the launcher did not end:\n{self.transcript}") from None
+        finally:
+            while self._lifeline:
+                os.close(self._lifeline.pop())
+            shutil.rmtree(self.runtime_dir, ignore_errors=True)
+
+    def status(self) -> Status:
+        """What the services have last reported, once each has."""
+        with Control(str(self.runtime_dir)) as control:
+            while True:
+                status = control.status()
+                if all(service.stats is not None for service in status.services):
+                    return status
+
+    def stats_once(self, kind: type[S], wanted: Callable[[S], bool]) -> S:
+        """The first report of this kind of service, of those with index 0 and from now on, for
+        which `wanted` holds. Raises TimeoutError."""
+        start = time.monotonic()
+        while True:
+            for service in self.status().services:
+                if isinstance(service.stats, kind) and service.index == 0:
+                    if service.at_s >= start and wanted(service.stats):
+                        return service.stats
+                    if time.monotonic() > start + REPORT_TIMEOUT_S:
+                        raise TimeoutError(f"{service.role} 0 still reports {service.stats}")
 
     def reported(self) -> Reported:
-        """What was reported last, up to a second ago.
+        """What was reported last, up to a second ago."""
+        services = {type(s.stats): s for s in reversed(self.status().services)}
+        worker, scheduler = services[WorkerStats].stats, services[SchedulerStats].stats
+        assert isinstance(worker, WorkerStats)
+        assert isinstance(scheduler, SchedulerStats)
+        return Reported(services[WorkerStats].at_s, worker, scheduler)
 
-        Raises RuntimeError if one of the two has not reported yet.
-        """
-        services = self._control.status().services
-        worker = next(entry for entry in services if entry.role == "gpu_worker")
-        scheduler = next(entry for entry in services if entry.role == "scheduler")
-        return Reported(
-            worker.at_s, _of(WorkerStats, worker.stats), _of(SchedulerStats, scheduler.stats)
-        )
+    def settled(self) -> Reported:
+        """Reports made from now on."""
+        time.sleep(NEXT_REPORT_S)
+        return self.reported()
 
     @contextlib.contextmanager
     def watched(self, reports: list[Reported]) -> Iterator[None]:
@@ -84,13 +185,17 @@ class Pipeline:
             over.set()
             watcher.join()
 
-    def settled(self) -> Reported:
-        """Reports made from now on."""
-        time.sleep(NEXT_REPORT_S)
-        return self.reported()
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append(line.rstrip())
+            self._lines.put(line.rstrip())
+        self._lines.put(None)
 
+    def __enter__(self) -> Pipeline:
+        return self.start()
 
-def _of(kind: type[S], stats: Stats | None) -> S:
-    if not isinstance(stats, kind):
-        raise RuntimeError("a service has not reported yet")
-    return stats
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            error.add_note(self.transcript)
+        self.stop()

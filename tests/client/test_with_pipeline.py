@@ -6,11 +6,11 @@ import asyncio
 
 from click.testing import CliRunner
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm import LLM, AsyncClient, Client, SamplingParams
 from nanovllm.client.cli import main
 from nanovllm.client.control import Control
 from nanovllm.client.status import render
-from tests.pipelines import Pipeline
 
 SEEDED = SamplingParams(temperature=0.8, max_tokens=60, ignore_eos=True, seed=11, logprobs=1)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines import Pipeline
+from benchmarks.support.pipeline import Pipeline
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "node"
 

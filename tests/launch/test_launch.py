@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.support.pipeline import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
 from nanovllm import Client
 from nanovllm.checkpoint import DEMO_CHECKPOINT
-from tests.pipelines import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
 
 SIM = ("--device", "sim", "--sim-step-ms", "1")
 ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer")
@@ -25,13 +25,11 @@ ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer")
 
 @pytest.fixture
 def sim() -> Iterator[Pipeline]:
-    with Pipeline("", *SIM) as running:
+    with Pipeline("", *SIM, lifeline=False) as running:
         yield running
 
 
 def services(pipeline: Pipeline) -> list[psutil.Process]:
-    if pipeline.process is None:
-        raise RuntimeError("not launched")
     found: list[psutil.Process] = psutil.Process(pipeline.process.pid).children(recursive=True)
     return found
 
@@ -49,7 +47,6 @@ def gone(processes: list[psutil.Process], within_s: float) -> bool:
 def test_a_signal_ends_everything_and_leaves_nothing(sim: Pipeline, number: signal.Signals) -> None:
     running = services(sim)
     assert sorted(role_of(process) for process in running) == sorted(ROLES)
-    assert sim.process is not None
     sim.process.send_signal(number)
     assert sim.process.wait(END_TIMEOUT_S) == 0
     assert gone(running, 0)
@@ -61,7 +58,6 @@ def test_a_killed_launcher_takes_its_services_along(sim: Pipeline) -> None:
     running = services(sim)
     for process in running[::2]:
         process.suspend()
-    assert sim.process is not None
     sim.process.kill()
     assert gone(running, 2.0)
     again = Pipeline("", *SIM, "--runtime-dir", str(sim.runtime_dir))

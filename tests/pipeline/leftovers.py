@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm.client.control import Control
 from nanovllm.control import (
     DetokenizerStats,
@@ -13,7 +14,6 @@ from nanovllm.control import (
     TokenizerStats,
     WorkerStats,
 )
-from tests.pipelines import Pipeline
 
 TIMEOUT_S = 30.0
 

@@ -11,10 +11,10 @@ import msgspec
 import zmq
 
 from benchmarks.fuzz import FUZZED, fuzz
+from benchmarks.support.pipeline import Pipeline
 from nanovllm.control import IngressStats
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import TIMEOUT_S, Wire
-from tests.pipelines import Pipeline
 
 SEED = int(os.environ.get("FUZZ_SEED") or secrets.randbits(32))
 FRAMES = 20_000

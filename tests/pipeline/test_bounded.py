@@ -10,10 +10,10 @@ from typing import Any
 
 import psutil
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm.protocol import Error
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import Answer, Wire
-from tests.pipelines import Pipeline
 
 REQUESTS = 10_000
 CLIENTS = 4

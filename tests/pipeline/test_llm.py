@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from tests.pipeline.wire import Wire
-from tests.pipelines import Pipeline
 
 tokenizer = Tokenizer.from_file(str(DEMO_CHECKPOINT / "tokenizer.json"))
 TEXTS = ["Once upon a time", "A fox", "Grüße 日本語 😀", "The lighthouse"]

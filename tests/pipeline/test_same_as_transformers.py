@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import DEMO_CHECKPOINT
+from nanovllm.control import SchedulerStats
 from tests.checkpoints import read_model, write_checkpoint
-from tests.pipelines import Pipeline
 
 # Where transformers' two likeliest logits are nearer than this, either is right.
 TIE = 1e-4
@@ -127,7 +128,7 @@ def test_greedy_output_equals_transformers(
             prompts[::subset], expected[::subset], outputs, strict=True
         ):
             check(model, prompt, want, output["token_ids"])
-    idle = pipeline.scheduler_stats_once(lambda stats: stats.records == 0)
+    idle = pipeline.stats_once(SchedulerStats, lambda stats: stats.records == 0)
     assert idle.cached_tokens > 0, "the second time, prompts are in the prefix cache"
     assert idle.blocks_used == 0
     if case.preempts:

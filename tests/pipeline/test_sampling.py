@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm.checkpoint import DEMO_CHECKPOINT, eos_token_ids
 from nanovllm.protocol import Logprobs
 from tests.checkpoints import read_model
 from tests.pipeline.wire import Answer, Wire
-from tests.pipelines import Pipeline
 
 STORY = "Once upon a time"
 MIXES: list[dict[str, Any]] = [

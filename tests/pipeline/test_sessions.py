@@ -9,10 +9,11 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm.checkpoint import DEMO_CHECKPOINT, eos_token_ids
+from nanovllm.control import SchedulerStats
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import Answer, Wire
-from tests.pipelines import Pipeline
 
 MAX_MODEL_LEN = 2048
 SLOTS = 4
@@ -212,7 +213,7 @@ def test_clients_that_leave_in_every_stage(sim: Pipeline, connect: Callable[...,
     whole.ping()
     last = stays.ask(**asking(sampling={"max_tokens": 50}))
     stays.until(lambda: last.accepted)
-    sim.scheduler_stats_once(lambda stats: (stats.running, stats.waiting) == (SLOTS, 3))
+    sim.stats_once(SchedulerStats, lambda stats: (stats.running, stats.waiting) == (SLOTS, 3))
     for wire in (queued, whole, streaming):
         wire.close()
     stays.results(last)

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from tests.pipeline.wire import Answer, Wire
-from tests.pipelines import Pipeline
 
 tokenizer = Tokenizer.from_file(str(DEMO_CHECKPOINT / "tokenizer.json"))
 STORY: dict[str, Any] = {

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.support.pipeline import Pipeline
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import Wire
-from tests.pipelines import Pipeline
 
 HOOK = Path(__file__).parents[1] / "audit"
 SERVICE = re.compile(r"nanovllm\.services\.(\w+) --index (\d+)")

@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import psutil
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm import AsyncClient, SamplingParams
 from nanovllm.client.control import Control
 from nanovllm.client.requests import Prompt
-from tests.pipelines import Pipeline
+from nanovllm.control import SchedulerStats
 
 TIMEOUT_S = 60.0
 NEW_TOKENS = 200
@@ -200,8 +201,6 @@ def undisturbed(endpoint: str, cases: Sequence[Case]) -> list[Outcome]:
 
 def services(pipeline: Pipeline) -> dict[tuple[str, int], psutil.Process]:
     """The processes that live now, by role and index."""
-    if pipeline.process is None:
-        raise RuntimeError("not launched")
     found: dict[tuple[str, int], psutil.Process] = {}
     for child in psutil.Process(pipeline.process.pid).children():
         try:
@@ -258,5 +257,5 @@ def check(ended: Sequence[Streamed], expected: Sequence[Outcome], pipeline: Pipe
     """Every stream brought what it brings undisturbed, and nothing is left in the scheduler."""
     for number, outcome, _ in ended:
         assert outcome == expected[number], f"case {number}\n{pipeline.transcript}"
-    idle = pipeline.scheduler_stats_once(lambda stats: stats.records == 0)
+    idle = pipeline.stats_once(SchedulerStats, lambda stats: stats.records == 0)
     assert (idle.running, idle.waiting, idle.blocks_used) == (0, 0, 0)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from benchmarks.support.pipeline import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
 from nanovllm import Client, RequestError, SamplingParams
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.client.cli import main
 from nanovllm.launch.groups import MAX_FAILED_STARTS
-from tests.pipelines import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
 from tests.recovery.streams import Streams, check, mixed_cases, services, undisturbed
 
 SIM = ("--device", "sim", "--sim-step-ms", "4", "--kvcache-block-size", "16")
@@ -66,17 +66,16 @@ def test_commands_explain_mistakes(sim: Pipeline, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def own(start_pipeline: Callable[..., Pipeline]) -> Pipeline:
-    return start_pipeline("", *SIM)
+def own() -> Iterator[Pipeline]:
+    with Pipeline("", *SIM, lifeline=False) as running:
+        yield running
 
 
 def signalled(pipeline: Pipeline) -> None:
-    assert pipeline.process is not None
     pipeline.process.send_signal(signal.SIGTERM)
 
 
 def test_the_first_signal_drains(own: Pipeline) -> None:
-    assert own.process is not None
     with Client(own.endpoint) as client, Client(own.endpoint) as late:
         whole = client.generate("Once", LONG)
         assert whole.usage.completion_tokens == 300
@@ -94,7 +93,6 @@ def test_the_first_signal_drains(own: Pipeline) -> None:
 
 def test_a_drain_ends_at_its_timeout(start_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = start_pipeline("", *SIM, "--drain-timeout", "0.5")
-    assert pipeline.process is not None
     with Client(pipeline.endpoint) as client:
         next(client.generate("Once", ENDLESS, stream=True))
         stream = client.generate("Once", ENDLESS, stream=True)
@@ -105,7 +103,6 @@ def test_a_drain_ends_at_its_timeout(start_pipeline: Callable[..., Pipeline]) ->
 
 
 def test_a_second_signal_ends_at_once(own: Pipeline) -> None:
-    assert own.process is not None
     with Client(own.endpoint) as client:
         stream = client.generate("Once", ENDLESS, stream=True)
         next(stream)
@@ -116,7 +113,6 @@ def test_a_second_signal_ends_at_once(own: Pipeline) -> None:
 
 
 def test_an_ingress_that_dies_while_it_drains_loses_nothing(own: Pipeline) -> None:
-    assert own.process is not None
     with Client(own.endpoint) as client:
         whole = client.generate("Once", LONG)
         stream = client.generate("Once", LONG, stream=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.support.pipeline import Pipeline
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import Answer, Wire
-from tests.pipelines import Pipeline
 from tests.recovery.streams import kill, living, wait_for_another
 
 FAULT = Path(__file__).parent / "fault"
