@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from benchmarks.support.pipeline import Pipeline
+
+# A shell ignores SIGINT for what it starts in the background, and so do the children of that. Tests
+# press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says something of the machine, not of the code.
 settings.register_profile("nanovllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])

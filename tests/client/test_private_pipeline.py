@@ -27,6 +27,8 @@ assert len(llm.generate("Once", SamplingParams(0.0, 4), use_tqdm=False)[0]["toke
 print("serving", flush=True)
 {then}
 """
+# Until the test has counted the program's descendants.
+WAIT = "import sys; sys.stdin.read()\n"
 WORK = "llm.generate(['Once'] * 4, SamplingParams(max_tokens=4000, ignore_eos=True))"
 
 
@@ -62,8 +64,8 @@ def all_ended(processes: list[psutil.Process]) -> bool:
 
 @pytest.mark.parametrize("how", ["end", "exception", "exit", "sigint", "sigterm", "sigkill"])
 def test_it_ends_with_its_program(how: str, own_tmp: Path) -> None:
-    then = {"end": "", "exception": "raise ValueError('boo')", "exit": "llm.exit()"}.get(how, WORK)
-    program, descendants = start(then)
+    last = {"end": "", "exception": "raise ValueError('boo')", "exit": "llm.exit()"}
+    program, descendants = start(WAIT + last[how] if how in last else WORK)
     assert len(descendants) >= 6, "the launcher and five services"
     if how.startswith("sig"):
         program.send_signal(signal.Signals[how.upper()])
@@ -141,8 +143,9 @@ def test_a_launch_may_take_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_pipeline_that_dies_is_reported(own_tmp: Path) -> None:
     with LLM("", device="sim", sim_step_ms=5.0) as llm:
-        services = psutil.Process().children(recursive=True)
-        (launcher,) = [p for p in services if "nanovllm.launch.cli" in p.cmdline()]
+        alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+        (launcher,) = [p for p in alive if "nanovllm.launch.cli" in p.cmdline()]
+        services = [launcher, *launcher.children(recursive=True)]
         launcher.kill()
         with pytest.raises(RuntimeError, match="the pipeline has ended"):
             llm.generate("Once", SamplingParams(max_tokens=4000, ignore_eos=True), use_tqdm=False)
