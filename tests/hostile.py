@@ -1,4 +1,4 @@
-"""Clients that send what they should not; for tests, and for `benchmarks.fuzz`."""
+"""Clients that send what they should not."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ HOOK = Path(__file__).parents[1] / "audit"
 SERVICE = re.compile(r"nanovllm\.services\.(\w+) --index (\d+)")
 ARGUMENTS = """--device cpu --tp 2 --tokenizers 2 --detokenizers 2 --max-model-len 256
  --kvcache-block-size 16 --num-kvcache-blocks 48 --max-num-batched-tokens 128 --max-num-seqs 16"""
-PLACES = [
+SERVICES = [
     *(("ingress", 0), ("scheduler", 0), ("tokenizer", 0), ("tokenizer", 1)),
     *(("detokenizer", 0), ("detokenizer", 1), ("gpu_worker", 0), ("gpu_worker", 1)),
 ]
@@ -73,4 +73,4 @@ def test_no_service_unpickles_anything(records: Path) -> None:
         if match := SERVICE.search(command):
             lives[match[1], int(match[2])] += 1
     twice = [("scheduler", 0), ("gpu_worker", 0), ("gpu_worker", 1)]
-    assert lives == dict.fromkeys(PLACES, 1) | dict.fromkeys(twice, 2)
+    assert lives == dict.fromkeys(SERVICES, 1) | dict.fromkeys(twice, 2)

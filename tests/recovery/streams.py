@@ -1,7 +1,6 @@
 """Streams that never pause: requests that start anew as others end, while services are killed.
 
-What the tests of recovery and the benchmarks of it (`benchmarks.chaos`, `benchmarks.recovery`) have
-in common.
+What the tests of recovery share with `tests.chaos` and `tests.recovery`.
 """
 
 from __future__ import annotations
@@ -28,6 +27,9 @@ LOOK_AGAIN_S = 0.01
 PROMPTS = ("Once upon a time", "🦊🐻 Once", "Zoë", "A lighthouse keeper")
 # Strings in what each device writes.
 STOPS = {"sim": ("ree", "old "), "cpu": (" lantern", "kettle", ". T")}
+
+# A role and an index.
+ServiceId = tuple[str, int]
 
 
 class Case(NamedTuple):
@@ -199,9 +201,9 @@ def undisturbed(endpoint: str, cases: Sequence[Case]) -> list[Outcome]:
     return [one.outcome for one in sorted(ended, key=lambda one: one.case)]
 
 
-def services(pipeline: Pipeline) -> dict[tuple[str, int], psutil.Process]:
+def services(pipeline: Pipeline) -> dict[ServiceId, psutil.Process]:
     """The processes that live now, by role and index."""
-    found: dict[tuple[str, int], psutil.Process] = {}
+    found: dict[ServiceId, psutil.Process] = {}
     for child in psutil.Process(pipeline.process.pid).children():
         try:
             command: list[str] = child.cmdline()
@@ -214,43 +216,43 @@ def services(pipeline: Pipeline) -> dict[tuple[str, int], psutil.Process]:
     return found
 
 
-def living(pipeline: Pipeline, places: Sequence[tuple[str, int]]) -> list[psutil.Process]:
-    """The processes of these places, as soon as each has one."""
+def living(pipeline: Pipeline, service_ids: Sequence[ServiceId]) -> list[psutil.Process]:
+    """The processes of these services, as soon as each has one."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         alive = services(pipeline)
-        if all(place in alive for place in places):
-            return [alive[place] for place in places]
+        if all(service_id in alive for service_id in service_ids):
+            return [alive[service_id] for service_id in service_ids]
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{places} are not there:\n{pipeline.transcript}")
+            raise TimeoutError(f"{service_ids} are not there:\n{pipeline.transcript}")
         time.sleep(LOOK_AGAIN_S)
 
 
-def wait_until_ready(pipeline: Pipeline, places: Sequence[tuple[str, int]]) -> None:
+def wait_until_ready(pipeline: Pipeline, service_ids: Sequence[ServiceId]) -> None:
     """Returns when these services are alive and have said that they are ready."""
     deadline = time.monotonic() + TIMEOUT_S
     with Control(str(pipeline.runtime_dir)) as control:
         while True:
             states = {(s.role, s.index): s.state for s in control.status().services}
-            if all(states.get(place) == "ready" for place in places):
+            if all(states.get(service_id) == "ready" for service_id in service_ids):
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{states}:\n{pipeline.transcript}")
             time.sleep(LOOK_AGAIN_S)
 
 
-def kill(pipeline: Pipeline, *places: tuple[str, int]) -> None:
+def kill(pipeline: Pipeline, *service_ids: ServiceId) -> None:
     """SIGKILL, as soon as there is a process to kill."""
-    for victim in living(pipeline, places):
+    for victim in living(pipeline, service_ids):
         victim.kill()
 
 
-def wait_for_another(pipeline: Pipeline, place: tuple[str, int], before: psutil.Process) -> None:
-    """Returns when another process than `before` is in this place."""
+def wait_for_another(pipeline: Pipeline, service_id: ServiceId, before: psutil.Process) -> None:
+    """Returns when another process than `before` is this service."""
     deadline = time.monotonic() + TIMEOUT_S
-    while services(pipeline).get(place, before).pid == before.pid:
+    while services(pipeline).get(service_id, before).pid == before.pid:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{place} does not come back:\n{pipeline.transcript}")
+            raise TimeoutError(f"{service_id} does not come back:\n{pipeline.transcript}")
 
 
 def check(ended: Sequence[Streamed], expected: Sequence[Outcome], pipeline: Pipeline) -> None:

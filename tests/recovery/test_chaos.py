@@ -1,4 +1,4 @@
-"""Services are killed and stopped at random: a short run of the benchmark."""
+"""Services are killed and stopped at random: a short run of `tests.chaos`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.chaos import wreak_havoc
+from tests.chaos import wreak_havoc
 
 
 @pytest.mark.parametrize("device", ["sim", "cpu"])

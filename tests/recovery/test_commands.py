@@ -50,7 +50,7 @@ def test_scaling_and_restarts_while_streams_run(sim: Pipeline) -> None:
     check(streams.finish(), expected, sim)
     after = services(sim)
     assert after.keys() == before.keys()
-    assert all(after[place].pid != before[place].pid for place in before)
+    assert all(after[service].pid != before[service].pid for service in before)
     restarts = {service.role: service.restarts for service in sim.status().services}
     assert restarts == {role: 1 + (role == "scheduler") for role, _ in before}
     assert "RESTARTS" in command(sim, "status").output

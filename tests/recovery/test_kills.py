@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -63,7 +62,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
     [
         [INGRESS],
         [SCHEDULER],
-        *[[place] for place in (*RANKS, *TOKENIZERS, *DETOKENIZERS)],
+        *[[service] for service in (*RANKS, *TOKENIZERS, *DETOKENIZERS)],
         RANKS,
         TOKENIZERS,
         DETOKENIZERS,
@@ -72,7 +71,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
         [SCHEDULER, DETOKENIZERS[0]],
         [INGRESS, TOKENIZERS[0]],
     ],
-    ids=lambda places: " and ".join(f"{role} {index}" for role, index in places),
+    ids=lambda victims: " and ".join(f"{role} {index}" for role, index in victims),
 )
 def test_streams_survive_a_kill(running: Running, victims: list[tuple[str, int]]) -> None:
     streams = Streams(running.pipeline.endpoint, running.cases)
@@ -108,10 +107,10 @@ def test_a_scheduler_dies_with_plans_in_flight(running: Running) -> None:
     rank_1 = before[RANKS[1]]
     rank_1.suspend()
     try:
-        wait_for_plans_in_flight(pipeline, PIPELINE_DEPTH)
+        pipeline.stats_once(WorkerStats, lambda rank_0: rank_0.in_flight == PIPELINE_DEPTH)
         kill(pipeline, SCHEDULER)
         wait_until_ready(pipeline, [SCHEDULER])
-        wait_for_plans_in_flight(pipeline, PIPELINE_DEPTH)
+        pipeline.stats_once(WorkerStats, lambda rank_0: rank_0.in_flight == PIPELINE_DEPTH)
     finally:
         rank_1.resume()
     streams.wait_for_news()
@@ -119,18 +118,6 @@ def test_a_scheduler_dies_with_plans_in_flight(running: Running) -> None:
     after = services(pipeline)
     assert [after[rank].pid for rank in RANKS] == [before[rank].pid for rank in RANKS]
     assert after[SCHEDULER].pid != before[SCHEDULER].pid
-
-
-def wait_for_plans_in_flight(pipeline: Pipeline, count: int) -> None:
-    """Returns once rank 0, in a report made from now on, has so many."""
-    start = time.monotonic()
-    while True:
-        for service in pipeline.status().services:
-            if isinstance(service.stats, WorkerStats) and service.index == 0:
-                if service.at_s >= start and service.stats.in_flight == count:
-                    return
-                if time.monotonic() > start + TIMEOUT_S:
-                    raise TimeoutError(f"rank 0 still reports {service.stats}")
 
 
 def test_a_stopped_service_is_killed_and_replaced(running: Running) -> None:

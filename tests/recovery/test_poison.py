@@ -93,17 +93,17 @@ def test_kills_from_outside_poison_nobody_and_neither_do_those_who_were_only_the
         expected = wire.ask(prompt="Once", sampling=long)
         wire.results(expected)
         alone = wire.ask(prompt="Once", sampling=long)
-        for place in (WORKER, SCHEDULER, WORKER, SCHEDULER, WORKER, ("tokenizer", 0)):
+        for service in (WORKER, SCHEDULER, WORKER, SCHEDULER, WORKER, ("tokenizer", 0)):
             wait_for_more(wire, [alone])
-            kill(sim, place)
+            kill(sim, service)
         wire.results(alone)
         assert output(alone) == output(expected)
         streams = [wire.ask(prompt="Once", sampling=long) for _ in range(4)]
-        for place in (WORKER, SCHEDULER, WORKER):
+        for service in (WORKER, SCHEDULER, WORKER):
             wait_for_more(wire, streams)
-            (victim,) = living(sim, [place])
+            (victim,) = living(sim, [service])
             victim.send_signal(signal.SIGSEGV)
-            wait_for_another(sim, place, victim)
+            wait_for_another(sim, service, victim)
         wire.results(*streams)
         assert [*map(output, streams)] == [output(expected)] * 4
     assert any("runs alone" in line for line in sim.output)

@@ -1,7 +1,7 @@
 """How long is the pause when a service dies?
 
-    python -m benchmarks.recovery --streams 1
-    python -m benchmarks.recovery --streams 32 --service ingress --service detokenizer
+    python -m tests.recovery --streams 1
+    python -m tests.recovery --streams 32 --service ingress --service detokenizer
 
 The services are killed in turns while streams run, on a CPU at tp 2, with one tokenizer and one
 detokenizer, so that no other takes over. Each has been in good health for a while when it is
@@ -27,12 +27,10 @@ from tqdm import tqdm
 from benchmarks.support.pipeline import Pipeline
 from nanovllm import SamplingParams
 from nanovllm.launch.groups import STABLE_S
-from tests.recovery.streams import Case, Streamed, Streams, living, wait_until_ready
-
-Place = tuple[str, int]
+from tests.recovery.streams import Case, ServiceId, Streamed, Streams, living, wait_until_ready
 
 TOKENIZER = ("tokenizer", 0)
-PLACES: dict[str, Place] = {
+SERVICES: dict[str, ServiceId] = {
     "ingress": ("ingress", 0),
     "scheduler": ("scheduler", 0),
     "gpu_worker 0": ("gpu_worker", 0),
@@ -59,22 +57,22 @@ class Pause(NamedTuple):
 @click.option("--streams", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--kills", type=click.IntRange(1), default=10, show_default=True, help="Of each.")
 @click.option(
-    "--service", "names", type=click.Choice(list(PLACES)), multiple=True, default=list(PLACES)
+    "--service", "names", type=click.Choice(list(SERVICES)), multiple=True, default=list(SERVICES)
 )
 def main(streams: int, kills: int, names: tuple[str, ...]) -> None:
     with Pipeline("", *ARGUMENTS) as pipeline:
-        places = {name: PLACES[name] for name in names}
-        tokenizers = [place for place in places.values() if place == TOKENIZER]
-        others = [place for place in places.values() if place != TOKENIZER]
-        pauses: dict[Place, list[Pause]] = {place: [] for place in places.values()}
-        with tqdm(total=kills * len(places), desc="kills", disable=None, leave=False) as bar:
+        chosen = {name: SERVICES[name] for name in names}
+        tokenizers = [service for service in chosen.values() if service == TOKENIZER]
+        others = [service for service in chosen.values() if service != TOKENIZER]
+        pauses: dict[ServiceId, list[Pause]] = {service: [] for service in chosen.values()}
+        with tqdm(total=kills * len(chosen), desc="kills", disable=None, leave=False) as bar:
             killer = Killer(pipeline, bar)
             if others:
                 _while_streaming(killer, streams, others * kills, pauses)
-            for place in tokenizers * kills:
-                pauses[place].append(_with_requests_in_hand(killer, streams))
-    for name, place in places.items():
-        click.echo(json.dumps({"service": name, "streams": streams, **_figures(pauses[place])}))
+            for service in tokenizers * kills:
+                pauses[service].append(_with_requests_in_hand(killer, streams))
+    for name, service in chosen.items():
+        click.echo(json.dumps({"service": name, "streams": streams, **_figures(pauses[service])}))
 
 
 class Killer:
@@ -85,26 +83,26 @@ class Killer:
         self._bar = bar
         self._ready_since: dict[str, float] = {}
 
-    def rest(self, place: Place) -> None:
+    def rest(self, service: ServiceId) -> None:
         """Returns once all services are ready, and this one's deaths are forgotten."""
         self._note_ready()
-        time.sleep(max(0.0, self._ready_since[place[0]] + STABLE_S - time.monotonic()))
+        time.sleep(max(0.0, self._ready_since[service[0]] + STABLE_S - time.monotonic()))
 
-    def kill(self, place: Place) -> float:
+    def kill(self, service: ServiceId) -> float:
         """When it was."""
-        (victim,) = living(self.pipeline, [place])
+        (victim,) = living(self.pipeline, [service])
         at = time.monotonic()
         victim.kill()
-        self._ready_since.pop(place[0], None)
+        self._ready_since.pop(service[0], None)
         self._bar.update()
         time.sleep(UNDISTURBED_S)
         return at
 
     def _note_ready(self) -> None:
         """Since when; of a rank's group, since all its ranks are."""
-        wait_until_ready(self.pipeline, list(PLACES.values()))
+        wait_until_ready(self.pipeline, list(SERVICES.values()))
         now = time.monotonic()
-        for role, _ in PLACES.values():
+        for role, _ in SERVICES.values():
             self._ready_since.setdefault(role, now)
 
 
@@ -119,19 +117,21 @@ def _cases(streams: int, output_tokens: int) -> list[Case]:
 
 
 def _while_streaming(
-    killer: Killer, streams: int, victims: Sequence[Place], pauses: dict[Place, list[Pause]]
+    killer: Killer, streams: int, victims: Sequence[ServiceId], pauses: dict[ServiceId, list[Pause]]
 ) -> None:
     load = Streams(killer.pipeline.endpoint, _cases(streams, OUTPUT_TOKENS))
-    killed: list[tuple[Place, float]] = []
-    for place in victims:
-        killer.rest(place)
+    killed: list[tuple[ServiceId, float]] = []
+    for service in victims:
+        killer.rest(service)
         load.wait_for_news()
-        killed.append((place, killer.kill(place)))
+        killed.append((service, killer.kill(service)))
         load.wait_for_news()
     ended = load.finish()
     untils = [*[at for _, at in killed[1:]], float("inf")]
-    for (place, at), until in zip(killed, untils, strict=True):
-        pauses[place].append(_pause([_arrivals(ended, case, at, until) for case in range(streams)]))
+    for (service, at), until in zip(killed, untils, strict=True):
+        pauses[service].append(
+            _pause([_arrivals(ended, case, at, until) for case in range(streams)])
+        )
 
 
 def _with_requests_in_hand(killer: Killer, streams: int) -> Pause:

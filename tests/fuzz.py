@@ -1,6 +1,6 @@
 """Does it stand whatever bytes come? A million malformed frames against a running ingress.
 
-    python -m benchmarks.fuzz --frames 1000000
+    python -m tests.fuzz --frames 1000000
 
 Three clients send random bytes, valid frames with something wrong in them, truncated ones, arrays
 of messages, deep nesting, huge lengths and wrong numbers of frames, over new
@@ -13,7 +13,8 @@ Prints one JSON line:
     valid           valid requests that were answered in the meantime, and how soon, in ms
     rss_mib         memory of the ingress before, after half of the frames and all, and at its
                     highest: what grows in the second half as in the first is a leak
-    restarts        of services: any is an error, as is whatever is left behind
+
+A service that dies or logs an error is an error, as is whatever is left behind.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import secrets
 import statistics
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import psutil
@@ -42,66 +43,22 @@ VALID: dict[str, Any] = {"prompt_token_ids": [7, 8], "sampling": {"max_tokens": 
 SWITCH_INTERVAL_S = 0.0005
 
 
-class Figures(NamedTuple):
-    """What happened. Memory is the ingress's resident set, in bytes; latencies in seconds."""
-
-    frames: int
-    seconds: float
-    errors: int
-    latencies_s: list[float]
-    undisturbed_s: float
-    rss_before: int
-    rss_halfway: int
-    rss_after: int
-    rss_peak: int
-    restarts: int
-
-    @property
-    def valid(self) -> int:
-        return len(self.latencies_s)
-
-
 @click.command(help=__doc__)
 @click.option("--frames", type=click.IntRange(CLIENTS), default=1_000_000, show_default=True)
 @click.option("--seed", type=int, help="Of all that is sent; drawn, and printed, if not given.")
 def main(frames: int, seed: int | None) -> None:
     seed = secrets.randbits(32) if seed is None else seed
     click.echo(f"--seed {seed}", err=True)
-    figures = fuzz(frames, seed, show_progress=True)
-    latencies_ms = sorted(latency * 1000 for latency in figures.latencies_s)
-    valid = {
-        "answered": figures.valid,
-        "undisturbed_ms": round(figures.undisturbed_s * 1000, 1),
-        "median_ms": round(statistics.median(latencies_ms), 1),
-        "p99_ms": round(latencies_ms[int(len(latencies_ms) * 0.99)], 1),
-        "max_ms": round(latencies_ms[-1], 1),
-    }
-    rss = {
-        "before": figures.rss_before,
-        "halfway": figures.rss_halfway,
-        "after": figures.rss_after,
-        "peak": figures.rss_peak,
-    }
-    line = {
-        "seed": seed,
-        "frames": figures.frames,
-        "seconds": round(figures.seconds, 1),
-        "frames_per_s": round(figures.frames / figures.seconds),
-        "errors": figures.errors,
-        "valid": valid,
-        "rss_mib": {when: round(size / 2**20, 1) for when, size in rss.items()},
-        "restarts": figures.restarts,
-    }
-    click.echo(json.dumps(line))
+    click.echo(json.dumps({"seed": seed, **fuzz(frames, seed, show_progress=True)}))
 
 
-def fuzz(frames: int, seed: int, *, show_progress: bool = False) -> Figures:
-    """Attacks a pipeline of its own with so many frames.
+def fuzz(frames: int, seed: int, *, show_progress: bool = False) -> dict[str, Any]:
+    """Attacks a pipeline of its own with so many frames; the figures, as in the module's text.
 
     Raises:
         ValueError: a valid request brought something else than undisturbed, or a bad one was
             answered by something else than its error.
-        RuntimeError: a service logged an error of its own.
+        RuntimeError: a service died, or logged an error of its own.
         TimeoutError: something was not answered, or something is left behind.
     """
     switch_interval = sys.getswitchinterval()
@@ -113,8 +70,8 @@ def fuzz(frames: int, seed: int, *, show_progress: bool = False) -> Figures:
         sys.setswitchinterval(switch_interval)
 
 
-def _fuzz(pipeline: Pipeline, frames: int, seed: int, show_progress: bool) -> Figures:
-    pids = [service.pid for service in pipeline.status().services]
+def _fuzz(pipeline: Pipeline, frames: int, seed: int, show_progress: bool) -> dict[str, Any]:
+    before = [(service.pid, service.restarts) for service in pipeline.status().services]
     ingress = next(s.pid for s in pipeline.status().services if s.role == "ingress")
     memory = psutil.Process(ingress).memory_info
     shares = [frames // CLIENTS + (number < frames % CLIENTS) for number in range(CLIENTS)]
@@ -127,17 +84,17 @@ def _fuzz(pipeline: Pipeline, frames: int, seed: int, show_progress: bool) -> Fi
         good.results(good.ask(messages=[{"role": "user", "content": "x"}]))
         expected = _answer(good)
         undisturbed_s = statistics.median(_timed(good, expected) for _ in range(20))
-        rss_before = rss_peak = rss_halfway = memory().rss
+        rss = dict.fromkeys(("before", "halfway", "after", "peak"), memory().rss)
         start = time.monotonic()
         for client in hostile:
             client.start()
         latencies_s: list[float] = []
         while any(client.is_alive() for client in hostile):
             latencies_s.append(_timed(good, expected))
-            rss_peak = max(rss_peak, memory().rss)
+            rss["peak"] = max(rss["peak"], memory().rss)
             bar.update(sum(client.sent for client in hostile) - bar.n)
             if bar.n < frames // 2:
-                rss_halfway = memory().rss
+                rss["halfway"] = memory().rss
         seconds = time.monotonic() - start
         bar.update(frames - bar.n)
         for client in hostile:
@@ -148,20 +105,26 @@ def _fuzz(pipeline: Pipeline, frames: int, seed: int, show_progress: bool) -> Fi
     wrong = [line for line in pipeline.output if "Traceback" in line or "ERROR" in line]
     if wrong:
         raise RuntimeError(f"a service has logged {wrong[0]}")
-    status = pipeline.status().services
-    died = sum(now.pid != pid for now, pid in zip(status, pids, strict=True))
-    return Figures(
-        frames=sum(client.sent for client in hostile),
-        seconds=seconds,
-        errors=sum(client.errors for client in hostile),
-        latencies_s=latencies_s,
-        undisturbed_s=undisturbed_s,
-        rss_before=rss_before,
-        rss_halfway=rss_halfway,
-        rss_after=memory().rss,
-        rss_peak=rss_peak,
-        restarts=died + sum(service.restarts for service in status),
-    )
+    after = [(service.pid, service.restarts) for service in pipeline.status().services]
+    if after != before:
+        raise RuntimeError(f"services died: before {before}, after {after}")
+    rss["after"] = memory().rss
+    sent = sum(client.sent for client in hostile)
+    times_ms = sorted(seconds * 1000 for seconds in latencies_s)
+    return {
+        "frames": sent,
+        "seconds": round(seconds, 1),
+        "frames_per_s": round(sent / seconds),
+        "errors": sum(client.errors for client in hostile),
+        "valid": {
+            "answered": len(times_ms),
+            "undisturbed_ms": round(undisturbed_s * 1000, 1),
+            "median_ms": round(statistics.median(times_ms), 1),
+            "p99_ms": round(times_ms[int(len(times_ms) * 0.99)], 1),
+            "max_ms": round(times_ms[-1], 1),
+        },
+        "rss_mib": {when: round(size / 2**20, 1) for when, size in rss.items()},
+    }
 
 
 def _answer(good: Wire) -> tuple[list[int], str]:

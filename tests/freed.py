@@ -1,6 +1,6 @@
 """How soon is what a client held free again, when it goes?
 
-    python -m benchmarks.freed
+    python -m tests.freed
 
 A client with requests of one kind gets SIGSTOP, as if its cable were pulled, or SIGKILL, over each
 transport. The time is that until another's request gets its first token in a slot that was taken;
