@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
-import zmq
 
+from benchmarks.support.raw_client import RawClient
 from nanovllm.protocol import Error, ErrorCode, Pong, ServerMessage
 
-TIMEOUT_MS = 20_000
+TIMEOUT_S = 20.0
 CONNECTION = 100
 encode = msgspec.msgpack.encode
-_replies = msgspec.msgpack.Decoder(list[ServerMessage])
 # "internal" would be ours.
 CLIENTS_FAULT: set[ErrorCode] = {"invalid_request", "context_length_exceeded", "duplicate_id"}
 
@@ -162,9 +161,8 @@ class Hostile(threading.Thread):
 
     def run(self) -> None:
         try:
-            with zmq.Context() as context:
-                while batch := list(itertools.islice(self._messages, CONNECTION)):
-                    self._connection(context, batch)
+            while batch := list(itertools.islice(self._messages, CONNECTION)):
+                self._connection(batch)
         except Exception as error:  # for `check` to raise
             self._failure = error
 
@@ -173,31 +171,29 @@ class Hostile(threading.Thread):
         if self._failure is not None:
             raise self._failure
 
-    def _connection(self, context: zmq.Context[Any], batch: list[list[bytes]]) -> None:
-        with context.socket(zmq.DEALER) as socket:
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
-            socket.setsockopt(zmq.SNDTIMEO, TIMEOUT_MS)
-            socket.connect(self._endpoint)
+    def _connection(self, batch: list[list[bytes]]) -> None:
+        with RawClient(self._endpoint, RCVHWM=0) as client:
             for frames in batch:
-                socket.send_multipart(frames)
+                client.send(*frames)
                 self.sent += 1
-                self._read(socket, 0)
+                while self._reads and (replies := client.receive()):
+                    self._take(replies)
             # Frames of a connection are looked at in order: after the pong, all have been.
-            socket.send(encode({"type": "ping", "id": "last"}))
-            while self._reads and not self._read(socket, TIMEOUT_MS):
-                pass
+            client.say({"type": "ping", "id": "last"})
+            last = not self._reads
+            while not last:
+                replies = client.receive(TIMEOUT_S)
+                if not replies:
+                    raise TimeoutError("a ping was not answered")
+                last = self._take(replies)
 
-    def _read(self, socket: zmq.Socket[bytes], timeout_ms: int) -> bool:
-        """Takes what has come; whether the last pong is among it."""
+    def _take(self, replies: list[ServerMessage]) -> bool:
+        """Counts errors; whether the last pong is among the replies."""
         last = False
-        if self._reads and timeout_ms and not socket.poll(timeout_ms):
-            raise TimeoutError("a ping was not answered")
-        while self._reads and socket.poll(0):
-            for reply in _replies.decode(socket.recv_multipart()[-1]):
-                last |= isinstance(reply, Pong) and reply.id == "last"
-                if isinstance(reply, Error):
-                    if reply.code not in CLIENTS_FAULT or not reply.message:
-                        raise ValueError(f"a bad message was answered by {reply}")
-                    self.errors += 1
+        for reply in replies:
+            last |= isinstance(reply, Pong) and reply.id == "last"
+            if isinstance(reply, Error):
+                if reply.code not in CLIENTS_FAULT or not reply.message:
+                    raise ValueError(f"a bad message was answered by {reply}")
+                self.errors += 1
         return last

@@ -10,23 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
+import zmq
+
+from benchmarks.support.raw_client import RawClient
 
 TIMEOUT_S = 20.0
-# Connects once to each endpoint for each frame, sends it, and reads whatever comes.
-READER = """
-import sys, zmq
-endpoints, frames = sys.argv[1].split(), map(bytes.fromhex, sys.argv[2:])
-poller = zmq.Poller()
-for frame in frames:
-    for endpoint in endpoints:
-        socket = zmq.Context.instance().socket(zmq.DEALER)
-        socket.connect(endpoint)
-        socket.send(frame)
-        poller.register(socket, zmq.POLLIN)
-while True:
-    for socket, _ in poller.poll():
-        socket.recv()
-"""
 
 
 def free_tcp_endpoint() -> str:
@@ -39,11 +27,29 @@ def free_tcp_endpoint() -> str:
 def reader(endpoints: list[str], asks: list[dict[str, Any]]) -> Iterator[subprocess.Popen[bytes]]:
     """A client process that has asked each of `asks` at each endpoint, on connections of their
     own."""
-    frames = [msgspec.msgpack.encode({"type": "generate", "prompt": "x", **ask}) for ask in asks]
-    arguments = [" ".join(endpoints), *(frame.hex() for frame in frames)]
-    process = subprocess.Popen([sys.executable, "-c", READER, *arguments])
+    arguments = [" ".join(endpoints), *(msgspec.json.encode(ask).decode() for ask in asks)]
+    process = subprocess.Popen([sys.executable, "-m", "tests.readers", *arguments])
     try:
         yield process
     finally:
         process.kill()
         process.wait(TIMEOUT_S)
+
+
+def main(endpoints: str, *asks: str) -> None:
+    """Connects once to each endpoint for each request, and reads whatever comes."""
+    poller = zmq.Poller()
+    clients: dict[Any, RawClient] = {}
+    for ask in asks:
+        for endpoint in endpoints.split():
+            client = RawClient(endpoint)
+            client.say({"type": "generate", "prompt": "x", **msgspec.json.decode(ask)})
+            poller.register(client.socket, zmq.POLLIN)
+            clients[client.socket] = client
+    while True:
+        for readable, _ in poller.poll():
+            clients[readable].receive()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
-import msgspec
-import zmq
 
-from nanovllm.protocol import Delta, Error, Finish, Generate, Sampling, ServerMessage
+from benchmarks.support.raw_client import RawClient
+from nanovllm.protocol import Delta, Error, Finish, Generate, Sampling
 
 # A burst that hears nothing for so long has been forgotten.
 SILENCE_S = 60.0
@@ -26,10 +25,7 @@ class Burst:
     """
 
     def __init__(self, endpoint: str) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.connect(endpoint)
-        self._decoder = msgspec.msgpack.Decoder(list[ServerMessage])
+        self._client = RawClient(endpoint, RCVHWM=0)
         self.arrivals: dict[str, list[tuple[float, int]]] = {}
         self.unfinished: set[str] = set()
 
@@ -42,7 +38,7 @@ class Burst:
         for request in requests:
             self.arrivals[request.id] = []
             self.unfinished.add(request.id)
-            self._socket.send(msgspec.msgpack.encode(request))
+        self._client.say(*requests)
         return [request.id for request in requests]
 
     def run_until(self, reached: Callable[[], bool]) -> None:
@@ -54,9 +50,10 @@ class Burst:
         while not reached():
             if not self.unfinished:
                 raise click.ClickException("all answers ended before they were measured")
-            if not self._socket.poll(int(SILENCE_S * 1000)):
+            messages = self._client.receive(SILENCE_S)
+            if not messages:
                 raise RuntimeError(f"no token for {SILENCE_S:g} s")
-            self._take(self._decoder.decode(self._socket.recv()))
+            self._take(messages)
 
     def run_for(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -68,7 +65,7 @@ class Burst:
 
     def close(self) -> None:
         """Disconnects, which aborts what is unfinished."""
-        self._socket.close(linger=0)
+        self._client.close()
 
     def _take(self, messages: list[Any]) -> None:
         now = time.monotonic()

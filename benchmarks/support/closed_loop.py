@@ -8,10 +8,8 @@ import random
 import time
 from typing import Any
 
-import msgspec
-import zmq
-
-from nanovllm.protocol import Delta, Error, Finish, Generate, Sampling, ServerMessage
+from benchmarks.support.raw_client import RawClient
+from nanovllm.protocol import Delta, Error, Finish, Generate, Sampling
 
 # The simulated device stamps a logged token with the time its step ended: minus the logprob is
 # the machine's monotonic clock in µs, modulo this.
@@ -37,16 +35,12 @@ class ClosedLoop:
         probe_every: int,
         seed: int = 0,
     ) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.connect(endpoint)
+        self._client = RawClient(endpoint, RCVHWM=0)
         self._outstanding = outstanding
         self._output_tokens = output_tokens
         self._probe_every = probe_every
         self._random = random.Random(seed)
         self._ids = itertools.count()
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(list[ServerMessage])
         self._arrived_at: list[float] = [0.0]
         self._arrived: list[int] = [0]
         self.finished = 0
@@ -62,8 +56,8 @@ class ClosedLoop:
             self._arrived_at = [time.monotonic()]
             self._send(self._outstanding)
         while (left := deadline - time.monotonic()) > 0:
-            if self._socket.poll(int(left * 1000) + 1):
-                self._take(self._decoder.decode(self._socket.recv()))
+            if messages := self._client.receive(left):
+                self._take(messages)
 
     def received_between(self, start: float, end: float) -> float:
         """Tokens that arrived between two times of `time.monotonic()`."""
@@ -71,7 +65,7 @@ class ClosedLoop:
 
     def close(self) -> None:
         """Disconnects, which aborts what is unfinished."""
-        self._socket.close(linger=0)
+        self._client.close()
 
     def _take(self, messages: list[Any]) -> None:
         now = time.monotonic()
@@ -106,8 +100,7 @@ class ClosedLoop:
                 logprobs=0 if probed else None,
             )
             prompt = [self._random.randrange(5, 250) for _ in range(16)]
-            request = Generate(id=str(number), prompt_token_ids=prompt, sampling=sampling)
-            self._socket.send(self._encoder.encode(request))
+            self._client.say(Generate(id=str(number), prompt_token_ids=prompt, sampling=sampling))
 
     def _at(self, when: float) -> float:
         """Tokens that had arrived by `when`."""

@@ -1,7 +1,4 @@
-"""A client as any language has it: a socket and MessagePack maps, nothing of the client library.
-
-What the protocol promises of every request is checked with each message that comes.
-"""
+"""A raw client that checks what the protocol promises of every request with each message."""
 
 from __future__ import annotations
 
@@ -11,13 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-import zmq
-
+from benchmarks.support.raw_client import RawClient
 from nanovllm.protocol import Accepted, Delta, Error, Finish, Logprobs, Pong, ServerMessage
 
 TIMEOUT_S = 30.0
-_decoder = msgspec.msgpack.Decoder(list[ServerMessage])
 
 
 @dataclass(eq=False)
@@ -90,7 +84,7 @@ class Answer:
             self.logprobs += delta.logprobs
 
 
-class Wire:
+class Wire(RawClient):
     """One connection; the options are those of its socket.
 
     Attributes:
@@ -100,13 +94,7 @@ class Wire:
     """
 
     def __init__(self, endpoint: str, **options: int) -> None:
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.SNDTIMEO, int(TIMEOUT_S * 1000))
-        self._socket.setsockopt(zmq.LINGER, 0)
-        for name, value in options.items():
-            self._socket.setsockopt(getattr(zmq, name), value)
-        self._socket.connect(endpoint)
+        super().__init__(endpoint, **options)
         self._ids = map(str, itertools.count())
         self.answers: dict[str, Answer] = {}
         self.refused: list[Error] = []
@@ -127,15 +115,6 @@ class Wire:
         self.answers |= {answer.id: answer for answer in answers}
         self.say(*messages)
         return answers
-
-    def say(self, *messages: Any) -> None:
-        """Sends messages, each in a frame of its own."""
-        for message in messages:
-            self.send(msgspec.msgpack.encode(message))
-
-    def send(self, *frames: bytes) -> None:
-        """Sends one ZeroMQ message."""
-        self._socket.send_multipart(frames)
 
     def abort(self, *answers: Answer) -> None:
         self.say(*({"type": "abort", "id": answer.id} for answer in answers))
@@ -158,18 +137,8 @@ class Wire:
             if left <= 0:
                 open_ones = [a for a in self.answers.values() if a.end is None]
                 raise TimeoutError(f"still open: {open_ones[:4]}; refused: {self.refused[:4]}")
-            if self._socket.poll(int(left * 1000) + 1):
-                self.read()
-
-    def read(self) -> None:
-        """Takes in what has come, without waiting."""
-        while self._socket.poll(0):
-            for message in _decoder.decode(self._socket.recv()):
+            for message in self.receive(left):
                 self._take(message)
-
-    def close(self) -> None:
-        """Goes away without a word."""
-        self._context.destroy(linger=0)
 
     def _take(self, message: ServerMessage) -> None:
         if isinstance(message, Pong):
@@ -179,12 +148,6 @@ class Wire:
             self.refused.append(message)
         else:
             self.answers[message.id].take(message)
-
-    def __enter__(self) -> Wire:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _is_extra(error: Error) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from benchmarks.support.pipeline import Pipeline
 from nanovllm import Client, SamplingParams
 from nanovllm.control import WorkerStats
 from nanovllm.settings import Settings
+from tests.readers import free_tcp_endpoint
 from tests.recovery.streams import (
     TIMEOUT_S,
     Case,
@@ -136,8 +136,7 @@ def test_a_stopped_service_is_killed_and_replaced(running: Running) -> None:
 
 def test_a_launch_after_the_supervisor_is_killed_serves_at_once() -> None:
     """On the same endpoints; and a stream of the pipeline that was killed goes on there."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = free_tcp_endpoint()
     first = Pipeline("", *SIM, "--ingress", endpoint).start()
     with Client(endpoint, timeout=TIMEOUT_S) as client:
         long = SamplingParams(max_tokens=500, ignore_eos=True, seed=1)
