@@ -3,7 +3,9 @@ real link of a supervisor's."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import os
 import pty
@@ -18,7 +20,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import zmq
 from click.testing import CliRunner
 
 from nanovllm import Client
@@ -39,10 +40,9 @@ from nanovllm.control import (
     WorkerStats,
 )
 from nanovllm.protocol import Error, Generate
-from nanovllm.settings import Settings
-from nanovllm.transport.links import BoundLink, Peer, Received
 from tests.client.double import Answer, answer_in_full, ingress
 from tests.client.test_client import has_abort, some_then_silence
+from tests.peer import Neighbourhood
 
 
 def run(*arguments: str, stdin: str | None = None) -> Any:
@@ -273,60 +273,48 @@ def test_a_reborn_service_has_no_rates_yet() -> None:
     assert "device busy   -" in status_view.render(before, now)
 
 
-class SupervisorDouble:
-    """A double of the supervisor: a real control link in a thread that answers with `a_status`."""
+@contextlib.contextmanager
+def supervisor() -> Iterator[str]:
+    """A supervisor that answers with `a_status`, in a thread; its runtime directory."""
+    asked = itertools.count(1)
 
-    def __init__(self, runtime_dir: Path) -> None:
-        self._context: zmq.Context[Any] = zmq.Context()
-        endpoint = Settings(runtime_dir=str(runtime_dir)).control_endpoint
-        me = Peer("supervisor", 0, 5)
-        self._link: BoundLink[Any] = BoundLink(self._context, endpoint, me, list[ToSupervisor])
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
+    def answer(message: Any) -> Status | Done | None:
+        if isinstance(message, StatusRequest):
+            number = next(asked)
+            return a_status(number, 0.5 * number, 0.9 * number)
+        return Done(None) if isinstance(message, Restart | Scale) else None
 
-    def _serve(self) -> None:
-        answered = 0
-        while not self._stopping.is_set():
-            self._link.sockets[0].poll(20)
-            for event in self._link.receive():
-                if not isinstance(event, Received):
-                    continue
-                if isinstance(event.message, StatusRequest):
-                    answered += 1
-                    self._link.send(
-                        event.peer, [a_status(answered, 0.5 * answered, 0.9 * answered)]
-                    )
-                elif isinstance(event.message, Restart | Scale):
-                    self._link.send(event.peer, [Done(None)])
+    def serve() -> None:
+        while not stopping.is_set():
+            here.play(0.02)
 
-    def __enter__(self) -> SupervisorDouble:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join()
-        self._link.close()
-        self._context.term()
+    with Neighbourhood() as here:
+        here.binds("supervisor", here.settings.control_endpoint, list[ToSupervisor]).answer = answer
+        stopping = threading.Event()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield str(here.runtime_dir)
+        stopping.set()
+        thread.join()
 
 
-def test_status_asks_the_supervisor(tmp_path: Path) -> None:
-    with SupervisorDouble(tmp_path):
-        ran = run("status", "--runtime-dir", str(tmp_path))
+def test_status_asks_the_supervisor() -> None:
+    with supervisor() as runtime_dir:
+        ran = run("status", "--runtime-dir", runtime_dir)
         assert ran.exit_code == 0
         assert "device busy   90%" in ran.output
-        ran = run("status", "--runtime-dir", str(tmp_path), "--json")
+        ran = run("status", "--runtime-dir", runtime_dir, "--json")
         shown = json.loads(ran.output)
         assert shown["model"] == "the demo model"
         assert shown["services"][1]["stats"]["blocks_total"] == 100
         assert shown["services"][6]["stats"] is None
 
 
-def test_commands_tell_what_is_going_on_and_what_was_done(tmp_path: Path) -> None:
-    with SupervisorDouble(tmp_path):
-        ran = run("restart", "gpu_worker", "--runtime-dir", str(tmp_path))
+def test_commands_tell_what_is_going_on_and_what_was_done() -> None:
+    with supervisor() as runtime_dir:
+        ran = run("restart", "gpu_worker", "--runtime-dir", runtime_dir)
         assert (ran.stderr, ran.stdout) == ("restarting gpu_worker …\n", "restarted gpu_worker\n")
-        ran = run("scale", "tokenizer", "1", "--runtime-dir", str(tmp_path))
+        ran = run("scale", "tokenizer", "1", "--runtime-dir", runtime_dir)
         assert (ran.stderr, ran.stdout) == ("scaling to 1 tokenizer …\n", "1 tokenizer running\n")
 
 
