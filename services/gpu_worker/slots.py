@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     sampling_rows: Int32s  # [s], all decodes, then the chunks that reach their last token
     sampling_slots: Int32s  # [s], the slots of `sampling_rows`, each at most once
     sampled_positions: Int32s  # [s], each sampled token's index in its sequence
-    # [w], which of the s rows need whole logits: they may draw from more than SHORTLIST_SIZE tokens.
+    # [w], which of the s rows need whole logits: they draw from more than SHORTLIST_SIZE tokens.
     whole_rows: Int32s
     logprobs: Int32s  # [s], how many likeliest tokens to report, or NO_LOGPROBS
 
