@@ -34,7 +34,8 @@ from benchmarks.support.pipeline import Pipeline
 from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import ModelConfig, resolve_model
-from nanovllm.messages import Admission, Sampling, StepPlan, pack
+from nanovllm.messages import Admission, StepPlan, pack
+from nanovllm.protocol import Sampling
 from nanovllm.service import settled
 from nanovllm.services.gpu_worker.loop import spin_briefly
 from nanovllm.settings import Settings, flag
@@ -178,7 +179,7 @@ def _land(sampled: Sampled) -> int:
 
 def _plans(prompts: Prompts, work: Work, settings: Settings) -> Iterator[StepPlan]:
     """All plans of a round: decodes first, then prefill chunks, in the order of the prompts."""
-    sampling = Sampling(work.temperature, top_p=1.0, top_k=0, min_p=0.0, seed=0, logprobs=None)
+    sampling = Sampling(temperature=work.temperature, seed=0)
     each = work.blocks_each(settings.kvcache_block_size)
     admit = [
         Admission(

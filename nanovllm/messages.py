@@ -4,7 +4,7 @@ They are `array_like`: the fields travel as an array, in the order written here.
 other arrays travel as raw little-endian int32 (`pack`, `unpack`). A link carries lists of these.
 
 A request is known inside by its `uid` (the ingress's incarnation in the upper 32 bits, a counter
-in the lower) and its `attempt`: the ingress submits it again, with the next attempt, when a
+in the lower) and its `attempt`: the ingress submits a request again, with the next attempt, when a
 service died that held it. A newer attempt replaces an older one everywhere; of an older one
 nothing is believed. Offsets count from the first output token, so that what arrives twice is cut.
 """
@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length"]
+from nanovllm.protocol import ChatMessage, FinishReason, Sampling, Usage
 
 
 def pack(values: Iterable[int] | NDArray[np.int32]) -> bytes:
@@ -33,32 +33,21 @@ def unpack(raw: bytes) -> NDArray[np.int32]:
     return np.frombuffer(raw, dtype="<i4")
 
 
-def uid_epoch(uid: int) -> int:
-    """The incarnation of the ingress that drew this uid."""
-    return uid >> 32
+def pack_int64(values: Iterable[int] | NDArray[np.int64]) -> bytes:
+    """Integers, uids for one, as little-endian int64."""
+    if isinstance(values, np.ndarray):
+        return values.astype("<i8", copy=False).tobytes()
+    return np.fromiter(values, dtype="<i8").tobytes()
+
+
+def unpack_int64(raw: bytes) -> list[int]:
+    """The int64 that `pack_int64` wrote. Raises ValueError on a torn one."""
+    values: list[int] = np.frombuffer(raw, dtype="<i8").tolist()
+    return values
 
 
 class Message(msgspec.Struct, array_like=True, gc=False):
     """Base of everything that travels between services."""
-
-
-# What a request asks for ------------------------------------------------------------------------
-
-
-class Sampling(Message):
-    """How the next token is drawn. Ranges are PROTOCOL's; `logprobs` None is off."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
-    logprobs: int | None
-
-
-class ChatMessage(Message):
-    role: str
-    content: str
 
 
 class TokenLogprobs(Message):
@@ -72,67 +61,54 @@ class TokenLogprobs(Message):
 
 
 class Tokenize(Message, tag="tokenize"):
-    """A raw request. Exactly one of `text`, `token_ids` and `chat` is given.
-
-    `output` (int32) are the output tokens so far, delivered by earlier attempts or brought by the
-    client; the first `resumed` of them are the client's own.
-    """
+    """A request as its client sent it. Exactly one of `prompt`, `prompt_token_ids` (int32) and
+    `messages` is given; the client brings `resumed` output tokens."""
 
     uid: int
-    attempt: int
-    text: str | None
-    token_ids: bytes | None
-    chat: list[ChatMessage] | None
+    prompt: str | None
+    prompt_token_ids: bytes | None
+    messages: list[ChatMessage] | None
     chat_template_kwargs: dict[str, Any]
     sampling: Sampling
-    max_tokens: int
-    stop: list[str]
-    stop_token_ids: bytes
-    ignore_eos: bool
-    cache_salt: str
-    output: bytes
     resumed: int
 
 
-class Cancel(Message, tag="cancel"):
-    """The request is over before it was handed on; a tokenizer may skip it."""
+class Tokenized(Message, tag="tokenized"):
+    """The prompt in token ids (int32), and the request's sampling as it is to be run:
+    `stop_token_ids` hold the end-of-sequence ids too, unless the request ignores them, and
+    `max_tokens` is clipped so that prompt plus output fits `max_model_len`."""
 
     uid: int
-
-
-class HandedOn(Message, tag="handed_on"):
-    """The scheduler, in the life `scheduler`, was sent this attempt, whose prompt has
-    `prompt_tokens` tokens."""
-
-    uid: int
-    attempt: int
-    prompt_tokens: int
-    scheduler: int
+    prompt: bytes
+    sampling: Sampling
 
 
 class Refused(Message, tag="refused"):
-    """The request cannot be served; `code` is one of PROTOCOL's."""
+    """The request cannot be served; `code` is one of the public protocol's."""
 
     uid: int
-    attempt: int
     code: Literal["invalid_request", "context_length_exceeded", "internal"]
     message: str
 
 
-IngressToTokenizer = Tokenize | Cancel
-TokenizerToIngress = HandedOn | Refused
+IngressToTokenizer = Tokenize
+TokenizerToIngress = Tokenized | Refused
 
 
-# tokenizer -> scheduler -------------------------------------------------------------------------
+# ingress <-> scheduler --------------------------------------------------------------------------
+
+
+class Held(Message, tag="held"):
+    """All that this incarnation of the scheduler should have: int64[n] and int32[n]. The first
+    message on every connection. The scheduler ends all else, and answers `Missing`."""
+
+    uids: bytes
+    attempts: bytes
 
 
 class Submit(Message, tag="submit"):
-    """A request in token ids.
-
-    `max_tokens` is clipped so that prompt plus output fits `max_model_len`; `stop_token_ids`
-    (int32) hold the end-of-sequence ids too, unless the request ignores them. `prompt` and
-    `output` are int32.
-    """
+    """A request in token ids: `prompt` and the `output` so far are int32, and the first `resumed`
+    output tokens came from the client."""
 
     uid: int
     attempt: int
@@ -140,60 +116,47 @@ class Submit(Message, tag="submit"):
     output: bytes
     resumed: int
     sampling: Sampling
-    max_tokens: int
-    stop: list[str]
-    stop_token_ids: bytes
     cache_salt: str
 
 
-TokenizerToScheduler = Submit
-
-
-# ingress <-> scheduler --------------------------------------------------------------------------
-
-
 class End(Message, tag="end"):
-    """Nobody needs this request any more: finished and delivered, aborted, or cut by a stop."""
-
-    uid: int
-
-
-class Recall(Message, tag="recall"):
-    """This attempt, and older ones, are not to be run: the ingress submits a newer one later."""
+    """This attempt, and older ones, are not to be run any more: the request is over, or is to be
+    submitted again later."""
 
     uid: int
     attempt: int
 
 
-class Admitted(Message, tag="admitted"):
-    """The scheduler has this attempt. The ingress answers with `Recall` if it is not its latest,
-    and with `End` if the request is over."""
+class Missing(Message, tag="missing"):
+    """What `Held` named and the scheduler does not have: int64[n] and int32[n]."""
 
-    uid: int
-    attempt: int
+    uids: bytes
+    attempts: bytes
 
 
 class EngineState(Message, tag="engine_state"):
-    """Whether a request can be started now: a worker group is there."""
+    """Whether the engine can start a request now (its worker group is there), and its size."""
 
     ready: bool
+    slots: int
+    blocks: int
+    block_size: int
 
 
 class Lost(Message, tag="lost"):
-    """The link to a service is gone, in this life of it, and `uids` (int64[n]) are the requests
-    that it had in hand. `others`: it may have worked on more, which have left since. If the link
-    is made again in the same life, this comes again, with no uids.
-    """
+    """The link to this incarnation of a service is gone, and the service had the requests `uids`
+    (int64[n]) in hand; `alone`: one request, and certainly no other. If the link is made again in
+    the same incarnation, this comes again, without uids."""
 
     role: str
     index: int
     incarnation: int
     uids: bytes
-    others: bool
+    alone: bool
 
 
-IngressToScheduler = End | Recall
-SchedulerToIngress = Admitted | EngineState | Lost
+IngressToScheduler = Held | Submit | End
+SchedulerToIngress = Missing | EngineState | Lost
 
 
 # scheduler -> detokenizer -----------------------------------------------------------------------
@@ -202,12 +165,12 @@ SchedulerToIngress = Admitted | EngineState | Lost
 class Begin(Message, tag="begin"):
     """The whole of an attempt as the scheduler has it: what a detokenizer starts from.
 
-    It may come again within the attempt (a reborn detokenizer, a link made anew, `cached_tokens`
-    known by now): then the fields replace those held, and tokens already held are cut.
-    `output` (int32) starts at offset 0; the first `resumed` tokens came from the client, so what
-    they release is not sent, and they all count even if the output ended among them.
-    `token_logprobs` belong to the last tokens of `output`; those before them have been delivered
-    by an earlier attempt.
+    `Begin` may come again within the attempt (for a reborn detokenizer, after a link was made anew,
+    when `cached_tokens` is known): then its fields replace those held, and tokens already held are
+    cut. `output` (int32) starts at offset 0. The first `resumed` tokens came from the client: their
+    text is not sent, and all of them count, also where the output ended among them.
+    `token_logprobs` belong to the last tokens of `output`; an earlier attempt has delivered those
+    of the tokens before.
     """
 
     uid: int
@@ -251,18 +214,12 @@ SchedulerToDetokenizer = Begin | NewTokens | Finished | End
 # detokenizer -> ingress -------------------------------------------------------------------------
 
 
-class Usage(Message):
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-
 class Ending(Message):
     reason: FinishReason
     usage: Usage
 
 
-class Delta(Message, tag="delta"):
+class Decoded(Message, tag="decoded"):
     """Output from `token_offset` (tokens) and `text_offset` (characters of the released text).
 
     `logprobs` is empty unless asked for, else one entry a token. `ending` is there on the last.
@@ -278,7 +235,7 @@ class Delta(Message, tag="delta"):
     ending: Ending | None
 
 
-DetokenizerToIngress = Delta
+DetokenizerToIngress = Decoded
 
 
 # scheduler <-> gpu_worker rank 0, and rank 0 -> the other ranks ----------------------------------

@@ -60,6 +60,7 @@ LEFT_TO_BE_FOUND = float("inf")
 DEVICES = {
     "sim": ("--device", "sim", "--sim-step-ms", "40"),
     "cpu": ("--device", "cpu", "--max-model-len", "512", "--num-kvcache-blocks", "2048"),
+    "cuda": ("--device", "cuda", "--dtype", "float32", "--max-model-len", "512"),
 }
 
 

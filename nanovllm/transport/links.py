@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -33,8 +33,13 @@ from nanovllm.wording import counted
 log = logging.getLogger(__name__)
 
 M = TypeVar("M")
+T = TypeVar("T")
 
 HEARTBEAT_S = 1.0
+# A frame of messages that can be long holds about so much, or one message.
+FRAME_BYTES = 1 << 20
+# What a message takes beside its long fields, roughly.
+MESSAGE_BYTES = 256
 
 # In front of each payload: to which incarnation, from which incarnation, on which connection (a
 # number that the connecting side gives it).
@@ -84,6 +89,19 @@ class _Hello(msgspec.Struct, array_like=True, tag="hello"):
 class _Welcome(msgspec.Struct, array_like=True, tag="welcome"):
     role: str
     index: int
+
+
+def one_frame(items: Iterable[T], size: Callable[[T], int]) -> list[T]:
+    """The first of `items` that fit one frame together; one at least, if there is one. `size` of an
+    item is in bytes."""
+    taken: list[T] = []
+    total = 0
+    for item in items:
+        total += MESSAGE_BYTES + size(item)
+        if taken and total > FRAME_BYTES:
+            break
+        taken.append(item)
+    return taken
 
 
 class _Route(NamedTuple):

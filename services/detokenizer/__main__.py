@@ -30,15 +30,15 @@ class DetokenizerLoop:
         """Sends what is new. Of what cannot be sent nothing is kept but the offset reached."""
         if self._ingress.peer is None:
             return None
-        while deltas := self._core.deltas():
-            if not self._ingress.send(deltas):
+        while frame := self._core.frame():
+            if not self._ingress.send(frame):
                 return RETRY_S
-            self._core.sent(deltas)
+            self._core.sent(frame)
         return None
 
     def _on_ingress(self, event: Event[None]) -> None:
         if isinstance(event, Up):
-            self._core.ingress_up(event.peer.incarnation)
+            self._core.ingress_up()
 
     def _on_scheduler(self, event: Event[SchedulerToDetokenizer]) -> None:
         if isinstance(event, Received):

@@ -1,4 +1,4 @@
-"""All outputs that one detokenizer decodes: the scheduler's messages in, deltas out."""
+"""All outputs that one detokenizer decodes: the scheduler's messages in, decoded text out."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ import numpy as np
 from nanovllm.control import DetokenizerStats
 from nanovllm.messages import (
     Begin,
-    Delta,
-    End,
+    Decoded,
     Finished,
     NewTokens,
     SchedulerToDetokenizer,
     TokenLogprobs,
-    uid_epoch,
     unpack,
 )
-from nanovllm.services.detokenizer.output import TOKEN_BYTES, Output
+from nanovllm.services.detokenizer.decoding import TOKEN_BYTES, Decoding
 from nanovllm.vocabulary import Vocabulary
 
-# Deltas in one frame at most: after a reconnection each may hold a whole output.
-DELTAS_A_FRAME = 512
+# Outputs in one frame at most: after a reconnection each may hold a whole output.
+OUTPUTS_A_FRAME = 512
 
 
 class Detokenizer:
@@ -33,8 +31,8 @@ class Detokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._outputs: dict[int, Output] = {}
-        self._unsent: dict[int, Output] = {}
+        self._outputs: dict[int, Decoding] = {}
+        self._unsent: dict[int, Decoding] = {}
         self._tokens = 0
 
     def take(self, message: SchedulerToDetokenizer) -> None:
@@ -47,33 +45,33 @@ class Detokenizer:
             if output is not None and output.attempt == message.attempt and not output.ended:
                 output.finish(message.reason, message.completion_tokens)
                 self._note(message.uid, output)
-        elif isinstance(message, End):
-            self._drop(message.uid)
+        else:
+            output = self._outputs.get(message.uid)
+            if output is not None and output.attempt <= message.attempt:
+                del self._outputs[message.uid]
+                self._unsent.pop(message.uid, None)
 
     def scheduler_up(self) -> None:
-        """A link to the scheduler was made: it begins anew all that it has for this detokenizer.
-        What it ended, or gave to another, while the link was down must not stay here."""
+        """A connection to the scheduler was made: it begins anew all that is decoded here. What it
+        ended, or gave to another, while there was none must not stay."""
         self._outputs.clear()
         self._unsent.clear()
 
-    def ingress_up(self, incarnation: int) -> None:
-        """The ingress is there, in this life: what it was sent may be lost, and the requests of
-        its other lives are nobody's."""
-        for uid, output in list(self._outputs.items()):
-            if uid_epoch(uid) != incarnation:
-                self._drop(uid)
-            else:
-                output.rewind()
-                self._note(uid, output)
+    def ingress_up(self) -> None:
+        """A connection to the ingress was made: what it was sent may be lost."""
+        for uid, output in self._outputs.items():
+            output.rewind()
+            self._note(uid, output)
 
-    def deltas(self) -> list[Delta]:
-        """The next frame's: all that is new of each output. Empty when all was sent."""
-        return [output.delta() for output in islice(self._unsent.values(), DELTAS_A_FRAME)]
+    def frame(self) -> list[Decoded]:
+        """The next frame for the ingress: all that is new of each output. Empty when all was sent;
+        `sent` was sent."""
+        return [output.decoded() for output in islice(self._unsent.values(), OUTPUTS_A_FRAME)]
 
-    def sent(self, deltas: list[Delta]) -> None:
-        """The `deltas`, made since the last message was taken, were sent."""
-        for delta in deltas:
-            self._unsent.pop(delta.uid).sent(delta)
+    def sent(self, frame: list[Decoded]) -> None:
+        """`frame`, made since the last message was taken, was sent."""
+        for decoded in frame:
+            self._unsent.pop(decoded.uid).sent(decoded)
 
     def stats(self) -> DetokenizerStats:
         return DetokenizerStats(requests=len(self._outputs), tokens=self._tokens)
@@ -81,7 +79,7 @@ class Detokenizer:
     def _begin(self, begin: Begin) -> None:
         output = self._outputs.get(begin.uid)
         if output is None or begin.attempt > output.attempt:
-            output = Output(begin, self._vocabulary)
+            output = Decoding(begin, self._vocabulary)
             self._outputs[begin.uid] = output
             self._unsent.pop(begin.uid, None)
             self._note(begin.uid, output)
@@ -113,10 +111,6 @@ class Detokenizer:
             unsent[uid] = output
             self._tokens += 1
 
-    def _note(self, uid: int, output: Output) -> None:
+    def _note(self, uid: int, output: Decoding) -> None:
         if output.unsent:
             self._unsent[uid] = output
-
-    def _drop(self, uid: int) -> None:
-        self._outputs.pop(uid, None)
-        self._unsent.pop(uid, None)

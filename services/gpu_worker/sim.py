@@ -70,7 +70,9 @@ class SimRunner:
         step = self._device.launch(time.monotonic())
         batch = self._slots.apply(plan)
         for admission in plan.admit:
-            self._seeds[admission.slot] = admission.sampling.seed
+            if (seed := admission.sampling.seed) is None:
+                raise ValueError(f"the admission to slot {admission.slot} has no seed")
+            self._seeds[admission.slot] = seed
         indices = draw(
             self._seeds[batch.sampling_slots],
             batch.sampled_positions,

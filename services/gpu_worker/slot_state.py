@@ -1,6 +1,6 @@
 """What the device holds of each slot: the one place where that grows.
 
-A sampling parameter is a field of `messages.Sampling` and, under the same name, a column of
+A sampling parameter is a field of `protocol.Sampling` and, under the same name, a column of
 `SamplingTensors`, which the kernels read. `DeviceState` makes the columns, and fills them when a
 sequence takes a slot; nothing else in the worker lists the parameters. So a further parameter is a
 field, a column made here, and a kernel's matter.
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.kernels.slots.ops import SlotState
-from nanovllm.messages import Admission, Sampling
+from nanovllm.messages import Admission
+from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.slots import Batch
 
-COSTLIEST = Sampling(1.0, top_p=0.5, top_k=1000, min_p=0.01, seed=0, logprobs=20)
+COSTLIEST = Sampling(top_p=0.5, top_k=1000, min_p=0.01, seed=0, logprobs=20)
 """Takes the most memory to sample with."""
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.kernels.sampling import SHORTLIST_SIZE
-from nanovllm.messages import Admission, Sampling, StepPlan, unpack
+from nanovllm.messages import Admission, StepPlan, unpack
+from nanovllm.protocol import Sampling
 
 Int32s = NDArray[np.int32]
 

@@ -1,41 +1,36 @@
-"""The ingress without its sockets: who asked what, who has it, and what was delivered.
+"""The ingress without its sockets: who asked what, where each request is, and what was delivered.
 
-Bytes and messages go in by the methods; what is to be sent stands in `unsent` (clients),
-`dispatcher.unsent()` (tokenizers) and `ends` (the scheduler) until the loop has sent it.
+Bytes and messages go in by the methods. What is to be sent stands in `unsent` (clients),
+`tokenizers` and `engine` until the loop has sent it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import NamedTuple
+
+import msgspec
 
 from nanovllm.control import IngressStats
 from nanovllm.messages import (
-    Delta,
+    Decoded,
     EngineState,
-    HandedOn,
     Lost,
+    Refused,
     SchedulerToIngress,
     TokenizerToIngress,
+    pack,
 )
-from nanovllm.protocol import (
-    Abort,
-    Accepted,
-    Error,
-    ErrorCode,
-    Generate,
-    Ping,
-    Pong,
-    Usage,
-)
+from nanovllm.protocol import Abort, Accepted, Error, ErrorCode, Generate, Ping, Pong
 from nanovllm.services.ingress.client_queues import ClientQueues
-from nanovllm.services.ingress.dispatch import Dispatcher
+from nanovllm.services.ingress.engine import Engine, Queue
 from nanovllm.services.ingress.frames import Limits
-from nanovllm.services.ingress.output import size_of
+from nanovllm.services.ingress.output import Output, size_of
 from nanovllm.services.ingress.quarantine import Quarantine
-from nanovllm.services.ingress.requests import Request, Stage, begun
+from nanovllm.services.ingress.requests import Request
 from nanovllm.services.ingress.sessions import Session
+from nanovllm.services.ingress.tokenizers import Tokenizers
 from nanovllm.transport.links import Peer
 from nanovllm.wording import counted
 
@@ -70,13 +65,14 @@ class Core:
         incarnation: this process's; session names and uids begin with it.
         limits: what a request may be.
         max_pending_requests: how many are held at most.
+        max_num_batched_tokens: the token budget of an engine's step.
         about: for pongs.
         draw_seed: for requests that bring none.
 
     Attributes:
+        tokenizers, engine: what each has, and is to be sent.
         quarantine: the requests that may be what brings services down.
-        ends: uids that the scheduler is to be told nobody needs any more.
-        unsent: sessions that have something to send.
+        unsent: sessions with something to send.
     """
 
     def __init__(
@@ -84,11 +80,12 @@ class Core:
         incarnation: int,
         limits: Limits,
         max_pending_requests: int,
+        max_num_batched_tokens: int,
         about: About,
         draw_seed: Callable[[], int],
     ) -> None:
-        self.dispatcher = Dispatcher()
-        self.ends: set[int] = set()
+        self.tokenizers = Tokenizers()
+        self.engine = Engine(max_num_batched_tokens)
         self.unsent: set[Session] = set()
         self._incarnation = incarnation
         self._limits = limits
@@ -98,31 +95,30 @@ class Core:
         self._sessions: dict[bytes, Session] = {}
         self._sessions_opened = 0
         self._requests: dict[int, Request] = {}
-        self.quarantine = Quarantine(self._requests, self.dispatcher, self._poison)
         self._requests_begun = 0
         self._request_bytes = 0
         self._finished = 0
-        self._queues = ClientQueues(limits)
+        self._client_queues = ClientQueues(limits)
+        self._queue = Queue()
         self._detokenizers: set[Peer] = set()
-        self._scheduler: Peer | None = None
-        self._scheduler_known = False
-        self._engine_ready = False
         self._draining = False
+        self.quarantine = Quarantine(
+            self._requests, self.tokenizers, self._queue, self.engine, self._poison
+        )
 
     @property
     def ready(self) -> bool:
         """Whether a request could start now."""
-        services_up = bool(self.dispatcher.tokenizers) and bool(self._detokenizers)
-        engine_up = self._scheduler is not None and self._engine_ready
-        return services_up and engine_up and not self._draining
+        services_up = bool(self.tokenizers) and bool(self._detokenizers)
+        return services_up and self.engine.ready and not self._draining
 
     @property
     def stats(self) -> IngressStats:
         return IngressStats(len(self._sessions), len(self._requests), self._finished)
 
     def drain(self) -> None:
-        """From now on new requests are refused as `overloaded`, and those that go on with output
-        that their client has are not."""
+        """From now on new requests are refused as `overloaded`, but not those that go on with
+        output that their client has."""
         self._draining = True
 
     @property
@@ -138,14 +134,14 @@ class Core:
 
     def receive(self, connection: bytes, frame: bytes | None) -> None:
         """Queues a client's ZeroMQ message for `work`; None is one that was not one frame."""
-        self._queues.add(self._sessions.get(connection) or self._open(connection), frame)
+        self._client_queues.add(self._sessions.get(connection) or self._open(connection), frame)
 
     def flooded(self) -> bytes | None:
         """The connection to be ended because the client queues are too large: that of the client
         with the largest queue. Its requests are gone then."""
-        if self._queues.size <= MAX_QUEUED_BYTES:
+        if self._client_queues.size <= MAX_QUEUED_BYTES:
             return None
-        session = self._queues.largest()
+        session = self._client_queues.largest()
         log.warning("session %s sends more than can be taken in: disconnected", session.name)
         self.closed(session.connection)
         return session.connection
@@ -153,11 +149,12 @@ class Core:
     @property
     def has_work(self) -> bool:
         """Whether client queues hold messages."""
-        return bool(self._queues)
+        return bool(self._client_queues)
 
     def work(self) -> None:
         """Handles some of the messages in the client queues."""
-        for session, message, size in self._queues.take(MESSAGES_PER_WAKE_UP, BYTES_PER_WAKE_UP):
+        taken = self._client_queues.take(MESSAGES_PER_WAKE_UP, BYTES_PER_WAKE_UP)
+        for session, message, size in taken:
             if isinstance(message, Generate):
                 self._generate(session, message, size)
             elif isinstance(message, Abort):
@@ -172,7 +169,7 @@ class Core:
         session = self._sessions.pop(connection, None)
         if session is None:
             return
-        self._queues.drop(session)
+        self._client_queues.drop(session)
         self.unsent.discard(session)
         for request in session.requests.values():
             self._forget(request)
@@ -204,118 +201,83 @@ class Core:
     # Services -----------------------------------------------------------------------------------
 
     def service_up(self, peer: Peer) -> None:
+        """A connection to the service was made."""
+        self.quarantine.connected(peer)
         if peer.role == "tokenizer":
-            self.quarantine.connected(peer)
-            self.dispatcher.tokenizer_up(peer)
+            self.tokenizers.up(peer)
         elif peer.role == "detokenizer":
             self._detokenizers.add(peer)
+        elif peer.role == "scheduler" and (lost := self.engine.up(peer)):
+            log.warning("%s is a new one, and takes over %s", peer, _requests(lost))
+            self._queue.put_back(lost)
 
     def service_down(self, peer: Peer) -> None:
-        if peer in self.dispatcher.tokenizers:
-            in_hand = self.dispatcher.in_hand(peer)
+        """The connection to the service is gone."""
+        if peer in self.tokenizers:
+            in_hand = self.tokenizers.in_hand(peer)
+            self.tokenizers.down(peer)
             if in_hand.uids:
-                requests = counted(len(in_hand.uids), "request")
-                log.warning("%s is gone; it had %s in hand, to be given out again", peer, requests)
+                log.warning("%s is gone; it had %s in hand", peer, _requests(in_hand.uids))
             else:
                 log.info("%s is gone; it had nothing in hand", peer)
             self.quarantine.lost(peer, in_hand)
-            self.dispatcher.tokenizer_down(peer)
+        elif peer == self.engine.peer:
+            in_hand = self.engine.in_hand
+            self.engine.down()
+            self.quarantine.lost(peer, in_hand)
         self._detokenizers.discard(peer)
 
-    def scheduler_up(self, peer: Peer, reborn: bool) -> None:
-        """A reborn one has nothing; another may have missed what was on its way."""
-        first, self._scheduler_known = not self._scheduler_known, True
-        self._scheduler = peer
-        self.quarantine.scheduler_up(peer, reborn)
-        if not reborn:
-            self.dispatcher.scheduler_connected()
-            return
-        self.ends.clear()
-        if again := begun(self._requests.values()):
-            if not first:
-                requests = counted(len(again), "request")
-                log.warning("the scheduler is a new one, and takes over %s", requests)
-            self.dispatcher.submit_again(again)
-
-    def scheduler_down(self, peer: Peer) -> None:
-        self._scheduler = None
-        self._engine_ready = False
-        self.quarantine.scheduler_down(peer)
-
-    def from_tokenizer(self, message: TokenizerToIngress, now: float) -> None:
-        request = self._latest(message.uid, message.attempt)
-        if request is None:
-            return
-        if isinstance(message, HandedOn):
-            request.may_be_scheduled = True
-            request.prompt_tokens = message.prompt_tokens
-            self.dispatcher.handed_on(request, now)
-            if self._scheduler is not None and self._scheduler.incarnation != message.scheduler:
-                # To one that is gone: the tokenizer has not noticed yet.
-                self.dispatcher.submit_again([request])
-            self._accept(request)
-            return
-        request.outcome = Error(id=request.id, code=message.code, message=message.message)
-        self.dispatcher.over(request)
-        if self.quarantine.suspects.records:
-            self.quarantine.moved(request)
-        self._has_news(request)
-
-    def from_scheduler(self, message: SchedulerToIngress) -> None:
-        if isinstance(message, EngineState):
-            self._engine_ready = message.ready
-            return
-        if isinstance(message, Lost):
-            self.quarantine.reported(message)
-            return
+    def from_tokenizer(self, peer: Peer, message: TokenizerToIngress) -> None:
+        self.tokenizers.answered(peer, message.uid)
         request = self._requests.get(message.uid)
-        if request is None or request.stage is Stage.OVER:
-            self.ends.add(message.uid)
+        if request is None or request.over or request.ask is None:
             return
-        request.may_be_scheduled = True
-        if request.attempt == message.attempt:
-            self._admitted(request)
-        else:
-            self.quarantine.recalls[message.uid] = message.attempt
+        if isinstance(message, Refused):
+            request.outcome = Error(id=request.id, code=message.code, message=message.message)
+            self._over(request)
+            self._has_news(request)
+            return
+        self._request_bytes -= request.size
+        request.tokenized(message)
+        self._request_bytes += request.size
+        if request.stream:
+            self._answer(request.session, request.accepted())
+        self._queue.add(request)
 
-    def from_detokenizer(self, delta: Delta) -> None:
-        request = self._requests.get(delta.uid)
-        if request is None:
-            self.ends.add(delta.uid)
+    def from_scheduler(self, peer: Peer, message: SchedulerToIngress) -> None:
+        if peer != self.engine.peer:
             return
-        if delta.attempt != request.attempt or request.outcome is not None:
+        if isinstance(message, EngineState):
+            self.engine.state(message)
+        elif isinstance(message, Lost):
+            self.quarantine.reported(message)
+        elif count := self.engine.missing(message):
+            log.warning("%s missed %s, submitted again", peer, counted(count, "request"))
+
+    def from_detokenizer(self, decoded: Decoded) -> None:
+        request = self._requests.get(decoded.uid)
+        if request is None or request.over or decoded.attempt != request.attempt:
             return
-        if request.stage is not Stage.ADMITTED:
-            self._admitted(request)
-        if not request.output.add(delta):
+        if not request.output.add(decoded):
             log.error(
                 "request %x: output from token %d and character %d does not go on from token %d",
-                delta.uid,
-                delta.token_offset,
-                delta.text_offset,
+                decoded.uid,
+                decoded.token_offset,
+                decoded.text_offset,
                 request.output.num_tokens,
             )
             return
-        if delta.ending is not None:
-            usage = delta.ending.usage
-            request.finish(
-                delta.ending.reason,
-                Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
-            )
-            self.dispatcher.over(request)
-        if self.quarantine.suspects.records:
-            self.quarantine.moved(request)
-        self._has_news(request, size_of(delta))
+        if decoded.ending is not None:
+            request.finish(decoded.ending.reason, decoded.ending.usage)
+            self._over(request)
+        self.quarantine.moved(request)
+        self._has_news(request, size_of(decoded))
 
-    def submit_lost(self, now: float) -> None:
-        """Starts anew what the scheduler should have admitted by now."""
-        if self._scheduler is not None:
-            self.dispatcher.submit_lost(now)
-
-    @property
-    def next_deadline(self) -> float | None:
-        """When `submit_lost` next has something to do."""
-        return None if self._scheduler is None else self.dispatcher.next_deadline
+    def submit(self) -> None:
+        """Gives the engine requests from the queue, as far as it takes them."""
+        while (request := self._queue.first()) is not None and self.engine.takes(request):
+            self._queue.discard(request)
+            self.engine.give(request)
 
     # ---------------------------------------------------------------------------------------------
 
@@ -333,9 +295,23 @@ class Core:
         self._requests_begun += 1
         uid = self._incarnation << 32 | self._requests_begun
         seed = self._draw_seed() if ask.sampling.seed is None else ask.sampling.seed
-        request = Request(uid, ask, size, seed, self._limits.max_model_len, session)
+        sampling = msgspec.structs.replace(ask.sampling, seed=seed)
+        resumed = pack(ask.resume_token_ids)
+        request = Request(
+            uid=uid,
+            id=ask.id,
+            session=session,
+            stream=ask.stream,
+            seed=seed,
+            resumed=len(ask.resume_token_ids),
+            cache_salt=ask.cache_salt or "",
+            sampling=sampling,
+            output=Output(resumed, with_logprobs=sampling.logprobs is not None),
+            size=size,
+            ask=ask,
+        )
         session.requests[ask.id] = self._requests[uid] = request
-        self.dispatcher.submit(request)
+        self.tokenizers.add(request)
 
     def _refusal(self, session: Session, ask: Generate, size: int) -> Error | None:
         code: ErrorCode = "overloaded"
@@ -357,7 +333,7 @@ class Core:
         if request is None or request.outcome is not None:
             return
         request.finish("abort", request.usage_so_far())
-        self._withdraw(request)
+        self._over(request)
         self._has_news(request)
 
     def _pong(self, session: Session, ping: Ping) -> Pong:
@@ -377,43 +353,30 @@ class Core:
         request.session.has_news(request, size)
         self.unsent.add(request.session)
 
-    def _latest(self, uid: int, attempt: int) -> Request | None:
-        """The unfinished request, if this is its latest attempt."""
-        request = self._requests.get(uid)
-        if request is None or request.attempt != attempt or request.outcome is not None:
-            return None
-        return request
-
-    def _accept(self, request: Request) -> None:
-        if request.stream and not request.accepted:
-            request.accepted = True
-            session = request.session
-            self._answer(session, Accepted(id=request.id, session=session.name, seed=request.seed))
-
-    def _admitted(self, request: Request) -> None:
-        request.may_be_scheduled = True
-        self.dispatcher.admitted(request)
-        self._accept(request)
-
-    def _forget(self, request: Request) -> None:
-        """Frees what is held for it here, and elsewhere in the pipeline."""
-        del self._requests[request.uid]
-        self._request_bytes -= request.size
-        self._finished += 1
-        self._withdraw(request)
-
-    def _withdraw(self, request: Request) -> None:
-        """Nobody in the pipeline needs to go on with it."""
-        if request.stage is not Stage.OVER:
-            self.dispatcher.withdraw(request)
-        if request.may_be_scheduled:
-            self.ends.add(request.uid)
-        if self.quarantine.suspects.records:
-            self.quarantine.moved(request)
-
     def _poison(self, request: Request, role: str) -> None:
         log.error("request %x is set aside: it brings down the %s", request.uid, role)
         message = f"the {role} died again and again with nothing but this request in hand"
         request.outcome = Error(id=request.id, code="poisoned", message=message)
-        self._withdraw(request)
+        self._over(request)
         self._has_news(request)
+
+    def _over(self, request: Request) -> None:
+        """Nothing in the pipeline is to go on with the request: its outcome is known, or its client
+        has gone."""
+        request.over = True
+        self.tokenizers.discard(request)
+        self._queue.discard(request)
+        self.engine.end(request)
+        self.quarantine.moved(request)
+
+    def _forget(self, request: Request) -> None:
+        """The request's outcome was sent, or its client has gone."""
+        if not request.over:
+            self._over(request)
+        del self._requests[request.uid]
+        self._request_bytes -= request.size
+        self._finished += 1
+
+
+def _requests(requests: Sized) -> str:
+    return counted(len(requests), "request")

@@ -10,11 +10,11 @@ from typing import NoReturn
 from nanovllm.checkpoint import model_name
 from nanovllm.control import Crashed, Drain, FromSupervisor
 from nanovllm.messages import (
-    Delta,
+    Decoded,
     DetokenizerToIngress,
-    End,
-    IngressToScheduler,
-    Recall,
+    EngineState,
+    Lost,
+    Missing,
     SchedulerToIngress,
     TokenizerToIngress,
 )
@@ -24,6 +24,8 @@ from nanovllm.services.ingress.core import About, Core
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.sessions import Session
 from nanovllm.transport.links import Down, Event, Peer, Received, Up
+
+FromServices = TokenizerToIngress | SchedulerToIngress | DetokenizerToIngress
 
 # How long what a socket would not take waits before it is tried again.
 RETRY_S = 0.01
@@ -43,16 +45,12 @@ class Ingress:
                 service.config.vocab_size, settings.max_model_len, settings.max_message_bytes
             ),
             max_pending_requests=settings.max_pending_requests,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
             about=About(version("nanovllm"), model_name(service.directory)),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
         )
         self._services = service.bind(
-            settings.services_endpoint,
-            list[TokenizerToIngress | DetokenizerToIngress],
-            self._from_services,
-        )
-        self._scheduler = service.connect(
-            settings.scheduler_endpoint, list[SchedulerToIngress], self._from_scheduler
+            settings.services_endpoint, list[FromServices], self._from_services
         )
         self._clients = ClientSocket(
             service.context, settings.client_endpoints, settings.max_message_bytes
@@ -78,71 +76,59 @@ class Ingress:
         while (flooding := self._core.flooded()) is not None:
             self._clients.disconnect(flooding)
 
-    def _from_services(self, event: Event[TokenizerToIngress | DetokenizerToIngress]) -> None:
-        if isinstance(event, Received):
-            message = event.message
-            if isinstance(message, Delta):
-                self._core.from_detokenizer(message)
-            else:
-                self._core.from_tokenizer(message, time.monotonic())
-        elif isinstance(event, Up):
-            self._core.service_up(event.peer)
-        else:
-            self._core.service_down(event.peer)
-
-    def _from_scheduler(self, event: Event[SchedulerToIngress]) -> None:
-        if isinstance(event, Received):
-            self._core.from_scheduler(event.message)
-        elif isinstance(event, Up):
-            self._core.scheduler_up(event.peer, event.reborn)
-        elif isinstance(event, Down):
-            self._core.scheduler_down(event.peer)
+    def _from_services(self, event: Event[FromServices]) -> None:
+        match event:
+            case Received(message=Decoded() as decoded):
+                self._core.from_detokenizer(decoded)
+            case Received(peer=peer, message=(Missing() | EngineState() | Lost()) as message):
+                self._core.from_scheduler(peer, message)
+            case Received(peer=peer, message=message):
+                self._core.from_tokenizer(peer, message)
+            case Up(peer=peer):
+                self._core.service_up(peer)
+            case Down(peer=peer):
+                self._core.service_down(peer)
 
     def _on_told(self, message: FromSupervisor) -> None:
         if isinstance(message, Drain):
             if self._drain_at is None:
                 self._drain_at = time.monotonic() + message.resume_s
         elif isinstance(message, Crashed):
-            life = Peer(message.role, message.index, message.incarnation)
-            self._core.quarantine.crashed(life)
+            peer = Peer(message.role, message.index, message.incarnation)
+            self._core.quarantine.crashed(peer)
 
     def _step(self, now: float) -> float | None:
         core = self._core
         if self._drain_at is not None and now >= self._drain_at:
             core.drain()
         core.work()
-        core.submit_lost(now)
-        all_sent = True
+        core.submit()
+        all_sent = self._send_to_services()
         for session in list(core.unsent):
             all_sent &= self._send_to_client(session, now)
-        # Last, because what was delivered to clients is to be ended in the scheduler.
-        all_sent &= self._send_to_services()
         if core.drained:
             self._service.drained()
         if core.has_work:
             return 0.0
         if not all_sent:
             return RETRY_S
-        deadlines = [core.next_deadline, None if core.drains else self._drain_at]
-        return min((max(0.0, t - now) for t in deadlines if t is not None), default=None)
+        if self._drain_at is None or core.drains:
+            return None
+        return max(0.0, self._drain_at - now)
 
     def _send_to_services(self) -> bool:
-        all_sent = True
-        for tokenizer, messages in self._core.dispatcher.unsent():
-            if self._services.send(tokenizer, messages):
-                messages.clear()
-            else:
-                all_sent = False
-        ends, recalls = self._core.ends, self._core.quarantine.recalls
-        if (ends or recalls) and self._scheduler.peer is not None:
-            over: list[IngressToScheduler] = [End(uid) for uid in ends]
-            over += [Recall(uid, attempt) for uid, attempt in recalls.items()]
-            if self._scheduler.send(over):
-                ends.clear()
-                recalls.clear()
-            else:
-                all_sent = False
-        return all_sent
+        """False if a service does not take what there is for it."""
+        core = self._core
+        while frames := list(core.tokenizers.frames()):
+            for peer, frame in frames:
+                if not self._services.send(peer, frame):
+                    return False
+                core.tokenizers.sent(peer, frame)
+        while core.engine.peer is not None and (submits := core.engine.frame()):
+            if not self._services.send(core.engine.peer, submits):
+                return False
+            core.engine.sent(submits)
+        return True
 
     def _send_to_client(self, session: Session, now: float) -> bool:
         """Sends all that waits for the client; False if its socket would not take it."""

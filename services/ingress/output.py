@@ -6,9 +6,8 @@ import struct
 
 import msgspec
 
-from nanovllm.messages import Delta, TokenLogprobs, unpack
-from nanovllm.protocol import Delta as PublicDelta
-from nanovllm.protocol import Logprobs
+from nanovllm.messages import Decoded, TokenLogprobs, unpack
+from nanovllm.protocol import Delta, Logprobs
 
 _TOKEN = struct.Struct("<i")
 # What the logprobs of a token take beside their bytes, roughly.
@@ -16,7 +15,7 @@ _LOGPROBS_BYTES = 256
 
 
 class Output:
-    """Joins `Delta`s, which may come twice, overlap, or be lost with what sent them.
+    """Joins `Decoded` messages, which may come twice, overlap, or be lost with what sent them.
 
     Args:
         resumed: int32, the output tokens that the client has from before.
@@ -44,34 +43,34 @@ class Output:
     def num_tokens(self) -> int:
         return len(self.tokens) // _TOKEN.size
 
-    def add(self, delta: Delta) -> bool:
-        """Takes what is new in `delta`; False, and nothing is taken, if something before it is
+    def add(self, decoded: Decoded) -> bool:
+        """Takes what is new in `decoded`; False, and nothing is taken, if something before it is
         missing (or its arrays are torn)."""
         text_end = self._text_end
         if text_end is None:
-            text_end = delta.text_offset
-        had_tokens = len(self.tokens) // 4 - delta.token_offset
-        had_text = text_end - delta.text_offset
-        if had_tokens < 0 or had_text < 0 or len(delta.token_ids) % 4:
+            text_end = decoded.text_offset
+        had_tokens = len(self.tokens) // 4 - decoded.token_offset
+        had_text = text_end - decoded.text_offset
+        if had_tokens < 0 or had_text < 0 or len(decoded.token_ids) % 4:
             return False
-        tokens = delta.token_ids[4 * had_tokens :] if had_tokens else delta.token_ids
-        text = delta.text[had_text:] if had_text else delta.text
+        tokens = decoded.token_ids[4 * had_tokens :] if had_tokens else decoded.token_ids
+        text = decoded.text[had_text:] if had_text else decoded.text
         self.tokens += tokens
         self._text_end = text_end + len(text)
         if text:
             self._text.append(text)
         if self._with_logprobs and tokens:
-            self._logprobs += delta.logprobs[-(len(tokens) // 4) :]
+            self._logprobs += decoded.logprobs[-(len(tokens) // 4) :]
         return True
 
-    def take(self, request_id: str) -> PublicDelta | None:
+    def take(self, request_id: str) -> Delta | None:
         """All that was not taken before, as one delta; None if there is nothing."""
         offset = self._sent
         tokens = self._tokens_from(offset)
         if not tokens and not self._text:
             return None
         self._sent = offset + len(tokens)
-        return PublicDelta(
+        return Delta(
             id=request_id,
             offset=offset,
             token_ids=tokens,
@@ -79,9 +78,9 @@ class Output:
             logprobs=self._take_logprobs(),
         )
 
-    def take_all(self, request_id: str) -> PublicDelta:
+    def take_all(self, request_id: str) -> Delta:
         """As `take`, and empty if there is nothing."""
-        return self.take(request_id) or PublicDelta(
+        return self.take(request_id) or Delta(
             id=request_id,
             offset=self._sent,
             token_ids=[],
@@ -108,11 +107,11 @@ class Output:
         return logprobs
 
 
-def size_of(delta: Delta) -> int:
+def size_of(decoded: Decoded) -> int:
     """How many bytes it takes to keep what is new in it, roughly."""
-    size = len(delta.token_ids) + len(delta.text)
-    if delta.logprobs:
-        size += sum(_LOGPROBS_BYTES + 2 * len(entry.values) for entry in delta.logprobs)
+    size = len(decoded.token_ids) + len(decoded.text)
+    if decoded.logprobs:
+        size += sum(_LOGPROBS_BYTES + 2 * len(entry.values) for entry in decoded.logprobs)
     return size
 
 

@@ -1,106 +1,96 @@
-"""One request, from the client's message to its end."""
+"""One request, from its client's message to its last answer."""
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from nanovllm import protocol
-from nanovllm.messages import ChatMessage, Sampling, Tokenize, pack
-from nanovllm.protocol import Error, Finish, FinishReason, Generate, Usage
+from nanovllm.messages import Submit, Tokenize, Tokenized, pack
+from nanovllm.protocol import (
+    Accepted,
+    Error,
+    Finish,
+    FinishReason,
+    Generate,
+    Sampling,
+    ServerMessage,
+    Usage,
+)
 from nanovllm.services.ingress.output import Output
-from nanovllm.transport.links import Peer
 
 if TYPE_CHECKING:
     from nanovllm.services.ingress.sessions import Session
 
 
-class Stage(enum.Enum):
-    """How far the latest attempt has come."""
-
-    WAITING = enum.auto()  # for a tokenizer with room
-    TOKENIZING = enum.auto()
-    HANDED_ON = enum.auto()  # to the scheduler, which has not said so yet
-    ADMITTED = enum.auto()  # the scheduler has it
-    OVER = enum.auto()  # it has its outcome, or nobody waits for one
-
-
+@dataclass(slots=True, eq=False)
 class Request:
-    """A client's request, and where it stands.
+    """A client's request, and how far it has come. It is over when nothing in the pipeline is to go
+    on with it: it has its outcome, or its client has gone."""
 
-    Attributes:
-        uid: its name inside the pipeline.
-        session: who asked.
-        size: how many bytes it came in.
-        seed: the client's, or the one that was drawn.
-        output: what it has produced.
-        prompt_tokens: the prompt's length; of text it is known once a tokenizer has told it, and 0
-            until then.
-        attempt, stage, tokenizer: the latest attempt; `tokenizer` has it, or had it last, until
-            it is admitted.
-        may_be_scheduled: whether the scheduler may know it, so that its end must be told.
-        accepted: whether the client was told that it will be carried to its end.
-        outcome: its last message, once known.
-        unsent: whether it stands in its session's list of streams with something to send.
-    """
+    uid: int  # its name inside the pipeline
+    id: str  # its name for the client
+    session: Session
+    stream: bool
+    seed: int  # the client's, or the one that was drawn
+    resumed: int  # output tokens that the client brought
+    cache_salt: str
+    sampling: Sampling  # as it is to be run, once a tokenizer has answered
+    output: Output
+    size: int  # bytes that count in the bound of all requests held
+    ask: Generate | None  # as it came, until a tokenizer has answered
+    prompt: bytes = b""  # int32, once a tokenizer has answered
+    attempt: int = 0
+    over: bool = False
+    outcome: Finish | Error | None = None  # its last message
+    unsent: bool = False  # is in its session's list of streams to be sent
 
-    __slots__ = (
-        "_ask",
-        "accepted",
-        "attempt",
-        "id",
-        "may_be_scheduled",
-        "outcome",
-        "output",
-        "prompt_tokens",
-        "seed",
-        "session",
-        "size",
-        "stage",
-        "stream",
-        "tokenizer",
-        "uid",
-        "unsent",
-    )
-
-    def __init__(
-        self,
-        uid: int,
-        ask: Generate,
-        size: int,
-        seed: int,
-        max_model_len: int,
-        session: Session,
-    ) -> None:
-        resumed = pack(ask.resume_token_ids)
-        self.uid = uid
-        self.id = ask.id
-        self.session = session
-        self.stream = ask.stream
-        self.size = size
-        self.seed = seed
-        self.output = Output(resumed, with_logprobs=ask.sampling.logprobs is not None)
-        self.prompt_tokens = len(ask.prompt_token_ids or ())
-        self.attempt = 0
-        self.stage = Stage.WAITING
-        self.tokenizer: Peer | None = None
-        self.may_be_scheduled = False
-        self.accepted = False
-        self.outcome: Finish | Error | None = None
-        self.unsent = False
-        self._ask = _first_attempt(uid, ask, seed, max_model_len, resumed)
+    @property
+    def prompt_tokens(self) -> int:
+        """The prompt's length; 0 while a text is not tokenized."""
+        if self.ask is not None:
+            return len(self.ask.prompt_token_ids or ())
+        return len(self.prompt) // 4
 
     def tokenize(self) -> Tokenize:
-        """The latest attempt, with the output so far."""
-        return msgspec.structs.replace(
-            self._ask, attempt=self.attempt, output=bytes(self.output.tokens)
+        """What a tokenizer is asked. Raises ValueError once one has answered."""
+        ask = self.ask
+        if ask is None:
+            raise ValueError(f"request {self.uid:x} is tokenized")
+        return Tokenize(
+            uid=self.uid,
+            prompt=ask.prompt,
+            prompt_token_ids=None if ask.prompt_token_ids is None else pack(ask.prompt_token_ids),
+            messages=ask.messages,
+            chat_template_kwargs=ask.chat_template_kwargs or {},
+            sampling=self.sampling,
+            resumed=self.resumed,
+        )
+
+    def tokenized(self, answer: Tokenized) -> None:
+        """Keeps a tokenizer's answer in place of what the client sent."""
+        self.ask = None
+        self.prompt = answer.prompt
+        self.sampling = answer.sampling
+        self.size = len(self.prompt) + 4 * self.resumed
+
+    def accepted(self) -> Accepted:
+        """What the client of a stream is told once its request is tokenized."""
+        return Accepted(id=self.id, session=self.session.name, seed=self.seed)
+
+    def submit(self) -> Submit:
+        """What a scheduler is sent: the latest attempt, with the output so far."""
+        return Submit(
+            uid=self.uid,
+            attempt=self.attempt,
+            prompt=self.prompt,
+            output=bytes(self.output.tokens),
+            resumed=self.resumed,
+            sampling=self.sampling,
+            cache_salt=self.cache_salt,
         )
 
     def finish(self, reason: FinishReason, usage: Usage) -> None:
-        """Sets the outcome. Without `stream` it takes the whole output with it."""
+        """Sets the outcome. Without `stream` the outcome carries the whole output."""
         self.outcome = Finish(id=self.id, finish_reason=reason, usage=usage)
         if not self.stream:
             everything = self.output.take_all(self.id)
@@ -110,56 +100,18 @@ class Request:
             self.outcome.seed = self.seed
 
     def usage_so_far(self) -> Usage:
-        """For a request that is cut short."""
+        """The usage of a request that is cut short."""
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.output.num_tokens,
             cached_tokens=0,
         )
 
-    def take(self) -> list[protocol.ServerMessage]:
+    def take(self) -> list[ServerMessage]:
         """What the client of a stream has not been sent yet."""
-        messages: list[protocol.ServerMessage] = []
+        messages: list[ServerMessage] = []
         if (delta := self.output.take(self.id)) is not None:
             messages.append(delta)
         if self.outcome is not None:
             messages.append(self.outcome)
         return messages
-
-
-def begun(requests: Iterable[Request]) -> list[Request]:
-    """Those that have left this process, and are not over."""
-    here = (Stage.WAITING, Stage.OVER)
-    return [request for request in requests if request.stage not in here]
-
-
-def _first_attempt(
-    uid: int, ask: Generate, seed: int, max_model_len: int, resumed: bytes
-) -> Tokenize:
-    sampling = ask.sampling
-    chat: list[ChatMessage] | None = None
-    if ask.messages is not None:
-        chat = [ChatMessage(said.role, said.content) for said in ask.messages]
-    return Tokenize(
-        uid=uid,
-        attempt=0,
-        text=ask.prompt,
-        token_ids=None if ask.prompt_token_ids is None else pack(ask.prompt_token_ids),
-        chat=chat,
-        chat_template_kwargs=ask.chat_template_kwargs or {},
-        sampling=Sampling(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            seed=seed,
-            logprobs=sampling.logprobs,
-        ),
-        max_tokens=min(sampling.max_tokens, max_model_len),
-        stop=sampling.stop,
-        stop_token_ids=pack(sorted(set(sampling.stop_token_ids))),
-        ignore_eos=sampling.ignore_eos,
-        cache_salt=ask.cache_salt or "",
-        output=resumed,
-        resumed=len(resumed) // 4,
-    )

@@ -1,15 +1,15 @@
-"""Which requests bring services down, told apart from those that were only there.
+"""Which requests bring services down, told apart from those that were only present.
 
-Whoever was in hand when a service died for a reason of its own is a suspect. One that was there at
-`DEATHS` of them runs alone from then on, while others wait; if the service dies twice with it
-alone, the request is guilty. One that gets further than it was at the death, or is over, is
-cleared. So a guilty request costs a bounded number of deaths, however many others there are, and
-nobody is found guilty for another: a death counts as alone only where nothing else can have been
-the reason.
+A request that was in hand when a service died for a reason of its own is a suspect. After `DEATHS`
+such deaths the request runs alone, while others wait; if the service dies twice with it alone, the
+request is guilty. A request that gets further than it was at the death, or is over, is cleared. So
+a guilty request costs a bounded number of deaths, however many others there are, and no request is
+found guilty for another: a death counts as alone only where it is certain that the service had
+nothing else in hand.
 
-What is known of a death comes in two halves, in any order: who was in hand, from whoever had given
-it the requests, and whether it was by itself, from the supervisor, who alone knows how a process
-ended. Without the second half, as after a kill from outside, nobody is suspected.
+What is known of a death comes in two halves, in any order: what was in hand, from the service that
+gave out the requests, and whether the death was by itself, from the supervisor, which alone knows
+how a process ended. Without the second half, as after a kill from outside, nothing is suspected.
 """
 
 from __future__ import annotations
@@ -28,64 +28,55 @@ CLEARING_TOKENS: Final = 16
 
 
 class InHand(NamedTuple):
-    """What a service had in hand when the link to it was lost.
-
-    Attributes:
-        uids: the requests.
-        others: whether it may have worked on more: requests that have left since.
-    """
+    """The requests that a service had in hand when the link to it was lost; `alone`: one, and
+    certainly no other."""
 
     uids: frozenset[int]
-    others: bool
-
-    @property
-    def alone(self) -> bool:
-        return len(self.uids) == 1 and not self.others
+    alone: bool
 
 
-NOTHING = InHand(frozenset(), others=False)
+NOTHING = InHand(frozenset(), alone=False)
 
 
 class Deaths:
-    """Joins the two halves. The latest of each are kept for each place of a service."""
+    """Joins the two halves. The latest of each are kept for each service."""
 
     def __init__(self) -> None:
         self._in_hand: dict[tuple[str, int], tuple[int, InHand]] = {}
         self._by_itself: dict[tuple[str, int], int] = {}
 
-    def lost(self, life: Peer, in_hand: InHand) -> InHand | None:
+    def lost(self, peer: Peer, in_hand: InHand) -> InHand | None:
         """The link to a service is gone: returns `in_hand` if it is known to have died by itself.
         To be told `NOTHING` when the link is made again: what was in hand before is outdated."""
-        place = (life.role, life.index)
+        service = (peer.role, peer.index)
         if not in_hand.uids:
-            self._in_hand.pop(place, None)
+            self._in_hand.pop(service, None)
             return None
-        if self._by_itself.get(place) == life.incarnation:
-            del self._by_itself[place]
+        if self._by_itself.get(service) == peer.incarnation:
+            del self._by_itself[service]
             return in_hand
-        self._in_hand[place] = (life.incarnation, in_hand)
+        self._in_hand[service] = (peer.incarnation, in_hand)
         return None
 
-    def by_itself(self, life: Peer) -> InHand | None:
+    def by_itself(self, peer: Peer) -> InHand | None:
         """A service died for a reason of its own: returns what it had in hand, if that is known."""
-        place = (life.role, life.index)
-        incarnation, in_hand = self._in_hand.get(place, (0, NOTHING))
-        if incarnation == life.incarnation:
-            del self._in_hand[place]
+        service = (peer.role, peer.index)
+        incarnation, in_hand = self._in_hand.get(service, (0, NOTHING))
+        if incarnation == peer.incarnation:
+            del self._in_hand[service]
             return in_hand
-        self._by_itself[place] = life.incarnation
+        self._by_itself[service] = peer.incarnation
         return None
 
 
 @dataclass(slots=True)
 class Record:
-    """What speaks against a request: deaths that it was there at, and alone at; how many output
-    tokens it had at the latest; and how often it has been cleared."""
+    """What speaks against a request."""
 
-    deaths: int = 0
-    alone: int = 0
-    tokens: int = 0
-    clearings: int = 0
+    deaths: int = 0  # at which it was in hand
+    alone: int = 0  # of these, with nothing else in hand
+    tokens: int = 0  # output tokens that it had at the latest
+    clearings: int = 0  # how often it has been cleared
 
 
 class Suspects:
@@ -98,10 +89,10 @@ class Suspects:
     def __init__(self) -> None:
         self.records: dict[int, Record] = {}
 
-    def was_there(self, uid: int, tokens: int, *, alone: bool) -> bool:
+    def was_present(self, uid: int, tokens: int, *, alone: bool) -> bool:
         """The request, with so many output tokens, was in hand at a death; returns whether it is
         guilty. Then others, but for those that were alone once, are suspects no more: they were
-        only there."""
+        only present."""
         record = self.records.setdefault(uid, Record())
         record.deaths += 1
         record.alone += alone
@@ -117,8 +108,8 @@ class Suspects:
         return record is not None and record.deaths >= DEATHS
 
     def next(self) -> int | None:
-        """Who is to run alone now: who was there most often, and of those the latest; what came
-        last before a death is the likeliest reason."""
+        """The request that is to run alone now: the one with the most deaths, and of these the
+        latest, since what came last before a death is the likeliest reason."""
         ranked = ((r.deaths, uid) for uid, r in self.records.items() if r.deaths >= DEATHS)
         return max(ranked, default=(0, None))[1]
 
@@ -134,5 +125,5 @@ class Suspects:
         return True
 
     def forget(self, uid: int) -> None:
-        """It is through, or over."""
+        """The request got through, or is over."""
         self.records.pop(uid, None)

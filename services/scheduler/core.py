@@ -7,26 +7,28 @@ next plan does not need is done while the device works.
 from __future__ import annotations
 
 import msgspec
-import numpy as np
 
 from nanovllm.control import SchedulerStats
 from nanovllm.messages import (
-    Admitted,
     EngineState,
     GroupReady,
+    Held,
     Lost,
+    Missing,
     RowLogprobs,
     SchedulerToIngress,
     SchedulerToWorker,
     StepPlan,
     StepResult,
     Submit,
-    uid_epoch,
+    pack,
+    pack_int64,
     unpack,
+    unpack_int64,
 )
+from nanovllm.services.scheduler.detokenizers import Detokenizers, OutboxFrame
 from nanovllm.services.scheduler.engine import Engine
 from nanovllm.services.scheduler.group import WorkerGroup
-from nanovllm.services.scheduler.routing import Parcel, Router
 from nanovllm.services.scheduler.sequences import InHand, Sequence
 from nanovllm.services.scheduler.steps import Sampled
 from nanovllm.settings import Settings
@@ -37,16 +39,15 @@ class Scheduler:
     """Every request from its `Submit` to its `End`."""
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._records: dict[int, Sequence] = {}
         self._engine = Engine(settings)
-        self._router = Router(self._engine.slots)
+        self._detokenizers = Detokenizers(self._engine.slots)
         self._group = WorkerGroup(settings.pipeline_depth)
         self._unsettled: list[tuple[Sampled, list[RowLogprobs]]] = []
-        self._ingress: int | None = None
-        self._dead_epochs: set[int] = set()
-        self._admitted: dict[int, Admitted] = {}
+        self._missing: Missing | None = None
         self._lost: list[Lost] = []
-        self._told_ready: bool | None = None
+        self._told_state: EngineState | None = None
         # Whether a plan or a result may have filled blocks since the last look.
         self._filling = False
         self._latest_plan: StepPlan | None = None
@@ -57,76 +58,75 @@ class Scheduler:
     # Requests -----------------------------------------------------------------------------------
 
     def submit(self, submit: Submit) -> None:
-        """A request in token ids, or a copy of one; a newer attempt replaces an older one."""
-        uid = submit.uid
-        if uid_epoch(uid) in self._dead_epochs:
-            return
-        held = self._records.get(uid)
-        if held is not None and submit.attempt < held.attempt:
-            return
-        self._admitted[uid] = Admitted(uid, submit.attempt)
+        """A request in token ids; a newer attempt replaces an older one."""
+        held = self._records.get(submit.uid)
         if held is not None:
-            if submit.attempt == held.attempt:
+            if submit.attempt <= held.attempt:
                 return
             self._drop(held)
-        sequence = self._records[uid] = Sequence(submit)
+        sequence = self._records[submit.uid] = Sequence(submit)
         self._engine.add(sequence)
         if sequence.output and sequence.finish is None:
             # A stop string may be in it, which only a detokenizer can find.
-            self._router.owe(sequence)
+            self._detokenizers.begin(sequence)
         self._tell_of_ended()
 
-    def end(self, uid: int) -> None:
-        """Nobody needs this request any more, wherever it is."""
-        sequence = self._records.pop(uid, None)
-        self._admitted.pop(uid, None)
-        if sequence is not None:
-            self._drop(sequence)
-
-    def recall(self, uid: int, attempt: int) -> None:
-        """This attempt, and older ones, are not to be run."""
+    def end(self, uid: int, attempt: int) -> None:
+        """This attempt, and older ones, are not to be run any more."""
         held = self._records.get(uid)
         if held is not None and held.attempt <= attempt:
-            self.end(uid)
+            del self._records[uid]
+            self._drop(held)
+
+    def held(self, message: Held) -> None:
+        """What the ingress believes to be here: all else ends, and it hears what is not."""
+        expected = dict(
+            zip(unpack_int64(message.uids), unpack(message.attempts).tolist(), strict=True)
+        )
+        for sequence in list(self._records.values()):
+            if expected.get(sequence.uid) != sequence.attempt:
+                self.end(sequence.uid, sequence.attempt)
+        missing = {uid: a for uid, a in expected.items() if uid not in self._records}
+        if missing:
+            self._missing = Missing(pack_int64(missing), pack(missing.values()))
 
     def _drop(self, sequence: Sequence) -> None:
         self._engine.remove(sequence)
-        self._router.forget(sequence.uid)
+        self._detokenizers.end(sequence)
 
     # The ingress --------------------------------------------------------------------------------
 
-    def ingress_up(self, incarnation: int) -> None:
-        """The ingress is there, in this life. It hears of all that is held of its own; the
-        requests of its earlier lives are nobody's."""
-        stale = [uid for uid in self._records if uid_epoch(uid) != incarnation]
-        self._dead_epochs.update(uid_epoch(uid) for uid in stale)
-        if self._ingress not in (None, incarnation):
-            self._dead_epochs.add(self._ingress)
-        self._ingress = incarnation
-        for uid in stale:
-            self.end(uid)
-        self._admitted = {
-            uid: Admitted(uid, sequence.attempt) for uid, sequence in self._records.items()
-        }
+    def ingress_up(self) -> None:
+        """A connection to the ingress was made. Its first message is `Held`."""
+        self._missing = None
         self._lost.clear()
-        self._told_ready = None
+        self._told_state = None
 
     def for_ingress(self) -> list[SchedulerToIngress]:
         """What the ingress is to be told; call `ingress_told` once it was."""
-        messages: list[SchedulerToIngress] = [*self._admitted.values(), *self._lost]
-        if self._told_ready is not self._group.ready:
-            messages.append(EngineState(self._group.ready))
+        messages: list[SchedulerToIngress] = [*self._lost]
+        if self._missing is not None:
+            messages.append(self._missing)
+        if self._told_state != (state := self._state):
+            messages.append(state)
         return messages
 
     def ingress_told(self) -> None:
-        self._admitted.clear()
+        self._missing = None
         self._lost.clear()
-        self._told_ready = self._group.ready
+        self._told_state = self._state
+
+    @property
+    def _state(self) -> EngineState:
+        blocks = self._engine.blocks
+        slots = self._settings.max_num_seqs
+        return EngineState(self._group.ready, slots, blocks.num_blocks, blocks.block_size)
 
     # The worker group ---------------------------------------------------------------------------
 
     def group_ready(self, peer: Peer, message: GroupReady) -> None:
-        """Rank 0 `peer` waits for a reset. In a new life: whoever ran is to be recomputed."""
+        """Rank 0 `peer` waits for a reset. In a new incarnation: all that ran is to be computed
+        again."""
         if peer == self._group.peer:
             self._group.announced_again()
             return
@@ -136,7 +136,7 @@ class Scheduler:
     def worker_up(self, peer: Peer) -> None:
         """A connection to rank 0 was made."""
         if peer == self._group.peer:
-            self._note_lost(peer, InHand([], others=False))
+            self._note_lost(peer, InHand([], alone=False))
         self._group.up(peer)
 
     def worker_down(self, peer: Peer) -> None:
@@ -145,13 +145,13 @@ class Scheduler:
         self._group.down(peer)
 
     def result(self, peer: Peer, result: StepResult) -> None:
-        """What a step sampled: finds who ended, and frees what that frees.
+        """What a step sampled: finds the sequences that ended, and frees what that frees.
 
         Raises ValueError if it is not what the plan asked for.
         """
-        if peer != self._group.peer or (step := self._group.land(result)) is None:
+        if peer != self._group.peer or (step := self._group.commit(result)) is None:
             return
-        sampled = self._engine.land(step, unpack(result.token_ids))
+        sampled = self._engine.commit(step, unpack(result.token_ids))
         self._steps += 1
         self._generated += len(sampled.token_ids)
         self._unsettled.append((sampled, result.logprobs))
@@ -179,7 +179,7 @@ class Scheduler:
         for sampled, logprobs in self._unsettled:
             if logprobs:
                 self._keep(sampled, logprobs)
-            self._router.sampled(sampled, logprobs, self._records.__getitem__)
+            self._detokenizers.sampled(sampled, logprobs, self._records.__getitem__)
         self._unsettled.clear()
         self._tell_of_ended()
         if self._filling:
@@ -200,32 +200,32 @@ class Scheduler:
     # Detokenizers -------------------------------------------------------------------------------
 
     def detokenizer_up(self, peer: Peer) -> None:
-        self._note_lost(peer, InHand([], others=False))
-        self._router.up(peer)
+        self._note_lost(peer, InHand([], alone=False))
+        self._detokenizers.up(peer)
 
     def detokenizer_down(self, peer: Peer) -> None:
-        self._note_lost(peer, self._router.in_hand(peer))
-        self._router.down(peer)
+        self._note_lost(peer, self._detokenizers.in_hand(peer))
+        self._detokenizers.down(peer)
 
-    def parcels(self) -> list[Parcel]:
-        """A frame for each detokenizer that has something to hear. Tell at once what became of
-        it, by `delivered` or `undelivered`; in the latter case there are more after `retry`."""
-        return self._router.parcels()
+    def for_detokenizers(self) -> list[OutboxFrame]:
+        """A frame for each detokenizer that is to be told something. Tell at once what became of
+        each, by `delivered` or `undelivered`; in the latter case there are more after `retry`."""
+        return self._detokenizers.frames()
 
-    def delivered(self, parcel: Parcel) -> None:
-        self._router.delivered(parcel)
+    def delivered(self, frame: OutboxFrame) -> None:
+        self._detokenizers.delivered(frame)
 
-    def undelivered(self, parcel: Parcel) -> None:
-        self._router.undelivered(parcel)
+    def undelivered(self, frame: OutboxFrame) -> None:
+        self._detokenizers.undelivered(frame)
 
     def retry(self) -> None:
-        """Time has passed: who did not keep up may be told again."""
-        self._router.retry()
+        """Time has passed: detokenizers that did not keep up may be told again."""
+        self._detokenizers.retry()
 
     @property
     def blocked(self) -> bool:
         """Whether a detokenizer does not keep up."""
-        return self._router.blocked
+        return self._detokenizers.blocked
 
     # ----------------------------------------------------------------------------------------------
 
@@ -246,13 +246,13 @@ class Scheduler:
         )
 
     def _note_lost(self, peer: Peer, in_hand: InHand) -> None:
-        """The ingress is to hear who was in hand when the link to a service was lost."""
-        uids = np.array(in_hand.uids, dtype="<i8").tobytes()
-        self._lost.append(Lost(peer.role, peer.index, peer.incarnation, uids, in_hand.others))
+        """The ingress is to hear what was in hand when the link to a service was lost."""
+        uids = pack_int64(in_hand.uids)
+        self._lost.append(Lost(peer.role, peer.index, peer.incarnation, uids, in_hand.alone))
 
     def _tell_of_ended(self) -> None:
         for ended in self._engine.ended:
-            self._router.ended(ended)
+            self._detokenizers.finish(ended)
         self._engine.ended.clear()
 
     def _keep(self, sampled: Sampled, logprobs: list[RowLogprobs]) -> None:

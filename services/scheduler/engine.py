@@ -58,7 +58,7 @@ class Engine:
         # Preempted with rows in flight: in `waiting` already, and in their slots still.
         self._draining: dict[int, Sequence] = {}
         self._leftovers: list[Leftover] = []
-        self._landed = -1
+        self._committed = -1
         # Who could not be admitted for want of blocks, and how often some had been released then.
         self._stuck: tuple[int, int] | None = None
 
@@ -75,7 +75,7 @@ class Engine:
         self._draining.clear()
         self._leftovers.clear()
         self._stuck = None
-        self._landed = next_plan - 1
+        self._committed = next_plan - 1
         self.blocks = BlockManager(num_blocks, block_size)
 
     def add(self, sequence: Sequence) -> None:
@@ -97,7 +97,7 @@ class Engine:
     def in_hand(self) -> InHand:
         """What the worker group has: those in slots, and others that left with rows in flight."""
         uids = [sequence.uid for sequence in self.slots.sequences if sequence is not None]
-        return InHand(uids, others=bool(self._leftovers))
+        return InHand(uids, alone=len(uids) == 1 and not self._leftovers)
 
     # A step -------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class Engine:
         while budget and (admitted := self._admit(draft)) is not None:
             budget -= self._chunk(admitted, budget, draft)
         idle = not len(decode) and not draft.chunks
-        if idle and (not slots.released or self._landed != number - 1):
+        if idle and (not slots.released or self._committed != number - 1):
             return None
         slots.context[decode] += 1
         slots.last_plan[decode] = number
@@ -129,7 +129,7 @@ class Engine:
         plan = draft.plan(slots.take_released(), decode)
         return Step(plan, rows, slots.epoch[rows])
 
-    def land(self, step: Step, token_ids: Ints) -> Sampled:
+    def commit(self, step: Step, token_ids: Ints) -> Sampled:
         """Takes a step's result in: int32 [rows]. Ends what it ends, and frees what it frees.
 
         Raises ValueError if there is not one token for each row.
@@ -140,7 +140,7 @@ class Engine:
                 f" {len(step.rows)}"
             )
         slots = self.slots
-        self._landed = step.plan.number
+        self._committed = step.plan.number
         result_rows = (slots.epoch[step.rows] == step.epochs).nonzero()[0]
         rows = step.rows
         if len(result_rows) < len(rows):
@@ -151,7 +151,7 @@ class Engine:
             attempts=slots.attempt[rows],
             offsets=known - slots.prompt_tokens[rows],
             token_ids=token_ids,
-            lanes=slots.lane[rows],
+            detokenizers=slots.detokenizer[rows],
             result_rows=result_rows,
         )
         slots.tokens[rows, known] = token_ids
@@ -159,7 +159,7 @@ class Engine:
         for i, reason in slots.ended(rows, token_ids).items():
             sequence = slots.occupant(int(rows[i]))
             self._end(sequence, Finish(reason, int(sampled.offsets[i]) + 1))
-        self._free_landed()
+        self._free_committed()
         return sampled
 
     def register_full_blocks(self) -> None:
@@ -179,13 +179,13 @@ class Engine:
             return decode
         left_out: list[int] = []
         for slot in needy[np.argsort(slots.order[needy])].tolist():
-            if not slots.horizon[slot]:
+            if not slots.decode_limit[slot]:
                 continue  # preempted, for one before it
             block = self.blocks.append()
             while block is None and self._blocks_to_come() <= len(left_out):
                 _, last = self.running.popitem()
                 self._preempt(last)
-                if not slots.horizon[slot]:
+                if not slots.decode_limit[slot]:
                     break  # it was the last itself
                 block = self.blocks.append()
             if block is not None:
@@ -202,8 +202,8 @@ class Engine:
         slot = sequence.slot
         self._to_the_front(sequence)
         self._prefilling.pop(slot, None)
-        self.slots.horizon[slot] = 0
-        if self.slots.last_plan[slot] > self._landed:
+        self.slots.decode_limit[slot] = 0
+        if self.slots.last_plan[slot] > self._committed:
             self._draining[sequence.uid] = sequence
         else:
             self._vacate(sequence)
@@ -226,7 +226,7 @@ class Engine:
         slots.last_plan[slot] = draft.number
         if length == rest:
             draft.sampling.append(slot)
-            slots.horizon[slot] = slots.limit[slot] - 1
+            slots.decode_limit[slot] = slots.limit[slot] - 1
             self._prefilling.pop(slot, None)
         else:
             self._prefilling[slot] = sequence
@@ -255,7 +255,7 @@ class Engine:
     def _limit(self, sequence: Sequence) -> int:
         """How long it may get. The last token is sampled but never computed."""
         capacity = self.blocks.num_blocks * self.blocks.block_size + 1
-        asked = sequence.prompt_tokens + sequence.submit.max_tokens
+        asked = sequence.prompt_tokens + sequence.submit.sampling.max_tokens
         return min(asked, self._settings.max_model_len, capacity)
 
     def _place(
@@ -300,7 +300,7 @@ class Engine:
     # Leaving ------------------------------------------------------------------------------------
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
-        self.ended.append(Ended(sequence, self.slots.lane_of(sequence)))
+        self.ended.append(Ended(sequence, self.slots.detokenizer_of(sequence)))
         self.remove(sequence)
         sequence.end(finish)
 
@@ -312,21 +312,21 @@ class Engine:
         self._prefilling.pop(slot, None)
         blocks, sequence.blocks = sequence.blocks, []
         until = int(slots.last_plan[slot])
-        if until > self._landed:
+        if until > self._committed:
             self._leftovers.append(Leftover(until, blocks))
         else:
             self.blocks.release(blocks)
         slots.vacate(sequence)
 
-    def _free_landed(self) -> None:
+    def _free_committed(self) -> None:
         """What only waited for rows that are back now."""
         if self._leftovers:
-            landed = [x for x in self._leftovers if x.until <= self._landed]
-            self._leftovers = [x for x in self._leftovers if x.until > self._landed]
-            for leftover in landed:
+            committed = [x for x in self._leftovers if x.until <= self._committed]
+            self._leftovers = [x for x in self._leftovers if x.until > self._committed]
+            for leftover in committed:
                 self.blocks.release(leftover.blocks)
         for sequence in list(self._draining.values()):
-            if self.slots.last_plan[sequence.slot] <= self._landed:
+            if self.slots.last_plan[sequence.slot] <= self._committed:
                 del self._draining[sequence.uid]
                 self._vacate(sequence)
 

@@ -80,7 +80,7 @@ class WorkerGroup:
         self._in_flight.append(step)
         self._unsent += 1
 
-    def land(self, result: StepResult) -> Step | None:
+    def commit(self, result: StepResult) -> Step | None:
         """The step that this is the result of; None if it was known already."""
         if not self._in_flight or result.number < self._in_flight[0].plan.number:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.messages import FinishReason
+from nanovllm.protocol import FinishReason
 from nanovllm.services.scheduler.sequences import NO_SLOT, Sequence
 
 Ints = NDArray[np.int32]
@@ -14,7 +14,7 @@ Indices = NDArray[np.intp]
 # A sequence with more stop tokens than this is looked at by itself.
 STOP_COLUMNS = 8
 NO_STOP = -1
-NO_LANE = -1
+NO_DETOKENIZER = -1
 
 
 class Slots:
@@ -29,11 +29,11 @@ class Slots:
         known: tokens whose ids have arrived here, prompt included.
         context: tokens whose KV is written once all plans so far have run.
         limit: how many tokens the sequence may have, prompt included.
-        horizon: it decodes while `context` is below this: 0 until its prefill is planned, and then
-            limit - 1, since the last token is sampled but never computed.
+        decode_limit: the sequence decodes while `context` is below this: 0 until its prefill is
+            planned, and then limit - 1, since the last token is sampled but never computed.
         last_plan: the latest plan with a row of it.
         registered: blocks that have their name.
-        lane: the detokenizer that is sent each new token by itself, or NO_LANE.
+        detokenizer: the index of the one that has begun the sequence, or NO_DETOKENIZER.
         stops: int32 [slots, STOP_COLUMNS], the tokens that end it, padded with NO_STOP.
         many_stops: whether there are more than fit into `stops`.
         tokens: int32 [slots, max_model_len], those known. Memory is touched only where used.
@@ -53,10 +53,10 @@ class Slots:
         self.known = column()
         self.context = column()
         self.limit = column()
-        self.horizon = column()
+        self.decode_limit = column()
         self.last_plan = np.zeros(max_num_seqs, dtype=np.int64)
         self.registered = column()
-        self.lane = np.full(max_num_seqs, NO_LANE, dtype=np.int32)
+        self.detokenizer = np.full(max_num_seqs, NO_DETOKENIZER, dtype=np.int32)
         self.stops = np.full((max_num_seqs, STOP_COLUMNS), NO_STOP, dtype=np.int32)
         self.many_stops = np.zeros(max_num_seqs, dtype=np.bool_)
         self.tokens = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
@@ -99,9 +99,9 @@ class Slots:
         sequence.slot = NO_SLOT
         self.sequences[slot] = None
         self.epoch[slot] += 1
-        for column in (self.known, self.context, self.horizon, self.registered):
+        for column in (self.known, self.context, self.decode_limit, self.registered):
             column[slot] = 0
-        self.lane[slot] = NO_LANE
+        self.detokenizer[slot] = NO_DETOKENIZER
         self.released.append(slot)
         self._empty.append(slot)
 
@@ -112,9 +112,9 @@ class Slots:
             return sequence.output
         return self.tokens[slot, sequence.prompt_tokens : self.known[slot]].tobytes()
 
-    def lane_of(self, sequence: Sequence) -> int:
-        """The detokenizer that is sent each of its tokens by itself, or NO_LANE."""
-        return NO_LANE if sequence.slot == NO_SLOT else int(self.lane[sequence.slot])
+    def detokenizer_of(self, sequence: Sequence) -> int:
+        """The index of the detokenizer that has begun the sequence, or NO_DETOKENIZER."""
+        return NO_DETOKENIZER if sequence.slot == NO_SLOT else int(self.detokenizer[sequence.slot])
 
     def occupant(self, slot: int) -> Sequence:
         """The sequence in a slot; raises LookupError if it is empty."""
@@ -125,7 +125,7 @@ class Slots:
 
     def decoding(self) -> Indices:
         """The slots whose next token can be planned now, without knowing the one before it."""
-        return (self.context < self.horizon).nonzero()[0]
+        return (self.context < self.decode_limit).nonzero()[0]
 
     def ended(self, rows: Indices, token_ids: Ints) -> dict[int, FinishReason]:
         """Of slots to which these tokens just came: the places in `rows` of those that ended."""

@@ -15,7 +15,7 @@ from nanovllm.services.scheduler.slots import Indices, Ints
 
 
 class Step(NamedTuple):
-    """A plan, and whose its result's rows are: slots, each in the epoch of that time."""
+    """A plan, and the slots of its result's rows, each in the epoch of that time."""
 
     plan: StepPlan
     rows: Indices
@@ -23,12 +23,13 @@ class Step(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The tokens of a result that belong to somebody, one array a column.
+    """The tokens of a result whose sequences are still there, one array a column.
 
     Attributes:
         uids: int64 [n].
         attempts, offsets, token_ids: int32 [n]; a token's offset is its index in the output.
-        lanes: int32 [n], the detokenizer that is sent each token by itself, or NO_LANE.
+        detokenizers: int32 [n], the index of the one that has begun the sequence, or
+            NO_DETOKENIZER.
         result_rows: int [n], where the tokens stood in the result.
     """
 
@@ -36,15 +37,16 @@ class Sampled(NamedTuple):
     attempts: Ints
     offsets: Ints
     token_ids: Ints
-    lanes: Ints
+    detokenizers: Ints
     result_rows: Indices
 
 
 class Ended(NamedTuple):
-    """A sequence that finished, and the detokenizer that has all its tokens, or NO_LANE."""
+    """A sequence that finished, and the index of the detokenizer that has begun it, or
+    NO_DETOKENIZER."""
 
     sequence: Sequence
-    lane: int
+    detokenizer: int
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from nanovllm.messages import ChatMessage
+from nanovllm.protocol import ChatMessage
 
 # What steers the rendering itself, and is not the client's to set.
 RESERVED: Final = frozenset(

@@ -1,96 +1,55 @@
-"""What a tokenizer has in hand: requests to encode, requests to submit, and replies."""
+"""What a tokenizer has in hand: requests to tokenize, and answers to send."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from itertools import islice
 
 from nanovllm.control import TokenizerStats
-from nanovllm.messages import (
-    HandedOn,
-    IngressToTokenizer,
-    Refused,
-    Submit,
-    Tokenize,
-    TokenizerToIngress,
-    uid_epoch,
-)
-
-Encode = Callable[[Tokenize], Submit | Refused]
-
-# Requests in one frame at most: each may hold a long prompt.
-SUBMITS_A_FRAME = 64
+from nanovllm.messages import Refused, Tokenize, Tokenized, TokenizerToIngress
+from nanovllm.transport.links import one_frame
 
 
-class Desk:
-    """Requests in order of arrival, from the ingress to the scheduler.
+class TokenizeQueue:
+    """Requests in order of arrival, and their answers. The ingress counts what is here, and gives
+    it to another tokenizer when the link is lost."""
 
-    A request is in hand until the scheduler was sent it; only then is it handed on. A newer
-    attempt takes the place of an older one.
-    """
-
-    def __init__(self, encode: Encode) -> None:
+    def __init__(self, encode: Callable[[Tokenize], Tokenized | Refused]) -> None:
         self._encode = encode
-        self._queue: dict[int, Tokenize] = {}
-        self._submits: dict[int, Submit] = {}
-        self._replies: list[TokenizerToIngress] = []
+        self._requests: deque[Tokenize] = deque()
+        self._answers: deque[TokenizerToIngress] = deque()
         self._tokenized = 0
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to encode."""
-        return not self._queue
+        """Whether there is nothing to tokenize."""
+        return not self._requests
 
-    def take(self, message: IngressToTokenizer) -> None:
-        if not isinstance(message, Tokenize):
-            self._drop(message.uid)
-            return
-        held = self._queue.get(message.uid) or self._submits.get(message.uid)
-        if held is None or message.attempt > held.attempt:
-            self._submits.pop(message.uid, None)
-            self._queue[message.uid] = message
+    def add(self, request: Tokenize) -> None:
+        self._requests.append(request)
 
-    def ingress_up(self, incarnation: int) -> None:
-        """The ingress is there, in this life: the requests of its other lives are nobody's."""
-        for uid in [*self._queue, *self._submits]:
-            if uid_epoch(uid) != incarnation:
-                self._drop(uid)
-        self._replies = [r for r in self._replies if uid_epoch(r.uid) == incarnation]
+    def ingress_up(self) -> None:
+        """A connection to the ingress was made: what was in hand was given to another."""
+        self._requests.clear()
+        self._answers.clear()
 
     def work(self) -> None:
-        """Encodes the request that has waited longest."""
-        uid = next(iter(self._queue))
-        result = self._encode(self._queue.pop(uid))
-        if isinstance(result, Refused):
-            self._replies.append(result)
-        else:
-            self._submits[uid] = result
-            self._tokenized += 1
+        """Tokenizes the request that has waited longest."""
+        self._answers.append(self._encode(self._requests.popleft()))
+        self._tokenized += 1
 
-    def submits(self) -> list[Submit]:
-        """The next frame to the scheduler; empty when all was sent."""
-        return list(islice(self._submits.values(), SUBMITS_A_FRAME))
+    def frame(self) -> list[TokenizerToIngress]:
+        """The next frame for the ingress; empty if there is none. `sent` was sent."""
+        return one_frame(self._answers, _size)
 
-    def submitted(self, submits: list[Submit], scheduler: int) -> None:
-        """`submits` were sent: they are the scheduler's now, in this life of it."""
-        for submit in submits:
-            del self._submits[submit.uid]
-            prompt_tokens = len(submit.prompt) // 4
-            self._replies.append(HandedOn(submit.uid, submit.attempt, prompt_tokens, scheduler))
-
-    def replies(self) -> list[TokenizerToIngress]:
-        """What the ingress is to be told; empty when all was sent."""
-        return self._replies
-
-    def replied(self) -> None:
-        """The replies were sent."""
-        self._replies = []
+    def sent(self, frame: list[TokenizerToIngress]) -> None:
+        for _ in frame:
+            self._answers.popleft()
 
     def stats(self) -> TokenizerStats:
-        return TokenizerStats(
-            queued=len(self._queue) + len(self._submits), tokenized=self._tokenized
-        )
+        queued = len(self._requests) + len(self._answers)
+        return TokenizerStats(queued=queued, tokenized=self._tokenized)
 
-    def _drop(self, uid: int) -> None:
-        self._queue.pop(uid, None)
-        self._submits.pop(uid, None)
+
+def _size(answer: TokenizerToIngress) -> int:
+    return len(answer.prompt) if isinstance(answer, Tokenized) else len(answer.message)

@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 from tokenizers import Tokenizer
 
 from nanovllm.checkpoint import eos_token_ids
-from nanovllm.messages import Refused, Submit, Tokenize, pack, unpack
+from nanovllm.messages import Refused, Tokenize, Tokenized, pack, unpack
 from nanovllm.services.tokenizer.chat import ChatTemplate, ChatTemplateError
 from nanovllm.services.tokenizer.files import (
     TokenizerConfig,
@@ -74,19 +75,19 @@ class PromptEncoder:
             max_model_len,
         )
 
-    def encode(self, request: Tokenize) -> Submit | Refused:
+    def encode(self, request: Tokenize) -> Tokenized | Refused:
         try:
             return self._encode(request)
         except _Refusal as refusal:
-            return Refused(request.uid, request.attempt, refusal.code, str(refusal))
+            return Refused(request.uid, refusal.code, str(refusal))
         except Exception:  # whatever a prompt brings about ends this request, and no other
             log.exception("request %x could not be tokenized", request.uid)
             message = "the prompt could not be tokenized"
-            return Refused(request.uid, request.attempt, "internal", message)
+            return Refused(request.uid, "internal", message)
 
-    def _encode(self, request: Tokenize) -> Submit:
+    def _encode(self, request: Tokenize) -> Tokenized:
         prompt = self._prompt(request)
-        length, held = len(unpack(prompt)), len(unpack(request.output))
+        length, resumed = len(unpack(prompt)), request.resumed
         if length == 0:
             raise _Refusal("invalid_request", "the prompt is empty: it has no token")
         if length >= self._max_model_len:
@@ -96,37 +97,33 @@ class PromptEncoder:
                 f" ({self._max_model_len})",
             )
         room = self._max_model_len - length
-        if held > room:
+        if resumed > room:
             raise _Refusal(
                 "context_length_exceeded",
-                f"the prompt has {length} tokens and resume_token_ids {held}; together they must"
+                f"the prompt has {length} tokens and resume_token_ids {resumed}; together they must"
                 f" not exceed max_model_len ({self._max_model_len})",
             )
-        return Submit(
-            uid=request.uid,
-            attempt=request.attempt,
-            prompt=prompt,
-            output=request.output,
-            resumed=request.resumed,
-            sampling=request.sampling,
-            max_tokens=min(request.max_tokens, room),
-            stop=request.stop,
-            stop_token_ids=self._stop_token_ids(request),
-            cache_salt=request.cache_salt,
+        asked = request.sampling
+        eos = [] if asked.ignore_eos else self._eos
+        sampling = msgspec.structs.replace(
+            asked,
+            max_tokens=min(asked.max_tokens, room),
+            stop_token_ids=sorted({*asked.stop_token_ids, *eos}),
         )
+        return Tokenized(request.uid, prompt, sampling)
 
     def _prompt(self, request: Tokenize) -> bytes:
         """The prompt's token ids, as int32."""
-        if request.token_ids is not None:
-            return request.token_ids
-        if request.text is not None:
-            return self._tokenize(request.text, add_special_tokens=True)
-        if request.chat is None:
+        if request.prompt_token_ids is not None:
+            return request.prompt_token_ids
+        if request.prompt is not None:
+            return self._tokenize(request.prompt, add_special_tokens=True)
+        if request.messages is None:
             raise _Refusal("invalid_request", "the request has no prompt")
         if self._chat_template is None:
             raise _Refusal("invalid_request", "messages: this model has no chat template")
         try:
-            text = self._chat_template.render(request.chat, request.chat_template_kwargs)
+            text = self._chat_template.render(request.messages, request.chat_template_kwargs)
         except ChatTemplateError as error:
             log.info("request %x refused: %s", request.uid, error)
             raise _Refusal("invalid_request", str(error)) from None
@@ -145,8 +142,3 @@ class PromptEncoder:
             [text], add_special_tokens=add_special_tokens
         )
         return pack(encoding.ids)
-
-    def _stop_token_ids(self, request: Tokenize) -> bytes:
-        if request.ignore_eos:
-            return request.stop_token_ids
-        return pack(sorted({*unpack(request.stop_token_ids).tolist(), *self._eos}))

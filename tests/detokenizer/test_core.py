@@ -11,26 +11,25 @@ from hypothesis import strategies as st
 
 from nanovllm.messages import (
     Begin,
-    Delta,
+    Decoded,
     End,
     Ending,
     Finished,
-    FinishReason,
     NewTokens,
     TokenLogprobs,
-    Usage,
     pack,
+    pack_int64,
     unpack,
 )
-from nanovllm.services.detokenizer.core import DELTAS_A_FRAME, Detokenizer
+from nanovllm.protocol import FinishReason, Usage
+from nanovllm.services.detokenizer.core import OUTPUTS_A_FRAME, Detokenizer
 from nanovllm.vocabulary import Vocabulary
 from tests.bpe import tiny_tokenizer
 from tests.detokenizer.test_text import TEXT, ids_of_bytes, token_lists
 
 tokenizer = tiny_tokenizer()
 VOCABULARY = Vocabulary(text=TEXT, longest_entry=13)
-EPOCH = 7
-UID = EPOCH << 32 | 1
+UID = 7 << 32 | 1
 
 
 def begin(
@@ -55,7 +54,7 @@ def rows(
     uids, attempts, offsets, token_ids = zip(*tokens, strict=True)
     by_row = logprobs or {}
     return NewTokens(
-        np.array(uids, "<i8").tobytes(),
+        pack_int64(uids),
         pack(attempts),
         pack(offsets),
         pack(token_ids),
@@ -65,7 +64,7 @@ def rows(
 
 
 class Ingress:
-    """Takes deltas as the ingress does: cuts what it has, and lets no gap pass."""
+    """Takes decoded output as the ingress does: cuts what it has, and lets no gap pass."""
 
     def __init__(self, tokens: int = 0, chars: int = 0) -> None:
         self.first_token, self.first_char = tokens, chars
@@ -74,28 +73,28 @@ class Ingress:
         self.logprobs: list[TokenLogprobs] = []
         self.ending: Ending | None = None
 
-    def take(self, delta: Delta) -> None:
-        tokens = unpack(delta.token_ids).tolist()
+    def take(self, decoded: Decoded) -> None:
+        tokens = unpack(decoded.token_ids).tolist()
         have = self.first_token + len(self.tokens)
-        assert delta.token_offset <= have
-        assert not delta.logprobs or len(delta.logprobs) == len(tokens)
-        self.tokens += tokens[have - delta.token_offset :]
-        self.logprobs += delta.logprobs[have - delta.token_offset :]
+        assert decoded.token_offset <= have
+        assert not decoded.logprobs or len(decoded.logprobs) == len(tokens)
+        self.tokens += tokens[have - decoded.token_offset :]
+        self.logprobs += decoded.logprobs[have - decoded.token_offset :]
         have = self.first_char + len(self.text)
-        assert delta.text_offset <= have
-        self.text += delta.text[have - delta.text_offset :]
-        self.ending = delta.ending
+        assert decoded.text_offset <= have
+        self.text += decoded.text[have - decoded.text_offset :]
+        self.ending = decoded.ending
 
 
-def flush(core: Detokenizer) -> list[Delta]:
-    deltas = core.deltas()
-    core.sent(deltas)
-    return deltas
+def flush(core: Detokenizer) -> list[Decoded]:
+    frame = core.frame()
+    core.sent(frame)
+    return frame
 
 
-def only(core: Detokenizer) -> Delta:
-    (delta,) = flush(core)
-    return delta
+def only(core: Detokenizer) -> Decoded:
+    (decoded,) = flush(core)
+    return decoded
 
 
 def ended(reason: FinishReason, completion_tokens: int, cached_tokens: int = 0) -> Ending:
@@ -127,7 +126,7 @@ def outputs_and_stops(draw: st.DrawFn) -> tuple[list[int], list[str]]:
 
 
 @given(outputs_and_stops(), st.randoms(use_true_random=False))
-def test_joined_deltas_are_the_decoding_cut_before_the_stop(
+def test_the_joined_text_is_the_decoding_cut_before_the_stop(
     given_output: tuple[list[int], list[str]], choices: random.Random
 ) -> None:
     token_ids, stops = given_output
@@ -136,18 +135,20 @@ def test_joined_deltas_are_the_decoding_cut_before_the_stop(
     for offset, token_id in enumerate(token_ids):
         core.take(rows((UID, 1, offset, token_id)))
         if choices.random() < 0.5:
-            for delta in core.deltas():
-                ingress.take(delta)
+            for decoded in core.frame():
+                ingress.take(decoded)
                 if choices.random() < 0.7:  # else the sender does not know that it was sent
-                    core.sent([delta])
+                    core.sent([decoded])
+        if choices.random() < 0.1:
+            core.ingress_up()
     core.take(Finished(UID, 1, "length", len(token_ids)))
-    for delta in flush(core):
-        ingress.take(delta)
+    for decoded in flush(core):
+        ingress.take(decoded)
     text, count, reason = reference(token_ids, stops)
     assert ingress.text == text
     assert ingress.tokens == token_ids[:count]
     assert ingress.ending == ended(reason, count)
-    assert core.deltas() == []
+    assert core.frame() == []
 
 
 @given(outputs_and_stops(), st.data())
@@ -163,23 +164,23 @@ def test_resuming_anywhere_goes_on_exactly(
     straight.take(begin(stop=stops))
     for offset, token_id in enumerate(token_ids[:resumed]):
         straight.take(rows((UID, 1, offset, token_id)))
-    for delta in flush(straight):
-        client.take(delta)
+    for decoded in flush(straight):
+        client.take(decoded)
     before = client.text
     for offset, token_id in enumerate(token_ids[resumed:], start=resumed):
         straight.take(rows((UID, 1, offset, token_id)))
     straight.take(Finished(UID, 1, "length", len(token_ids)))
-    for delta in flush(straight):
-        client.take(delta)
+    for decoded in flush(straight):
+        client.take(decoded)
 
     again, rest = Detokenizer(VOCABULARY), Ingress(resumed, len(before))
     again.take(begin(token_ids[:held], resumed=resumed, stop=stops))
     for offset, token_id in enumerate(token_ids[held:], start=held):
         again.take(rows((UID, 1, offset, token_id)))
     again.take(Finished(UID, 1, "length", len(token_ids)))
-    delta = only(again)
-    assert (delta.token_offset, delta.text_offset) == (resumed, len(before))
-    rest.take(delta)
+    decoded = only(again)
+    assert (decoded.token_offset, decoded.text_offset) == (resumed, len(before))
+    rest.take(decoded)
     assert before + rest.text == client.text
     assert rest.tokens == token_ids[resumed:count]
     assert rest.ending == client.ending == ended(reason, count)
@@ -188,10 +189,10 @@ def test_resuming_anywhere_goes_on_exactly(
 def test_resumed_tokens_beyond_a_stop_string_all_count() -> None:
     core = Detokenizer(VOCABULARY)
     core.take(begin(ids_of_bytes(b"one END two"), resumed=11, stop=["END"]))
-    assert only(core) == Delta(UID, 1, 11, 4, b"", "", [], ended("stop", 11))
+    assert only(core) == Decoded(UID, 1, 11, 4, b"", "", [], ended("stop", 11))
     core.take(rows((UID, 1, 11, 5)))
     core.take(Finished(UID, 1, "length", 12))
-    assert core.deltas() == []
+    assert core.frame() == []
 
 
 def test_text_that_may_become_a_stop_string_waits() -> None:
@@ -199,15 +200,15 @@ def test_text_that_may_become_a_stop_string_waits() -> None:
     core.take(begin(ids_of_bytes(b"a EN"), stop=["END"]))
     assert only(core).text == "a "
     core.take(rows((UID, 1, 4, ids_of_bytes(b"T")[0])))
-    assert only(core) == Delta(UID, 1, 4, 2, pack(ids_of_bytes(b"T")), "ENT", [], None)
+    assert only(core) == Decoded(UID, 1, 4, 2, pack(ids_of_bytes(b"T")), "ENT", [], None)
 
 
 def test_the_end_releases_what_waited() -> None:
     core = Detokenizer(VOCABULARY)
     core.take(begin(ids_of_bytes(b"a EN" + b"\xf0\x9f"), stop=["END"]))
     core.take(Finished(UID, 1, "stop", 6))
-    delta = only(core)
-    assert (delta.text, delta.ending) == ("a EN\ufffd", ended("stop", 6))
+    decoded = only(core)
+    assert (decoded.text, decoded.ending) == ("a EN\ufffd", ended("stop", 6))
 
 
 def test_a_stop_string_completed_by_the_end_of_an_incomplete_character() -> None:
@@ -215,7 +216,7 @@ def test_a_stop_string_completed_by_the_end_of_an_incomplete_character() -> None
     core.take(begin(ids_of_bytes(b"ab\xf0\x9f"), stop=["b\ufffd"]))
     assert only(core).text == "a"
     core.take(Finished(UID, 1, "length", 4))
-    assert only(core) == Delta(UID, 1, 4, 1, b"", "", [], ended("stop", 4))
+    assert only(core) == Decoded(UID, 1, 4, 1, b"", "", [], ended("stop", 4))
 
 
 def test_what_arrives_twice_is_cut_and_gaps_wait_for_begin() -> None:
@@ -225,15 +226,15 @@ def test_what_arrives_twice_is_cut_and_gaps_wait_for_begin() -> None:
     core.take(rows((UID, 1, 0, token_ids[0]), (UID, 1, 0, token_ids[0])))
     core.take(rows((UID, 1, 2, token_ids[2])))
     core.take(Finished(UID, 1, "length", 5))
-    delta = only(core)
-    assert (delta.text, delta.ending) == ("h", None)
+    decoded = only(core)
+    assert (decoded.text, decoded.ending) == ("h", None)
     core.take(begin(token_ids[:3], cached_tokens=8))
     core.take(begin(token_ids[:2], cached_tokens=8))
     assert only(core).text == "el"
     core.take(begin(token_ids, cached_tokens=8))
-    delta = only(core)
-    assert (delta.token_offset, delta.text_offset) == (3, 3)
-    assert (delta.text, delta.ending) == ("lo", ended("length", 5, cached_tokens=8))
+    decoded = only(core)
+    assert (decoded.token_offset, decoded.text_offset) == (3, 3)
+    assert (decoded.text, decoded.ending) == ("lo", ended("length", 5, cached_tokens=8))
 
 
 def test_only_the_newest_attempt_counts() -> None:
@@ -245,8 +246,7 @@ def test_only_the_newest_attempt_counts() -> None:
     assert only(core).text == "old"
     core.take(begin(ids_of_bytes(b"new"), attempt=3, resumed=1))
     core.take(rows((UID, 2, 3, 5)))
-    delta = only(core)
-    assert (delta.attempt, delta.token_offset, delta.text_offset, delta.text) == (3, 1, 1, "ew")
+    assert only(core) == Decoded(UID, 3, 1, 1, pack(ids_of_bytes(b"ew")), "ew", [], None)
     assert core.stats().requests == 1
 
 
@@ -254,39 +254,52 @@ def test_a_new_attempt_without_news_takes_back_what_was_unsent() -> None:
     core = Detokenizer(VOCABULARY)
     core.take(begin(ids_of_bytes(b"ab"), attempt=1))
     core.take(begin(ids_of_bytes(b"ab"), attempt=2, resumed=2))
-    assert core.deltas() == []
+    assert core.frame() == []
 
 
-def test_an_ingress_that_connects_anew_gets_all_again() -> None:
+def test_an_ingress_that_connects_anew_gets_all_outputs_again() -> None:
     core = Detokenizer(VOCABULARY)
     core.take(begin(ids_of_bytes(b"ab"), resumed=1))
     core.take(Finished(UID, 1, "length", 2))
-    first = only(core)
-    core.ingress_up(EPOCH)
-    assert only(core) == first
-    core.ingress_up(EPOCH + 1)
-    assert core.stats().requests == 0
-    assert core.deltas() == []
+    core.take(begin(ids_of_bytes(b"cd"), uid=UID + 1))
+    core.take(begin(uid=UID + 2))
+    first = flush(core)
+    assert [decoded.text for decoded in first] == ["b", "cd"]
+    core.ingress_up()
+    assert flush(core) == first
 
 
-def test_ends_free_everything() -> None:
+def test_an_end_is_of_its_attempt_and_older_ones() -> None:
     core = Detokenizer(VOCABULARY)
-    core.take(begin(ids_of_bytes(b"ab")))
-    core.take(End(UID))
-    core.take(End(UID))
-    assert core.deltas() == []
-    core.take(begin(ids_of_bytes(b"ab")))
-    core.scheduler_up()
-    assert core.deltas() == []
+    core.take(begin(ids_of_bytes(b"ab"), attempt=2))
+    core.take(End(UID, 1))
+    core.take(End(UID + 1, 9))
+    assert only(core).text == "ab"
+    core.ingress_up()
+    core.take(End(UID, 3))
+    core.take(rows((UID, 2, 2, 5)))
+    assert flush(core) == []
     assert core.stats().requests == 0
+
+
+def test_a_scheduler_that_connects_anew_begins_all_anew() -> None:
+    core = Detokenizer(VOCABULARY)
+    core.take(begin(ids_of_bytes(b"ab"), attempt=2))
+    core.scheduler_up()
+    core.ingress_up()
+    core.take(rows((UID, 2, 2, 5)))
+    assert flush(core) == []
+    assert core.stats().requests == 0
+    core.take(begin(ids_of_bytes(b"abc"), attempt=2))
+    assert (only(core).text, core.stats().requests) == ("abc", 1)
 
 
 def test_many_requests_take_several_frames() -> None:
     core = Detokenizer(VOCABULARY)
-    count = DELTAS_A_FRAME + 1
+    count = OUTPUTS_A_FRAME + 1
     for uid in range(count):
         core.take(begin(ids_of_bytes(b"a"), uid=uid))
-    assert [len(flush(core)) for _ in range(3)] == [DELTAS_A_FRAME, 1, 0]
+    assert [len(flush(core)) for _ in range(3)] == [OUTPUTS_A_FRAME, 1, 0]
 
 
 def logprobs_of(token_id: int) -> TokenLogprobs:
@@ -302,10 +315,10 @@ def test_logprobs_keep_to_their_tokens(resumed: int, earlier: int, later: int) -
     fresh = [logprobs_of(t) for t in token_ids[resumed + earlier :]]
     core.take(begin(token_ids, resumed=resumed, logprobs=fresh))
     core.take(rows((UID, 1, total, 50), logprobs={0: logprobs_of(50)}))
-    delta = only(core)
-    assert delta.token_offset == resumed + earlier
-    assert delta.logprobs == [*fresh, logprobs_of(50)]
-    assert unpack(delta.token_ids).tolist() == [*token_ids[resumed + earlier :], 50]
+    decoded = only(core)
+    assert decoded.token_offset == resumed + earlier
+    assert decoded.logprobs == [*fresh, logprobs_of(50)]
+    assert unpack(decoded.token_ids).tolist() == [*token_ids[resumed + earlier :], 50]
 
 
 def test_logprobs_of_some_rows() -> None:

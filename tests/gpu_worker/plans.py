@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.messages import Admission, Sampling, StepPlan, StepResult, pack, unpack
+from nanovllm.messages import Admission, StepPlan, StepResult, pack, unpack
+from nanovllm.protocol import Sampling
 
-GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, logprobs=None)
+GREEDY = Sampling(temperature=0.0, seed=0)
 
 
 def step_plan(

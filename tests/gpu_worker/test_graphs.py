@@ -16,7 +16,8 @@ from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.choose import ByPhaseBackend
 from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
-from nanovllm.messages import Admission, Sampling
+from nanovllm.messages import Admission
+from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import MAX_CHUNKS, Sizes, StepGraphs, graph_sizes
@@ -175,7 +176,7 @@ def test_replayed_steps_sample_what_launched_steps_do(tmp_path: Path) -> None:
 def test_replayed_prefills_come_to_the_same_logits_in_bfloat16(tmp_path: Path) -> None:
     """With whatever attention is chosen for prefills; tokens might differ by rounding."""
     directory = write_checkpoint(tmp_path / "checkpoint", vocab_size=515, head_dim=128)
-    sampling = Sampling(0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, logprobs=5)
+    sampling = Sampling(temperature=0.0, seed=0, logprobs=5)
     rng = random.Random(5)
     requests = [
         Request(rng.choices(range(515), k=rng.randint(1, 200)), 1, sampling) for _ in range(20)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.messages import Admission, Sampling, StepPlan, StepResult, pack, unpack
+from nanovllm.messages import Admission, StepPlan, StepResult, pack, unpack
+from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker import memory, startup
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import Sizes
@@ -127,7 +128,6 @@ def test_a_seeded_request_is_the_same_alone_and_in_a_batch(directory: Path) -> N
                 top_k=rng.choice((0, 20)),
                 min_p=rng.choice((0.0, 0.05)),
                 seed=rng.randrange(-(2**63), 2**63),
-                logprobs=None,
             ),
         )
         for prompt in prompts(10, seed=6)
@@ -148,7 +148,7 @@ def test_a_seeded_request_is_the_same_alone_and_in_a_batch(directory: Path) -> N
 def test_logprobs_are_those_of_the_raw_logits(directory: Path) -> None:
     counts = [None, 0, 3, 20, None]
     requests = [
-        Request(prompt, 4, Sampling(1.3, 0.9, 30, 0.0, seed=n, logprobs=count))
+        Request(prompt, 4, Sampling(temperature=1.3, top_p=0.9, top_k=30, seed=n, logprobs=count))
         for n, (prompt, count) in enumerate(zip(prompts(5, seed=2), counts, strict=True))
     ]
     schedule = schedule_of(requests, seed=0)

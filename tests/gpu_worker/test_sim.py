@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.checkpoint import CheckpointError
-from nanovllm.messages import Admission, Sampling, StepResult, pack, unpack
+from nanovllm.messages import Admission, StepResult, pack, unpack
+from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.runner import Loaded, Runner
 from nanovllm.services.gpu_worker.sim import SimDevice, SimRunner, draw, ordinary_tokens
 from nanovllm.settings import Settings, SettingsError
@@ -32,7 +33,7 @@ SETTINGS = Settings(
 
 
 def sampling(seed: int, logprobs: int | None = None) -> Sampling:
-    return Sampling(1.0, 1.0, 0, 0.0, seed, logprobs)
+    return Sampling(seed=seed, logprobs=logprobs)
 
 
 def results(runner: Runner, count: int) -> list[StepResult]:

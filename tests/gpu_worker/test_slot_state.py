@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from nanovllm.kernels.sampling.reference import SamplingTensors
-from nanovllm.messages import Admission, Sampling, pack
+from nanovllm.messages import Admission, pack
+from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.slot_state import DeviceState
 from nanovllm.services.gpu_worker.slots import SlotTable
 from tests.gpu_worker.paged import CPU

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.kernels.sampling import SHORTLIST_SIZE
-from nanovllm.messages import Admission, Sampling, StepPlan, unpack
+from nanovllm.messages import Admission, StepPlan, unpack
+from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.slots import NO_LOGPROBS, Batch, SlotTable
 from tests.gpu_worker.plans import GREEDY, Request, random_schedule, step_plan
 

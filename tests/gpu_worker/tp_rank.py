@@ -15,7 +15,8 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShape
 from nanovllm.kernels.attention.sdpa import SdpaBackend
 from nanovllm.kernels.sampling.reference import SamplingTensors
-from nanovllm.messages import Sampling, unpack
+from nanovllm.messages import unpack
+from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import Sizes
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
@@ -116,7 +117,9 @@ def scheduled_steps() -> list[Scheduled]:
         Request(
             rng.choices(range(515), k=rng.randint(1, 20)),
             rng.randint(2, 5),
-            Sampling(0.8, top_p, top_k, min_p, seed=number, logprobs=2),
+            Sampling(
+                temperature=0.8, top_p=top_p, top_k=top_k, min_p=min_p, seed=number, logprobs=2
+            ),
         )
         for number, (top_p, top_k, min_p) in enumerate(samplings)
     ]

@@ -7,17 +7,22 @@ from typing import Any
 import msgspec
 
 from nanovllm.messages import (
-    Admitted,
-    Cancel,
-    Delta,
+    Decoded,
+    End,
     Ending,
     EngineState,
-    HandedOn,
+    Held,
+    IngressToScheduler,
+    Missing,
+    Submit,
     Tokenize,
-    Usage,
+    Tokenized,
     pack,
+    pack_int64,
+    unpack,
+    unpack_int64,
 )
-from nanovllm.protocol import ServerMessage
+from nanovllm.protocol import ServerMessage, Usage
 from nanovllm.services.ingress.core import About, Core
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.sessions import Session
@@ -27,7 +32,14 @@ INCARNATION = 0x0ABCDEF0
 TOKENIZER = Peer("tokenizer", 0, 11)
 DETOKENIZER = Peer("detokenizer", 0, 12)
 SCHEDULER = Peer("scheduler", 0, 13)
+REBORN = Peer("scheduler", 0, 14)
 CLIENT = b"\x00cli1"
+OTHER = b"\x00cli2"
+SESSION = "0abcdef0-1"  # the first client's
+BUDGET = 16
+READY = EngineState(True, slots=4, blocks=100, block_size=16)
+NOT_READY = EngineState(False, slots=4, blocks=0, block_size=0)
+PROMPT = [1, 2, 3]
 
 _server_messages = msgspec.msgpack.Decoder(list[ServerMessage])
 
@@ -37,17 +49,24 @@ def decode(frame: bytes) -> list[ServerMessage]:
 
 
 class World:
-    """A core whose services are up, and what it sent to whom."""
+    """A core whose services are up, and what the core sent to whom.
+
+    Attributes:
+        ended: uid and attempt of each `End` that the scheduler was sent.
+        held: the same of the latest `Held`; None: there was none yet.
+    """
 
     def __init__(self, *, max_pending_requests: int = 100, services: bool = True) -> None:
         self.core = Core(
             INCARNATION,
             Limits(vocab_size=1000, max_model_len=64, max_message_bytes=1 << 20),
             max_pending_requests,
+            BUDGET,
             About("0.0", "tiny"),
             draw_seed=lambda: 4242,
         )
-        self.cancelled: list[int] = []
+        self.ended: list[tuple[int, int]] = []
+        self.held: dict[int, int] | None = None
         self.disconnected: list[bytes] = []
         self.full: set[bytes] = set()
         self.now = 0.0
@@ -55,8 +74,9 @@ class World:
         if services:
             self.core.service_up(TOKENIZER)
             self.core.service_up(DETOKENIZER)
-            self.core.scheduler_up(SCHEDULER, reborn=True)
-            self.core.from_scheduler(EngineState(True))
+            self.scheduler_up(SCHEDULER)
+
+    # Clients ------------------------------------------------------------------------------------
 
     def say(self, *messages: Any, client: bytes = CLIENT) -> None:
         for message in messages:
@@ -71,27 +91,8 @@ class World:
         ask = {"type": "generate", "id": request_id, "prompt": "x", **keys}
         self.say(ask, client=client)
 
-    def tokenizes(self, peer: Peer = TOKENIZER) -> list[Tokenize]:
-        """What the tokenizer is sent now; cancels go to `cancelled`."""
-        messages: list[Tokenize] = []
-        for who, unsent in self.core.dispatcher.unsent():
-            if who == peer:
-                messages += [m for m in unsent if isinstance(m, Tokenize)]
-                self.cancelled += [m.uid for m in unsent if isinstance(m, Cancel)]
-                unsent.clear()
-        return messages
-
-    def start(self, *ids: str, **keys: Any) -> list[Tokenize]:
-        """Requests that run: each is what the tokenizer got."""
-        for request_id in ids:
-            self.generate(request_id, **keys)
-        started = self.tokenizes()
-        for tokenize in started:
-            self.core.from_tokenizer(
-                HandedOn(tokenize.uid, tokenize.attempt, 1, SCHEDULER.incarnation), now=0.0
-            )
-            self.core.from_scheduler(Admitted(tokenize.uid, tokenize.attempt))
-        return started
+    def abort(self, request_id: str) -> None:
+        self.say({"type": "abort", "id": request_id})
 
     def sent(self, client: bytes = CLIENT) -> list[bytes]:
         """The frames that the client gets now; none while it is in `full`."""
@@ -113,13 +114,73 @@ class World:
     def _unsent(self, client: bytes) -> list[Session]:
         return [session for session in self.core.unsent if session.connection == client]
 
+    # Services -----------------------------------------------------------------------------------
 
-def delta(
-    of: Tokenize, start: int, tokens: list[int], *, end: bool = False, attempt: int | None = None
-) -> Delta:
+    def tokenizes(self, peer: Peer = TOKENIZER) -> list[Tokenize]:
+        """What the tokenizer is sent now."""
+        messages: list[Tokenize] = []
+        while frame := dict(self.core.tokenizers.frames()).get(peer):
+            messages += frame
+            self.core.tokenizers.sent(peer, frame)
+        return messages
+
+    def tokenized(self, *tokenizes: Tokenize, peer: Peer = TOKENIZER) -> None:
+        """The tokenizer answers; a text is `PROMPT`."""
+        for tokenize in tokenizes:
+            prompt = tokenize.prompt_token_ids or pack(PROMPT)
+            self.core.from_tokenizer(peer, Tokenized(tokenize.uid, prompt, tokenize.sampling))
+
+    def engine_frames(self) -> list[list[IngressToScheduler]]:
+        """The frames that the scheduler is sent now."""
+        self.core.submit()
+        frames: list[list[IngressToScheduler]] = []
+        while frame := self.core.engine.frame():
+            frames.append(frame)
+            self.core.engine.sent(frame)
+            for message in frame:
+                if isinstance(message, End):
+                    self.ended.append((message.uid, message.attempt))
+                elif isinstance(message, Held):
+                    attempts = unpack(message.attempts).tolist()
+                    held = zip(unpack_int64(message.uids), attempts, strict=True)
+                    self.held = dict(held)
+        return frames
+
+    def submits(self) -> list[Submit]:
+        """The requests that the scheduler is given now."""
+        messages = [message for frame in self.engine_frames() for message in frame]
+        return [message for message in messages if isinstance(message, Submit)]
+
+    def start(self, *ids: str, **keys: Any) -> list[Submit]:
+        """Requests that are tokenized, and that the scheduler is given."""
+        for request_id in ids:
+            self.generate(request_id, **keys)
+        self.tokenized(*self.tokenizes())
+        return self.submits()
+
+    def scheduler_up(self, peer: Peer, state: EngineState | None = READY) -> None:
+        self.core.service_up(peer)
+        if state is not None:
+            self.core.from_scheduler(peer, state)
+
+    def scheduler_restarts(self, peer: Peer = REBORN) -> None:
+        """The scheduler's link goes and comes back; it is another incarnation, unless `peer` is the
+        same."""
+        if self.core.engine.peer is not None:
+            self.core.service_down(self.core.engine.peer)
+        self.scheduler_up(peer)
+
+
+def missing(attempts: dict[int, int]) -> Missing:
+    return Missing(pack_int64(attempts), pack(attempts.values()))
+
+
+def decoded(
+    of: Submit, start: int, tokens: list[int], *, end: bool = False, attempt: int | None = None
+) -> Decoded:
     """Tokens from `start` on; each releases its last digit as text."""
     total = start + len(tokens)
-    return Delta(
+    return Decoded(
         uid=of.uid,
         attempt=of.attempt if attempt is None else attempt,
         token_offset=start,

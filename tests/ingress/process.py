@@ -17,27 +17,20 @@ import msgspec
 import zmq
 
 from nanovllm.messages import (
-    Admitted,
-    Cancel,
     End,
     EngineState,
-    HandedOn,
     IngressToScheduler,
     IngressToTokenizer,
+    Submit,
     Tokenize,
+    Tokenized,
+    pack,
 )
 from nanovllm.protocol import Error, Finish, Pong, ServerMessage
 from nanovllm.settings import Settings
-from nanovllm.transport.links import (
-    BoundLink,
-    ConnectedLink,
-    Down,
-    Peer,
-    Received,
-    Up,
-    new_incarnation,
-)
+from nanovllm.transport.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
 from nanovllm.transport.router_monitor import readable
+from tests.ingress.harness import PROMPT, READY
 
 TIMEOUT_S = 20.0
 CONFIG = {
@@ -103,8 +96,8 @@ class Surroundings:
 
     Attributes:
         tokenizes: what the tokenizer was sent, in order.
-        cancelled: the uids that it was told nobody needs.
-        ended: the uids that the scheduler was told nobody needs.
+        submits: what the scheduler was given, in order.
+        ended: the uids of the requests that were taken back from the scheduler.
     """
 
     def __init__(self, *arguments: str) -> None:
@@ -119,11 +112,11 @@ class Surroundings:
         self.context: zmq.Context[Any] = zmq.Context()
         self.clients: list[Client] = []
         self.tokenizes: list[Tokenize] = []
-        self.cancelled: list[int] = []
+        self.submits: list[Submit] = []
         self.ended: list[int] = []
         self.scheduler = self.start_scheduler()
         self.tokenizer = self._connect("tokenizer", list[IngressToTokenizer])
-        self.detokenizer = self._connect("detokenizer", list[End])
+        self.detokenizer = self._connect("detokenizer", list[None])
         self.process = self.start_ingress()
 
     def start_ingress(self) -> subprocess.Popen[bytes]:
@@ -134,15 +127,14 @@ class Surroundings:
         return self.process
 
     def is_up(self) -> bool:
-        links_up = self.tokenizer.peer is not None and self.detokenizer.peer is not None
-        return links_up and bool(self.scheduler.peers)
+        return all(link.peer is not None for link in self.links)
 
-    def start_scheduler(self) -> BoundLink[IngressToScheduler]:
-        me = Peer("scheduler", 0, new_incarnation())
-        self._scheduler_life = me.incarnation
-        return BoundLink(
-            self.context, self.settings.scheduler_endpoint, me, list[IngressToScheduler]
-        )
+    @property
+    def links(self) -> tuple[ConnectedLink[Any], ...]:
+        return self.scheduler, self.tokenizer, self.detokenizer
+
+    def start_scheduler(self) -> ConnectedLink[IngressToScheduler]:
+        return self._connect("scheduler", list[IngressToScheduler])
 
     def client(self, **options: int) -> Client:
         self.clients.append(Client(self.context, self.endpoint, **options))
@@ -157,45 +149,46 @@ class Surroundings:
                 what = f"ended {self.ended}, tokenize {self.tokenizes[-9:]}, heard {heard}"
                 raise TimeoutError(what[:10_000])
             poller = zmq.Poller()
-            links = (self.scheduler, self.tokenizer, self.detokenizer)
-            for link in links:
+            for link in self.links:
                 for socket in link.sockets:
                     poller.register(socket, zmq.POLLIN)
             reading = [c for c in self.clients if c is not unread and not c.socket.closed]
             for client in reading:
                 poller.register(client.socket, zmq.POLLIN)
             poller.poll(50)
-            for link in links:
+            for link in self.links:
                 for event in link.receive():
-                    self._take(event)
+                    self._take(link, event)
             for client in reading:
                 client.read()
 
-    def wait_ended(self, *requests: Tokenize) -> None:
-        """Until the scheduler has been told that nobody needs them."""
+    def wait_ended(self, *requests: Submit) -> None:
+        """Until they were taken back from the scheduler."""
         self.wait(lambda: {request.uid for request in requests} <= set(self.ended))
 
     def wait_for_end(self, client: Client) -> None:
         """Until a request of the client has got its last message."""
         self.wait(lambda: client.of(Finish, Error))
 
-    def started(self, count: int, *, unread: Client | None = None) -> list[Tokenize]:
-        """Waits for the tokenizer's next `count` requests, and admits them."""
+    def started(self, count: int, *, unread: Client | None = None) -> list[Submit]:
+        """Waits for the tokenizer's next `count` requests, answers them, and waits until the
+        scheduler is given them."""
         before = len(self.tokenizes)
         self.wait(lambda: len(self.tokenizes) >= before + count, unread=unread)
-        started = self.tokenizes[before:]
-        self.hand_on(*started)
-        return started
+        return self.tokenized(*self.tokenizes[before:], unread=unread)
 
-    def hand_on(self, *tokenizes: Tokenize) -> None:
-        """The tokenizer hands them on, and the scheduler admits them."""
-        life = self._scheduler_life
-        assert self.tokenizer.send([HandedOn(t.uid, t.attempt, 1, life) for t in tokenizes])
-        self.admit(*tokenizes)
+    def tokenized(self, *tokenizes: Tokenize, unread: Client | None = None) -> list[Submit]:
+        """The tokenizer answers them; returns them once the scheduler is given them."""
+        before = len(self.submits)
+        self.answer(*tokenizes)
+        self.wait(lambda: len(self.submits) >= before + len(tokenizes), unread=unread)
+        return self.submits[before:]
 
-    def admit(self, *started: Tokenize) -> None:
-        (ingress,) = self.scheduler.peers
-        assert self.scheduler.send(ingress, [Admitted(t.uid, t.attempt) for t in started])
+    def answer(self, *tokenizes: Tokenize) -> None:
+        assert self.tokenizer.send([Tokenized(t.uid, pack(PROMPT), t.sampling) for t in tokenizes])
+
+    def tell_state(self, state: EngineState) -> None:
+        assert self.scheduler.send([state])
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
@@ -208,7 +201,7 @@ class Surroundings:
             self.process.wait(TIMEOUT_S)
         for client in self.clients:
             client.close()
-        for link in (self.scheduler, self.tokenizer, self.detokenizer):
+        for link in self.links:
             link.close()
         self.context.term()
         shutil.rmtree(self.directory)
@@ -217,13 +210,13 @@ class Surroundings:
         me = Peer(role, 0, new_incarnation())
         return ConnectedLink(self.context, self.settings.services_endpoint, me, inbound)
 
-    def _take(self, event: Up | Down | Received[Any]) -> None:
-        if isinstance(event, Up) and event.peer in self.scheduler.peers:
-            self.scheduler.send(event.peer, [EngineState(True)])
+    def _take(self, link: ConnectedLink[Any], event: Up | Down | Received[Any]) -> None:
+        if isinstance(event, Up) and link is self.scheduler:
+            self.tell_state(READY)
         elif isinstance(event, Received):
             if isinstance(event.message, Tokenize):
                 self.tokenizes.append(event.message)
-            elif isinstance(event.message, Cancel):
-                self.cancelled.append(event.message.uid)
+            elif isinstance(event.message, Submit):
+                self.submits.append(event.message)
             elif isinstance(event.message, End):
                 self.ended.append(event.message.uid)

@@ -1,4 +1,4 @@
-"""Deltas in any order, cut anywhere, come out once each and without a gap."""
+"""Decoded messages in any order, cut anywhere, come out once each and without a gap."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.messages import Delta, TokenLogprobs, pack
-from nanovllm.protocol import Delta as PublicDelta
+from nanovllm.messages import Decoded, TokenLogprobs, pack
+from nanovllm.protocol import Delta
 from nanovllm.services.ingress.output import Output
 
 
@@ -21,9 +21,9 @@ class Truth(NamedTuple):
     texts: list[str]
     resumed: int
 
-    def delta(self, start: int, end: int) -> Delta:
+    def decoded(self, start: int, end: int) -> Decoded:
         """Tokens [start, end), as any attempt's detokenizer would send them."""
-        return Delta(
+        return Decoded(
             uid=1,
             attempt=1,
             token_offset=start,
@@ -49,7 +49,7 @@ def truths(draw: st.DrawFn) -> Truth:
 @given(st.data(), truths())
 def test_exactly_once_and_contiguous(data: st.DataObject, truth: Truth) -> None:
     output = Output(pack(truth.tokens[: truth.resumed]), with_logprobs=True)
-    received: list[PublicDelta] = []
+    received: list[Delta] = []
     sent = truth.resumed
     for _ in range(data.draw(st.integers(1, 12))):
         # A detokenizer begins at what was resumed, and may be ahead of what has arrived here.
@@ -57,7 +57,7 @@ def test_exactly_once_and_contiguous(data: st.DataObject, truth: Truth) -> None:
         end = data.draw(st.integers(start, len(truth.tokens)))
         before = output.num_tokens
         first_text_unknown = before == truth.resumed and not received
-        taken = output.add(truth.delta(start, end))
+        taken = output.add(truth.decoded(start, end))
         assert taken or start > before or first_text_unknown
         assert output.num_tokens == (max(before, end) if start <= before else before)
         if data.draw(st.booleans()) and (delta := output.take("a")) is not None:
@@ -78,34 +78,34 @@ def test_exactly_once_and_contiguous(data: st.DataObject, truth: Truth) -> None:
 
 def test_text_that_comes_without_a_token() -> None:
     output = Output(b"", with_logprobs=False)
-    assert output.add(Delta(1, 1, 0, 0, pack([5]), "", [], None))
-    assert output.add(Delta(1, 1, 1, 0, b"", "é", [], None))
-    assert output.add(Delta(1, 1, 1, 0, b"", "é!", [], None))
+    assert output.add(Decoded(1, 1, 0, 0, pack([5]), "", [], None))
+    assert output.add(Decoded(1, 1, 1, 0, b"", "é", [], None))
+    assert output.add(Decoded(1, 1, 1, 0, b"", "é!", [], None))
     delta = output.take("a")
-    assert delta == PublicDelta(id="a", offset=0, token_ids=[5], text="é!")
+    assert delta == Delta(id="a", offset=0, token_ids=[5], text="é!")
 
 
 @pytest.mark.parametrize(
-    "delta",
+    "decoded",
     [
-        Delta(1, 1, 3, 2, pack([1]), "a", [], None),
-        Delta(1, 1, 2, 3, pack([1]), "a", [], None),
-        Delta(1, 1, 2, 2, b"abc", "a", [], None),
+        Decoded(1, 1, 3, 2, pack([1]), "a", [], None),
+        Decoded(1, 1, 2, 3, pack([1]), "a", [], None),
+        Decoded(1, 1, 2, 2, b"abc", "a", [], None),
     ],
     ids=["tokens missing", "text missing", "torn"],
 )
-def test_a_gap_is_refused_whole(delta: Delta) -> None:
+def test_a_gap_is_refused_whole(decoded: Decoded) -> None:
     output = Output(b"", with_logprobs=False)
-    output.add(Delta(1, 1, 0, 0, pack([8, 9]), "xy", [], None))
+    output.add(Decoded(1, 1, 0, 0, pack([8, 9]), "xy", [], None))
     output.take("a")
-    assert not output.add(delta)
+    assert not output.add(decoded)
     assert output.take("a") is None
     assert output.num_tokens == 2
 
 
 def test_resumed_text_goes_on_where_the_first_delta_says() -> None:
     output = Output(pack([1, 2]), with_logprobs=False)
-    assert output.add(Delta(1, 1, 2, 40, pack([3]), "abc", [], None))
-    assert output.add(Delta(1, 2, 2, 40, pack([3, 4]), "abcd", [], None))
-    assert output.take("a") == PublicDelta(id="a", offset=2, token_ids=[3, 4], text="abcd")
+    assert output.add(Decoded(1, 1, 2, 40, pack([3]), "abc", [], None))
+    assert output.add(Decoded(1, 2, 2, 40, pack([3, 4]), "abcd", [], None))
+    assert output.take("a") == Delta(id="a", offset=2, token_ids=[3, 4], text="abcd")
     assert output.tokens == pack([1, 2, 3, 4])

@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from nanovllm.messages import EngineState, Refused
+from nanovllm.messages import Refused, unpack
 from nanovllm.protocol import Accepted, Delta, Finish, Pong, Usage
-from tests.ingress.harness import delta
+from tests.ingress.harness import NOT_READY, READY, decoded
 from tests.ingress.process import TIMEOUT_S, Client, Surroundings
 
 
@@ -42,13 +42,13 @@ def around() -> Iterator[Surroundings]:
 
 def stream_to_its_end(around: Surroundings, client: Client, request_id: str) -> None:
     client.generate(request_id)
-    (tokenize,) = around.started(1)
+    (submit,) = around.started(1)
     around.wait(lambda: client.of(Accepted))
     for offset in range(3):
-        around.detokenizer.send([delta(tokenize, offset, [offset], end=offset == 2)])
+        around.detokenizer.send([decoded(submit, offset, [offset], end=offset == 2)])
     around.wait(lambda: client.of(Finish))
     assert [t for d in client.of(Delta) for t in d.token_ids] == [0, 1, 2]
-    around.wait_ended(tokenize)
+    around.wait_ended(submit)
 
 
 def test_streaming(around: Surroundings) -> None:
@@ -65,11 +65,10 @@ def test_streaming(around: Surroundings) -> None:
 def test_ready_follows_the_engine(around: Surroundings) -> None:
     client = around.client()
     assert client.ping(around).ready
-    (ingress,) = around.scheduler.peers
-    around.scheduler.send(ingress, [EngineState(False)])
+    around.tell_state(NOT_READY)
     while client.ping(around).ready:
         pass
-    around.scheduler.send(ingress, [EngineState(True)])
+    around.tell_state(READY)
     while not client.ping(around).ready:
         pass
 
@@ -77,8 +76,8 @@ def test_ready_follows_the_engine(around: Surroundings) -> None:
 def test_a_whole_answer(around: Surroundings) -> None:
     client = around.client()
     client.generate("a", stream=False, sampling={"seed": 9, "logprobs": 0})
-    (tokenize,) = around.started(1)
-    around.detokenizer.send([delta(tokenize, 0, [11]), delta(tokenize, 1, [12], end=True)])
+    (submit,) = around.started(1)
+    around.detokenizer.send([decoded(submit, 0, [11]), decoded(submit, 1, [12], end=True)])
     around.wait_for_end(client)
     assert client.heard == [
         Finish(
@@ -91,24 +90,24 @@ def test_a_whole_answer(around: Surroundings) -> None:
             seed=9,
         )
     ]
-    around.wait_ended(tokenize)
+    around.wait_ended(submit)
 
 
 def test_abort_duplicate_and_refusal(around: Surroundings) -> None:
     client = around.client()
     client.generate("a")
-    (tokenize,) = around.started(1)
+    (submit,) = around.started(1)
     client.generate("a")
     around.wait(client.errors)
     assert client.errors() == [("a", "duplicate_id")]
     client.say({"type": "abort", "id": "a"}, {"type": "abort", "id": "unknown"})
     around.wait(lambda: client.of(Finish))
     assert client.of(Finish)[0].finish_reason == "abort"
-    around.wait_ended(tokenize)
+    around.wait_ended(submit)
     client.generate("long")
-    around.wait(lambda: around.tokenizes[-1].uid != tokenize.uid)
+    around.wait(lambda: around.tokenizes[-1].uid != submit.uid)
     refused = around.tokenizes[-1]
-    around.tokenizer.send([Refused(refused.uid, 1, "context_length_exceeded", "too long")])
+    around.tokenizer.send([Refused(refused.uid, "context_length_exceeded", "too long")])
     around.wait(lambda: len(client.errors()) == 2)
     assert client.errors()[1] == ("long", "context_length_exceeded")
     assert len(client.of(Accepted)) == 1
@@ -134,10 +133,11 @@ def test_clients_that_go_while_nothing_is_sent_to_them(around: Surroundings) -> 
     for client in (queued, in_prefill, whole):
         client.close()
     around.wait_ended(*started)
-    # The queued one was handed on just then: it is ended as soon as the scheduler tells of it.
-    late = around.tokenizes[-1]
-    around.admit(late)
-    around.wait_ended(late)
+    given = len(around.submits)
+    # The queued one is tokenized in vain: the scheduler is given the next.
+    around.answer(around.tokenizes[-1])
+    stream_to_its_end(around, around.client(), "next")
+    assert len(around.submits) == given + 1
 
 
 # Sends its frames, so many times each, and goes in the midst of the answers.
@@ -162,9 +162,9 @@ def test_a_client_that_floods_and_goes(around: Surroundings) -> None:
     ask = msgspec.msgpack.encode({"type": "generate", "id": "a", "prompt": "x"})
     flood = [sys.executable, "-c", FLOOD, around.endpoint, "1", ask.hex(), "200000", "05"]
     with subprocess.Popen(flood) as process:
-        (tokenize,) = around.started(1)
+        (submit,) = around.started(1)
         other.ping(around)
-        around.wait_ended(tokenize)
+        around.wait_ended(submit)
         assert process.wait(TIMEOUT_S) == 0
     other.ping(around)
     assert around.process.poll() is None
@@ -173,7 +173,7 @@ def test_a_client_that_floods_and_goes(around: Surroundings) -> None:
 def test_hostile_frames_disturb_nobody(around: Surroundings) -> None:
     good, hostile = around.client(), around.client()
     good.generate("good")
-    (tokenize,) = around.started(1)
+    (submit,) = around.started(1)
     rng = random.Random(0)
     ask = msgspec.msgpack.encode({"type": "generate", "id": "h", "prompt": "x" * 50})
     frames = [b"", b"\xc1", b"\x91" * 100_000, b"\xdd\xff\xff\xff\xff", b"x" * ((8 << 20) + 1)]
@@ -183,13 +183,13 @@ def test_hostile_frames_disturb_nobody(around: Surroundings) -> None:
         hostile.socket.send(frame)
         hostile.socket.send_multipart([b"envelope", frame[:100], ask])
         if number < 20:
-            around.detokenizer.send([delta(tokenize, number, [number])])
+            around.detokenizer.send([decoded(submit, number, [number])])
     hostile.socket.send_multipart([b"", ask])  # as a REQ socket frames it
     hostile.say([ask], {"type": "pong"}, {"type": "ping", "id": "still here"})
     around.wait(lambda: hostile.of(Pong))
     assert len(hostile.errors()) == 2 * len(frames) + 3
     assert set(hostile.errors()) == {(None, "invalid_request")}
-    around.detokenizer.send([delta(tokenize, 20, [20], end=True)])
+    around.detokenizer.send([decoded(submit, 20, [20], end=True)])
     around.wait(lambda: good.of(Finish))
     assert [t for d in good.of(Delta) for t in d.token_ids] == list(range(21))
     assert good.errors() == []
@@ -200,10 +200,10 @@ def test_a_frame_far_too_long_closes_the_connection(start: Callable[..., Surroun
     around = start("--max-message-bytes", "1024")
     client = around.client(RECONNECT_IVL=50)
     client.generate("a")
-    (tokenize,) = around.started(1)
+    (submit,) = around.started(1)
     around.wait(lambda: client.of(Accepted))
     client.socket.send(b"x" * (8 * 1024 + 1))
-    around.wait_ended(tokenize)
+    around.wait_ended(submit)
     assert client.ping(around).session != client.of(Accepted)[0].session
 
 
@@ -211,15 +211,16 @@ def test_a_new_scheduler_is_given_the_output_so_far(start: Callable[..., Surroun
     around = start()
     client = around.client()
     client.generate("a", resume_token_ids=[7])
-    (tokenize,) = around.started(1)
-    around.detokenizer.send([delta(tokenize, 1, [8, 9])])
+    (submit,) = around.started(1)
+    around.detokenizer.send([decoded(submit, 1, [8, 9])])
     around.wait(lambda: client.of(Delta))
     around.scheduler.close()
     around.scheduler = around.start_scheduler()
-    (again,) = around.started(1)
-    assert (again.uid, again.attempt, again.resumed) == (tokenize.uid, 2, 1)
-    assert again.output == delta(tokenize, 0, [7, 8, 9]).token_ids
-    around.detokenizer.send([delta(again, 1, [8, 9, 10], end=True)])
+    around.wait(lambda: len(around.submits) == 2)
+    again = around.submits[-1]
+    assert (again.uid, again.attempt, again.resumed) == (submit.uid, 2, 1)
+    assert unpack(again.output).tolist() == [7, 8, 9]
+    around.detokenizer.send([decoded(again, 1, [8, 9, 10], end=True)])
     around.wait(lambda: client.of(Finish))
     assert [t for d in client.of(Delta) for t in d.token_ids] == [8, 9, 10]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from nanovllm.messages import Tokenize
+from nanovllm.messages import Submit
 from nanovllm.protocol import Accepted, Delta, Finish
-from tests.ingress.harness import delta
+from tests.ingress.harness import decoded
 from tests.ingress.process import Client, Surroundings
 from tests.readers import free_tcp_endpoint, reader
 
@@ -34,12 +34,12 @@ def around(tcp: str) -> Iterator[Surroundings]:
 class Output:
     """What the detokenizer tells of a request: texts of `size` characters, one after another."""
 
-    def __init__(self, around: Surroundings, tokenize: Tokenize, size: int) -> None:
-        self.around, self.tokenize, self.size = around, tokenize, size
+    def __init__(self, around: Surroundings, submit: Submit, size: int) -> None:
+        self.around, self.submit, self.size = around, submit, size
         self.count = 0
 
     def more(self, *, end: bool = False) -> None:
-        new = delta(self.tokenize, self.count, [self.count], end=end)
+        new = decoded(self.submit, self.count, [self.count], end=end)
         new.text, new.text_offset = "x" * self.size, self.count * self.size
         assert self.around.detokenizer.send([new])
         self.count += 1
@@ -58,9 +58,9 @@ def whole(client: Client, output: Output) -> None:
 def test_a_slow_reader_gets_the_rest_merged(around: Surroundings) -> None:
     slow, other = around.client(**SLOW), around.client()
     slow.generate("a")
-    (tokenize,) = around.started(1)
+    (submit,) = around.started(1)
     around.wait(lambda: slow.of(Accepted))
-    output = Output(around, tokenize, 20_000)
+    output = Output(around, submit, 20_000)
     for number in range(300):
         output.more(end=number == 299)
         # Another client's answer shows that the ingress has woken up since, and does not wait.
@@ -76,8 +76,8 @@ def test_a_slow_reader_gets_the_rest_merged(around: Surroundings) -> None:
 def test_one_that_does_not_read_is_disconnected(around: Surroundings, stream: bool) -> None:
     silent, good = around.client(**SLOW), around.client()
     good.generate("good")
-    (tokenize,) = around.started(1)
-    good_output = Output(around, tokenize, 20_000)
+    (submit,) = around.started(1)
+    good_output = Output(around, submit, 20_000)
     silent.generate("long")
     asked = around.started(1)
     output = Output(around, asked[0], 20_000)
@@ -85,7 +85,7 @@ def test_one_that_does_not_read_is_disconnected(around: Surroundings, stream: bo
         asks = [{"type": "generate", "prompt": "x", "stream": False} for _ in range(50)]
         silent.say(*({**ask, "id": f"{batch} {number}"} for number, ask in enumerate(asks)))
         asked += around.started(50)
-    whole_answers = [Output(around, tokenize, 20_000) for tokenize in asked[1:]]
+    whole_answers = [Output(around, submit, 20_000) for submit in asked[1:]]
     while asked[0].uid not in around.ended:
         if stream:
             output.more()
@@ -110,20 +110,28 @@ def test_a_client_that_is_stopped_or_killed_in_every_stage(
     before = len(around.tokenizes)
     with reader([around.endpoint, tcp], asks) as process:
         around.wait(lambda: len(around.tokenizes) == before + 2 * len(states))
-        of = {state: [t for t in around.tokenizes[before:] if t.text == state] for state in states}
-        running = [tokenize for state in states[1:] for tokenize in of[state]]
-        around.hand_on(*running)
+        of = {
+            state: [t for t in around.tokenizes[before:] if t.prompt == state] for state in states
+        }
+        running = {state: around.tokenized(*of[state]) for state in states[1:]}
         outputs = [
-            *(Output(around, tokenize, 10) for tokenize in of["streaming"] + of["whole"]),
-            *(Output(around, tokenize, 20_000) for tokenize in of["streaming much"]),
+            *(Output(around, s, 10) for s in running["streaming"] + running["whole"]),
+            *(Output(around, s, 20_000) for s in running["streaming much"]),
         ]
+        submits = {submit.uid for some in running.values() for submit in some}
 
         def all_given_up() -> bool:
             for output in outputs:
                 for _ in range(1 if output.size == 10 else 20):
                     output.more()
-            ended = {tokenize.uid for tokenize in running} <= set(around.ended)
-            return ended and {t.uid for t in of["queued"]} <= set(around.cancelled)
+            return submits <= set(around.ended)
 
         process.send_signal(how)
         around.wait(all_given_up)
+        # What is still with the tokenizer is given to nobody, or is taken back.
+        around.answer(*of["queued"])
+        other = around.client()
+        other.generate("other")
+        (submit,) = around.started(1)[-1:]
+        Output(around, submit, 10).more(end=True)
+        around.wait(lambda: {submit.uid for submit in around.submits} <= set(around.ended))

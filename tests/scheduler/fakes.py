@@ -6,14 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from nanovllm.messages import (
     Admission,
     Begin,
     End,
     Finished,
-    FinishReason,
     GroupReady,
     Message,
     NewTokens,
@@ -25,12 +22,14 @@ from nanovllm.messages import (
     TokenLogprobs,
     pack,
     unpack,
+    unpack_int64,
 )
+from nanovllm.protocol import FinishReason
 
 VOCABULARY = 50
 
 
-def next_token(seed: int, position: int) -> int:
+def next_token(seed: int | None, position: int) -> int:
     """What the fake model samples: a function of seed and position, as on a real device."""
     return hash((seed, position, 12345)) % VOCABULARY
 
@@ -56,22 +55,20 @@ class Request:
     completion_tokens: int = 0
 
     def __post_init__(self) -> None:
-        submit = self.submit
-        prompt_tokens = len(submit.prompt) // 4
-        stops = set(unpack(submit.stop_token_ids).tolist())
-        self.expected = unpack(submit.output).tolist()
-        for place, token in enumerate(self.expected[: submit.max_tokens], 1):
-            if token in stops:
-                self.reason, self.completion_tokens = "stop", place
+        sampling = self.submit.sampling
+        self.expected = unpack(self.submit.output).tolist()
+        for count, token in enumerate(self.expected[: sampling.max_tokens], 1):
+            if token in sampling.stop_token_ids:
+                self.reason, self.completion_tokens = "stop", count
                 return
-        while len(self.expected) < submit.max_tokens:
-            position = prompt_tokens + len(self.expected)
-            token = next_token(submit.sampling.seed, position)
+        while len(self.expected) < sampling.max_tokens:
+            position = len(self.submit.prompt) // 4 + len(self.expected)
+            token = next_token(sampling.seed, position)
             self.expected.append(token)
-            if token in stops:
+            if token in sampling.stop_token_ids:
                 self.reason = "stop"
                 break
-        self.completion_tokens = min(len(self.expected), submit.max_tokens)
+        self.completion_tokens = min(len(self.expected), sampling.max_tokens)
 
 
 @dataclass
@@ -79,7 +76,7 @@ class WorkerSlot:
     """A slot as a worker has it. `states[p]` stands for the KV of position p: it depends on the
     salt and on all tokens up to p."""
 
-    seed: int
+    seed: int | None
     tokens: list[int]
     states: list[int]
     blocks: list[int]
@@ -100,7 +97,7 @@ class FakeWorker:
         self,
         num_blocks: int,
         block_size: int,
-        requests: dict[int, Request],
+        requests: dict[int | None, Request],
         *,
         depth: int,
         max_num_seqs: int,
@@ -114,7 +111,7 @@ class FakeWorker:
         self.outbox: deque[StepResult] = deque()
         self.kept: deque[StepResult] = deque(maxlen=depth)
         self.plans: list[StepPlan] = []
-        self.admitted_seeds: list[int] = []
+        self.admitted_seeds: list[int | None] = []
         self._requests = requests
         self._depth = depth
         self._max_num_seqs = max_num_seqs
@@ -216,7 +213,7 @@ class FakeWorker:
             logprobs=admission.sampling.logprobs is not None,
             computed=admission.computed,
             num_tokens=len(tokens),
-            most_tokens=len(request.submit.prompt) // 4 + request.submit.max_tokens,
+            most_tokens=len(request.submit.prompt) // 4 + request.submit.sampling.max_tokens,
         )
         state = root_state(request.submit.cache_salt)
         for token in tokens:
@@ -275,12 +272,17 @@ class Decoded:
 
 
 class FakeDetokenizer:
-    """Holds outputs like a real one, and accepts neither gap nor repetition."""
+    """Decodes outputs like a real one, and accepts neither gap nor repetition."""
 
     def __init__(self, requests: dict[tuple[int, int], Request]) -> None:
         self.outputs: dict[int, Decoded] = {}
         self._requests = requests
-        self._forgotten: set[int] = set()
+        # Ended on this connection: steps on their way may name them still.
+        self._ended: dict[int, int] = {}
+
+    def scheduler_up(self) -> None:
+        self.outputs.clear()
+        self._ended.clear()
 
     def take(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -291,8 +293,7 @@ class FakeDetokenizer:
             elif isinstance(message, Finished):
                 self._finished(message)
             elif isinstance(message, End):
-                self.outputs.pop(message.uid, None)
-                self._forgotten.add(message.uid)
+                self._end(message)
             else:
                 raise TypeError(message)
 
@@ -302,46 +303,61 @@ class FakeDetokenizer:
         assert tokens == request.expected[: len(tokens)]
         assert begin.prompt_tokens == len(request.submit.prompt) // 4
         assert 0 <= begin.cached_tokens <= begin.prompt_tokens
+        assert begin.resumed == request.submit.resumed
         if begin.token_logprobs:
             of = [int(unpack(entry.token_ids)[0]) for entry in begin.token_logprobs]
             assert of == tokens[-len(of) :]
-        held = self.outputs.get(begin.uid)
-        if held is None or held.attempt < begin.attempt:
+        assert begin.attempt > self._ended.get(begin.uid, -1), "it was ended"
+        output = self.outputs.get(begin.uid)
+        if output is None or output.attempt < begin.attempt:
             self.outputs[begin.uid] = Decoded(begin.attempt, tokens)
-        elif held.attempt == begin.attempt:
-            assert len(tokens) >= len(held.tokens)
-            held.tokens = tokens
+        else:
+            assert output.attempt == begin.attempt
+            assert len(tokens) >= len(output.tokens)
+            output.tokens = tokens
+
+    def _end(self, end: End) -> None:
+        self._ended[end.uid] = end.attempt
+        output = self.outputs.get(end.uid)
+        if output is not None:
+            assert output.attempt <= end.attempt, "an end of an older attempt"
+            del self.outputs[end.uid]
+
+    def _decoded(self, uid: int, attempt: int) -> Decoded | None:
+        """The output of this attempt; None if it was ended."""
+        output = self.outputs.get(uid)
+        if output is None or output.attempt > attempt:
+            assert attempt <= self._ended.get(uid, -1), "never begun"
+            return None
+        assert output.attempt == attempt
+        return output
 
     def _new_tokens(self, message: NewTokens) -> None:
-        uids = np.frombuffer(message.uids, dtype="<i8").tolist()
         columns = [unpack(c).tolist() for c in (message.attempts, message.offsets)]
         token_ids = unpack(message.token_ids).tolist()
         logprobs = dict(zip(unpack(message.logprob_rows).tolist(), message.logprobs, strict=True))
         for row, (uid, attempt, offset, token) in enumerate(
-            zip(uids, *columns, token_ids, strict=True)
+            zip(unpack_int64(message.uids), *columns, token_ids, strict=True)
         ):
-            held = self.outputs.get(uid)
-            if held is None or held.attempt > attempt:
-                assert uid in self._forgotten or held is not None
+            output = self._decoded(uid, attempt)
+            if output is None:
                 continue
-            assert held.attempt == attempt
-            assert held.finished is None
-            assert offset == len(held.tokens), "a gap or a repetition"
+            assert output.finished is None
+            assert offset == len(output.tokens), "a gap or a repetition"
             request = self._requests[uid, attempt]
             assert token == request.expected[offset], "another's token"
-            held.tokens.append(token)
+            output.tokens.append(token)
             wanted = request.submit.sampling.logprobs is not None
             assert wanted == (row in logprobs)
             if wanted:
                 assert unpack(logprobs[row].token_ids)[0] == token
 
     def _finished(self, message: Finished) -> None:
-        held = self.outputs.get(message.uid)
-        if held is None or held.attempt > message.attempt:
-            assert message.uid in self._forgotten or held is not None
+        output = self._decoded(message.uid, message.attempt)
+        if output is None:
             return
         request = self._requests[message.uid, message.attempt]
-        assert held.tokens == request.expected
+        assert output.tokens == request.expected
         assert message.reason == request.reason
         assert message.completion_tokens == request.completion_tokens
-        held.finished = message
+        output.finished = message

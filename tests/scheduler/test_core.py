@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from nanovllm.messages import (
     Begin,
-    End,
+    EngineState,
     Finished,
-    Lost,
     Message,
     NewTokens,
     Reset,
     StepPlan,
-    Submit,
     pack,
     unpack,
+    unpack_int64,
 )
 from nanovllm.transport.links import Peer
-from tests.scheduler.fakes import FakeDetokenizer, Request, next_token
+from tests.scheduler.fakes import FakeDetokenizer, next_token
 from tests.scheduler.world import World
 
 
@@ -52,14 +50,6 @@ def stops_at(request_number: int, prompt_tokens: int, offset: int) -> int:
     sampled = [next_token(request_number, prompt_tokens + i) for i in range(offset + 1)]
     assert sampled[offset] not in sampled[:offset]
     return sampled[offset]
-
-
-def again(request: Request, attempt: int, output: list[int]) -> Submit:
-    old = request.submit
-    return Submit(
-        old.uid, attempt, old.prompt, pack(output), old.resumed, old.sampling, old.max_tokens,
-        old.stop, old.stop_token_ids, old.cache_salt,
-    )  # fmt: skip
 
 
 # Plans --------------------------------------------------------------------------------------------
@@ -126,15 +116,6 @@ def test_superfluous_rows_are_dropped_and_the_slot_is_used_again_at_once() -> No
     assert world.is_finished(first)
     assert world.is_finished(second)
     assert world.core.stats().generated == 2 + 2
-    world.check_all_delivered()
-
-
-def test_more_stop_tokens_than_a_row_has_columns() -> None:
-    world = World()
-    stop = stops_at(1, 3, 3)
-    request = world.submit([1, 2, 3], max_tokens=20, stop_ids=[*range(100, 130), stop])
-    world.run()
-    assert request.completion_tokens == 4
     world.check_all_delivered()
 
 
@@ -257,54 +238,67 @@ def test_what_can_never_fit_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 # Requests -----------------------------------------------------------------------------------------
 
 
-def test_copies_are_answered_and_ignored() -> None:
+def test_a_copy_changes_nothing() -> None:
     world = World()
     request = world.submit([1, 2, 3])
     world.pump()
-    world.admitted.clear()
     world.submit_raw(request.submit)
-    world.pump()
-    assert world.admitted == {request.submit.uid: 0}
     world.run()
     assert world.worker.admitted_seeds == [1]
     world.check_all_delivered()
 
 
-def test_a_newer_attempt_replaces_an_older_one() -> None:
+def test_an_end_is_of_its_attempt_and_older_ones() -> None:
     world = World()
     request = world.submit([1, 2, 3], max_tokens=20)
-    world.pump()
-    for _ in range(5):
+    for _ in range(3):
         world.step()
-    world.submit_raw(again(request, 1, request.expected[:2]))
-    world.pump()
-    assert world.admitted == {request.submit.uid: 1}
-    world.admitted.clear()
-    world.core.submit(request.submit)
-    world.pump()
-    assert world.admitted == {}, "an older one is dropped"
-    world.admitted[request.submit.uid] = 1
+    world.submit_again(request, 2, request.expected[:1])
+    world.end(request, 1)
+    world.step()
+    assert world.core.stats().running == 1
+    world.end(request, 3)
     world.run()
-    world.check_all_delivered()
     world.check_nothing_left()
 
 
-@pytest.mark.parametrize(
-    ("output", "max_tokens", "reason", "completion_tokens"),
-    [([5, 9, 6, 9], 8, "stop", 2), ([5, 6], 2, "length", 2), ([5, 6, 9], 2, "length", 2)],
-)
-def test_an_output_that_ends_already(
-    told: list[Message], output: list[int], max_tokens: int, reason: str, completion_tokens: int
-) -> None:
-    world = World(start=False)
-    world.detokenizer_up(0)
-    request = world.submit([1, 2], output=output, max_tokens=max_tokens, stop_ids=[9])
+def test_held_ends_all_else_and_is_answered_what_is_missing() -> None:
+    world = World()
+    kept, replaced, forgotten = (world.submit([1, 2, n], max_tokens=20) for n in range(3))
+    world.step()
+    world.ingress_up({kept.submit.uid: 0, replaced.submit.uid: 1, 99: 4})
+    assert set(world.live) == {kept.submit.uid}
+    world.step()
+    assert world.missing == [{replaced.submit.uid: 1, 99: 4}]
+    world.ingress_up({kept.submit.uid: 0})
+    world.run()
+    assert len(world.missing) == 1, "nothing is missing any more"
+    world.check_all_delivered()
+    assert not world.tokens_of(forgotten)
+
+
+def test_what_was_to_be_told_on_an_earlier_connection_is_not_told() -> None:
+    world = World()
+    world.lost.clear()
+    world.ingress_up({99: 4})
+    world.core.worker_down(world.worker_peer)
+    world.core.worker_up(world.worker_peer)
+    world.ingress_up({})
+    world.tell_ingress()
+    assert (world.missing, world.lost) == ([], [])
+
+
+def test_each_connection_of_the_ingress_hears_the_engines_state_and_its_changes() -> None:
+    world = World(start=False, num_blocks=32)
     world.pump()
-    begin, finished = told
-    assert isinstance(begin, Begin)
-    assert unpack(begin.output).tolist() == output
-    assert begin.resumed == len(output)
-    assert finished == Finished(request.submit.uid, 0, reason, completion_tokens)  # type: ignore[arg-type]
+    world.start_worker()
+    absent, ready = EngineState(False, 8, 0, 4), EngineState(True, 8, 32, 4)
+    assert world.states == [absent, ready]
+    world.ingress_up({})
+    world.pump()
+    world.core.worker_down(world.worker_peer)
+    world.pump()
+    assert world.states[2:] == [ready, EngineState(False, 8, 32, 4)]
 
 
 def test_an_output_brought_along_is_told_at_once_and_again_when_it_runs(
@@ -321,69 +315,6 @@ def test_an_output_brought_along_is_told_at_once_and_again_when_it_runs(
     assert [type(message) for message in told] == [Begin, Begin, NewTokens, NewTokens, Finished]
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 30])
-def test_an_abort_frees_everything_in_time(steps: int, told: list[Message]) -> None:
-    world = World(depth=3)
-    request = world.submit([1, 2, 3, 4, 5], max_tokens=20)
-    for _ in range(steps):
-        world.step()
-    world.end(request.submit.uid)
-    world.end(request.submit.uid)
-    world.run()
-    world.check_nothing_left()
-    if steps > 1:
-        assert told[-1] == End(request.submit.uid) or isinstance(told[-1], NewTokens)
-        assert End(request.submit.uid) in told
-
-
-def test_a_new_ingress_ends_all_of_the_old_one() -> None:
-    world = World()
-    request = world.submit([1, 2, 3], max_tokens=20)
-    world.step()
-    world.ingress_reborn()
-    world.run()
-    world.check_nothing_left()
-    world.core.submit(request.submit)
-    world.pump()
-    assert world.core.stats().records == 0, "it came late, and nobody would ever end it"
-
-
-def test_the_ingress_hears_what_is_held_and_whether_it_is_ready() -> None:
-    world = World(start=False)
-    world.pump()
-    assert world.engine_ready == [False]
-    request = world.submit([1, 2, 3])
-    world.start_worker()
-    assert world.engine_ready == [False, True]
-    world.admitted.clear()
-    world.core.ingress_up(world.epoch)
-    world.pump()
-    assert world.admitted == {request.submit.uid: 0}
-    assert world.engine_ready == [False, True, True]
-    world.core.worker_down(world.worker_peer)
-    world.pump()
-    assert world.engine_ready == [False, True, True, False]
-
-
-def test_a_recall_concerns_an_attempt_and_those_before_it() -> None:
-    world = World()
-    request = world.submit([1, 2, 3], max_tokens=20)
-    uid = request.submit.uid
-    world.step()
-    world.submit_raw(again(request, 2, []))
-    world.core.recall(uid, 1)
-    world.core.recall(uid + 1, 1)
-    world.step()
-    assert world.core.stats().running == 1
-    world.core.recall(uid, 2)
-    assert world.core.stats().records == 0
-    world.submit_raw(again(request, 3, []))
-    world.run()
-    assert world.admitted[uid] == 3
-    world.check_all_delivered()
-    world.check_nothing_left()
-
-
 # The worker group ---------------------------------------------------------------------------------
 
 
@@ -392,30 +323,34 @@ def test_the_ingress_hears_who_was_in_a_group_that_is_gone() -> None:
     requests = [world.submit([1, 2, 3, number], max_tokens=20) for number in range(4)]
     for _ in range(3):
         world.step()
+    world.lost.clear()
     world.core.worker_down(world.worker_peer)
-    (lost,) = lost_of(world)
-    assert (lost.role, lost.index) == ("gpu_worker", 0)
-    assert lost.incarnation == world.worker_peer.incarnation
+    world.tell_ingress()
+    (lost,) = world.lost
+    assert Peer(lost.role, lost.index, lost.incarnation) == world.worker_peer
     first_two = [request.submit.uid for request in requests[:2]]
-    assert np.frombuffer(lost.uids, "<i8").tolist() == first_two, "the others waited"
-    assert not lost.others
-    world.core.ingress_told()
-    assert lost_of(world) == []
+    assert unpack_int64(lost.uids) == first_two, "the others waited"
+    assert not lost.alone
     world.core.worker_up(world.worker_peer)
-    (nothing,) = lost_of(world)
-    assert nothing.uids == b"", "it was but the link"
+    world.tell_ingress()
+    assert world.lost[1].uids == b"", "it was but the link"
 
 
-def test_a_request_that_has_left_a_group_with_rows_in_flight_may_be_in_it_still() -> None:
+@pytest.mark.parametrize("steps", [1, 4])
+def test_one_request_is_alone_in_a_group_once_the_rows_of_others_are_back(steps: int) -> None:
     world = World(depth=2)
-    requests = [world.submit([1, 2, 3, number], max_tokens=20) for number in range(2)]
+    ended, other = (world.submit([1, 2, 3, number], max_tokens=20) for number in range(2))
     for _ in range(3):
         world.step()
-    world.core.end(requests[0].submit.uid)
+    world.lost.clear()
+    world.end(ended)
+    for _ in range(steps - 1):
+        world.step()
     world.core.worker_down(world.worker_peer)
-    (lost,) = lost_of(world)
-    assert np.frombuffer(lost.uids, "<i8").tolist() == [requests[1].submit.uid]
-    assert lost.others
+    world.tell_ingress()
+    (lost,) = world.lost
+    assert unpack_int64(lost.uids) == [other.submit.uid]
+    assert lost.alone == (steps > 1)
 
 
 def test_the_ingress_hears_who_was_in_a_detokenizer_that_is_gone() -> None:
@@ -423,24 +358,19 @@ def test_the_ingress_hears_who_was_in_a_detokenizer_that_is_gone() -> None:
     requests = [world.submit([1, 2, number], max_tokens=20) for number in range(2)]
     for _ in range(3):
         world.step()
-    world.core.ingress_told()
     first, second = world.detokenizers
+    world.lost.clear()
     world.detokenizer_down(first)
-    (lost,) = lost_of(world)
-    assert (lost.role, lost.index, lost.others) == ("detokenizer", first.index, False)
-    (uid,) = np.frombuffer(lost.uids, "<i8").tolist()
-    world.core.ingress_told()
     world.step()
-    world.core.end(uid)
+    (lost,) = world.lost
+    assert (lost.role, lost.index, lost.alone) == ("detokenizer", first.index, True)
+    (uid,) = unpack_int64(lost.uids)
+    world.end(world.live[uid])
     world.detokenizer_down(second)
-    (lost,) = lost_of(world)
-    (other,) = np.frombuffer(lost.uids, "<i8").tolist()
+    world.tell_ingress()
+    (other,) = unpack_int64(world.lost[1].uids)
     assert {uid, other} == {request.submit.uid for request in requests}
-    assert lost.others, "it has had the first one too"
-
-
-def lost_of(world: World) -> list[Lost]:
-    return [m for m in world.core.for_ingress() if isinstance(m, Lost)]
+    assert not world.lost[1].alone, "it was given the first one too"
 
 
 def test_a_new_group_computes_everything_again() -> None:
@@ -473,19 +403,6 @@ def test_a_reset_that_was_lost_is_sent_again_with_its_plans() -> None:
     assert world.is_finished(request)
 
 
-def test_a_result_that_comes_twice_counts_once() -> None:
-    world = World(depth=2)
-    world.submit([1, 2, 3], max_tokens=20)
-    world.pump()
-    world.work()
-    first = world.worker.outbox[0]
-    world.step()
-    world.core.result(world.worker_peer, first)
-    world.core.settle()
-    world.run()
-    world.check_all_delivered()
-
-
 def test_a_result_of_the_wrong_size_is_an_error() -> None:
     world = World(depth=2)
     world.submit([1, 2, 3], max_tokens=20)
@@ -516,43 +433,8 @@ def test_a_step_is_one_message_for_each_detokenizer(told: list[Message]) -> None
     told.clear()
     world.step()
     assert [type(message) for message in told] == [NewTokens, NewTokens]
-    uids = [np.frombuffer(m.uids, dtype="<i8") for m in told if isinstance(m, NewTokens)]
-    assert sorted(np.concatenate(uids).tolist()) == sorted(world.live)
-
-
-def test_another_detokenizer_takes_over_and_the_first_forgets() -> None:
-    world = World(detokenizers=2)
-    requests = [world.submit([first], max_tokens=10) for first in range(4)]
-    for _ in range(4):
-        world.step()
-    peer = next(iter(world.detokenizers))
-    gone = world.detokenizer_down(peer)
-    assert gone.outputs
-    world.run()
-    world.check_all_delivered()
-    world.detokenizer_back(peer, gone)
-    world.pump()
-    assert not gone.outputs
-    assert all(world.is_finished(request) for request in requests)
-
-
-def test_a_reborn_detokenizer_gets_finished_outputs_too() -> None:
-    world = World()
-    world.submit([1, 2], max_tokens=3)
-    world.run()
-    world.detokenizer_up(0)
-    world.run()
-    world.check_all_delivered()
-
-
-def test_without_a_detokenizer_the_tokens_wait() -> None:
-    world = World(detokenizers=0)
-    world.submit([1, 2], max_tokens=3)
-    world.run()
-    assert world.core.stats().generated == 3
-    world.detokenizer_up(0)
-    world.pump()
-    world.check_all_delivered()
+    uids = [uid for m in told if isinstance(m, NewTokens) for uid in unpack_int64(m.uids)]
+    assert sorted(uids) == sorted(world.live)
 
 
 def test_one_that_does_not_keep_up_is_told_later_in_one_message(told: list[Message]) -> None:

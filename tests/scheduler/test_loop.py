@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pytest
 import zmq
 
 from nanovllm.control import Ready, Report, SchedulerStats, ToSupervisor
 from nanovllm.messages import (
-    Admitted,
     Begin,
     End,
     EngineState,
     Finished,
     GroupReady,
+    Held,
+    Message,
+    Missing,
     NewTokens,
     Reset,
-    Sampling,
     SchedulerToDetokenizer,
     SchedulerToIngress,
     SchedulerToWorker,
@@ -32,15 +32,17 @@ from nanovllm.messages import (
     StepResult,
     Submit,
     pack,
+    pack_int64,
     unpack,
+    unpack_int64,
 )
 from nanovllm.options import settings_argv
+from nanovllm.protocol import Sampling
 from nanovllm.settings import Settings
 from nanovllm.transport.links import BoundLink, ConnectedLink, Peer, Received, Up
 
 TIMEOUT_S = 20.0
-INGRESS_LIFE = 77
-UID = (INGRESS_LIFE << 32) + 1
+UID = (77 << 32) + 1
 CONFIG = {
     "model_type": "qwen3",
     "vocab_size": 100,
@@ -56,21 +58,27 @@ M = TypeVar("M")
 
 
 class Neighbours:
-    """The supervisor, the ingress, a tokenizer, a detokenizer and rank 0 of a worker group."""
+    """The supervisor, the ingress, a detokenizer and rank 0 of a worker group."""
 
     def __init__(self, settings: Settings) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
-        supervisor = Peer("supervisor", 0, 1)
-        self.supervisor: BoundLink[Any] = BoundLink(
-            self.context, settings.control_endpoint, supervisor, list[ToSupervisor]
-        )
         self._settings = settings
-        self._links: list[BoundLink[Any] | ConnectedLink[Any]] = [self.supervisor]
-        self.ingress = self.connect(Peer("ingress", 0, INGRESS_LIFE), list[SchedulerToIngress])
-        self.tokenizer = self.connect(Peer("tokenizer", 0, 3), list[None])
+        self._links: list[BoundLink[Any] | ConnectedLink[Any]] = []
+        self.events: list[tuple[object, Any]] = []
+        control, supervisor = settings.control_endpoint, Peer("supervisor", 0, 1)
+        self.supervisor = self.bind(control, supervisor, list[ToSupervisor])
+        self.ingress = self.bind_ingress(77)
         self.detokenizer = self.connect(Peer("detokenizer", 0, 4), list[SchedulerToDetokenizer])
         self.worker = self.connect(Peer("gpu_worker", 0, 5), list[SchedulerToWorker])
-        self.events: list[tuple[object, Any]] = []
+
+    def bind(self, endpoint: str, me: Peer, inbound: type[list[Any]]) -> BoundLink[Any]:
+        link: BoundLink[Any] = BoundLink(self.context, endpoint, me, inbound)
+        self._links.append(link)
+        return link
+
+    def bind_ingress(self, incarnation: int) -> BoundLink[Any]:
+        me = Peer("ingress", 0, incarnation)
+        return self.bind(self._settings.services_endpoint, me, list[SchedulerToIngress])
 
     def connect(self, me: Peer, inbound: type[list[Any]]) -> ConnectedLink[Any]:
         endpoint = self._settings.scheduler_endpoint
@@ -78,9 +86,13 @@ class Neighbours:
         self._links.append(link)
         return link
 
-    def close(self, link: ConnectedLink[Any]) -> None:
+    def close(self, link: BoundLink[Any] | ConnectedLink[Any]) -> None:
         self._links.remove(link)
         link.close()
+
+    def from_ingress(self, *messages: Message) -> None:
+        (scheduler,) = self.ingress.peers
+        assert self.ingress.send(scheduler, messages)
 
     def wait(self, what: str, found: Callable[[], M | None]) -> M:
         """Polls all links until `found` has found something among `events`."""
@@ -112,13 +124,13 @@ class Neighbours:
         return self.wait(kind.__name__, found)
 
     def up(self, *links: object) -> None:
-        """Waits until the scheduler has welcomed each."""
+        """Waits until each is connected with the scheduler."""
 
         def found() -> bool | None:
-            welcomed = {id(source) for source, event in self.events if isinstance(event, Up)}
-            return True if welcomed >= {id(link) for link in links} else None
+            connected = {id(source) for source, event in self.events if isinstance(event, Up)}
+            return True if connected >= {id(link) for link in links} else None
 
-        self.wait("welcome", found)
+        self.wait("connection", found)
 
 
 @pytest.fixture
@@ -140,18 +152,8 @@ def neighbours(tmp_path: Path) -> Iterator[Neighbours]:
 
 
 def submit(uid: int = UID, max_tokens: int = 3) -> Submit:
-    return Submit(
-        uid=uid,
-        attempt=0,
-        prompt=pack([1, 2, 3, 4, 5]),
-        output=b"",
-        resumed=0,
-        sampling=Sampling(1.0, 1.0, 0, 0.0, 1, None),
-        max_tokens=max_tokens,
-        stop=[],
-        stop_token_ids=pack([99]),
-        cache_salt="",
-    )
+    sampling = Sampling(max_tokens=max_tokens, stop_token_ids=[99], seed=1)
+    return Submit(uid, 0, pack([1, 2, 3, 4, 5]), b"", 0, sampling, "")
 
 
 def answer(plan: StepPlan, *tokens: int) -> StepResult:
@@ -167,17 +169,16 @@ def scheduler_report(n: Neighbours, matches: Callable[[SchedulerStats], bool]) -
     return stats
 
 
-def test_the_life_of_a_request(neighbours: Neighbours) -> None:
+def test_a_request_from_submit_to_end(neighbours: Neighbours) -> None:
     n = neighbours
     n.message(n.supervisor, Ready)
-    n.up(n.ingress, n.tokenizer, n.detokenizer, n.worker)
-    assert not n.message(n.ingress, EngineState).ready
+    n.up(n.ingress, n.detokenizer, n.worker)
+    assert n.message(n.ingress, EngineState) == EngineState(False, 4, 0, 4)
     assert n.worker.send([GroupReady(num_blocks=32, block_size=4)])
     assert n.message(n.worker, Reset).number == 0
-    assert n.message(n.ingress, EngineState).ready
+    assert n.message(n.ingress, EngineState) == EngineState(True, 4, 32, 4)
 
-    assert n.tokenizer.send([submit()])
-    assert n.message(n.ingress, Admitted) == Admitted(UID, 0)
+    n.from_ingress(Held(b"", b""), submit())
     plan = n.message(n.worker, StepPlan)
     assert unpack(plan.admit[0].tokens).tolist() == [1, 2, 3, 4, 5]
     assert unpack(plan.prefill).tolist() == [0, 0, 5]
@@ -190,7 +191,7 @@ def test_the_life_of_a_request(neighbours: Neighbours) -> None:
     third = n.message(n.worker, StepPlan)
     assert n.worker.send([answer(second, 11), answer(second, 12)])
     new = n.message(n.detokenizer, NewTokens)
-    assert np.frombuffer(new.uids, dtype="<i8").tolist() == [UID]
+    assert unpack_int64(new.uids) == [UID]
     assert (unpack(new.offsets).tolist(), unpack(new.token_ids).tolist()) == ([1], [11])
     assert n.worker.send([answer(third, 12)])
     assert unpack(n.message(n.detokenizer, NewTokens).token_ids).tolist() == [12]
@@ -200,22 +201,23 @@ def test_the_life_of_a_request(neighbours: Neighbours) -> None:
     assert n.worker.send([answer(release)])
 
     assert scheduler_report(n, lambda stats: stats.steps == 4).records == 1
-    assert n.ingress.send([End(UID)])
-    assert n.message(n.detokenizer, End) == End(UID)
+    n.from_ingress(End(UID, 0))
+    assert n.message(n.detokenizer, End) == End(UID, 0)
     stats = scheduler_report(n, lambda stats: stats.steps == 4 and stats.records == 0)
     assert (stats.running, stats.blocks_used, stats.generated) == (0, 0, 3)
 
 
-def test_a_worker_group_in_a_new_life_computes_again(neighbours: Neighbours) -> None:
+def test_a_new_worker_group_computes_again(neighbours: Neighbours) -> None:
     n = neighbours
-    n.up(n.ingress, n.tokenizer, n.detokenizer, n.worker)
+    n.up(n.ingress, n.detokenizer, n.worker)
+    assert not n.message(n.ingress, EngineState).ready
     assert n.worker.send([GroupReady(32, 4)])
     n.message(n.worker, Reset)
-    assert n.tokenizer.send([submit(max_tokens=20)])
+    assert n.message(n.ingress, EngineState).ready
+    n.from_ingress(Held(b"", b""), submit(max_tokens=20))
     plan = n.message(n.worker, StepPlan)
     assert n.worker.send([answer(plan, 10)])
     n.message(n.detokenizer, Begin)
-    assert [n.message(n.ingress, EngineState).ready for _ in range(2)] == [False, True]
 
     n.close(n.worker)
     assert not n.message(n.ingress, EngineState).ready
@@ -229,10 +231,19 @@ def test_a_worker_group_in_a_new_life_computes_again(neighbours: Neighbours) -> 
     assert n.message(n.ingress, EngineState).ready
 
 
-def test_a_message_of_the_wrong_peer_is_dropped(neighbours: Neighbours) -> None:
+def test_each_connection_of_the_ingress_says_what_is_to_be_here(neighbours: Neighbours) -> None:
     n = neighbours
-    n.up(n.ingress, n.tokenizer, n.detokenizer)
-    assert n.detokenizer.send([submit(UID + 1)])
-    assert n.tokenizer.send([End(UID), submit()])
-    assert n.message(n.ingress, Admitted) == Admitted(UID, 0)
-    assert scheduler_report(n, lambda stats: stats.records > 0).records == 1
+    n.up(n.ingress)
+    n.from_ingress(Held(b"", b""), submit(UID), submit(UID + 1))
+    scheduler_report(n, lambda stats: stats.records == 2)
+    for incarnation, held in ((77, {UID: 0, UID + 9: 3}), (78, {UID + 9: 4})):
+        n.close(n.ingress)
+        n.events.clear()
+        n.ingress = n.bind_ingress(incarnation)
+        n.up(n.ingress)
+        n.from_ingress(Held(pack_int64(held), pack(held.values())))
+        assert n.message(n.ingress, Missing) == Missing(
+            pack_int64([UID + 9]), pack([held[UID + 9]])
+        )
+        assert n.message(n.ingress, EngineState) == EngineState(False, 4, 0, 4)
+    scheduler_report(n, lambda stats: stats.records == 0)

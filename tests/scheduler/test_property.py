@@ -9,7 +9,6 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from nanovllm.messages import pack
 from nanovllm.services.scheduler import blocks
 from nanovllm.transport.links import Peer
 from tests.scheduler.fakes import FakeDetokenizer, Request
@@ -34,6 +33,7 @@ class Chaos:
             (self.submit, 6),
             (self.step, 12),
             (self.late_step, 4),
+            (self.result, 4),
             (self.end, 2),
         ]
         if troubles:
@@ -47,7 +47,7 @@ class Chaos:
                 (self.worker_reconnects, 1),
                 (self.worker_restarts, 0.3),
                 (self.ingress_reborn, 0.2),
-                (self.ingress_reconnects, 0.5),
+                (self.ingress_reconnects, 0.7),
             ]
 
     def run(self, steps: int) -> None:
@@ -77,8 +77,7 @@ class Chaos:
             salt=draw.choice(["", "", "pepper"]),
             logprobs=draw.choice([None, None, 0]),
         )
-        if draw.random() < 0.5:
-            self.world.pump()
+        self._pump_perhaps()
 
     def step(self) -> None:
         self.world.step()
@@ -88,25 +87,28 @@ class Chaos:
         self.world.work()
         self.world.pump()
 
+    def result(self) -> None:
+        """Only the worker is told at once what follows."""
+        self.world.result()
+
     def end(self) -> None:
-        uids = list(self.world.live)
-        if uids:
-            self.world.end(self.draw.choice(uids))
-        self.world.end(987654321)
+        if request := self._any():
+            self.world.end(request, request.submit.attempt + self.draw.choice([-1, 0, 0, 0, 1]))
+        self.world.core.end(987654321, 0)
 
     def copy(self) -> None:
         if request := self._any():
             self.world.submit_raw(request.submit)
 
     def new_attempt(self) -> None:
+        """Also after an `End`, as when the request is to run elsewhere or later."""
         if request := self._any():
-            old = request.submit
-            delivered = self.world.tokens_of(request)[: len(request.expected)]
-            self.world.submit_raw(type(old)(
-                old.uid, old.attempt + 1, old.prompt, pack(delivered), old.resumed, old.sampling,
-                old.max_tokens, old.stop, old.stop_token_ids, old.cache_salt,
-            ))  # fmt: skip
-            self.world.core.submit(old)
+            if self.draw.random() < 0.5:
+                self.world.end(request)
+                self._pump_perhaps()
+            self._submit_again(request, request.submit.attempt + 1)
+            self.world.submit_raw(request.submit)  # an older one: it changes nothing
+            self.world.end(request)
 
     def detokenizer_dies(self) -> None:
         self.world.detokenizer_up(self.draw.randrange(self.world._num_detokenizers))
@@ -114,6 +116,8 @@ class Chaos:
 
     def detokenizer_leaves(self) -> None:
         if self.world.detokenizers:
+            for _ in range(self.draw.randrange(3)):
+                self.world.result()
             peer = self.draw.choice(list(self.world.detokenizers))
             self.gone.append((peer, self.world.detokenizer_down(peer)))
 
@@ -134,11 +138,34 @@ class Chaos:
         self.world.restart_worker(enough + self.draw.choice([0, 3, 30]))
 
     def ingress_reborn(self) -> None:
-        self.world.ingress_reborn()
+        self.world.ingress_up({})
+        self._pump_perhaps()
 
     def ingress_reconnects(self) -> None:
-        self.world.admitted.clear()
-        self.world.core.ingress_up(self.world.epoch)
+        """`Held` does not name all that is here, and names what is not: that is submitted again."""
+        world, draw = self.world, self.draw
+        before = dict(world.live)
+        kept = [uid for uid in before if draw.random() < 0.8]
+        lost = [uid for uid in before if draw.random() < 0.2]  # their latest attempt never came
+        missing = {uid: before[uid].submit.attempt + 1 for uid in lost}
+        missing.update({10**9: 5} if draw.random() < 0.3 else {})
+        world.missing.clear()
+        world.ingress_up({uid: before[uid].submit.attempt for uid in kept} | missing)
+        assert set(world.live) == set(kept) - set(lost)
+        world.tell_ingress()
+        assert world.missing == ([missing] if missing else [])
+        self._pump_perhaps()
+        for uid in lost:
+            self._submit_again(before[uid], missing[uid] + 1)
+
+    def _submit_again(self, request: Request, attempt: int) -> None:
+        resumed = request.submit.resumed
+        longest = self.draw.randint(resumed, max(resumed, len(request.expected)))
+        self.world.submit_again(request, attempt, request.expected[:longest])
+
+    def _pump_perhaps(self) -> None:
+        if self.draw.random() < 0.5:
+            self.world.pump()
 
     def _any(self) -> Request | None:
         return self.draw.choice(list(self.world.live.values())) if self.world.live else None

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from nanovllm.messages import Admitted, EngineState, Sampling, StepPlan, Submit, pack, unpack
+import msgspec
+
+from nanovllm.messages import (
+    EngineState,
+    Held,
+    Lost,
+    Missing,
+    StepPlan,
+    Submit,
+    pack,
+    pack_int64,
+    unpack,
+    unpack_int64,
+)
+from nanovllm.protocol import Sampling
 from nanovllm.services.scheduler.core import Scheduler
 from nanovllm.services.scheduler.engine import Engine
 from nanovllm.settings import Settings
@@ -26,7 +40,8 @@ class World:
 
     Attributes:
         requests: by (uid, attempt), all that were ever submitted.
-        live: the latest attempt of each uid that has not been ended.
+        live: what the scheduler should have, by uid.
+        missing, states, lost: what the ingress was told.
     """
 
     def __init__(
@@ -52,20 +67,20 @@ class World:
         )
         self.core = Scheduler(self.settings)
         self.requests: dict[tuple[int, int], Request] = {}
-        self.by_seed: dict[int, Request] = {}
+        self.by_seed: dict[int | None, Request] = {}
         self.live: dict[int, Request] = {}
-        self.admitted: dict[int, int] = {}
-        self.engine_ready: list[bool] = []
+        self.missing: list[dict[int, int]] = []
+        self.states: list[EngineState] = []
+        self.lost: list[Lost] = []
         self.detokenizers: dict[Peer, FakeDetokenizer] = {}
         self.deaf: set[Peer] = set()
-        self.epoch = 1
         self._incarnations = 100
         self._counter = 0
         self._num_detokenizers = detokenizers
         self.worker_peer = Peer("gpu_worker", 0, self._incarnation())
         self.worker = self._new_worker(num_blocks)
         self.worker_connected = False
-        self.core.ingress_up(self.epoch)
+        self.ingress_up({})
         if start:
             for index in range(detokenizers):
                 self.detokenizer_up(index)
@@ -88,43 +103,54 @@ class World:
         logprobs: int | None = None,
     ) -> Request:
         self._counter += 1
-        uid = (self.epoch << 32) + self._counter
-        sampling = Sampling(1.0, 1.0, 0, 0.0, self._counter, logprobs)
         room = self.settings.max_model_len - len(prompt)
+        sampling = Sampling(
+            max_tokens=min(max_tokens, room),
+            stop_token_ids=list(stop_ids),
+            seed=self._counter,
+            logprobs=logprobs,
+        )
         return self.submit_raw(
             Submit(
-                uid=uid,
+                uid=self._counter,
                 attempt=0,
                 prompt=pack(prompt),
                 output=pack(output),
                 resumed=len(output),
                 sampling=sampling,
-                max_tokens=min(max_tokens, room),
-                stop=[],
-                stop_token_ids=pack(stop_ids),
                 cache_salt=salt,
             )
         )
 
+    def submit_again(self, request: Request, attempt: int, output: Sequence[int]) -> Request:
+        """A later attempt, with the output so far."""
+        return self.submit_raw(
+            msgspec.structs.replace(request.submit, attempt=attempt, output=pack(output))
+        )
+
     def submit_raw(self, submit: Submit) -> Request:
-        held = self.live.get(submit.uid)
+        there = self.live.get(submit.uid)
         request = Request(submit, len(self.requests))
-        if held is None or submit.attempt > held.submit.attempt:
+        if there is None or submit.attempt > there.submit.attempt:
             self.requests[submit.uid, submit.attempt] = request
             self.by_seed[submit.sampling.seed] = request
             self.live[submit.uid] = request
         self.core.submit(submit)
         return request
 
-    def end(self, uid: int) -> None:
-        self.live.pop(uid, None)
-        self.admitted.pop(uid, None)
-        self.core.end(uid)
+    def end(self, request: Request, attempt: int | None = None) -> None:
+        """Ends this attempt (or that one), and older ones."""
+        uid = request.submit.uid
+        attempt = request.submit.attempt if attempt is None else attempt
+        if uid in self.live and self.live[uid].submit.attempt <= attempt:
+            del self.live[uid]
+        self.core.end(uid, attempt)
 
     def tokens_of(self, request: Request) -> list[int]:
-        """What the detokenizers have of it."""
+        """What the detokenizers have of this attempt."""
         found = [d.outputs.get(request.submit.uid) for d in self.detokenizers.values()]
-        return max((d.tokens for d in found if d is not None), key=len, default=[])
+        of_attempt = [d for d in found if d is not None and d.attempt == request.submit.attempt]
+        return max((d.tokens for d in of_attempt), key=len, default=[])
 
     def is_finished(self, request: Request) -> bool:
         found = [d.outputs.get(request.submit.uid) for d in self.detokenizers.values()]
@@ -135,14 +161,18 @@ class World:
 
     # What goes wrong ----------------------------------------------------------------------------
 
-    def ingress_reborn(self) -> None:
-        self.epoch += 1
-        self.live.clear()
-        self.admitted.clear()
-        self.core.ingress_up(self.epoch)
+    def ingress_up(self, held: Mapping[int, int]) -> None:
+        """A connection to the ingress is made, which names these attempts, by uid."""
+        self.core.ingress_up()
+        self.core.held(Held(pack_int64(held), pack(held.values())))
+        self.live = {
+            uid: request
+            for uid, request in self.live.items()
+            if held.get(uid) == request.submit.attempt
+        }
 
     def detokenizer_up(self, index: int) -> Peer:
-        """In a new life."""
+        """A detokenizer starts."""
         for peer in [p for p in self.detokenizers if p.index == index]:
             self.detokenizer_down(peer)
         peer = Peer("detokenizer", index, self._incarnation())
@@ -151,11 +181,12 @@ class World:
         return peer
 
     def detokenizer_down(self, peer: Peer) -> FakeDetokenizer:
-        """It may come back by `detokenizer_back`, with what it has."""
+        """The link is lost; it may come back by `detokenizer_back`."""
         self.core.detokenizer_down(peer)
         return self.detokenizers.pop(peer)
 
     def detokenizer_back(self, peer: Peer, detokenizer: FakeDetokenizer) -> None:
+        detokenizer.scheduler_up()
         self.detokenizers[peer] = detokenizer
         self.core.detokenizer_up(peer)
 
@@ -184,20 +215,27 @@ class World:
     def pump(self) -> None:
         """What the loop does after each wake-up."""
         self._launch()
-        for message in self.core.for_ingress():
-            if isinstance(message, Admitted):
-                self.admitted[message.uid] = message.attempt
-            elif isinstance(message, EngineState):
-                self.engine_ready.append(message.ready)
-        self.core.ingress_told()
-        while parcels := self.core.parcels():
-            for parcel in parcels:
-                if parcel.peer in self.deaf:
-                    self.core.undelivered(parcel)
+        self.tell_ingress()
+        while frames := self.core.for_detokenizers():
+            for frame in frames:
+                if frame.peer in self.deaf:
+                    self.core.undelivered(frame)
                 else:
-                    self.detokenizers[parcel.peer].take(parcel.messages)
-                    self.core.delivered(parcel)
+                    self.detokenizers[frame.peer].take(frame.messages)
+                    self.core.delivered(frame)
         self.check()
+
+    def tell_ingress(self) -> None:
+        for message in self.core.for_ingress():
+            if isinstance(message, Missing):
+                uids, attempts = unpack_int64(message.uids), unpack(message.attempts).tolist()
+                self.missing.append(dict(zip(uids, attempts, strict=True)))
+            elif isinstance(message, EngineState):
+                self.states.append(message)
+            else:
+                self.lost.append(message)
+        self.core.ingress_told()
+        assert not self.core.for_ingress()
 
     def work(self) -> None:
         """The worker runs all plans that it has."""
@@ -244,7 +282,7 @@ class World:
     # Checks -------------------------------------------------------------------------------------
 
     def _check_order(self, plan: StepPlan) -> None:
-        """First come, first served: nobody waits who came before one that was admitted."""
+        """First come, first served: no sequence waits that came before one that was admitted."""
         for admission in plan.admit:
             request = self.by_seed[admission.sampling.seed]
             for uid in self.engine.waiting:
@@ -265,7 +303,8 @@ class World:
             assert (block in blocks._free) == (holders[block] == 0)
         self._check_names()
         assert len(engine.running) + len(engine._draining) <= self.settings.max_num_seqs
-        assert set(self.core._records) == set(self.live)
+        attempts = {uid: sequence.attempt for uid, sequence in self.core._records.items()}
+        assert attempts == {uid: request.submit.attempt for uid, request in self.live.items()}
 
     def _check_names(self) -> None:
         """What a block is said to hold is what the worker has written there."""
@@ -294,21 +333,19 @@ class World:
         for request in self.live.values():
             assert self.is_finished(request), f"{request} is at {self.tokens_of(request)}"
             assert self.tokens_of(request) == request.expected
-            assert self.admitted[request.submit.uid] == request.submit.attempt
 
     def check_nothing_left(self) -> None:
         """All requests are ended, and nothing is left of them anywhere."""
-        for uid in list(self.live):
-            self.end(uid)
+        for request in list(self.live.values()):
+            self.end(request)
         self.run()
         stats = self.core.stats()
         assert (stats.running, stats.waiting, stats.records, stats.blocks_used) == (0, 0, 0, 0)
         assert not self.worker.slots
         assert not self.engine._leftovers
         assert all(not detokenizer.outputs for detokenizer in self.detokenizers.values())
-        router = self.core._router
-        assert not router._home
-        assert not router._homeless
+        assert not self.core._detokenizers._of
+        assert not self.core._detokenizers._unassigned
 
     def _incarnation(self) -> int:
         self._incarnations += 1

@@ -1,4 +1,4 @@
-"""One real service process, with the test as the ingress and the scheduler beside it."""
+"""One real service process, with the test as its neighbours."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Neighbourhood:
         shutil.rmtree(self._directory)
 
     def end(self, neighbour: Neighbour) -> None:
-        """This neighbour's life is over."""
+        """Closes this neighbour's sockets, as its death does."""
         self._neighbours.remove(neighbour)
         neighbour.close()
 

@@ -1,108 +1,74 @@
-"""What a tokenizer has in hand, and when it lets go of it."""
+"""What a tokenizer has in hand: in order, in frames of a bounded size, and of one connection."""
 
 from __future__ import annotations
 
-import pytest
+import random
 
-from nanovllm.messages import Cancel, HandedOn, Refused, pack
-from nanovllm.services.tokenizer.core import SUBMITS_A_FRAME, Desk
-from nanovllm.services.tokenizer.prompts import PromptEncoder
-from tests.bpe import write_checkpoint_files
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.messages import Refused, Tokenize, Tokenized, TokenizerToIngress, pack, unpack
+from nanovllm.protocol import Sampling
+from nanovllm.services.tokenizer.core import TokenizeQueue
+from nanovllm.transport.links import FRAME_BYTES, MESSAGE_BYTES
 from tests.tokenizer.test_prompts import request
 
-EPOCH = 7
-UID = EPOCH << 32
+
+def encode(request: Tokenize) -> Tokenized | Refused:
+    """As many zeros as the request's prompt token says; for none, a refusal."""
+    (count,) = unpack(request.prompt_token_ids or pack([0])).tolist()
+    if not count:
+        return Refused(request.uid, "invalid_request", "x" * 2000)
+    return Tokenized(request.uid, bytes(4 * count), Sampling())
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
-    directory = write_checkpoint_files(tmp_path_factory.mktemp("model"))
-    return PromptEncoder.from_checkpoint(directory, 64)
+def size(frame: list[TokenizerToIngress]) -> int:
+    fields = (a.prompt if isinstance(a, Tokenized) else a.message for a in frame)
+    return sum(MESSAGE_BYTES + len(longest) for longest in fields)
 
 
-@pytest.fixture
-def desk(encoder: PromptEncoder) -> Desk:
-    return Desk(encoder.encode)
+def send_all(queue: TokenizeQueue) -> list[TokenizerToIngress]:
+    """Takes all answers, as full frames."""
+    sent: list[TokenizerToIngress] = []
+    while frame := queue.frame():
+        assert len(frame) == 1 or size(frame) <= FRAME_BYTES
+        assert queue.frame() == frame, "nothing is gone before it was sent"
+        queue.sent(frame)
+        assert not (rest := queue.frame()) or size(frame + rest[:1]) > FRAME_BYTES
+        sent += frame
+    return sent
 
 
-def take(desk: Desk, number: int, attempt: int = 1, prompt: tuple[int, ...] = (5,)) -> None:
-    desk.take(request(uid=UID + number, attempt=attempt, token_ids=pack(prompt)))
+@given(
+    counts=st.lists(st.sampled_from([0, 1, 1000, 100_000, 2**18, 2**18 + 1]), max_size=12),
+    choices=st.randoms(use_true_random=False),
+)
+def test_answers_go_in_order_in_frames_of_one_mebibyte_or_one_answer(
+    counts: list[int], choices: random.Random
+) -> None:
+    queue = TokenizeQueue(encode)
+    requests = [request(uid=uid, prompt_token_ids=pack([c])) for uid, c in enumerate(counts)]
+    for one in requests:
+        queue.add(one)
+    answers: list[TokenizerToIngress] = []
+    while not queue.idle:
+        queue.work()
+        if choices.random() < 0.3:
+            answers += send_all(queue)
+        assert queue.stats().queued == len(counts) - len(answers)
+    answers += send_all(queue)
+    assert answers == [encode(one) for one in requests]
+    assert queue.stats().tokenized == len(counts)
 
 
-def work_all(desk: Desk) -> None:
-    while not desk.idle:
-        desk.work()
-
-
-def in_hand(desk: Desk) -> list[tuple[int, int]]:
-    return [(submit.uid - UID, submit.attempt) for submit in desk.submits()]
-
-
-def test_a_request_is_handed_on_when_the_scheduler_was_sent_it(desk: Desk) -> None:
-    take(desk, 1)
-    take(desk, 2, prompt=())
-    take(desk, 3)
-    work_all(desk)
-    (refusal,) = desk.replies()
-    assert isinstance(refusal, Refused)
-    assert refusal.uid == UID + 2
-    desk.replied()
-    assert in_hand(desk) == [(1, 1), (3, 1)]
-    assert desk.replies() == []
-    prompt_tokens = len(desk.submits()[0].prompt) // 4
-    desk.submitted(desk.submits(), 7)
-    assert desk.replies() == [
-        HandedOn(UID + 1, 1, prompt_tokens, 7),
-        HandedOn(UID + 3, 1, prompt_tokens, 7),
-    ]
-    assert desk.submits() == []
-    stats = desk.stats()
-    assert (stats.queued, stats.tokenized) == (0, 2)
-
-
-def test_a_newer_attempt_replaces_an_older_one_wherever_it_is(desk: Desk) -> None:
-    take(desk, 1, attempt=2)
-    take(desk, 1, attempt=1)
-    take(desk, 1, attempt=2)
-    work_all(desk)
-    assert in_hand(desk) == [(1, 2)]
-    take(desk, 1, attempt=1)
-    take(desk, 1, attempt=2)
-    assert desk.idle
-    take(desk, 1, attempt=3)
-    assert in_hand(desk) == []
-    work_all(desk)
-    assert in_hand(desk) == [(1, 3)]
-
-
-def test_cancelled_requests_go_nowhere(desk: Desk) -> None:
-    take(desk, 1)
-    desk.take(Cancel(UID + 1))
-    desk.take(Cancel(UID + 9))
-    assert desk.idle
-    take(desk, 2)
-    work_all(desk)
-    desk.take(Cancel(UID + 2))
-    assert in_hand(desk) == []
-    assert desk.replies() == []
-
-
-def test_the_requests_of_another_life_of_the_ingress_are_dropped(desk: Desk) -> None:
-    take(desk, 1)
-    take(desk, 2, prompt=())
-    work_all(desk)
-    take(desk, 3)
-    desk.ingress_up(EPOCH)
-    assert len(desk.replies()) == len(desk.submits()) == desk.stats().queued - 1 == 1
-    desk.ingress_up(EPOCH + 1)
-    assert desk.idle
-    assert desk.replies() == []
-    assert desk.submits() == []
-
-
-def test_many_requests_take_several_frames(desk: Desk) -> None:
-    for number in range(SUBMITS_A_FRAME + 1):
-        take(desk, number)
-    work_all(desk)
-    desk.submitted(desk.submits(), 7)
-    assert in_hand(desk) == [(SUBMITS_A_FRAME, 1)]
+def test_a_connection_to_the_ingress_begins_with_nothing_in_hand() -> None:
+    queue = TokenizeQueue(encode)
+    queue.add(request(uid=1))
+    queue.add(request(uid=2))
+    queue.work()
+    queue.ingress_up()
+    assert queue.idle
+    assert queue.frame() == []
+    queue.add(request(uid=2))
+    queue.work()
+    assert [answer.uid for answer in queue.frame()] == [2]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,31 +17,25 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from nanovllm.checkpoint import CheckpointError
-from nanovllm.messages import ChatMessage, Refused, Sampling, Submit, Tokenize, pack, unpack
+from nanovllm.messages import Refused, Tokenize, Tokenized, pack, unpack
+from nanovllm.protocol import ChatMessage, Sampling
 from nanovllm.services.tokenizer.chat import RESERVED
 from nanovllm.services.tokenizer.prompts import PromptEncoder
 from tests.bpe import EOS, write_checkpoint_files, write_tokenizer
 
 MAX_MODEL_LEN = 128
 LONGEST_ENTRY = 13
-SAMPLING = Sampling(1.0, 1.0, 0, 0.0, 7, None)
+UID = 7 << 32 | 1
 
 
 def request(**fields: Any) -> Tokenize:
     values: dict[str, Any] = {
-        "uid": 7 << 32 | 1,
-        "attempt": 3,
-        "text": None,
-        "token_ids": None,
-        "chat": None,
+        "uid": UID,
+        "prompt": None,
+        "prompt_token_ids": None,
+        "messages": None,
         "chat_template_kwargs": {},
-        "sampling": SAMPLING,
-        "max_tokens": 16,
-        "stop": [],
-        "stop_token_ids": b"",
-        "ignore_eos": False,
-        "cache_salt": "",
-        "output": b"",
+        "sampling": Sampling(max_tokens=16),
         "resumed": 0,
         **fields,
     }
@@ -71,20 +66,20 @@ def refused(encoder: PromptEncoder) -> Callable[..., tuple[str, str]]:
     def refuse(**fields: Any) -> tuple[str, str]:
         result = encoder.encode(request(**fields))
         assert isinstance(result, Refused)
-        assert (result.uid, result.attempt) == (7 << 32 | 1, 3)
+        assert result.uid == UID
         return result.code, result.message
 
     return refuse
 
 
-def submitted(encoder: PromptEncoder, **fields: Any) -> Submit:
+def tokenized(encoder: PromptEncoder, **fields: Any) -> Tokenized:
     result = encoder.encode(request(**fields))
-    assert isinstance(result, Submit), result
+    assert isinstance(result, Tokenized), result
     return result
 
 
-def prompt_of(submit: Submit) -> list[int]:
-    ids: list[int] = unpack(submit.prompt).tolist()
+def prompt_of(result: Tokenized) -> list[int]:
+    ids: list[int] = unpack(result.prompt).tolist()
     return ids
 
 
@@ -100,10 +95,10 @@ texts = st.one_of(
 def test_text_has_the_ids_that_transformers_gives(
     encoder: PromptEncoder, theirs: Any, text: str
 ) -> None:
-    result = encoder.encode(request(text=text))
+    result = encoder.encode(request(prompt=text))
     expected = theirs(text)["input_ids"]
-    assert isinstance(result, Refused if len(expected) >= MAX_MODEL_LEN else Submit)
-    if isinstance(result, Submit):
+    assert isinstance(result, Refused if len(expected) >= MAX_MODEL_LEN else Tokenized)
+    if isinstance(result, Tokenized):
         assert prompt_of(result) == expected
 
 
@@ -125,10 +120,10 @@ def test_tokenizer_config_means_what_it_means_to_transformers(
         PromptEncoder.from_checkpoint(tmp_path, 400),
         AutoTokenizer.from_pretrained(tmp_path),
     )
-    assert prompt_of(submitted(encoder, text="the dog")) == theirs("the dog")["input_ids"]
+    assert prompt_of(tokenized(encoder, prompt="the dog")) == theirs("the dog")["input_ids"]
     messages = [{"role": "user", "content": "the dog"}]
     rendered = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert prompt_of(submitted(encoder, chat=chat(("user", "the dog")))) == rendered
+    assert prompt_of(tokenized(encoder, messages=chat(("user", "the dog")))) == rendered
 
 
 def test_tokens_around_the_text(tmp_path: Path) -> None:
@@ -141,11 +136,11 @@ def test_tokens_around_the_text(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     encoder = PromptEncoder.from_checkpoint(tmp_path, 400)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    prompt = prompt_of(submitted(encoder, text="the quick brown fox"))
+    prompt = prompt_of(tokenized(encoder, prompt="the quick brown fox"))
     assert prompt == theirs("the quick brown fox")["input_ids"]
     assert len(prompt) > 3
     assert prompt[-1] == eos
-    chatted = prompt_of(submitted(encoder, chat=chat(("user", "dog"))))
+    chatted = prompt_of(tokenized(encoder, messages=chat(("user", "dog"))))
     messages = [{"role": "user", "content": "dog"}]
     assert chatted == theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert chatted[-1] != eos
@@ -166,23 +161,23 @@ def test_chat_is_rendered_as_transformers_does(
     turns = [("system", "be <|im_end|> kind"), ("user", "{{ 7 * 7 }} 日本")]
     messages = [{"role": role, "content": content} for role, content in turns]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, **arguments)
-    submit = submitted(encoder, chat=chat(*turns), chat_template_kwargs=arguments)
-    assert prompt_of(submit) == expected["input_ids"]
+    result = tokenized(encoder, messages=chat(*turns), chat_template_kwargs=arguments)
+    assert prompt_of(result) == expected["input_ids"]
 
 
 def test_a_template_in_its_own_file_comes_first(directory: Path, tmp_path: Path) -> None:
     write_checkpoint_files(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
-    submit = submitted(encoder, chat=chat(("user", "dog")))
-    assert submit.prompt == submitted(encoder, text="dog!").prompt
+    result = tokenized(encoder, messages=chat(("user", "dog")))
+    assert result.prompt == tokenized(encoder, prompt="dog!").prompt
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
 def test_what_steers_the_rendering_cannot_be_set(
     refused: Callable[..., tuple[str, str]], name: str
 ) -> None:
-    code, message = refused(chat=chat(("user", "x")), chat_template_kwargs={name: []})
+    code, message = refused(messages=chat(("user", "x")), chat_template_kwargs={name: []})
     assert code == "invalid_request"
     assert name in message
 
@@ -190,7 +185,7 @@ def test_what_steers_the_rendering_cannot_be_set(
 def test_a_template_that_refuses_gives_its_reason(
     refused: Callable[..., tuple[str, str]],
 ) -> None:
-    code, message = refused(chat=chat(("critic", "x")))
+    code, message = refused(messages=chat(("critic", "x")))
     assert code == "invalid_request"
     assert "no critics here" in message
 
@@ -206,7 +201,7 @@ def _nested(depth: int) -> list[Any]:
 def test_arguments_that_a_template_cannot_take(
     refused: Callable[..., tuple[str, str]], tools: Any
 ) -> None:
-    code, _ = refused(chat=chat(("user", "x")), chat_template_kwargs={"tools": tools})
+    code, _ = refused(messages=chat(("user", "x")), chat_template_kwargs={"tools": tools})
     assert code == "invalid_request"
 
 
@@ -225,36 +220,36 @@ def test_broken_templates_refuse_each_request(tmp_path: Path, template: str) -> 
     write_tokenizer(tmp_path, chat_template=template)
     encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
     for _ in range(2):
-        result = encoder.encode(request(chat=chat(("user", "x"))))
+        result = encoder.encode(request(messages=chat(("user", "x"))))
         assert isinstance(result, Refused)
         assert result.code == "invalid_request"
-    assert submitted(encoder, text="still here").prompt
+    assert tokenized(encoder, prompt="still here").prompt
 
 
 def test_no_template(tmp_path: Path) -> None:
     write_checkpoint_files(tmp_path)
     write_tokenizer(tmp_path, chat_template=None)
     encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
-    result = encoder.encode(request(chat=chat(("user", "x"))))
+    result = encoder.encode(request(messages=chat(("user", "x"))))
     assert isinstance(result, Refused)
     assert "no chat template" in result.message
 
 
 def test_empty_prompts_are_refused(refused: Callable[..., tuple[str, str]]) -> None:
-    for prompt in ({"text": ""}, {"token_ids": b""}, {}):
+    for prompt in ({"prompt": ""}, {"prompt_token_ids": b""}, {}):
         assert refused(**prompt)[0] == "invalid_request"
 
 
 def test_the_prompt_must_be_shorter_than_max_model_len(
     encoder: PromptEncoder, refused: Callable[..., tuple[str, str]]
 ) -> None:
-    submit = submitted(encoder, token_ids=pack(range(MAX_MODEL_LEN - 1)))
-    assert submit.max_tokens == 1
-    code, message = refused(token_ids=pack(range(MAX_MODEL_LEN)))
+    result = tokenized(encoder, prompt_token_ids=pack(range(MAX_MODEL_LEN - 1)))
+    assert result.sampling.max_tokens == 1
+    code, message = refused(prompt_token_ids=pack(range(MAX_MODEL_LEN)))
     assert code == "context_length_exceeded"
     assert "128 tokens" in message
     assert "max_model_len (128)" in message
-    assert refused(text="日" * MAX_MODEL_LEN)[0] == "context_length_exceeded"
+    assert refused(prompt="日" * MAX_MODEL_LEN)[0] == "context_length_exceeded"
 
 
 def test_hopelessly_long_text_is_not_tokenized() -> None:
@@ -263,51 +258,43 @@ def test_hopelessly_long_text_is_not_tokenized() -> None:
         Tokenizer(WordLevel({}, unk_token="?")), None, [], LONGEST_ENTRY, MAX_MODEL_LEN
     )
     most = LONGEST_ENTRY * MAX_MODEL_LEN
-    result = encoder.encode(request(text="é" * (most // 2 + 1)))
+    result = encoder.encode(request(prompt="é" * (most // 2 + 1)))
     assert isinstance(result, Refused)
     assert result.code == "context_length_exceeded"
     # One that might fit does reach it; and what it raises ends this request alone.
-    result = encoder.encode(request(text="é" * (most // 2)))
+    result = encoder.encode(request(prompt="é" * (most // 2)))
     assert isinstance(result, Refused)
     assert (result.code, result.message) == ("internal", "the prompt could not be tokenized")
 
 
 def test_hopelessly_long_chats_are_refused(refused: Callable[..., tuple[str, str]]) -> None:
-    code, message = refused(chat=chat(("user", "x" * 2000)))
+    code, message = refused(messages=chat(("user", "x" * 2000)))
     assert code == "context_length_exceeded"
     assert "bytes" in message
 
 
-def test_prompt_and_output_must_fit(
+def test_prompt_and_resumed_output_must_fit(
     encoder: PromptEncoder, refused: Callable[..., tuple[str, str]]
 ) -> None:
     prompt = pack(range(MAX_MODEL_LEN - 4))
-    submit = submitted(encoder, token_ids=prompt, output=pack([1, 2, 3, 4]), resumed=2)
-    assert (submit.output, submit.resumed, submit.max_tokens) == (pack([1, 2, 3, 4]), 2, 4)
-    code, message = refused(token_ids=prompt, output=pack(range(5)))
+    result = tokenized(encoder, prompt_token_ids=prompt, resumed=4)
+    assert result.sampling.max_tokens == 4
+    code, message = refused(prompt_token_ids=prompt, resumed=5)
     assert code == "context_length_exceeded"
     assert "resume_token_ids 5" in message
 
 
-def test_everything_else_passes_through(encoder: PromptEncoder, theirs: Any) -> None:
-    submit = submitted(
-        encoder, token_ids=pack([5, 6]), stop=["x"], stop_token_ids=pack([9]), cache_salt="s"
-    )
+def test_sampling_passes_through_but_for_stop_tokens(encoder: PromptEncoder, theirs: Any) -> None:
+    asked = Sampling(
+        temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, max_tokens=16, stop=["x"],
+        stop_token_ids=[9], ignore_eos=True, seed=7, logprobs=2,
+    )  # fmt: skip
+    result = tokenized(encoder, prompt_token_ids=pack([5, 6]), sampling=asked)
+    assert result == Tokenized(UID, pack([5, 6]), asked)
+    asked = msgspec.structs.replace(asked, ignore_eos=False)
+    result = tokenized(encoder, prompt_token_ids=pack([5, 6]), sampling=asked)
     eos = theirs.convert_tokens_to_ids(EOS)
-    assert submit == Submit(
-        uid=7 << 32 | 1,
-        attempt=3,
-        prompt=pack([5, 6]),
-        output=b"",
-        resumed=0,
-        sampling=SAMPLING,
-        max_tokens=16,
-        stop=["x"],
-        stop_token_ids=pack([9, eos]),
-        cache_salt="s",
-    )
-    ignoring = submitted(encoder, token_ids=pack([5]), stop_token_ids=pack([9]), ignore_eos=True)
-    assert ignoring.stop_token_ids == pack([9])
+    assert result.sampling == msgspec.structs.replace(asked, stop_token_ids=sorted([9, eos]))
 
 
 @pytest.mark.parametrize(
@@ -324,9 +311,9 @@ def test_where_the_end_of_sequence_comes_from(
     write_checkpoint_files(tmp_path, **config)
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
-    submit = submitted(encoder, token_ids=pack([5]))
+    result = tokenized(encoder, prompt_token_ids=pack([5]))
     ids = [theirs.convert_tokens_to_ids(e) if isinstance(e, str) else e for e in expected]
-    assert unpack(submit.stop_token_ids).tolist() == ids
+    assert result.sampling.stop_token_ids == ids
 
 
 def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:

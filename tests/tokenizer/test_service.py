@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.messages import Cancel, ChatMessage, HandedOn, Refused, Submit, TokenizerToIngress
+from nanovllm.messages import Refused, Tokenized, TokenizerToIngress, unpack
+from nanovllm.protocol import ChatMessage
 from tests.bpe import tiny_tokenizer, write_checkpoint_files
 from tests.tokenizer.neighbours import imported_modules, started
 from tests.tokenizer.test_prompts import request
@@ -23,43 +24,25 @@ def test_it_needs_no_torch_and_starts_without_chat_templates() -> None:
     assert "torch" not in imported_modules("transformers.utils.chat_template_utils")
 
 
-def test_requests_wait_for_the_scheduler(model: Path) -> None:
+def test_each_ingress_is_answered_what_it_asked(model: Path) -> None:
     text = "the quick 日本 fox"
+    token_ids = tiny_tokenizer().encode(text).ids
     with started("tokenizer", model, "--max-model-len", "64") as here:
         ingress = here.ingress(inbound=list[TokenizerToIngress]).connected()
-        uid = ingress.incarnation << 32
         critic = [ChatMessage("critic", "boo")]
-        ingress.send(
-            request(uid=uid + 1, text=text),
-            request(uid=uid + 2, chat=critic),
-            request(uid=uid + 3, text="cancelled"),
-            Cancel(uid + 3),
-        )
-        # With no scheduler there, only the refusal can be told.
-        (refusal,) = ingress.expect(1)
-        assert isinstance(refusal, Refused)
-        assert (refusal.uid, refusal.code) == (uid + 2, "invalid_request")
+        ingress.send(request(uid=1, prompt=text), request(uid=2, messages=critic))
+        tokenized, refused = ingress.expect(2)
+        assert isinstance(tokenized, Tokenized)
+        assert (tokenized.uid, unpack(tokenized.prompt).tolist()) == (1, token_ids)
+        assert isinstance(refused, Refused)
+        assert (refused.uid, refused.code) == (2, "invalid_request")
 
-        scheduler = here.scheduler(inbound=list[Submit]).connected()
-        (submit,) = scheduler.expect(1)
-        assert submit.uid == uid + 1
-        assert list(memoryview(submit.prompt).cast("i")) == tiny_tokenizer().encode(text).ids
-        handed_on = HandedOn(uid + 1, 3, len(submit.prompt) // 4, scheduler.incarnation)
-        assert ingress.expect(1) == [handed_on]
-
-        # The requests of an ingress that died while they waited reach nobody.
-        here.end(scheduler)
-        ingress.send(request(uid=uid + 4, text=text), request(uid=uid + 5, text=""))
-        ingress.expect(1)
+        ingress.send(request(uid=3, prompt=text))
         here.end(ingress)
         ingress = here.ingress(inbound=list[TokenizerToIngress]).connected()
-        uid = ingress.incarnation << 32
-        ingress.send(request(uid=uid + 1, text=text))
-        scheduler = here.scheduler(inbound=list[Submit]).connected()
-        (submit,) = scheduler.expect(1)
-        assert submit.uid == uid + 1
-        handed_on = HandedOn(uid + 1, 3, len(submit.prompt) // 4, scheduler.incarnation)
-        assert ingress.expect(1) == [handed_on]
+        ingress.send(request(uid=4, prompt=text))
+        (tokenized,) = ingress.expect(1)
+        assert tokenized.uid == 4, "nothing that another one asked"
 
 
 def test_a_model_without_tokenizer_gets_one_clear_line(tmp_path: Path) -> None:

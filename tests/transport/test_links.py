@@ -13,13 +13,13 @@ import pytest
 import zmq
 from zmq import zmq_poll
 
-from nanovllm.messages import Admitted, End, SchedulerToIngress
+from nanovllm.messages import GroupReady, Reset, SchedulerToWorker, WorkerToScheduler
 from nanovllm.transport.endpoints import EndpointTaken
 from nanovllm.transport.links import BoundLink, ConnectedLink, Down, Peer, Received, Up
 from nanovllm.transport.sockets import Router
 
 SCHEDULER = Peer("scheduler", 0, 101)
-INGRESS = Peer("ingress", 0, 202)
+WORKER = Peer("gpu_worker", 0, 202)
 TIMEOUT_S = 10.0
 # To and from which incarnation, on which connection.
 HEADER = struct.Struct("<QQI")
@@ -40,14 +40,16 @@ def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"{request.param}://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def bound(context: zmq.Context[Any], endpoint: str, me: Peer = SCHEDULER) -> BoundLink[End]:
-    return BoundLink(context, endpoint, me, list[End])
+def bound(
+    context: zmq.Context[Any], endpoint: str, me: Peer = SCHEDULER
+) -> BoundLink[WorkerToScheduler]:
+    return BoundLink(context, endpoint, me, list[WorkerToScheduler])
 
 
 def connected(
-    context: zmq.Context[Any], endpoint: str, me: Peer = INGRESS
-) -> ConnectedLink[SchedulerToIngress]:
-    return ConnectedLink(context, endpoint, me, list[SchedulerToIngress])
+    context: zmq.Context[Any], endpoint: str, me: Peer = WORKER
+) -> ConnectedLink[SchedulerToWorker]:
+    return ConnectedLink(context, endpoint, me, list[SchedulerToWorker])
 
 
 def events_until(wanted: Callable[[list[Any]], bool], *links: Any) -> list[list[Any]]:
@@ -75,16 +77,16 @@ def test_each_side_learns_of_the_other_and_messages_pass(
     context: zmq.Context[Any], endpoint: str
 ) -> None:
     binder, connector = bound(context, endpoint), connected(context, endpoint)
-    assert not connector.send([End(1)]), "nobody has welcomed it yet"
+    assert not connector.send([GroupReady(1, 4)]), "nobody has welcomed it yet"
     up, at_binder = events_until(has(Up), connector, binder)
     assert up == [Up(SCHEDULER, reborn=True)]
-    assert at_binder == [Up(INGRESS, reborn=True)]
-    assert connector.send([End(1), End(2)])
+    assert at_binder == [Up(WORKER, reborn=True)]
+    assert connector.send([GroupReady(1, 4), GroupReady(2, 4)])
     got, _ = events_until(lambda events: len(events) == 2, binder, connector)
-    assert [event.message for event in got] == [End(1), End(2)]
-    assert binder.send(INGRESS, [Admitted(7, 1)])
+    assert [event.message for event in got] == [GroupReady(1, 4), GroupReady(2, 4)]
+    assert binder.send(WORKER, [Reset(7)])
     (answer,), _ = events_until(has(Received), connector, binder)
-    assert answer == Received(SCHEDULER, Admitted(7, 1))
+    assert answer == Received(SCHEDULER, Reset(7))
 
 
 def test_a_peer_that_closes_is_noticed_while_nothing_is_sent(
@@ -95,9 +97,9 @@ def test_a_peer_that_closes_is_noticed_while_nothing_is_sent(
     binder.receive()
     connector.close()
     (gone,) = events_until(has(Down), binder)
-    assert gone[-1] == Down(INGRESS)
+    assert gone[-1] == Down(WORKER)
     assert binder.peers == []
-    assert not binder.send(INGRESS, [Admitted(1, 1)])
+    assert not binder.send(WORKER, [Reset(1)])
 
 
 def test_the_last_words_of_a_peer_come_before_its_end(
@@ -106,52 +108,54 @@ def test_the_last_words_of_a_peer_come_before_its_end(
     """They are read in one wake-up, as by one that was busy meanwhile."""
     binder = bound(context, endpoint)
     for incarnation in range(1, 20):
-        life: zmq.Context[Any] = zmq.Context()
-        connector = connected(life, endpoint, Peer("ingress", 0, incarnation))
+        its_context: zmq.Context[Any] = zmq.Context()
+        connector = connected(its_context, endpoint, Peer("gpu_worker", 0, incarnation))
         events_until(has(Up), connector, binder)
-        assert connector.send([End(incarnation)])
+        assert connector.send([GroupReady(incarnation, 4)])
         connector.close()
-        life.term()
+        its_context.term()
         assert zmq_poll([(binder.sockets[-1], zmq.POLLIN)], int(TIMEOUT_S * 1000))
         (got,) = events_until(has(Down), binder)
-        me = Peer("ingress", 0, incarnation)
-        assert got == [Received(me, End(incarnation)), Down(me)]
+        me = Peer("gpu_worker", 0, incarnation)
+        assert got == [Received(me, GroupReady(incarnation, 4)), Down(me)]
 
 
 def test_a_reborn_binder_is_told_apart_and_gets_nothing_meant_for_the_old(
     context: zmq.Context[Any], endpoint: str
 ) -> None:
-    life: zmq.Context[Any] = zmq.Context()
-    binder, connector = bound(life, endpoint), connected(context, endpoint)
+    its_context: zmq.Context[Any] = zmq.Context()
+    binder, connector = bound(its_context, endpoint), connected(context, endpoint)
     events_until(has(Up), connector, binder)
-    connector.send([End(1)])
+    connector.send([GroupReady(1, 4)])
     binder.close()
-    life.term()
+    its_context.term()
     events_until(has(Down), connector)
-    assert not connector.send([End(2)]), "what cannot be sent is not queued beside the socket"
+    assert not connector.send([GroupReady(2, 4)]), (
+        "what cannot be sent is not queued beside the socket"
+    )
     reborn = bound(context, endpoint, Peer("scheduler", 0, 103))
     up, at_binder = events_until(has(Up), connector, reborn)
     assert up == [Up(Peer("scheduler", 0, 103), reborn=True)]
-    assert at_binder == [Up(INGRESS, reborn=True)]
-    connector.send([End(3)])
+    assert at_binder == [Up(WORKER, reborn=True)]
+    connector.send([GroupReady(3, 4)])
     got, _ = events_until(has(Received), reborn, connector)
-    assert [event.message for event in got] == [End(3)]
+    assert [event.message for event in got] == [GroupReady(3, 4)]
 
 
-def test_a_reborn_connector_replaces_its_former_life(
+def test_a_reborn_connector_replaces_its_former_incarnation(
     context: zmq.Context[Any], endpoint: str
 ) -> None:
     binder, old = bound(context, endpoint), connected(context, endpoint)
     events_until(has(Up), old, binder)
     binder.receive()
-    second_life = Peer("ingress", 0, 203)
-    new = connected(context, endpoint, second_life)
+    reborn = Peer("gpu_worker", 0, 203)
+    new = connected(context, endpoint, reborn)
     seen, _ = events_until(has(Up), binder, new)
-    assert seen == [Down(INGRESS), Up(second_life, reborn=True)]
-    assert binder.peers == [second_life]
+    assert seen == [Down(WORKER), Up(reborn, reborn=True)]
+    assert binder.peers == [reborn]
 
 
-def test_what_comes_before_a_hello_or_for_another_life_is_dropped(
+def test_what_comes_before_a_hello_or_for_another_incarnation_is_dropped(
     context: zmq.Context[Any], endpoint: str
 ) -> None:
     binder = bound(context, endpoint)
@@ -159,13 +163,13 @@ def test_what_comes_before_a_hello_or_for_another_life_is_dropped(
     stranger.connect(endpoint)
     stranger.send(b"x")
     stranger.send(HEADER.pack(0, 0, 0) + b"\xc1")
-    stranger.send(HEADER.pack(SCHEDULER.incarnation, 9, 0) + b"\x91\x92\xa3end\x01")
+    stranger.send(HEADER.pack(SCHEDULER.incarnation, 9, 0) + b"\x91\x93\xabgroup_ready\x01\x04")
     stranger.send_multipart([b"a", b"b", b"c"])
     connector = connected(context, endpoint)
     events_until(has(Up), connector, binder)
-    connector.send([End(5)])
+    connector.send([GroupReady(5, 4)])
     seen, _ = events_until(has(Received), binder, connector)
-    assert [event.message for event in seen if isinstance(event, Received)] == [End(5)]
+    assert [event.message for event in seen if isinstance(event, Received)] == [GroupReady(5, 4)]
     stranger.close()
 
 

@@ -40,7 +40,7 @@ def break_tokenizer() -> None:
 
     def encode_or_crash(self: PromptEncoder, request: Tokenize) -> object:
         result = encode(self, request)
-        crash_if_in(request.token_ids)
+        crash_if_in(request.prompt_token_ids)
         return result
 
     PromptEncoder.encode = encode_or_crash  # type: ignore[assignment, method-assign]

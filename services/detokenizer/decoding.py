@@ -1,44 +1,24 @@
-"""One attempt's output: tokens in, deltas out."""
+"""One attempt's output: tokens in, decoded text out."""
 
 from __future__ import annotations
 
-from nanovllm.messages import Begin, Delta, Ending, FinishReason, TokenLogprobs, Usage, unpack
+from nanovllm.messages import Begin, Decoded, Ending, TokenLogprobs, unpack
+from nanovllm.protocol import FinishReason, Usage
 from nanovllm.services.detokenizer.text import StopFinder, TextDecoder
 from nanovllm.vocabulary import Vocabulary
 
 TOKEN_BYTES = 4  # an int32
 
 
-class Output:
+class Decoding:
     """The output of one attempt, decoded so far, and how much of it was sent.
 
-    All of it is kept until the request's end, to be sent again to an ingress that connects anew.
+    All of it is kept until the request ends, to be sent again to an ingress that connects anew.
 
     Attributes:
         attempt: whose output this is.
         count: output tokens held; tokens after the end of the output are not.
     """
-
-    __slots__ = (
-        "_cached_tokens",
-        "_decoder",
-        "_finish",
-        "_logprobs",
-        "_logprobs_from",
-        "_pieces",
-        "_prompt_tokens",
-        "_reason",
-        "_resumed",
-        "_resumed_chars",
-        "_sent_chars",
-        "_sent_pieces",
-        "_sent_tokens",
-        "_stops",
-        "_tokens",
-        "_uid",
-        "attempt",
-        "count",
-    )
 
     def __init__(self, begin: Begin, vocabulary: Vocabulary) -> None:
         self._uid = begin.uid
@@ -119,14 +99,14 @@ class Output:
         self._finish = (reason, completion_tokens)
         self._end_if_complete()
 
-    def delta(self) -> Delta:
+    def decoded(self) -> Decoded:
         """All that was not sent yet."""
         start = self._sent_tokens
         logprobs: list[TokenLogprobs] = []
         if self._logprobs:
             start = max(start, self._logprobs_from)
             logprobs = self._logprobs[start - self._logprobs_from :]
-        return Delta(
+        return Decoded(
             self._uid,
             self.attempt,
             start,
@@ -137,11 +117,11 @@ class Output:
             None if self._reason is None else Ending(self._reason, self._usage()),
         )
 
-    def sent(self, delta: Delta) -> None:
-        """`delta`, made of what is held now, was sent."""
+    def sent(self, decoded: Decoded) -> None:
+        """`decoded`, made of what is held now, was sent."""
         self._sent_tokens = self.count
         self._sent_pieces = len(self._pieces)
-        self._sent_chars += len(delta.text)
+        self._sent_chars += len(decoded.text)
 
     def rewind(self) -> None:
         """What was sent may be lost: all but the client's own tokens is to be sent again."""

@@ -1,0 +1,197 @@
+"""Which requests the engine has, and which wait for it.
+
+The queue of requests is here, and not in the scheduler: a scheduler is given what fills its slots
+and a little more, so that a reborn one is sent little, and the order is decided in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nanovllm.messages import (
+    End,
+    EngineState,
+    Held,
+    IngressToScheduler,
+    Missing,
+    pack,
+    pack_int64,
+    unpack,
+    unpack_int64,
+)
+from nanovllm.services.ingress.requests import Request
+from nanovllm.services.ingress.suspects import NOTHING, InHand
+from nanovllm.transport.links import Peer, one_frame
+
+# Beyond its slots, a scheduler is given so many requests, or as many as hold this many budgets of a
+# step in prompt tokens, whichever is more.
+WAITING_REQUESTS = 32
+WAITING_BUDGETS = 2
+
+
+class Queue:
+    """Requests in token ids that no engine has: those with output first, then first come first
+    served.
+
+    Attributes:
+        only: the one request that may leave; None: all may.
+    """
+
+    def __init__(self) -> None:
+        self.only: Request | None = None
+        self._with_output: dict[int, Request] = {}
+        self._new: dict[int, Request] = {}
+
+    def add(self, request: Request) -> None:
+        """Adds a request that has just been tokenized."""
+        self._part(request)[request.uid] = request
+
+    def put_back(self, requests: Iterable[Request]) -> None:
+        """Adds requests that an engine had, in the order in which they came at first."""
+        for request in requests:
+            self._part(request)[request.uid] = request
+        self._with_output = dict(sorted(self._with_output.items()))
+        self._new = dict(sorted(self._new.items()))
+
+    def discard(self, request: Request) -> None:
+        self._with_output.pop(request.uid, None)
+        self._new.pop(request.uid, None)
+
+    def first(self) -> Request | None:
+        """The request whose turn it is."""
+        if self.only is not None:
+            uid = self.only.uid
+            return self._with_output.get(uid) or self._new.get(uid)
+        return next(iter((self._with_output or self._new).values()), None)
+
+    def _part(self, request: Request) -> dict[int, Request]:
+        return self._with_output if request.output.num_tokens else self._new
+
+
+class Engine:
+    """What the engine has, and the outbox of its scheduler.
+
+    A link loses messages only around an `Up`. So on each `Up` the outbox is emptied, and `Held`
+    goes first: all that this incarnation of the scheduler was sent. The scheduler answers with what
+    is missing, and that is submitted again. While the connection stands, nothing is lost.
+
+    Args:
+        max_num_batched_tokens: the token budget of a step.
+
+    Attributes:
+        peer: the scheduler; None while there is no link to it.
+        given: unfinished requests that it was given, by uid.
+    """
+
+    def __init__(self, max_num_batched_tokens: int) -> None:
+        self.peer: Peer | None = None
+        self.given: dict[int, Request] = {}
+        self._most_waiting_tokens = WAITING_BUDGETS * max_num_batched_tokens
+        self._state = EngineState(False, 0, 0, 0)
+        self._incarnation = 0
+        # Requests given to this incarnation, those that are over included.
+        self._ever_given = 0
+        # Of `given`, the latest that are more than there are slots; and their prompt tokens.
+        self._waiting: dict[int, Request] = {}
+        self._waiting_tokens = 0
+        # The outbox.
+        self._held: Held | None = None
+        self._ends: dict[int, int] = {}
+        self._submits: dict[int, Request] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could start now."""
+        return self.peer is not None and self._state.ready
+
+    def takes(self, request: Request) -> bool:
+        """Whether it is to be given this request now."""
+        if not self.ready:
+            return False
+        return (
+            len(self.given) < self._state.slots
+            or len(self._waiting) < WAITING_REQUESTS
+            or self._waiting_tokens + request.prompt_tokens <= self._most_waiting_tokens
+        )
+
+    def give(self, request: Request) -> None:
+        """Submits the request, as its next attempt."""
+        request.attempt += 1
+        self._ever_given += 1
+        if len(self.given) >= self._state.slots:
+            self._waiting[request.uid] = request
+            self._waiting_tokens += request.prompt_tokens
+        self.given[request.uid] = self._submits[request.uid] = request
+
+    def end(self, request: Request) -> None:
+        """Takes the request back, if the engine has it."""
+        if self.given.pop(request.uid, None) is None:
+            return
+        # A slot is free for the first that waits.
+        first = request.uid if request.uid in self._waiting else next(iter(self._waiting), None)
+        if first is not None:
+            self._waiting_tokens -= self._waiting.pop(first).prompt_tokens
+        if self._submits.pop(request.uid, None) is None:
+            self._ends[request.uid] = request.attempt
+
+    @property
+    def in_hand(self) -> InHand:
+        """What dies with the scheduler."""
+        if self.peer is None:
+            return NOTHING
+        return InHand(frozenset(self.given), alone=self._ever_given == len(self.given) == 1)
+
+    def up(self, peer: Peer) -> list[Request]:
+        """A connection to the scheduler was made. Returns the requests that it has lost, which are
+        not given any more: after a restart, all."""
+        lost: list[Request] = []
+        if peer.incarnation != self._incarnation:
+            lost = list(self.given.values())
+            self.given.clear()
+            self._submits.clear()
+            self._waiting.clear()
+            self._waiting_tokens = 0
+            self._ever_given = 0
+        self.peer = peer
+        self._incarnation = peer.incarnation
+        self._ends.clear()
+        sent = [request for uid, request in self.given.items() if uid not in self._submits]
+        uids = pack_int64(request.uid for request in sent)
+        self._held = Held(uids, pack(request.attempt for request in sent))
+        return lost
+
+    def down(self) -> None:
+        self.peer = None
+        self._state = EngineState(False, 0, 0, 0)
+
+    def state(self, state: EngineState) -> None:
+        self._state = state
+
+    def missing(self, message: Missing) -> int:
+        """Submits again what did not arrive; returns how many requests that are."""
+        attempts = unpack(message.attempts).tolist()
+        count = 0
+        for uid, attempt in sorted(zip(unpack_int64(message.uids), attempts, strict=True)):
+            request = self.given.get(uid)
+            if request is not None and request.attempt == attempt:
+                request.attempt += 1
+                self._submits[uid] = request
+                count += 1
+        return count
+
+    def frame(self) -> list[IngressToScheduler]:
+        """The next frame for the scheduler; empty if there is none. `sent` was sent."""
+        if self.peer is None:
+            return []
+        held: list[IngressToScheduler] = [] if self._held is None else [self._held]
+        ends = (End(uid, attempt) for uid, attempt in self._ends.items())
+        submits = one_frame(self._submits.values(), lambda r: len(r.prompt) + len(r.output.tokens))
+        return [*held, *ends, *(request.submit() for request in submits)]
+
+    def sent(self, frame: list[IngressToScheduler]) -> None:
+        """`frame`, the latest, was sent."""
+        self._held = None
+        self._ends.clear()
+        for message in frame:
+            if not isinstance(message, Held | End):
+                del self._submits[message.uid]

@@ -1,0 +1,121 @@
+"""Which tokenizer has which request.
+
+A tokenizer is a function of the request: a request whose tokenizer dies is given to another, and
+the first answer counts, whoever sends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nanovllm.messages import Tokenize
+from nanovllm.services.ingress.requests import Request
+from nanovllm.services.ingress.suspects import NOTHING, InHand, Suspects
+from nanovllm.transport.links import Peer, one_frame
+
+# Requests in the hands of one tokenizer: enough to keep it busy, and little to do again.
+WINDOW = 64
+
+
+class _Tokenizer:
+    """What one tokenizer was given and has not answered, and what of that it was not sent yet.
+    A request that is over stays in hand until the answer comes: the tokenizer works on it."""
+
+    def __init__(self) -> None:
+        self.in_hand: dict[int, Request] = {}
+        self.unsent: dict[int, Request] = {}
+
+
+class Tokenizers:
+    """Gives requests to tokenizers, first come first served, to the one with the least in hand.
+
+    Attributes:
+        suspects: of deaths of tokenizers. A suspect that must be alone is given to a tokenizer
+            that has nothing else in hand, which gets nothing else until it has answered.
+    """
+
+    def __init__(self) -> None:
+        self.suspects = Suspects()
+        self._tokenizers: dict[Peer, _Tokenizer] = {}
+        self._waiting: dict[int, Request] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there is a tokenizer."""
+        return bool(self._tokenizers)
+
+    def __contains__(self, peer: Peer) -> bool:
+        return peer in self._tokenizers
+
+    def add(self, request: Request) -> None:
+        self._waiting[request.uid] = request
+        self._hand_out()
+
+    def discard(self, request: Request) -> None:
+        """The request is over. A tokenizer that has been sent it does it in vain."""
+        self._withdraw(request.uid)
+        self._hand_out()
+
+    def answered(self, peer: Peer, uid: int) -> None:
+        """The tokenizer has answered; the request may be over, or have its answer already."""
+        self._withdraw(uid)
+        if peer in self._tokenizers:
+            self._tokenizers[peer].in_hand.pop(uid, None)
+        self._hand_out()
+
+    def up(self, peer: Peer) -> None:
+        self._tokenizers[peer] = _Tokenizer()
+        self._hand_out()
+
+    def down(self, peer: Peer) -> None:
+        """Others are given what the tokenizer had in hand."""
+        in_hand = self._tokenizers.pop(peer).in_hand
+        again = {uid: r for uid, r in in_hand.items() if r.ask is not None and not r.over}
+        self._waiting = dict(sorted((again | self._waiting).items()))
+        self._hand_out()
+
+    def in_hand(self, peer: Peer) -> InHand:
+        if peer not in self._tokenizers:
+            return NOTHING
+        uids = frozenset(self._tokenizers[peer].in_hand)
+        return InHand(uids, alone=len(uids) == 1)
+
+    def frames(self) -> Iterator[tuple[Peer, list[Tokenize]]]:
+        """The next frame for each tokenizer that is to be sent something; `sent` was."""
+        for peer, tokenizer in self._tokenizers.items():
+            if tokenizer.unsent:
+                unsent = tokenizer.unsent.values()
+                yield peer, [r.tokenize() for r in one_frame(unsent, lambda r: r.size)]
+
+    def sent(self, peer: Peer, frame: list[Tokenize]) -> None:
+        for tokenize in frame:
+            del self._tokenizers[peer].unsent[tokenize.uid]
+
+    def _withdraw(self, uid: int) -> None:
+        """Nobody is to be sent the request any more."""
+        self._waiting.pop(uid, None)
+        for tokenizer in self._tokenizers.values():
+            if tokenizer.unsent.pop(uid, None) is not None:
+                del tokenizer.in_hand[uid]
+        self.suspects.forget(uid)
+
+    def _hand_out(self) -> None:
+        while self._waiting:
+            request = next(iter(self._waiting.values()))
+            peer = min(
+                filter(self._takes_more, self._tokenizers),
+                key=lambda peer: len(self._tokenizers[peer].in_hand),
+                default=None,
+            )
+            if peer is None:
+                return
+            tokenizer = self._tokenizers[peer]
+            if tokenizer.in_hand and self.suspects.must_be_alone(request.uid):
+                return  # until a tokenizer has nothing in hand; no other request overtakes
+            del self._waiting[request.uid]
+            tokenizer.in_hand[request.uid] = tokenizer.unsent[request.uid] = request
+
+    def _takes_more(self, peer: Peer) -> bool:
+        in_hand = self._tokenizers[peer].in_hand
+        if self.suspects.records and any(map(self.suspects.must_be_alone, in_hand)):
+            return False
+        return len(in_hand) < WINDOW
