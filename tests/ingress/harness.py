@@ -36,7 +36,7 @@ REBORN = Peer("scheduler", 0, 14)
 CLIENT = b"\x00cli1"
 OTHER = b"\x00cli2"
 SESSION = "0abcdef0-1"  # the first client's
-BUDGET = 16
+BUDGET = 50
 READY = EngineState(True, slots=4, blocks=100, block_size=16)
 NOT_READY = EngineState(False, slots=4, blocks=0, block_size=0)
 PROMPT = [1, 2, 3]
@@ -163,12 +163,12 @@ class World:
         if state is not None:
             self.core.from_scheduler(peer, state)
 
-    def scheduler_restarts(self, peer: Peer = REBORN) -> None:
+    def scheduler_restarts(self, peer: Peer = REBORN, state: EngineState = READY) -> None:
         """The scheduler's link goes and comes back; it is another incarnation, unless `peer` is the
         same."""
         if self.core.engine.peer is not None:
             self.core.service_down(self.core.engine.peer)
-        self.scheduler_up(peer)
+        self.scheduler_up(peer, state)
 
 
 def missing(attempts: dict[int, int]) -> Missing:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nanovllm.messages import End, Held, Submit, pack, unpack
 from nanovllm.protocol import Accepted
 from nanovllm.services.ingress.engine import WAITING_BUDGETS, WAITING_REQUESTS
-from nanovllm.transport.links import FRAME_BYTES
+from nanovllm.transport.links import FRAME_BYTES, Peer
 from tests.ingress.harness import (
     BUDGET,
     DETOKENIZER,
@@ -39,11 +39,12 @@ def test_the_engine_is_given_what_fills_its_slots_and_a_little_more(data: st.Dat
     while there are any, and no more."""
     world = World(max_pending_requests=1000)
     slots = data.draw(st.integers(1, 5))
-    world.core.from_scheduler(SCHEDULER, msgspec.structs.replace(READY, slots=slots))
+    state = msgspec.structs.replace(READY, slots=slots)
+    world.core.from_scheduler(SCHEDULER, state)
     given_: dict[int, Submit] = {}
     for number in range(data.draw(st.integers(0, 5))):
         length = data.draw(st.integers(1, 3))
-        for further in range(data.draw(st.integers(0, 40))):
+        for further in range(data.draw(st.integers(0, 60))):
             world.generate(f"{number} {further}", prompt=None, prompt_token_ids=[7] * length)
         while tokenizes := world.tokenizes():
             world.tokenized(*tokenizes)
@@ -52,6 +53,10 @@ def test_the_engine_is_given_what_fills_its_slots_and_a_little_more(data: st.Dat
         for uid in data.draw(some):
             world.core.from_detokenizer(decoded(given_.pop(uid), 0, [1], end=True))
             world.heard()
+        if data.draw(st.booleans()):
+            given_.clear()
+            incarnation = SCHEDULER.incarnation + 1 + number
+            world.scheduler_restarts(Peer("scheduler", 0, incarnation), state)
         given_ |= {submit.uid: submit for submit in world.submits()}
         waiting = list(given_.values())[slots:]
         tokens = sum(len(submit.prompt) // 4 for submit in waiting)
@@ -124,7 +129,11 @@ def test_who_comes_back_with_output_overtakes_who_has_none() -> None:
     early, late = world.submits() + world.start("late")
     world.core.from_detokenizer(decoded(late, 0, [11]))
     world.scheduler_restarts()
-    assert names(world.submits()) == [(late.uid, 2), (early.uid, 2)]
+    submits = world.submits()
+    assert names(submits) == [(late.uid, 2), (early.uid, 2)]
+    world.core.from_detokenizer(decoded(submits[1], 0, [11]))
+    world.scheduler_restarts(Peer("scheduler", 0, REBORN.incarnation + 1))
+    assert names(world.submits()) == [(early.uid, 3), (late.uid, 3)]
 
 
 def test_only_a_scheduler_that_comes_after_another_takes_over(
@@ -217,6 +226,17 @@ def test_what_was_not_sent_when_the_link_was_made_anew_is_not_held_and_comes() -
     world.scheduler_up(SCHEDULER)
     assert names(world.submits()) == [(unsent, 1)]
     assert world.held == {sent.uid: 1}
+    unsent = _given_but_not_sent(world, "c")
+    world.scheduler_restarts(REBORN, NOT_READY)
+    assert world.submits() == [], "and not at all if it is another scheduler, until that is ready"
+    world.core.from_scheduler(REBORN, READY)
+    assert names(world.submits()) == [(sent.uid, 2), (sent.uid + 1, 2), (unsent, 2)]
+    world.core.service_down(REBORN)
+    world.scheduler_up(REBORN)
+    world.abort("a")
+    ((held, end),) = world.engine_frames()
+    assert isinstance(held, Held), "it names what has ended since, and comes first"
+    assert end == End(sent.uid, 2)
 
 
 def test_output_of_nobody_or_of_another_attempt_is_dropped_and_answered_by_nothing() -> None:

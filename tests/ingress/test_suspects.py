@@ -29,8 +29,8 @@ GUILTS: tuple[Guilt, ...] = (
 )
 NEW_TOKENS = 60
 LATE = 40
-# In company, in a service that has had others, and alone.
-MOST_DEATHS = DEATHS + 1 + DEATHS_ALONE
+# Two in company, one in a service that has had others, and two alone.
+MOST_DEATHS = 5
 
 Draw = Callable[[int], int]
 
@@ -236,21 +236,45 @@ def test_a_suspect_that_is_over_holds_nobody_back() -> None:
     assert [submit.uid for submit in world.submits()] == [second.uid + 1], "all go on"
 
 
-def test_a_suspect_of_a_tokenizer_that_is_refused_holds_nobody_back() -> None:
+def test_a_death_counts_as_alone_only_if_the_scheduler_can_have_had_no_other() -> None:
+    """The other one was aborted just before, and may be what brought it down."""
     world = World()
-    world.generate("a")
-    world.generate("b")
-    for incarnation in range(DEATHS):
-        peer = Peer("tokenizer", 0, TOKENIZER.incarnation + incarnation)
-        world.tokenizes(peer)
-        world.core.quarantine.crashed(peer)
-        world.core.service_down(peer)
-        peer = Peer("tokenizer", 0, peer.incarnation + 1)
-        world.core.service_up(peer)
-    (alone,) = world.tokenizes(peer)
-    world.core.from_tokenizer(peer, Refused(alone.uid, "internal", "no"))
-    (other,) = world.tokenizes(peer)
-    assert other.uid == alone.uid + 1
+    world.start("suspect")
+    for death in range(DEATHS + DEATHS_ALONE):
+        assert not any(isinstance(message, Error) for message in world.heard())
+        scheduler = world.core.engine.peer
+        assert scheduler is not None
+        world.start(f"other {death}")
+        world.abort(f"other {death}")
+        world.core.quarantine.crashed(scheduler)
+        world.scheduler_restarts(Peer("scheduler", 0, scheduler.incarnation + 1))
+    (error,) = (message for message in world.heard() if isinstance(message, Error))
+    assert (error.id, error.code) == ("suspect", "poisoned")
+
+
+def test_a_suspect_of_a_tokenizer_waits_until_one_has_nothing_in_hand() -> None:
+    world = World()
+    second, third, fourth = (Peer("tokenizer", 1, incarnation) for incarnation in (30, 31, 32))
+    world.core.service_up(second)
+    for name in ("early", "suspect"):
+        world.generate(name)
+    for dies, by_itself, comes in (
+        (second, True, third),
+        (TOKENIZER, True, None),
+        (third, False, fourth),
+    ):
+        world.tokenizes(dies)
+        if by_itself:
+            world.core.quarantine.crashed(dies)
+        world.core.service_down(dies)
+        if comes is not None:
+            world.core.service_up(comes)
+    world.generate("late")
+    early, suspect, late = range((INCARNATION << 32) + 1, (INCARNATION << 32) + 4)
+    for uid in (early, suspect, late):
+        (tokenize,) = world.tokenizes(fourth)
+        assert tokenize.uid == uid, "nothing overtakes the suspect, and it is alone"
+        world.core.from_tokenizer(fourth, Refused(uid, "internal", "no"))
 
 
 @given(
