@@ -66,13 +66,13 @@ def _ops(tokens: int) -> Iterator[tuple[str, int, Callable[[LayerOps, int], tupl
     norms = Norm(random(DIM), EPS), Norm(random(DIM), EPS)
     rotation = random(tokens, DIM, dtype=torch.float32)
     k, v = random(2, tokens // 256 + 1, 256, NUM_KV, DIM)
-    slots = torch.randperm(len(k) * 256, device="cuda")[:tokens]
+    indices = torch.randperm(len(k) * 256, device="cuda")[:tokens]
 
     caches = {type(ops): LayerCache(k.clone(), v.clone()) for ops in (LayerOps(), FusedOps())}
 
     def norm_rope_store(ops: LayerOps, _: int) -> tuple[Tensor, ...]:
         cache = caches[type(ops)]
-        return ops.norm_rope_store(qkv, *norms, rotation, cache, slots), *cache
+        return ops.norm_rope_store(qkv, *norms, rotation, cache, indices), *cache
 
     yield "norm_rope_store", 2 * qkv.nbytes + rotation.nbytes, norm_rope_store
     gate_up = random(tokens, 2 * INTERMEDIATE)

@@ -7,7 +7,7 @@ prefix-cache hit and a decode (q_len 1) are thus the same case. Decodes come fir
 backends may treat them apart.
 
     batch = backend.prepare(metadata)      # once a step, for all layers
-    store_kv(k, v, cache, slot_mapping)    # in each layer, or a kernel that does the same
+    store_kv(k, v, cache, kv_indices)    # in each layer, or a kernel that does the same
     out = batch.forward(q, cache)
 
 The cache of a layer is `[num_blocks, block_size, num_kv_heads, head_dim]` for keys and the same for
@@ -124,11 +124,11 @@ class AttentionBackend(ABC):
         """Prepares a step's batch. Raises ValueError if the backend cannot take it."""
 
 
-def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+def store_kv(k: Tensor, v: Tensor, cache: LayerCache, kv_indices: Tensor) -> None:
     """Writes keys and values, each [T, num_kv_heads, head_dim], into the cache.
 
     Args:
-        slot_mapping: int64 [T], each token's index in the cache: block * block_size + offset.
+        kv_indices: int64 [T], each token's index in the cache: block * block_size + offset.
     """
-    cache.k.flatten(0, 1)[slot_mapping] = k
-    cache.v.flatten(0, 1)[slot_mapping] = v
+    cache.k.flatten(0, 1)[kv_indices] = k
+    cache.v.flatten(0, 1)[kv_indices] = v

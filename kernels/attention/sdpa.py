@@ -45,13 +45,13 @@ class _Decodes(NamedTuple):
 
     Attributes:
         rows: int64 [g], their query rows.
-        cache_indices: int64 [g * context], where in the cache each decode's context is, padded to
+        kv_indices: int64 [g * context], where in the cache each decode's context is, padded to
             the longest among them.
         mask: bool [g, 1, 1, context], or None if all contexts are equally long.
     """
 
     rows: Tensor
-    cache_indices: Tensor
+    kv_indices: Tensor
     mask: Tensor | None
 
 
@@ -62,7 +62,7 @@ class _Prefill(NamedTuple):
     start: int
     end: int
     context: int
-    cache_indices: Tensor
+    kv_indices: Tensor
 
 
 class _SdpaBatch(AttentionBatch):
@@ -81,10 +81,10 @@ class _SdpaBatch(AttentionBatch):
             start=end - int(metadata.query_lens[row]),
             end=end,
             context=context,
-            cache_indices=self._cache_indices(metadata.block_tables[row : row + 1], context),
+            kv_indices=self._kv_indices(metadata.block_tables[row : row + 1], context),
         )
 
-    def _cache_indices(self, block_tables: Tensor, context: int) -> Tensor:
+    def _kv_indices(self, block_tables: Tensor, context: int) -> Tensor:
         """The indices in the cache of the first `context` tokens of each row of `block_tables`
         int32 [g, max_blocks]: int64 [g * context].
 
@@ -103,7 +103,7 @@ class _SdpaBatch(AttentionBatch):
             positions = torch.arange(context, dtype=torch.int32, device=row_ids.device)
             mask = (positions < metadata.cache_seqlens[row_ids, None])[:, None, None]
         tables = metadata.block_tables.index_select(0, row_ids)
-        return _Decodes(row_ids, self._cache_indices(tables, context), mask)
+        return _Decodes(row_ids, self._kv_indices(tables, context), mask)
 
     def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         for group in self.decodes:
@@ -118,7 +118,7 @@ class _SdpaBatch(AttentionBatch):
         grouped = q.view(len(group.rows), self.shape.num_kv_heads, -1, self.shape.head_dim)
         k, v = (
             held.flatten(0, 1)
-            .index_select(0, group.cache_indices)
+            .index_select(0, group.kv_indices)
             .view(len(group.rows), -1, *held.shape[2:])
             .transpose(1, 2)
             for held in cache
@@ -135,7 +135,7 @@ class _SdpaBatch(AttentionBatch):
         grouped = q.view(len(q), kv_heads, per_kv_head, -1).permute(1, 2, 0, 3)
         k, v = (
             held.flatten(0, 1)
-            .index_select(0, sequence.cache_indices)
+            .index_select(0, sequence.kv_indices)
             .transpose(0, 1)[:, None]
             .expand(-1, per_kv_head, -1, -1)
             for held in cache

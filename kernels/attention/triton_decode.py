@@ -133,11 +133,11 @@ def _decode(
         inside = positions < end
         if BLOCK % TILE == 0:
             block = tl.load(table + first // BLOCK).to(tl.int64)
-            kv_rows = block * BLOCK + first % BLOCK + tokens
+            kv_indices = block * BLOCK + first % BLOCK + tokens
         else:
             blocks = tl.load(table + positions // BLOCK, mask=inside, other=0).to(tl.int64)
-            kv_rows = blocks * BLOCK + positions % BLOCK
-        offsets = (kv_rows * HEADS + head)[:, None] * DIM + dims[None, :]
+            kv_indices = blocks * BLOCK + positions % BLOCK
+        offsets = (kv_indices * HEADS + head)[:, None] * DIM + dims[None, :]
         k = tl.load(k_ptr + offsets, mask=inside[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))

@@ -205,16 +205,16 @@ def _over_keys(
     for first in tl.range(start, end, KEYS, num_stages=2 if MASKED else None):
         positions = first + tl.arange(0, KEYS)
         if BLOCK % KEYS == 0:
-            kv_row = block * BLOCK + first % BLOCK
+            kv_index = block * BLOCK + first % BLOCK
             block = tl.load(table + tl.minimum(first + KEYS, end - 1) // BLOCK)
-            kv_rows = kv_row.to(tl.int64) + tl.arange(0, KEYS)
+            kv_indices = kv_index.to(tl.int64) + tl.arange(0, KEYS)
         else:
             blocks = tl.load(table + positions // BLOCK, mask=positions < end, other=0)
-            kv_rows = blocks.to(tl.int64) * BLOCK + positions % BLOCK
-        offsets = (kv_rows * HEADS + head)[:, None] * DIM + dims[None, :]
+            kv_indices = blocks.to(tl.int64) * BLOCK + positions % BLOCK
+        offsets = (kv_indices * HEADS + head)[:, None] * DIM + dims[None, :]
         inside = (positions < end)[:, None]
         if DESCRIPTORS:
-            k = keys.load([kv_row, head * DIM])
+            k = keys.load([kv_index, head * DIM])
         else:
             k = tl.load(keys + offsets, mask=inside, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -225,7 +225,7 @@ def _over_keys(
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         if DESCRIPTORS:
-            v = values.load([kv_row, head * DIM])
+            v = values.load([kv_index, head * DIM])
         else:
             v = tl.load(values + offsets, mask=inside, other=0.0)
         acc = acc * rescale[:, None]

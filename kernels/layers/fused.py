@@ -80,11 +80,11 @@ class FusedOps(LayerOps):
         k_norm: Norm | None,
         rotation: Tensor,
         cache: LayerCache,
-        slot_mapping: Tensor,
+        kv_indices: Tensor,
     ) -> Tensor:
         num_kv, dim = cache.k.shape[-2:]
         if dim < 2 or dim & (dim - 1):
-            return super().norm_rope_store(qkv, q_norm, k_norm, rotation, cache, slot_mapping)
+            return super().norm_rope_store(qkv, q_norm, k_norm, rotation, cache, kv_indices)
         num = qkv.shape[1] // dim - 2 * num_kv
         q = torch.empty(len(qkv), num, dim, dtype=qkv.dtype, device=qkv.device)
         _norm_rope_store[(len(qkv), triton.cdiv(num + 2 * num_kv, HEADS))](
@@ -92,7 +92,7 @@ class FusedOps(LayerOps):
             qkv if q_norm is None else q_norm.weight,
             qkv if k_norm is None else k_norm.weight,
             rotation,
-            slot_mapping,
+            kv_indices,
             q,
             cache.k,
             cache.v,
@@ -157,7 +157,7 @@ def _norm_rope_store(
     q_weight_ptr,  # [2 * HALF], read where NORM
     k_weight_ptr,
     rotation_ptr,  # float32 [tokens, 2 * HALF]
-    kv_rows_ptr,  # int64 [tokens], where in the cache keys and values go
+    kv_indices_ptr,  # int64 [tokens], where in the cache keys and values go
     q_ptr,  # [tokens, NUM, 2 * HALF]
     k_ptr,  # [blocks * block_size, NUM_KV, 2 * HALF]
     v_ptr,
@@ -171,7 +171,7 @@ def _norm_rope_store(
 ):
     launch_next(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
-    kv_row = tl.load(kv_rows_ptr + token)
+    kv_index = tl.load(kv_indices_ptr + token)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pairs = tl.arange(0, HALF)[None, :]
     is_q = heads < NUM
@@ -204,10 +204,10 @@ def _norm_rope_store(
     q_offsets = (token * NUM + heads) * (2 * HALF) + pairs
     tl.store(q_ptr + q_offsets, rotated_first, mask=is_q)
     tl.store(q_ptr + q_offsets + HALF, rotated_second, mask=is_q)
-    k_offsets = (kv_row * NUM_KV + heads - NUM) * (2 * HALF) + pairs
+    k_offsets = (kv_index * NUM_KV + heads - NUM) * (2 * HALF) + pairs
     tl.store(k_ptr + k_offsets, rotated_first, mask=is_k)
     tl.store(k_ptr + k_offsets + HALF, rotated_second, mask=is_k)
-    v_offsets = (kv_row * NUM_KV + heads - NUM - NUM_KV) * (2 * HALF) + pairs
+    v_offsets = (kv_index * NUM_KV + heads - NUM - NUM_KV) * (2 * HALF) + pairs
     tl.store(v_ptr + v_offsets, first.to(dtype), mask=is_v)
     tl.store(v_ptr + v_offsets + HALF, second.to(dtype), mask=is_v)
 

@@ -103,7 +103,7 @@ class LayerOps:
         k_norm: Norm | None,
         rotation: Tensor,
         cache: LayerCache,
-        slot_mapping: Tensor,
+        kv_indices: Tensor,
     ) -> Tensor:
         """Normalizes each head's query and key, rotates both, and stores keys and values.
 
@@ -112,7 +112,7 @@ class LayerOps:
             q_norm, k_norm: over each head, with the same eps; None for both where heads are not
                 normalized.
             rotation: float32 [T, head_dim], see `rotate`.
-            slot_mapping: int64 [T], see `store_kv`.
+            kv_indices: int64 [T], see `store_kv`.
 
         Returns:
             The queries [T, num_heads, head_dim].
@@ -122,7 +122,7 @@ class LayerOps:
         heads = qkv.view(len(qkv), num + 2 * num_kv, dim)
         q, k, v = torch.split(heads, [num, num_kv, num_kv], dim=1)
         q, k = _norm_heads(q.float(), q_norm), _norm_heads(k.float(), k_norm)
-        store_kv(rotate(k, rotation).to(v.dtype), v, cache, slot_mapping)
+        store_kv(rotate(k, rotation).to(v.dtype), v, cache, kv_indices)
         return rotate(q, rotation).to(v.dtype)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:

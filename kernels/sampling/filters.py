@@ -26,14 +26,14 @@ _BISECTIONS = tl.constexpr(32)
 
 
 @triton.jit
-def bound(maxima, most, k):
+def bound(maxima, peak, k):
     """A score that at least k of the groups' maxima reach, and few more; LOWEST if fewer than k are
     finite."""
     finite = maxima > float("-inf")
     reaching = tl.sum(finite.to(tl.int32), 0)
-    least = tl.min(tl.where(finite, maxima, most), 0)
+    least = tl.min(tl.where(finite, maxima, peak), 0)
     lower = tl.where(reaching >= k, least, LOWEST)
-    upper = tl.where(reaching >= k, most, LOWEST)
+    upper = tl.where(reaching >= k, peak, LOWEST)
     step = 0
     while (reaching > k + _SLACK) & (step < _BISECTIONS):
         middle = lower + (upper - lower) * 0.5
@@ -72,8 +72,8 @@ def maxima_of(maxima_ptr, row, num_groups, GROUPS: tl.constexpr):
 def list_tokens(logits, vocab, scale, maxima, floor, listed, num_groups, GROUPS: tl.constexpr):
     """Lists the groups, ascending, with a token that reaches the floor; returns `tokens`."""
     reach = (maxima >= floor) & (maxima > float("-inf"))
-    place = tl.cumsum(reach.to(tl.int32), 0) - 1
-    tl.store(listed + place, tl.arange(0, GROUPS), mask=reach)
+    index = tl.cumsum(reach.to(tl.int32), 0) - 1
+    tl.store(listed + index, tl.arange(0, GROUPS), mask=reach)
     tl.debug_barrier()
     return logits, vocab, scale, listed, tl.sum(reach.to(tl.int32), 0), num_groups
 
@@ -101,9 +101,9 @@ def before(scores, ids, than_scores, than_ids):
 
 
 @triton.jit
-def standing(tokens, score, token, most, PAGE: tl.constexpr, GROUP: tl.constexpr):
+def standing(tokens, score, token, peak, PAGE: tl.constexpr, GROUP: tl.constexpr):
     """How many listed tokens come before (score, token), and the sum of their weights
-    exp(score - most)."""
+    exp(score - peak)."""
     counts = tl.zeros([PAGE], tl.int32)
     masses = tl.zeros([PAGE], tl.float32)
     num_listed = tokens[4]
@@ -111,19 +111,19 @@ def standing(tokens, score, token, most, PAGE: tl.constexpr, GROUP: tl.constexpr
         scores, ids = page(tokens, start, PAGE, GROUP)
         ahead = before(scores, ids, score, token) & (scores > float("-inf"))
         counts += tl.sum(ahead.to(tl.int32), 1)
-        masses += tl.sum(tl.where(ahead, tl.exp(scores - most), 0.0), 1)
+        masses += tl.sum(tl.where(ahead, tl.exp(scores - peak), 0.0), 1)
     return tl.sum(counts, 0), tl.sum(masses, 0)
 
 
 @triton.jit
-def kth_score(tokens, floor, most, k, PAGE: tl.constexpr, GROUP: tl.constexpr):
+def kth_score(tokens, floor, peak, k, PAGE: tl.constexpr, GROUP: tl.constexpr):
     """The k-th highest score of the listed tokens, by bisection of its bits. At least k of them
     must reach the floor."""
     lower = ordered(floor).to(tl.int64)
-    upper = ordered(most).to(tl.int64) + 1
+    upper = ordered(peak).to(tl.int64) + 1
     while upper - lower > 1:
         middle = (lower + upper) >> 1
-        reaching, _ = standing(tokens, from_ordered(middle.to(tl.int32)), LAST, most, PAGE, GROUP)
+        reaching, _ = standing(tokens, from_ordered(middle.to(tl.int32)), LAST, peak, PAGE, GROUP)
         enough = reaching >= k
         lower = tl.where(enough, middle, lower)
         upper = tl.where(enough, upper, middle)
@@ -218,9 +218,9 @@ def from_ordered(bits):
 @triton.jit
 def candidate(scores_ptr, ids_ptr, at, count, RUN: tl.constexpr):
     """Score and token id of the candidates number `at`, of `count`."""
-    place = at + at // RUN * RUN
-    scores = tl.load(scores_ptr + place, mask=at < count, other=float("-inf"))
-    return scores, tl.load(ids_ptr + place, mask=at < count, other=LAST)
+    index = at + at // RUN * RUN
+    scores = tl.load(scores_ptr + index, mask=at < count, other=float("-inf"))
+    return scores, tl.load(ids_ptr + index, mask=at < count, other=LAST)
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def ranked(
     scores_ptr,
     ids_ptr,
     count,
-    most,
+    peak,
     COLUMNS: tl.constexpr,
     RUN: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -236,7 +236,7 @@ def ranked(
     """Ranks at most COLUMNS candidates.
 
     Returns their scores and ids, how many candidates come before each, and the sum of the weights
-    exp(score - most) of these.
+    exp(score - peak) of these.
     """
     scores, ids = candidate(scores_ptr, ids_ptr, tl.arange(0, COLUMNS), count, RUN)
     ranks = tl.zeros([COLUMNS], tl.int32)
@@ -245,7 +245,7 @@ def ranked(
         others = first + tl.arange(0, PAIRS)
         other_scores, other_ids = candidate(scores_ptr, ids_ptr, others, count, RUN)
         ahead = before(other_scores[None, :], other_ids[None, :], scores[:, None], ids[:, None])
-        weights = tl.exp(other_scores - most)[None, :]
+        weights = tl.exp(other_scores - peak)[None, :]
         ranks += tl.sum(ahead.to(tl.int32), 1)
         likelier += tl.sum(tl.where(ahead, weights, 0.0), 1)
     return scores, ids, ranks, likelier
@@ -256,7 +256,7 @@ def draw_among(
     scores_ptr,
     ids_ptr,
     count,
-    most,
+    peak,
     top_k,
     top_p,
     min_p,
@@ -267,19 +267,19 @@ def draw_among(
     PAIRS: tl.constexpr,
 ):
     """The candidate with the highest score + noise of those that the filters keep; LAST without
-    candidates. `most` is the highest score."""
-    scores, ids, ranks, likelier = ranked(scores_ptr, ids_ptr, count, most, COLUMNS, RUN, PAIRS)
+    candidates. `peak` is their highest score."""
+    scores, ids, ranks, likelier = ranked(scores_ptr, ids_ptr, count, peak, COLUMNS, RUN, PAIRS)
     in_top_k = (ids < LAST) & (ranks < tl.where(top_k > 0, top_k, COLUMNS))
-    total = tl.sum(tl.where(in_top_k, tl.exp(scores - most), 0.0), 0)
+    total = tl.sum(tl.where(in_top_k, tl.exp(scores - peak), 0.0), 0)
     in_top_p = likelier < tl.where(top_p < 1, top_p * total, float("inf"))
-    in_min_p = scores >= floor_of_min_p(most, min_p)
+    in_min_p = scores >= floor_of_min_p(peak, min_p)
     kept = in_top_k & ((in_top_p & in_min_p) | (ranks == 0))
     noisy = tl.where(kept, scores + gumbel(token_bits(low, high, ids)), float("-inf"))
     return tl.min(tl.where(kept & (noisy == tl.max(noisy, 0)), ids, LAST), 0)
 
 
 @triton.jit
-def floor_of_min_p(most, min_p):
+def floor_of_min_p(peak, min_p):
     """The lowest score that min-p keeps."""
-    floor = most + tl.log2(tl.where(min_p > 0, min_p, 1.0)) * LN_2
+    floor = peak + tl.log2(tl.where(min_p > 0, min_p, 1.0)) * LN_2
     return tl.where(min_p > 0, floor, LOWEST)

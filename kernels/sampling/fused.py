@@ -148,13 +148,13 @@ def _choose(
         logits = logits_ptr + row.to(tl.int64) * stride
         num_groups = tl.cdiv(vocab, GROUP)
         maxima = maxima_of(maxima_ptr, row, num_groups, GROUPS)
-        most = tl.max(maxima, 0)
-        min_p_floor = floor_of_min_p(most, min_p)
+        peak = tl.max(maxima, 0)
+        min_p_floor = floor_of_min_p(peak, min_p)
         # No kept token is below the floor. Top-p is of the mass that top-k leaves, all of which is
         # above the floor too.
         floor = tl.where(top_p < 1, LOWEST, min_p_floor)
         if top_k > 0:
-            floor = tl.maximum(floor, bound(maxima, most, top_k))
+            floor = tl.maximum(floor, bound(maxima, peak, top_k))
         listed = listed_ptr + row.to(tl.int64) * num_groups
         tokens = list_tokens(logits, vocab, scale, maxima, floor, listed, num_groups, GROUPS)
 
@@ -180,7 +180,7 @@ def _choose(
                 candidates,
                 candidate_ids,
                 gathered,
-                most,
+                peak,
                 top_k,
                 top_p,
                 min_p,
@@ -192,12 +192,12 @@ def _choose(
             )
             token = tl.where(found < LAST, found, token)
         else:
-            held, total = standing(tokens, floor, LAST, most, PAGE, GROUP)
+            held, total = standing(tokens, floor, LAST, peak, PAGE, GROUP)
             cut = tl.maximum(floor, min_p_floor)
             if (top_k > 0) & (held > top_k):
-                kth = kth_score(tokens, floor, most, top_k, PAGE, GROUP)
-                above, mass = standing(tokens, kth, -1, most, PAGE, GROUP)
-                total = mass + (top_k - above) * tl.exp(kth - most)
+                kth = kth_score(tokens, floor, peak, top_k, PAGE, GROUP)
+                above, mass = standing(tokens, kth, -1, peak, PAGE, GROUP)
+                total = mass + (top_k - above) * tl.exp(kth - peak)
                 cut = tl.maximum(cut, kth)
 
             # `_scan` has drawn from all tokens unless the row is bounded.
@@ -208,7 +208,7 @@ def _choose(
             while searching > 0:
                 kept = score >= cut
                 if kept & ((top_k > 0) | (top_p < 1)):
-                    rank, mass = standing(tokens, score, drawn, most, PAGE, GROUP)
+                    rank, mass = standing(tokens, score, drawn, peak, PAGE, GROUP)
                     in_top_k = (top_k == 0) | (rank < top_k)
                     in_top_p = (top_p >= 1) | (mass < top_p * total)
                     kept = (in_top_k & in_top_p) | (rank == 0)

@@ -153,8 +153,8 @@ def _shortlist(
         logits = logits_ptr + row.to(tl.int64) * stride
         num_groups = tl.cdiv(shard, GROUP)
         maxima = maxima_of(maxima_ptr, row, num_groups, GROUPS)
-        most = tl.max(maxima, 0)
-        floor = bound(maxima, most, top_k)
+        peak = tl.max(maxima, 0)
+        floor = bound(maxima, peak, top_k)
         listed = listed_ptr + row.to(tl.int64) * num_groups
         tokens = list_tokens(logits, shard, scale, maxima, floor, listed, num_groups, GROUPS)
 
@@ -163,7 +163,7 @@ def _shortlist(
         count = 0  # a variable, since the compiler takes no literal as a loop's initial value
         count = gather(tokens, floor, float("inf"), held, held_ids, count, GATHERED, GATHER, GROUP)
         if count > GATHERED:
-            kth = kth_score(tokens, floor, most, top_k, PAGE, GROUP)
+            kth = kth_score(tokens, floor, peak, top_k, PAGE, GROUP)
             tl.debug_barrier()
             above = from_ordered(ordered(kth) + 1)
             count = 0
@@ -174,7 +174,7 @@ def _shortlist(
             count = tl.minimum(count, top_k)
         tl.debug_barrier()
 
-        scores, columns, ranks, _ = ranked(held, held_ids, count, most, GATHERED, GATHERED, PAIRS)
+        scores, columns, ranks, _ = ranked(held, held_ids, count, peak, GATHERED, GATHERED, PAIRS)
         taken = (columns < LAST) & (ranks < top_k)
         tl.store(scores_ptr + out + ranks, scores, mask=taken)
         tl.store(ids_ptr + out + SHORTLIST + ranks, first + columns, mask=taken)
@@ -212,15 +212,15 @@ def _choose(
     scores_of = scores_ptr + row * (2 * ENTRIES)
     ids_of = ids_ptr + row * (2 * ENTRIES) + SHORTLIST
     scores, ids = candidate(scores_of, ids_of, tl.arange(0, COLUMNS), ENTRIES, SHORTLIST)
-    most = tl.max(scores, 0)
-    token = tl.min(tl.where(scores == most, ids, LAST), 0)
+    peak = tl.max(scores, 0)
+    token = tl.min(tl.where(scores == peak, ids, LAST), 0)
     if (temperature > 0) & (top_k > 0) & (top_k <= SHORTLIST):
         low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
         token = draw_among(
             scores_of,
             ids_of,
             ENTRIES,
-            most,
+            peak,
             top_k,
             tl.load(top_p_ptr + row),
             tl.load(min_p_ptr + row),

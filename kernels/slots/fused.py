@@ -24,7 +24,7 @@ class FusedSlotOps(SlotOps):
         inputs = DecodeInputs(
             token_ids=like(state.last_tokens),
             positions=like(state.num_tokens),
-            slot_mapping=like(state.num_tokens),
+            kv_indices=like(state.num_tokens),
             context_lens=like(state.num_tokens, torch.int32),
             block_tables=like(state.block_tables),
             next_positions=like(state.num_tokens),
@@ -74,7 +74,7 @@ def _gather(
     seed_ptr,
     token_ids_ptr,
     positions_ptr,
-    slot_mapping_ptr,
+    kv_indices_ptr,
     context_lens_ptr,
     out_tables_ptr,
     next_positions_ptr,
@@ -95,7 +95,7 @@ def _gather(
     block = tl.load(table + position // BLOCK).to(tl.int64)
     tl.store(token_ids_ptr + row, tl.load(last_tokens_ptr + slot))
     tl.store(positions_ptr + row, position)
-    tl.store(slot_mapping_ptr + row, block * BLOCK + position % BLOCK)
+    tl.store(kv_indices_ptr + row, block * BLOCK + position % BLOCK)
     tl.store(context_lens_ptr + row, length.to(tl.int32))
     tl.store(next_positions_ptr + row, length)
     tl.store(out_temperature_ptr + row, tl.load(temperature_ptr + slot))

@@ -36,7 +36,7 @@ class DecodeInputs(NamedTuple):
 
     Attributes:
         token_ids, positions: int64 [n], the token to compute and its index in its sequence.
-        slot_mapping: int64 [n], see `store_kv`.
+        kv_indices: int64 [n], see `store_kv`.
         context_lens: int32 [n], the sequence's length.
         block_tables: int32 [n, max_blocks].
         next_positions: int64 [n], the index that the sampled token will have.
@@ -45,7 +45,7 @@ class DecodeInputs(NamedTuple):
 
     token_ids: Tensor
     positions: Tensor
-    slot_mapping: Tensor
+    kv_indices: Tensor
     context_lens: Tensor
     block_tables: Tensor
     next_positions: Tensor
@@ -64,7 +64,7 @@ class SlotOps:
         return DecodeInputs(
             token_ids=state.last_tokens[slots],
             positions=positions,
-            slot_mapping=blocks * block_size + positions % block_size,
+            kv_indices=blocks * block_size + positions % block_size,
             context_lens=lengths.int(),
             block_tables=tables,
             next_positions=lengths,

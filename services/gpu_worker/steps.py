@@ -94,7 +94,7 @@ class Steps:
         hidden = self._model.forward(
             inputs.token_ids,
             inputs.positions,
-            inputs.slot_mapping,
+            inputs.kv_indices,
             self._backend.prepare(attention),
             self._kv_cache,
         )

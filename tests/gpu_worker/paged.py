@@ -56,16 +56,16 @@ def batch_metadata(
     )
 
 
-def slot_mapping(
+def kv_indices(
     block_tables: Tensor, block_size: int, lengths: list[int], contexts: list[int]
 ) -> Tensor:
     """Where in the cache the query tokens' keys and values go."""
-    slots = []
+    indices = []
     for table, length, context in zip(block_tables.tolist(), lengths, contexts, strict=True):
         for position in range(context - length, context):
             block, offset = divmod(position, block_size)
-            slots.append(table[block] * block_size + offset)
-    return torch.tensor(slots)
+            indices.append(table[block] * block_size + offset)
+    return torch.tensor(indices)
 
 
 class PagedSequences:
@@ -108,10 +108,10 @@ class PagedSequences:
             self.computed[index] = end
         tables = self.block_tables[order]
         attention = self.backend.prepare(batch_metadata(tables, lengths, contexts))
-        slots = slot_mapping(tables, self.block_size, lengths, contexts)
+        indices = kv_indices(tables, self.block_size, lengths, contexts)
         with torch.inference_mode():
             hidden = self.model.forward(
-                torch.tensor(tokens), torch.tensor(positions), slots, attention, self.cache
+                torch.tensor(tokens), torch.tensor(positions), indices, attention, self.cache
             )
             logits = self.tp.all_gather(self.model.logits(hidden))[
                 :, : self.model.config.vocab_size

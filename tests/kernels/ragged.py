@@ -68,8 +68,8 @@ class Ragged:
         self.values = [random(context, shape.num_kv_heads) for context in contexts]
         for table, k, v in zip(tables, self.keys, self.values, strict=True):
             positions = torch.arange(len(k), device=device)
-            slots = table[positions // shape.block_size].long() * shape.block_size
-            store_kv(k, v, self.cache, slots + positions % shape.block_size)
+            starts = table[positions // shape.block_size].long() * shape.block_size
+            store_kv(k, v, self.cache, starts + positions % shape.block_size)
 
     def run(self, backend: AttentionBackend) -> Tensor:
         return backend.prepare(self.metadata).forward(self.q, self.cache)

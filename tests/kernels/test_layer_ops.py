@@ -40,7 +40,7 @@ class Random:
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
     assert found.dtype == expected.dtype
-    # Differences of products cancel; float32 is what they are computed in.
+    # Absolute, since the two products of a rotation may nearly cancel; they are float32.
     torch.testing.assert_close(found, expected, rtol=TOLERANCES[expected.dtype], atol=1e-5)
 
 
@@ -71,11 +71,11 @@ def test_norm_rope_store(dtype: torch.dtype) -> None:
         angles = torch.rand(tokens, dim // 2, generator=random.generator, device=DEVICE) * 1000
         rotation = torch.cat((angles.cos(), angles.sin()), dim=-1)
         blocks, block_size = tokens // 16 + 2, 16
-        slots = torch.randperm(blocks * block_size, generator=random.generator, device=DEVICE)
+        indices = torch.randperm(blocks * block_size, generator=random.generator, device=DEVICE)
         before = random(2, blocks, block_size, num_kv, dim)
         caches = [LayerCache(*before.clone()) for _ in range(2)]
         q, expected_q = (
-            ops.norm_rope_store(qkv, q_norm, k_norm, rotation, cache, slots[:tokens])
+            ops.norm_rope_store(qkv, q_norm, k_norm, rotation, cache, indices[:tokens])
             for ops, cache in zip((FusedOps(), LayerOps()), caches, strict=True)
         )
         assert_same(q, expected_q)

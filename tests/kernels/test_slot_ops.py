@@ -38,8 +38,8 @@ def random_state(columns: int, block_size: int) -> SlotState:
 
 @pytest.mark.parametrize(("columns", "block_size"), [(1, 256), (3, 16), (16, 256), (21, 48)])
 def test_equal_the_reference(columns: int, block_size: int) -> None:
-    nobodys = SLOTS - 1
-    for slots in ([4], [0, 7, 2, 5], [3, 1, nobodys, nobodys]):
+    padding_slot = SLOTS - 1
+    for slots in ([4], [0, 7, 2, 5], [3, 1, padding_slot, padding_slot]):
         fused, plain = (random_state(columns, block_size) for _ in range(2))
         rows = torch.tensor(slots, device=DEVICE)
         found = FusedSlotOps().gather(fused, rows, block_size)
@@ -48,10 +48,10 @@ def test_equal_the_reference(columns: int, block_size: int) -> None:
             [*found[:-1], *found.sampling], [*expected[:-1], *expected.sampling], strict=True
         ):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
-        fused.num_tokens[nobodys] = plain.num_tokens[nobodys] = 1
+        fused.num_tokens[padding_slot] = plain.num_tokens[padding_slot] = 1
         drawn = torch.arange(100, 100 + len(slots), device=DEVICE)
         assert FusedSlotOps().advance(fused, rows, drawn).tolist() == drawn.tolist()
         assert SlotOps().advance(plain, rows, drawn).tolist() == drawn.tolist()
-        owned = [slot for slot in range(SLOTS) if slot != nobodys]
+        used = [slot for slot in range(SLOTS) if slot != padding_slot]
         assert fused.num_tokens.tolist() == plain.num_tokens.tolist()
-        assert fused.last_tokens[owned].tolist() == plain.last_tokens[owned].tolist()
+        assert fused.last_tokens[used].tolist() == plain.last_tokens[used].tolist()

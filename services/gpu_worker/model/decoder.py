@@ -5,7 +5,7 @@ A model is built and filled so:
 
     model = build_model(config, max_model_len, tp, dtype, device)  # uninitialized weights
     load_checkpoint(model, directory, progress)
-    hidden = model.forward(token_ids, positions, slot_mapping, attention, kv_cache)
+    hidden = model.forward(token_ids, positions, kv_indices, attention, kv_cache)
     logits = model.logits(hidden[rows])
 
 A forward pass reads nothing back from the device, and none of its shapes depends on a value there,
@@ -74,7 +74,7 @@ class Decoder(ABC):
         self,
         token_ids: Tensor,
         positions: Tensor,
-        slot_mapping: Tensor,
+        kv_indices: Tensor,
         attention: AttentionBatch,
         kv_cache: Sequence[LayerCache],
     ) -> Tensor:
@@ -83,7 +83,7 @@ class Decoder(ABC):
         rotation = self.rotary(positions)
         x, residual = self.embedding.embed(token_ids), None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
-            x, residual = layer.forward(x, residual, rotation, slot_mapping, attention, cache)
+            x, residual = layer.forward(x, residual, rotation, kv_indices, attention, cache)
         return self.ops.add_rms_norm(x, residual, self.norm)[0]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -116,12 +116,12 @@ class _Layer:
         x: Tensor,
         residual: Tensor | None,
         rotation: Tensor,
-        slot_mapping: Tensor,
+        kv_indices: Tensor,
         attention: AttentionBatch,
         cache: LayerCache,
     ) -> tuple[Tensor, Tensor | None]:
         """Takes and returns the residual stream as two tensors, see `kernels.layers.ops`."""
-        x, residual = self.attention.forward(x, residual, rotation, slot_mapping, attention, cache)
+        x, residual = self.attention.forward(x, residual, rotation, kv_indices, attention, cache)
         return self.mlp.forward(x, residual)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
@@ -188,12 +188,12 @@ class Attention:
         x: Tensor,
         residual: Tensor | None,
         rotation: Tensor,
-        slot_mapping: Tensor,
+        kv_indices: Tensor,
         attention: AttentionBatch,
         cache: LayerCache,
     ) -> tuple[Tensor, Tensor | None]:
         qkv, stream = self.qkv(x, residual)
-        q = self.ops.norm_rope_store(qkv, self.q_norm, self.k_norm, rotation, cache, slot_mapping)
+        q = self.ops.norm_rope_store(qkv, self.q_norm, self.k_norm, rotation, cache, kv_indices)
         return self.out(attention.forward(q, cache).flatten(1), stream)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:

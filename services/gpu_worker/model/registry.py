@@ -30,7 +30,7 @@ class Model(Protocol):
         self,
         token_ids: Tensor,
         positions: Tensor,
-        slot_mapping: Tensor,
+        kv_indices: Tensor,
         attention: AttentionBatch,
         kv_cache: Sequence[LayerCache],
     ) -> Tensor:
@@ -39,7 +39,7 @@ class Model(Protocol):
         Args:
             token_ids: int64 [T].
             positions: int64 [T], each token's index in its sequence.
-            slot_mapping: int64 [T], where in the cache a token's key and value go, see `store_kv`.
+            kv_indices: int64 [T], where in the cache a token's key and value go, see `store_kv`.
             attention: the batch, prepared by a backend.
             kv_cache: one for each layer.
 
