@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.gpu_worker.tp_rank import (
     logits_to_sample,
     run_rank,
     run_steps,
+    run_steps_on_gpu,
     samples_file,
     steps_directory,
     steps_file,
@@ -49,22 +51,28 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case, overrides in enumerate(CASES.values()):
         write_checkpoint(checkpoint_directory(root, case), **overrides)
     write_checkpoint(steps_directory(root), vocab_size=515, num_hidden_layers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        # These ranks run on the CPU wherever they are, with Triton's interpreter.
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("TRITON_INTERPRET", "1")
+        run_ranks(run_rank, max(SIZES), root, len(CASES))
+    return root
+
+
+def run_ranks(target: Callable[..., None], ranks: int, *args: object) -> None:
+    """Calls `target` with a rank and `args` in a process for each rank."""
     context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=run_rank, args=(rank, root, len(CASES)))
-        for rank in range(max(SIZES))
-    ]
+    processes = [context.Process(target=target, args=(rank, *args)) for rank in range(ranks)]
     deadline = time.monotonic() + 90
     try:
-        for process in ranks:
+        for process in processes:
             process.start()
-        for process in ranks:
+        for process in processes:
             process.join(timeout=max(0, deadline - time.monotonic()))
-        assert [process.exitcode for process in ranks] == [0] * len(ranks)
+        assert [process.exitcode for process in processes] == [0] * ranks
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
-    return root
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -120,6 +128,24 @@ def test_rows_that_need_whole_logits_go_on_with_what_was_drawn(root: Path) -> No
     for rank in range(2):
         replayed, launched = torch.load(steps_file(root, 2, rank))
         assert replayed == launched == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_that_need_whole_logits_on_gpus(tmp_path: Path, size: int) -> None:
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"fewer than {size} GPUs")
+    write_checkpoint(
+        steps_directory(tmp_path),
+        vocab_size=515,
+        num_hidden_layers=1,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    run_ranks(run_steps_on_gpu, size, tmp_path, size)
+    found = [torch.load(steps_file(tmp_path, size, rank)) for rank in range(size)]
+    for replayed, launched in found:
+        assert replayed == launched == found[0][0]
 
 
 def test_a_collective_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.interface import AttentionBackend, AttentionShape
 from nanovllm.kernels.attention.sdpa import SdpaBackend
 from nanovllm.kernels.sampling.reference import SamplingTensors
 from nanovllm.messages import unpack
 from nanovllm.protocol import Sampling
+from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import Sizes
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
@@ -146,13 +148,47 @@ def run_steps(root: Path, tp: TensorParallel, replayed: bool) -> list[list[int]]
     if replayed:
         sizes = Sizes([2, 4], [Layout(4, 3, 20, 7)])
         executor.capture_graphs(sizes, RunAgain(), lambda done, total: None)
-    results = [executor.step(plan).result(0, 0) for plan, _ in scheduled_steps()]
-    return [
-        unpack(
-            result.token_ids + b"".join(row.logprobs.token_ids for row in result.logprobs)
-        ).tolist()
-        for result in results
-    ]
+    return sampled_by(executor)
+
+
+def run_steps_on_gpu(rank: int, root: Path, size: int) -> None:
+    """Writes what `run_steps` returns, of a GPU for each rank: replayed and launched."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    store = FileStore(f"{root}/rendezvous-gpu", size)
+    store.set_timeout(timedelta(seconds=60))
+    tp = TensorParallel.connect(rank, size, store, device)
+    config = ModelConfig.from_checkpoint(steps_directory(root))
+    both = []
+    for enforce_eager in (False, True):
+        settings = Settings(
+            device="cuda",
+            dtype="float32",
+            tensor_parallel_size=size,
+            enforce_eager=enforce_eager,
+            max_num_seqs=4,
+            max_num_batched_tokens=64,
+            max_prefill_tokens=20,
+            max_model_len=32,
+            num_kvcache_blocks=12,
+            kvcache_block_size=16,
+        )
+        executor, _ = startup.load(
+            steps_directory(root), config, settings, device, tp, lambda *_: None
+        )
+        both.append(sampled_by(executor))
+    torch.save(both, steps_file(root, size, rank))
+
+
+def sampled_by(executor: Executor) -> list[list[int]]:
+    found = []
+    for plan, _ in scheduled_steps():
+        sampled = executor.step(plan)
+        sampled.wait()
+        result = sampled.result(0, 0)
+        reported = b"".join(row.logprobs.token_ids for row in result.logprobs)
+        found.append(unpack(result.token_ids + reported).tolist())
+    return found
 
 
 def outlive_the_others(tp: TensorParallel) -> None:
