@@ -20,13 +20,13 @@ from nanovllm.kernels.sampling.random_stream_triton import LN_2, gumbel, token_b
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's
 LAST = tl.constexpr(0x7FFFFFFF)  # an id after all others
 LOG2_E = tl.constexpr(1.4426950408889634)
-# `bound` stops once at most k + _SLACK of the groups' maxima reach the bound.
+# `kth_lower_bound` stops once at most k + _SLACK of the groups' maxima reach the bound.
 _SLACK = tl.constexpr(8)
 _BISECTIONS = tl.constexpr(32)
 
 
 @triton.jit
-def bound(maxima, peak, k):
+def kth_lower_bound(maxima, peak, k):
     """A score that at least k of the groups' maxima reach, and few more; LOWEST if fewer than k are
     finite."""
     finite = maxima > float("-inf")
@@ -47,7 +47,7 @@ def bound(maxima, peak, k):
 
 
 @triton.jit
-def best_of(best_ptr, best_ids_ptr, row, chunks, CHUNKS: tl.constexpr):
+def best_of_chunks(best_ptr, best_ids_ptr, row, chunks, CHUNKS: tl.constexpr):
     """The highest value of the row's chunks, and its token."""
     parts = tl.arange(0, CHUNKS)
     present = parts < chunks
@@ -58,7 +58,7 @@ def best_of(best_ptr, best_ids_ptr, row, chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def maxima_of(maxima_ptr, row, num_groups, GROUPS: tl.constexpr):
+def load_maxima(maxima_ptr, row, num_groups, GROUPS: tl.constexpr):
     """The highest score of each group of the row; -inf beyond."""
     groups = tl.arange(0, GROUPS)
     return tl.load(
@@ -79,7 +79,7 @@ def list_tokens(logits, vocab, scale, maxima, floor, listed, num_groups, GROUPS:
 
 
 @triton.jit
-def page(tokens, start, PAGE: tl.constexpr, GROUP: tl.constexpr):
+def load_page(tokens, start, PAGE: tl.constexpr, GROUP: tl.constexpr):
     """Scores and token ids [PAGE, GROUP] of the listed groups from `start` on; -inf beyond."""
     logits, vocab, scale, listed, num_listed, num_groups = tokens
     at = start + tl.arange(0, PAGE)
@@ -101,14 +101,14 @@ def before(scores, ids, than_scores, than_ids):
 
 
 @triton.jit
-def standing(tokens, score, token, peak, PAGE: tl.constexpr, GROUP: tl.constexpr):
+def rank_and_mass(tokens, score, token, peak, PAGE: tl.constexpr, GROUP: tl.constexpr):
     """How many listed tokens come before (score, token), and the sum of their weights
     exp(score - peak)."""
     counts = tl.zeros([PAGE], tl.int32)
     masses = tl.zeros([PAGE], tl.float32)
     num_listed = tokens[4]
     for start in range(0, num_listed, PAGE):
-        scores, ids = page(tokens, start, PAGE, GROUP)
+        scores, ids = load_page(tokens, start, PAGE, GROUP)
         ahead = before(scores, ids, score, token) & (scores > float("-inf"))
         counts += tl.sum(ahead.to(tl.int32), 1)
         masses += tl.sum(tl.where(ahead, tl.exp(scores - peak), 0.0), 1)
@@ -123,7 +123,9 @@ def kth_score(tokens, floor, peak, k, PAGE: tl.constexpr, GROUP: tl.constexpr):
     upper = ordered(peak).to(tl.int64) + 1
     while upper - lower > 1:
         middle = (lower + upper) >> 1
-        reaching, _ = standing(tokens, from_ordered(middle.to(tl.int32)), LAST, peak, PAGE, GROUP)
+        reaching, _ = rank_and_mass(
+            tokens, from_ordered(middle.to(tl.int32)), LAST, peak, PAGE, GROUP
+        )
         enough = reaching >= k
         lower = tl.where(enough, middle, lower)
         upper = tl.where(enough, upper, middle)
@@ -149,7 +151,7 @@ def gather(
     num_listed = tokens[4]
     start = 0
     while (start < num_listed) & (gathered <= room):
-        scores, ids = page(tokens, start, GATHER, GROUP)
+        scores, ids = load_page(tokens, start, GATHER, GROUP)
         scores = tl.reshape(scores, [GATHER * GROUP])
         ids = tl.reshape(ids, [GATHER * GROUP])
         wanted = (scores >= floor) & (scores <= ceiling)
@@ -170,15 +172,15 @@ def draw_before(tokens, cut, score, token, low, high, PAGE: tl.constexpr, GROUP:
     best_id = LAST
     num_listed = tokens[4]
     for start in range(0, num_listed, PAGE):
-        scores, ids = page(tokens, start, PAGE, GROUP)
+        scores, ids = load_page(tokens, start, PAGE, GROUP)
         eligible = before(scores, ids, score, token) & (scores >= cut)
         scores = tl.where(eligible, scores, float("-inf"))
-        best, best_id = contest(scores, 1.0, ids, best, best_id, True, low, high)
+        best, best_id = update_best(scores, 1.0, ids, best, best_id, True, low, high)
     return best_id
 
 
 @triton.jit
-def contest(logits, scale, ids, best, best_id, noisy, low, high):
+def update_best(logits, scale, ids, best, best_id, noisy, low, high):
     """The best score, or if `noisy` the best score + noise, of these tokens and of those before,
     and its token.
 
@@ -216,7 +218,7 @@ def from_ordered(bits):
 
 
 @triton.jit
-def candidate(scores_ptr, ids_ptr, at, count, RUN: tl.constexpr):
+def load_candidates(scores_ptr, ids_ptr, at, count, RUN: tl.constexpr):
     """Score and token id of the candidates number `at`, of `count`."""
     index = at + at // RUN * RUN
     scores = tl.load(scores_ptr + index, mask=at < count, other=float("-inf"))
@@ -224,7 +226,7 @@ def candidate(scores_ptr, ids_ptr, at, count, RUN: tl.constexpr):
 
 
 @triton.jit
-def ranked(
+def rank_candidates(
     scores_ptr,
     ids_ptr,
     count,
@@ -238,12 +240,12 @@ def ranked(
     Returns their scores and ids, how many candidates come before each, and the sum of the weights
     exp(score - peak) of these.
     """
-    scores, ids = candidate(scores_ptr, ids_ptr, tl.arange(0, COLUMNS), count, RUN)
+    scores, ids = load_candidates(scores_ptr, ids_ptr, tl.arange(0, COLUMNS), count, RUN)
     ranks = tl.zeros([COLUMNS], tl.int32)
     likelier = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, count, PAIRS):
         others = first + tl.arange(0, PAIRS)
-        other_scores, other_ids = candidate(scores_ptr, ids_ptr, others, count, RUN)
+        other_scores, other_ids = load_candidates(scores_ptr, ids_ptr, others, count, RUN)
         ahead = before(other_scores[None, :], other_ids[None, :], scores[:, None], ids[:, None])
         weights = tl.exp(other_scores - peak)[None, :]
         ranks += tl.sum(ahead.to(tl.int32), 1)
@@ -252,7 +254,7 @@ def ranked(
 
 
 @triton.jit
-def draw_among(
+def draw_candidate(
     scores_ptr,
     ids_ptr,
     count,
@@ -268,7 +270,9 @@ def draw_among(
 ):
     """The candidate with the highest score + noise of those that the filters keep; LAST without
     candidates. `peak` is their highest score."""
-    scores, ids, ranks, likelier = ranked(scores_ptr, ids_ptr, count, peak, COLUMNS, RUN, PAIRS)
+    scores, ids, ranks, likelier = rank_candidates(
+        scores_ptr, ids_ptr, count, peak, COLUMNS, RUN, PAIRS
+    )
     in_top_k = (ids < LAST) & (ranks < tl.where(top_k > 0, top_k, COLUMNS))
     total = tl.sum(tl.where(in_top_k, tl.exp(scores - peak), 0.0), 0)
     in_top_p = likelier < tl.where(top_p < 1, top_p * total, float("inf"))

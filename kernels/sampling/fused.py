@@ -33,16 +33,16 @@ from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 from nanovllm.kernels.sampling.filters import (
     LAST,
     LOWEST,
-    best_of,
-    bound,
-    draw_among,
+    best_of_chunks,
     draw_before,
+    draw_candidate,
     floor_of_min_p,
     gather,
+    kth_lower_bound,
     kth_score,
     list_tokens,
-    maxima_of,
-    standing,
+    load_maxima,
+    rank_and_mass,
 )
 from nanovllm.kernels.sampling.random_stream_triton import row_key
 from nanovllm.kernels.sampling.reference import SamplingTensors
@@ -140,21 +140,21 @@ def _choose(
     top_k = tl.where(top_k < vocab, top_k, 0)
     bounded = (top_k > 0) | (min_p > 0)
 
-    _, token = best_of(best_ptr, best_ids_ptr, row, chunks, CHUNKS)
+    _, token = best_of_chunks(best_ptr, best_ids_ptr, row, chunks, CHUNKS)
 
     if (temperature > 0) & (bounded | (top_p < 1)):
         scale = scale_of(temperature)
         low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
         logits = logits_ptr + row.to(tl.int64) * stride
         num_groups = tl.cdiv(vocab, GROUP)
-        maxima = maxima_of(maxima_ptr, row, num_groups, GROUPS)
+        maxima = load_maxima(maxima_ptr, row, num_groups, GROUPS)
         peak = tl.max(maxima, 0)
         min_p_floor = floor_of_min_p(peak, min_p)
         # No kept token is below the floor. Top-p is of the mass that top-k leaves, all of which is
         # above the floor too.
         floor = tl.where(top_p < 1, LOWEST, min_p_floor)
         if top_k > 0:
-            floor = tl.maximum(floor, bound(maxima, peak, top_k))
+            floor = tl.maximum(floor, kth_lower_bound(maxima, peak, top_k))
         listed = listed_ptr + row.to(tl.int64) * num_groups
         tokens = list_tokens(logits, vocab, scale, maxima, floor, listed, num_groups, GROUPS)
 
@@ -176,7 +176,7 @@ def _choose(
             tl.debug_barrier()
 
         if bounded & (gathered <= CANDIDATES):
-            found = draw_among(
+            found = draw_candidate(
                 candidates,
                 candidate_ids,
                 gathered,
@@ -192,11 +192,11 @@ def _choose(
             )
             token = tl.where(found < LAST, found, token)
         else:
-            held, total = standing(tokens, floor, LAST, peak, PAGE, GROUP)
+            held, total = rank_and_mass(tokens, floor, LAST, peak, PAGE, GROUP)
             cut = tl.maximum(floor, min_p_floor)
             if (top_k > 0) & (held > top_k):
                 kth = kth_score(tokens, floor, peak, top_k, PAGE, GROUP)
-                above, mass = standing(tokens, kth, -1, peak, PAGE, GROUP)
+                above, mass = rank_and_mass(tokens, kth, -1, peak, PAGE, GROUP)
                 total = mass + (top_k - above) * tl.exp(kth - peak)
                 cut = tl.maximum(cut, kth)
 
@@ -208,7 +208,7 @@ def _choose(
             while searching > 0:
                 kept = score >= cut
                 if kept & ((top_k > 0) | (top_p < 1)):
-                    rank, mass = standing(tokens, score, drawn, peak, PAGE, GROUP)
+                    rank, mass = rank_and_mass(tokens, score, drawn, peak, PAGE, GROUP)
                     in_top_k = (top_k == 0) | (rank < top_k)
                     in_top_p = (top_p >= 1) | (mass < top_p * total)
                     kept = (in_top_k & in_top_p) | (rank == 0)

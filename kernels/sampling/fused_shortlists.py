@@ -18,17 +18,17 @@ from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 from nanovllm.kernels.sampling import SHORTLIST_SIZE
 from nanovllm.kernels.sampling.filters import (
     LAST,
-    best_of,
-    bound,
-    candidate,
-    draw_among,
+    best_of_chunks,
+    draw_candidate,
     from_ordered,
     gather,
+    kth_lower_bound,
     kth_score,
     list_tokens,
-    maxima_of,
+    load_candidates,
+    load_maxima,
     ordered,
-    ranked,
+    rank_candidates,
 )
 from nanovllm.kernels.sampling.random_stream_triton import row_key
 from nanovllm.kernels.sampling.reference import SamplingTensors
@@ -152,9 +152,9 @@ def _shortlist(
         scale = scale_of(temperature)
         logits = logits_ptr + row.to(tl.int64) * stride
         num_groups = tl.cdiv(shard, GROUP)
-        maxima = maxima_of(maxima_ptr, row, num_groups, GROUPS)
+        maxima = load_maxima(maxima_ptr, row, num_groups, GROUPS)
         peak = tl.max(maxima, 0)
-        floor = bound(maxima, peak, top_k)
+        floor = kth_lower_bound(maxima, peak, top_k)
         listed = listed_ptr + row.to(tl.int64) * num_groups
         tokens = list_tokens(logits, shard, scale, maxima, floor, listed, num_groups, GROUPS)
 
@@ -174,7 +174,9 @@ def _shortlist(
             count = tl.minimum(count, top_k)
         tl.debug_barrier()
 
-        scores, columns, ranks, _ = ranked(held, held_ids, count, peak, GATHERED, GATHERED, PAIRS)
+        scores, columns, ranks, _ = rank_candidates(
+            held, held_ids, count, peak, GATHERED, GATHERED, PAIRS
+        )
         taken = (columns < LAST) & (ranks < top_k)
         tl.store(scores_ptr + out + ranks, scores, mask=taken)
         tl.store(ids_ptr + out + SHORTLIST + ranks, first + columns, mask=taken)
@@ -182,7 +184,7 @@ def _shortlist(
         tl.store(scores_ptr + out + entries, float("-inf"), mask=none)
         tl.store(ids_ptr + out + SHORTLIST + entries, LAST, mask=none)
     else:
-        best, token = best_of(best_ptr, best_ids_ptr, row, chunks, CHUNKS)
+        best, token = best_of_chunks(best_ptr, best_ids_ptr, row, chunks, CHUNKS)
         tl.store(scores_ptr + out + entries, tl.where(entries == 0, best, float("-inf")))
         tl.store(ids_ptr + out + SHORTLIST + entries, tl.where(entries == 0, token, LAST))
 
@@ -211,12 +213,12 @@ def _choose(
     top_k = tl.load(top_k_ptr + row)
     scores_of = scores_ptr + row * (2 * ENTRIES)
     ids_of = ids_ptr + row * (2 * ENTRIES) + SHORTLIST
-    scores, ids = candidate(scores_of, ids_of, tl.arange(0, COLUMNS), ENTRIES, SHORTLIST)
+    scores, ids = load_candidates(scores_of, ids_of, tl.arange(0, COLUMNS), ENTRIES, SHORTLIST)
     peak = tl.max(scores, 0)
     token = tl.min(tl.where(scores == peak, ids, LAST), 0)
     if (temperature > 0) & (top_k > 0) & (top_k <= SHORTLIST):
         low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
-        token = draw_among(
+        token = draw_candidate(
             scores_of,
             ids_of,
             ENTRIES,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
-from nanovllm.kernels.sampling.filters import contest
+from nanovllm.kernels.sampling.filters import update_best
 from nanovllm.kernels.sampling.random_stream_triton import row_key
 from nanovllm.kernels.sampling.reference import MIN_TEMPERATURE, SamplingTensors
 
@@ -158,7 +158,7 @@ def _scan(
         if filtered:
             groups = tile * TILE + tile_groups
             tl.store(maxima + groups, tl.max(values, 1) * scale, mask=groups < num_groups)
-        best, best_id = contest(values, scale, first + at, best, best_id, noisy, low, high)
+        best, best_id = update_best(values, scale, first + at, best, best_id, noisy, low, high)
     out = row * tl.num_programs(1) + chunk
     tl.store(best_ptr + out, best)
     tl.store(best_ids_ptr + out, best_id)
