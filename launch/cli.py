@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from nanovllm import __version__
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
@@ -38,7 +39,7 @@ from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectab
     """,
     context_settings={"max_content_width": 100},
 )
-@click.version_option(package_name="nanovllm")
+@click.version_option(__version__)
 @click.argument("model", default="")
 @settings_options(without=("model",))
 def main(model: str, **options: Any) -> None:

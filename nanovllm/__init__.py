@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from nanovllm.llm import LLM as LLM
     from nanovllm.sampling_params import SamplingParams as SamplingParams
 
-    __version__: str
-
+__version__ = "0.1.0"
 _MODULES = {
     "nanovllm.client.aio": ("AsyncClient", "AsyncStream"),
     "nanovllm.client.results": ("Completion", "Delta", "PipelineUnavailable", "RequestError"),
@@ -35,15 +34,9 @@ __all__ = [*_MODULE_OF, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        value: Any = version("nanovllm")
-    elif name in _MODULE_OF:
-        value = getattr(import_module(_MODULE_OF[name]), name)
-    else:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
-    globals()[name] = value
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
     return value
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from nanovllm import __version__
 from nanovllm.client import status as status_view
 from nanovllm.client.control import Control
 from nanovllm.client.results import PipelineUnavailable, RequestError
@@ -79,7 +80,7 @@ _runtime_dir_option = click.option(
     """,
     context_settings={"max_content_width": 100},
 )
-@click.version_option(package_name="nanovllm")
+@click.version_option(__version__)
 def main() -> None:
     pass
 

@@ -207,7 +207,7 @@ class ConnectedLink(Generic[M]):
             return
         to, sender, connection = _HEADER.unpack_from(frame)
         payload = frame[_HEADER.size :]
-        if connection != self._connection:
+        if connection != self._connection or not self._connected:
             return  # of a connection that has ended since
         if to == _TO_ANYONE:
             self._welcomed(payload, sender, events)

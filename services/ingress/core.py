@@ -215,16 +215,16 @@ class Core:
         """The connection to the service is gone."""
         if peer in self.tokenizers:
             in_hand = self.tokenizers.in_hand(peer)
-            self.tokenizers.down(peer)
             if in_hand.uids:
                 log.warning("%s is gone; it had %s in hand", peer, _requests(in_hand.uids))
             else:
                 log.info("%s is gone; it had nothing in hand", peer)
+            # First, so that the next tokenizer is given none that must be alone beside others.
             self.quarantine.lost(peer, in_hand)
+            self.tokenizers.down(peer)
         elif peer == self.engine.peer:
-            in_hand = self.engine.in_hand
+            self.quarantine.lost(peer, self.engine.in_hand)
             self.engine.down()
-            self.quarantine.lost(peer, in_hand)
         self._detokenizers.discard(peer)
 
     def from_tokenizer(self, peer: Peer, message: TokenizerToIngress) -> None:

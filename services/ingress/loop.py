@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from importlib.metadata import version
 from typing import NoReturn
 
+from nanovllm import __version__
 from nanovllm.checkpoint import model_name
 from nanovllm.control import Crashed, Drain, FromSupervisor
 from nanovllm.messages import (
@@ -46,7 +46,7 @@ class Ingress:
             ),
             max_pending_requests=settings.max_pending_requests,
             max_num_batched_tokens=settings.max_num_batched_tokens,
-            about=About(version("nanovllm"), model_name(service.directory)),
+            about=About(__version__, model_name(service.directory)),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
         )
         self._services = service.bind(
@@ -119,16 +119,19 @@ class Ingress:
     def _send_to_services(self) -> bool:
         """False if a service does not take what there is for it."""
         core = self._core
-        while frames := list(core.tokenizers.frames()):
-            for peer, frame in frames:
-                if not self._services.send(peer, frame):
-                    return False
-                core.tokenizers.sent(peer, frame)
+        all_sent = True
         while core.engine.peer is not None and (submits := core.engine.frame()):
             if not self._services.send(core.engine.peer, submits):
-                return False
+                all_sent = False
+                break
             core.engine.sent(submits)
-        return True
+        while frames := list(core.tokenizers.frames()):
+            taken = [one for one in frames if self._services.send(*one)]
+            for peer, frame in taken:
+                core.tokenizers.sent(peer, frame)
+            if not taken:
+                return False
+        return all_sent
 
     def _send_to_client(self, session: Session, now: float) -> bool:
         """Sends all that waits for the client; False if its socket would not take it."""

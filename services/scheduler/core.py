@@ -99,7 +99,6 @@ class Scheduler:
     def ingress_up(self) -> None:
         """A connection to the ingress was made. Its first message is `Held`."""
         self._missing = None
-        self._lost.clear()
         self._told_state = None
 
     def for_ingress(self) -> list[SchedulerToIngress]:

@@ -277,15 +277,15 @@ def test_held_ends_all_else_and_is_answered_what_is_missing() -> None:
     assert not world.tokens_of(forgotten)
 
 
-def test_what_was_to_be_told_on_an_earlier_connection_is_not_told() -> None:
+def test_deaths_are_told_on_the_next_connection_and_what_was_missing_is_not() -> None:
     world = World()
     world.lost.clear()
     world.ingress_up({99: 4})
     world.core.worker_down(world.worker_peer)
-    world.core.worker_up(world.worker_peer)
     world.ingress_up({})
     world.tell_ingress()
-    assert (world.missing, world.lost) == ([], [])
+    assert world.missing == []
+    assert [lost.incarnation for lost in world.lost] == [world.worker_peer.incarnation]
 
 
 def test_each_connection_of_the_ingress_hears_the_engines_state_and_its_changes() -> None:
