@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.support.pipeline import Pipeline
 from nanovllm.checkpoint import DEMO_CHECKPOINT, eos_token_ids
 from nanovllm.protocol import Logprobs
 from tests.checkpoints import read_model
-from tests.pipeline.wire import Answer, Wire
+from tests.pipeline.wire import Wire
 
 STORY = "Once upon a time"
 MIXES: list[dict[str, Any]] = [
@@ -34,12 +33,6 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture
-def wire(pipeline: Pipeline) -> Iterator[Wire]:
-    with Wire(pipeline.endpoint) as connection:
-        yield connection
-
-
 @pytest.fixture(scope="module")
 def model() -> Iterator[Any]:
     """The demo checkpoint in transformers."""
@@ -49,19 +42,13 @@ def model() -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
-def run(wire: Wire, *requests: dict[str, Any]) -> list[Answer]:
-    answers = wire.ask_all(requests)
-    wire.results(*answers)
-    return answers
-
-
 def greedy(prompt: str = STORY, **sampling: Any) -> dict[str, Any]:
     return {"prompt": prompt, "sampling": {"temperature": 0.0, **sampling}}
 
 
 def test_seeded_tokens_are_the_same_alone_and_24_at_once(wire: Wire) -> None:
-    together = run(wire, *REQUESTS)
-    alone = [run(wire, request)[0] for request in REQUESTS]
+    together = wire.run(*REQUESTS)
+    alone = [wire.run(request)[0] for request in REQUESTS]
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
     assert [a.text for a in together] == [a.text for a in alone]
     outputs = {tuple(answer.token_ids) for answer in together}
@@ -71,11 +58,11 @@ def test_seeded_tokens_are_the_same_alone_and_24_at_once(wire: Wire) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_seeded_tokens_are_the_same_resumed_from_any_point(wire: Wire, stream: bool) -> None:
     for request in (REQUESTS[3], REQUESTS[18], REQUESTS[20]):
-        (whole,) = run(wire, request)
+        (whole,) = wire.run(request)
         tokens = whole.token_ids
         points = range(len(tokens) + 1)
-        resumed = run(
-            wire, *({**request, "resume_token_ids": tokens[:k], "stream": stream} for k in points)
+        resumed = wire.run(
+            *({**request, "resume_token_ids": tokens[:k], "stream": stream} for k in points)
         )
         for k, answer in zip(points, resumed, strict=True):
             assert answer.token_ids == tokens[k:]
@@ -87,10 +74,10 @@ def test_seeded_tokens_are_the_same_resumed_from_any_point(wire: Wire, stream: b
 
 def test_the_seed_that_was_drawn_repeats_the_output(wire: Wire) -> None:
     free: dict[str, Any] = {"prompt": STORY, "sampling": {"temperature": 1.5, "max_tokens": 20}}
-    drawn = run(wire, free, free, {**free, "stream": False})
+    drawn = wire.run(free, free, {**free, "stream": False})
     assert len({answer.seed for answer in drawn}) == 3
     assert len({tuple(answer.token_ids) for answer in drawn}) == 3
-    again = run(wire, *({**free, "sampling": {**free["sampling"], "seed": a.seed}} for a in drawn))
+    again = wire.run(*({**free, "sampling": {**free["sampling"], "seed": a.seed}} for a in drawn))
     assert [a.token_ids for a in again] == [a.token_ids for a in drawn]
     assert [a.seed for a in again] == [a.seed for a in drawn]
 
@@ -104,7 +91,7 @@ def test_logprobs_are_those_of_transformers(wire: Wire, model: Any) -> None:
         }
         for number in range(0, len(REQUESTS), 5)
     ]
-    for request, answer in zip(requests, run(wire, *requests), strict=True):
+    for request, answer in zip(requests, wire.run(*requests), strict=True):
         assert len(answer.logprobs) == len(answer.token_ids)
         prompt = request["prompt_token_ids"]
         with torch.inference_mode():
@@ -122,9 +109,9 @@ def test_logprobs_are_those_of_transformers(wire: Wire, model: Any) -> None:
 
 
 def test_any_number_of_logprobs_leaves_greedy_output_as_it_is(wire: Wire) -> None:
-    (plain,) = run(wire, greedy(max_tokens=12))
+    (plain,) = wire.run(greedy(max_tokens=12))
     assert plain.logprobs == []
-    answers = run(wire, *(greedy(max_tokens=12, logprobs=k) for k in range(21)))
+    answers = wire.run(*(greedy(max_tokens=12, logprobs=k) for k in range(21)))
     for count, answer in enumerate(answers):
         assert answer.token_ids == plain.token_ids
         assert [len(entry) for entry in answer.logprobs] == [count + 1] * 12
@@ -135,10 +122,9 @@ def test_any_number_of_logprobs_leaves_greedy_output_as_it_is(wire: Wire) -> Non
 
 
 def test_parameters_that_leave_one_token_are_greedy(wire: Wire) -> None:
-    (expected,) = run(wire, greedy(max_tokens=16))
+    (expected,) = wire.run(greedy(max_tokens=16))
     filters: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}]
-    for answer in run(
-        wire,
+    for answer in wire.run(
         *(
             {"prompt": STORY, "sampling": {"temperature": 2.0, "max_tokens": 16, **only}}
             for only in filters
@@ -150,7 +136,7 @@ def test_parameters_that_leave_one_token_are_greedy(wire: Wire) -> None:
 def test_what_ends_an_output(wire: Wire) -> None:
     eos = eos_token_ids(DEMO_CHECKPOINT)
     assert eos
-    (story,) = run(wire, greedy(max_tokens=1000))
+    (story,) = wire.run(greedy(max_tokens=1000))
     tokens = story.token_ids
     assert story.finish.finish_reason == "stop", "a story ends by itself"
     assert tokens[-1] in eos
@@ -160,8 +146,7 @@ def test_what_ends_an_output(wire: Wire) -> None:
     end_of_phrase = tokens[30]
     assert end_of_phrase not in tokens[:9]
     assert tokens[10] not in tokens[:10]
-    one, ten, exact, beyond, stopped, unseen = run(
-        wire,
+    one, ten, exact, beyond, stopped, unseen = wire.run(
         greedy(max_tokens=1),
         greedy(max_tokens=10),
         greedy(max_tokens=len(tokens)),
@@ -184,9 +169,9 @@ def test_what_ends_an_output(wire: Wire) -> None:
 
 
 def test_a_stop_token_holds_also_where_eos_is_ignored(wire: Wire) -> None:
-    (story,) = run(wire, greedy(max_tokens=1000))
+    (story,) = wire.run(greedy(max_tokens=1000))
     end = story.token_ids[-1]
-    (answer,) = run(wire, greedy(max_tokens=1000, ignore_eos=True, stop_token_ids=[end]))
+    (answer,) = wire.run(greedy(max_tokens=1000, ignore_eos=True, stop_token_ids=[end]))
     assert answer.token_ids == story.token_ids
     assert answer.finish.finish_reason == "stop"
 

@@ -155,8 +155,7 @@ def test_a_ping_tells_the_session(connect: Callable[..., Wire]) -> None:
     wire, other = connect(), connect()
     pong = wire.ping()
     assert (pong.ready, pong.model) == (True, "demo")
-    answer = wire.ask(**asking(sampling={"max_tokens": 3}))
-    wire.results(answer)
+    (answer,) = wire.run(asking(sampling={"max_tokens": 3}))
     assert answer.accepted is not None
     assert pong.session == answer.accepted.session == wire.ping().session
     assert other.ping().session != pong.session
@@ -284,8 +283,7 @@ def test_more_requests_than_may_be_held(sim: Pipeline, connect: Callable[..., Wi
         assert str(MAX_PENDING) in answer.error.message
     wire.abort(*held)
     wire.results(*held)
-    again = other.ask(**asking(sampling={"max_tokens": 4}))
-    other.results(again)
+    (again,) = other.run(asking(sampling={"max_tokens": 4}))
     assert len(again.token_ids) == 4
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from benchmarks.support.pipeline import Pipeline
 from nanovllm.checkpoint import DEMO_CHECKPOINT
-from tests.pipeline.wire import Answer, Wire
+from tests.pipeline.wire import Wire
 
 tokenizer = Tokenizer.from_file(str(DEMO_CHECKPOINT / "tokenizer.json"))
 STORY: dict[str, Any] = {
@@ -19,18 +17,6 @@ STORY: dict[str, Any] = {
     "sampling": {"temperature": 0.0, "max_tokens": 300},
 }
 FOREIGN = "Zoë said: 日本語のテキスト, 👩‍👩‍👧 and 😀!"
-
-
-@pytest.fixture
-def wire(pipeline: Pipeline) -> Iterator[Wire]:
-    with Wire(pipeline.endpoint) as connection:
-        yield connection
-
-
-def run(wire: Wire, *requests: dict[str, Any]) -> list[Answer]:
-    answers = wire.ask_all(requests)
-    wire.results(*answers)
-    return answers
 
 
 def decode(token_ids: list[int]) -> str:
@@ -63,7 +49,7 @@ def test_text_is_the_tokenizers_decoding(wire: Wire) -> None:
         }
         for seed, t in enumerate([0.0, 0.0, 1.0, 1.0, *[10.0] * 8])
     ]
-    answers = run(wire, *requests)
+    answers = wire.run(*requests)
     for answer in answers:
         assert len(answer.token_ids) == 40
         assert answer.text == decode(answer.token_ids)
@@ -71,7 +57,7 @@ def test_text_is_the_tokenizers_decoding(wire: Wire) -> None:
 
 
 def test_special_tokens_are_counted_but_not_in_the_text(wire: Wire) -> None:
-    (story,) = run(wire, STORY)
+    (story,) = wire.run(STORY)
     end: str = tokenizer.decode(story.token_ids[-1:], skip_special_tokens=False)
     assert end.startswith("<|")
     assert end not in story.text
@@ -80,7 +66,7 @@ def test_special_tokens_are_counted_but_not_in_the_text(wire: Wire) -> None:
 
 
 def test_stop_strings_wherever_they_begin_and_end(wire: Wire) -> None:
-    (story,) = run(wire, STORY)
+    (story,) = wire.run(STORY)
     text, tokens = story.text, story.token_ids
     ends = [len(decode(tokens[:count])) for count in range(1, 40)]
     stops: list[list[str]] = [
@@ -94,7 +80,7 @@ def test_stop_strings_wherever_they_begin_and_end(wire: Wire) -> None:
         ["oë, w"],
     ]
     for stream in (True, False):
-        answers = run(wire, *(with_stops(STORY, *some, stream=stream) for some in stops))
+        answers = wire.run(*(with_stops(STORY, *some, stream=stream) for some in stops))
         for some, answer in zip(stops, answers, strict=True):
             count, expected = cut(tokens, some)
             assert answer.token_ids == tokens[:count], some
@@ -104,10 +90,10 @@ def test_stop_strings_wherever_they_begin_and_end(wire: Wire) -> None:
 
 
 def test_a_stop_string_that_almost_comes_changes_nothing(wire: Wire) -> None:
-    (story,) = run(wire, STORY)
+    (story,) = wire.run(STORY)
     almost = [story.text[at : at + 12] + "\x00" for at in range(0, 160, 12)]
     requests = [with_stops(STORY, *almost, stream=stream) for stream in (True, False)]
-    for answer in run(wire, *requests):
+    for answer in wire.run(*requests):
         assert (answer.text, answer.token_ids) == (story.text, story.token_ids)
         assert answer.finish.finish_reason == "stop"
 
@@ -120,7 +106,7 @@ def test_a_stop_string_that_the_resumed_tokens_complete(wire: Wire) -> None:
     sampling = {"temperature": 0.0, "max_tokens": len(tokens) + 1, "ignore_eos": True}
     request = with_stops({"prompt": "x", "sampling": sampling}, stop)
     points = range(complete - 6, complete + 1)
-    answers = run(wire, *({**request, "resume_token_ids": tokens[:k]} for k in points))
+    answers = wire.run(*({**request, "resume_token_ids": tokens[:k]} for k in points))
     for k, answer in zip(points, answers, strict=True):
         if k < complete:
             assert answer.start == k
@@ -137,7 +123,7 @@ def test_text_goes_on_inside_a_character(wire: Wire, stream: bool) -> None:
         {"prompt": "x", "sampling": sampling, "stream": stream, "resume_token_ids": tokens[:k]}
         for k in range(len(tokens) + 1)
     ]
-    for k, answer in enumerate(run(wire, *requests)):
+    for k, answer in enumerate(wire.run(*requests)):
         everything = tokens[:k] + answer.token_ids
         assert len(everything) == len(tokens) + 4
         released = decode(tokens[:k]).rstrip("\ufffd")
@@ -158,8 +144,7 @@ def test_chats_go_through_the_template(wire: Wire) -> None:
     sampling = {"temperature": 0.0, "max_tokens": 40}
     for messages in chats:
         prompt = reference.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        chat, ids = run(
-            wire,
+        chat, ids = wire.run(
             {"messages": messages, "sampling": sampling},
             {"prompt_token_ids": prompt, "sampling": sampling},
         )
@@ -170,8 +155,8 @@ def test_chats_go_through_the_template(wire: Wire) -> None:
 
 def test_prompts_of_any_characters(wire: Wire) -> None:
     prompts = [FOREIGN, "😀", "日", "e\u0301", " ", "\x00", "<|im_end|>", "a" * 3000]
-    answers = run(
-        wire, *({"prompt": p, "sampling": {"temperature": 0.0, "max_tokens": 5}} for p in prompts)
+    answers = wire.run(
+        *({"prompt": p, "sampling": {"temperature": 0.0, "max_tokens": 5}} for p in prompts)
     )
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.finish.usage.prompt_tokens == len(tokenizer.encode(prompt).ids)

@@ -116,6 +116,12 @@ class Wire(RawClient):
         self.say(*messages)
         return answers
 
+    def run(self, *requests: dict[str, Any]) -> list[Answer]:
+        """Sends one `generate` for each; the answers, once all have ended."""
+        answers = self.ask_all(requests)
+        self.results(*answers)
+        return answers
+
     def abort(self, *answers: Answer) -> None:
         self.say(*({"type": "abort", "id": answer.id} for answer in answers))
 
