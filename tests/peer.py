@@ -27,6 +27,7 @@ from nanovllm.transport.links import (
     Up,
     new_incarnation,
 )
+from tests.bpe import write_checkpoint_files
 
 TIMEOUT_S = 60.0
 T = TypeVar("T")
@@ -51,14 +52,22 @@ class FakePeer:
     """
 
     def __init__(
-        self, here: Neighbourhood, role: str, incarnation: int | None, link: Callable[[Peer], Link]
+        self,
+        here: Neighbourhood,
+        kind: type[BoundLink[Any]] | type[ConnectedLink[Any]],
+        role: str,
+        endpoint: str,
+        inbound: type[list[Any]],
+        incarnation: int | None,
     ) -> None:
         self.me = Peer(role, 0, incarnation or new_incarnation())
         self.events: list[Event[Any]] = []
         self.answer: Callable[[Any], Message | None] | None = None
         self._here = here
-        self._make_link = link
-        self.link = link(self.me)
+        self._make_link: Callable[[Peer], Link] = lambda me: kind(
+            here.context, endpoint, me, inbound
+        )
+        self.link = self._make_link(self.me)
         here.players.append(self)
 
     def leave(self) -> None:
@@ -141,41 +150,43 @@ def _content(event: Event[Any]) -> Any:
     return event.message if isinstance(event, Received) else event
 
 
+def imported_modules(module: str) -> set[str]:
+    """The modules that are there in a fresh interpreter that has imported `module`."""
+    program = f"import sys, {module}; print(*sys.modules, sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    return set(done.stdout.split())
+
+
 class Neighbourhood:
     """Processes of services under test, and the peers that the test plays around them.
 
     Args:
-        settings: of the processes; their runtime directory is a new one.
+        settings: of the processes. Their runtime directory is a new one, and unless `model` is
+            given, so is their checkpoint, which has no weights.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="nv-"))
+        if "model" not in settings:
+            settings["model"] = str(write_checkpoint_files(self.runtime_dir / "tiny-model"))
         self.settings = Settings(runtime_dir=str(self.runtime_dir), **settings)
         self.players: list[Player] = []
-        self._context: zmq.Context[Any] = zmq.Context()
+        self.context: zmq.Context[Any] = zmq.Context()
         self._processes: dict[subprocess.Popen[bytes], Path] = {}
 
     def binds(
         self, role: str, endpoint: str, inbound: type[list[Any]], incarnation: int | None = None
     ) -> FakePeer:
         """A peer that binds `endpoint`."""
-        return FakePeer(
-            self,
-            role,
-            incarnation,
-            lambda me: BoundLink(self._context, endpoint, me, inbound),
-        )
+        return FakePeer(self, BoundLink, role, endpoint, inbound, incarnation)
 
     def connects(
         self, role: str, endpoint: str, inbound: type[list[Any]], incarnation: int | None = None
     ) -> FakePeer:
         """A peer that connects to `endpoint`."""
-        return FakePeer(
-            self,
-            role,
-            incarnation,
-            lambda me: ConnectedLink(self._context, endpoint, me, inbound),
-        )
+        return FakePeer(self, ConnectedLink, role, endpoint, inbound, incarnation)
 
     def start(self, role: str, index: int = 0) -> subprocess.Popen[bytes]:
         """A process under test."""
@@ -221,7 +232,7 @@ class Neighbourhood:
         for player in list(self.players):
             if isinstance(player, FakePeer):
                 player.leave()
-        self._context.term()
+        self.context.term()
         shutil.rmtree(self.runtime_dir)
 
     def __str__(self) -> str:

@@ -25,7 +25,6 @@ from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED, REASON_PREFIX
 from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.transport.links import Up
-from tests.bpe import write_checkpoint_files
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import CPU
 from tests.gpu_worker.plans import GREEDY, Request, outputs, random_schedule, step_plan
@@ -35,9 +34,9 @@ from tests.peer import Neighbourhood
 class Group(Neighbourhood):
     """The processes of one group."""
 
-    def __init__(self, model: Path, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         limits = {"max_num_seqs": 8, "max_model_len": 96, "kvcache_block_size": 16}
-        super().__init__(**{"model": str(model), **limits, **options})
+        super().__init__(**limits | options)
         control, scheduler = self.settings.control_endpoint, self.settings.scheduler_endpoint
         self.supervisor = self.binds("supervisor", control, list[ToSupervisor])
         self.scheduler = self.binds("scheduler", scheduler, list[WorkerToScheduler])
@@ -55,15 +54,10 @@ class Group(Neighbourhood):
 def start() -> Iterator[Callable[..., Group]]:
     with contextlib.ExitStack() as groups:
 
-        def start_group(model: Path, **options: Any) -> Group:
-            return groups.enter_context(Group(model, **options))
+        def start_group(**options: Any) -> Group:
+            return groups.enter_context(Group(**options))
 
         yield start_group
-
-
-@pytest.fixture(scope="module")
-def sim_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint_files(tmp_path_factory.mktemp("sim"))
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +74,8 @@ def steps(report: Report) -> int:
     return report.stats.steps
 
 
-def test_handshake_plans_results_and_a_link_made_anew(
-    start: Callable[..., Group], sim_model: Path
-) -> None:
-    group = start(sim_model, device="sim", sim_step_ms=0.1, num_kvcache_blocks=33)
+def test_handshake_plans_results_and_a_link_made_anew(start: Callable[..., Group]) -> None:
+    group = start(device="sim", sim_step_ms=0.1, num_kvcache_blocks=33)
     scheduler = group.scheduler
     assert scheduler.expect(Up).peer.role == "gpu_worker"
     assert scheduler.expect(GroupReady) == GroupReady(33, 16)
@@ -119,10 +111,8 @@ def test_handshake_plans_results_and_a_link_made_anew(
     assert again.busy_us == 400
 
 
-def test_it_ends_when_told_to(start: Callable[..., Group], sim_model: Path) -> None:
-    group = start(
-        sim_model, device="sim", tensor_parallel_size=2, sim_step_ms=60_000, log_level="warning"
-    )
+def test_it_ends_when_told_to(start: Callable[..., Group]) -> None:
+    group = start(device="sim", tensor_parallel_size=2, sim_step_ms=60_000, log_level="warning")
     group.serve()
     group.scheduler.send(step_plan(0))
     for rank in group.ranks:
@@ -135,10 +125,8 @@ def test_it_ends_when_told_to(start: Callable[..., Group], sim_model: Path) -> N
     assert not {name for name in left if name.startswith("workers")}
 
 
-def test_a_simulated_group_lives_and_dies_as_one(
-    start: Callable[..., Group], sim_model: Path
-) -> None:
-    group = start(sim_model, device="sim", tensor_parallel_size=2, sim_step_ms=0.1)
+def test_a_simulated_group_lives_and_dies_as_one(start: Callable[..., Group]) -> None:
+    group = start(device="sim", tensor_parallel_size=2, sim_step_ms=0.1)
     group.serve()
     group.scheduler.send(step_plan(0, admit=[admit(2)], prefill=[(2, 0, 3)]))
     assert group.scheduler.expect(StepResult).number == 0
@@ -151,7 +139,7 @@ def test_a_simulated_group_lives_and_dies_as_one(
 
 
 def test_two_ranks_sample_what_one_does(start: Callable[..., Group], cpu_model: Path) -> None:
-    group = start(cpu_model, device="cpu", tensor_parallel_size=2, num_kvcache_blocks=40)
+    group = start(model=str(cpu_model), device="cpu", tensor_parallel_size=2, num_kvcache_blocks=40)
     rng = random.Random(0)
     requests = [Request(rng.choices(range(515), k=n), 8) for n in (1, 5, 17, 40, 33)]
     schedule = random_schedule(
@@ -183,7 +171,7 @@ def test_two_ranks_sample_what_one_does(start: Callable[..., Group], cpu_model: 
 def test_a_failing_step_ends_the_process_with_its_traceback(
     start: Callable[..., Group], cpu_model: Path
 ) -> None:
-    group = start(cpu_model, device="cpu", num_kvcache_blocks=40)
+    group = start(model=str(cpu_model), device="cpu", num_kvcache_blocks=40)
     group.serve()
     group.scheduler.send(step_plan(0, decode=[8]))
     code, output = group.ended(group.ranks[0])
@@ -194,10 +182,10 @@ def test_a_failing_step_ends_the_process_with_its_traceback(
 
 @pytest.mark.parametrize("device", ["sim", "cpu"])
 def test_too_little_memory_is_one_clear_line(
-    start: Callable[..., Group], sim_model: Path, cpu_model: Path, device: str
+    start: Callable[..., Group], cpu_model: Path, device: str
 ) -> None:
-    model = sim_model if device == "sim" else cpu_model
-    group = start(model, device=device, num_kvcache_blocks=2)
+    model = {} if device == "sim" else {"model": str(cpu_model)}
+    group = start(device=device, num_kvcache_blocks=2, **model)
     code, output = group.ended(group.ranks[0])
     assert code == EXIT_MISCONFIGURED
     (line,) = output.splitlines()

@@ -2,84 +2,69 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import msgspec
-import zmq
-
+from benchmarks.support.raw_client import RawClient
 from nanovllm.messages import (
     End,
-    EngineState,
     IngressToScheduler,
     IngressToTokenizer,
+    Message,
     Submit,
     Tokenize,
     Tokenized,
     pack,
 )
 from nanovllm.protocol import Error, Finish, Pong, ServerMessage
-from nanovllm.settings import Settings
-from nanovllm.transport.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
-from nanovllm.transport.router_monitor import readable
+from nanovllm.transport.links import Up
 from tests.ingress.harness import PROMPT, READY
-
-TIMEOUT_S = 20.0
-CONFIG = {
-    "model_type": "qwen3",
-    "vocab_size": 1000,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "head_dim": 8,
-}
-_server_messages = msgspec.msgpack.Decoder(list[ServerMessage])
+from tests.peer import TIMEOUT_S, Neighbourhood
 
 
-class Client:
-    """A client; the options are those of its socket."""
+class Client(RawClient):
+    """A client of `around`; the options are those of its socket.
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, **options: int) -> None:
-        self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        for name, value in options.items():
-            self.socket.setsockopt(getattr(zmq, name), value)
-        self.socket.connect(endpoint)
+    Attributes:
+        reads: whether it reads what it is told.
+        heard: what it was told, and in how many `frames`.
+    """
+
+    def __init__(self, around: Surroundings, **options: int) -> None:
+        super().__init__(around.endpoint, **options)
+        self.around = around
+        self.reads = True
         self.heard: list[ServerMessage] = []
         self.frames = 0
-
-    def say(self, *messages: Any) -> None:
-        for message in messages:
-            self.socket.send(msgspec.msgpack.encode(message))
+        around.players.append(self)
 
     def generate(self, request_id: str, **keys: Any) -> None:
         self.say({"type": "generate", "id": request_id, "prompt": "x", **keys})
 
-    def ping(self, around: Surroundings, unread: Client | None = None) -> Pong:
+    def ping(self) -> Pong:
         """A ping and its answer."""
         before = len(self.of(Pong))
         self.say({"type": "ping"})
-        around.wait(lambda: len(self.of(Pong)) > before, unread=unread)
+        self.around.until(lambda: len(self.of(Pong)) > before)
         pong: Pong = self.of(Pong)[-1]
         return pong
 
-    def read(self) -> None:
-        while readable(self.socket):
-            self.read_one()
+    @property
+    def sockets(self) -> tuple[Any, ...]:
+        return (self.socket,) if self.reads else ()
 
-    def read_one(self) -> None:
-        """Waits for the next frame, if need be."""
-        self.heard += _server_messages.decode(self.socket.recv())
-        self.frames += 1
+    def take_in(self) -> None:
+        while self.reads and self.read_one(0.0):
+            pass
+
+    def read_one(self, timeout_s: float = TIMEOUT_S) -> bool:
+        """Reads the next frame, if one comes in time."""
+        heard = self.receive(timeout_s)
+        self.heard += heard
+        self.frames += bool(heard)
+        return bool(heard)
 
     def of(self, *kinds: type) -> list[Any]:
         return [message for message in self.heard if isinstance(message, kinds)]
@@ -88,135 +73,84 @@ class Client:
         return [(error.id, error.code) for error in self.of(Error)]
 
     def close(self) -> None:
-        self.socket.close(linger=0)
+        self.around.players.remove(self)
+        super().close()
+
+    def __str__(self) -> str:
+        return f"client: {self.heard[-9:]}"
 
 
-class Surroundings:
-    """Starts an ingress, and is its scheduler, tokenizer, detokenizer and clients.
+class Surroundings(Neighbourhood):
+    """Starts an ingress, and is its scheduler, tokenizer, detokenizer and clients."""
 
-    Attributes:
-        tokenizes: what the tokenizer was sent, in order.
-        submits: what the scheduler was given, in order.
-        ended: the uids of the requests that were taken back from the scheduler.
-    """
-
-    def __init__(self, *arguments: str) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="nv-"))
-        model = self.directory / "tiny-model"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(CONFIG))
-        self.settings = Settings(model=str(model), runtime_dir=str(self.directory))
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"ingress": "", **settings})
         self.endpoint = self.settings.in_runtime_dir("ingress")
-        self.arguments = ["--runtime-dir", str(self.directory), "--ingress", "", *arguments]
-        self.arguments += ["--model", str(model)]
-        self.context: zmq.Context[Any] = zmq.Context()
-        self.clients: list[Client] = []
-        self.tokenizes: list[Tokenize] = []
-        self.submits: list[Submit] = []
-        self.ended: list[int] = []
-        self.scheduler = self.start_scheduler()
-        self.tokenizer = self._connect("tokenizer", list[IngressToTokenizer])
-        self.detokenizer = self._connect("detokenizer", list[None])
+        services = self.settings.services_endpoint
+        self.scheduler = self.connects("scheduler", services, list[IngressToScheduler])
+        self.scheduler.answer = _ready
+        self.tokenizer = self.connects("tokenizer", services, list[IngressToTokenizer])
+        self.detokenizer = self.connects("detokenizer", services, list[None])
         self.process = self.start_ingress()
 
     def start_ingress(self) -> subprocess.Popen[bytes]:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "nanovllm.services.ingress", *self.arguments]
-        )
-        self.wait(self.is_up)
+        self.process = self.start("ingress")
+        peers = (self.scheduler, self.tokenizer, self.detokenizer)
+        self.until(lambda: all(peer.others for peer in peers))
         return self.process
 
-    def is_up(self) -> bool:
-        return all(link.peer is not None for link in self.links)
+    @property
+    def tokenizes(self) -> list[Tokenize]:
+        """What the tokenizer was sent, in order."""
+        return self.tokenizer.all(Tokenize)
 
     @property
-    def links(self) -> tuple[ConnectedLink[Any], ...]:
-        return self.scheduler, self.tokenizer, self.detokenizer
+    def submits(self) -> list[Submit]:
+        """What the scheduler was given, in order."""
+        return self.scheduler.all(Submit)
 
-    def start_scheduler(self) -> ConnectedLink[IngressToScheduler]:
-        return self._connect("scheduler", list[IngressToScheduler])
+    @property
+    def withdrawn(self) -> set[int]:
+        """The uids of the requests that were taken back from the scheduler."""
+        return {end.uid for end in self.scheduler.all(End)}
 
     def client(self, **options: int) -> Client:
-        self.clients.append(Client(self.context, self.endpoint, **options))
-        return self.clients[-1]
+        return Client(self, **options)
 
-    def wait(self, until: Callable[[], Any], *, unread: Client | None = None) -> None:
-        """Plays every part (but reads nothing for `unread`) until `until` holds."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while not until():
-            if time.monotonic() > deadline:
-                heard = [client.heard[-9:] for client in self.clients]
-                what = f"ended {self.ended}, tokenize {self.tokenizes[-9:]}, heard {heard}"
-                raise TimeoutError(what[:10_000])
-            poller = zmq.Poller()
-            for link in self.links:
-                for socket in link.sockets:
-                    poller.register(socket, zmq.POLLIN)
-            reading = [c for c in self.clients if c is not unread and not c.socket.closed]
-            for client in reading:
-                poller.register(client.socket, zmq.POLLIN)
-            poller.poll(50)
-            for link in self.links:
-                for event in link.receive():
-                    self._take(link, event)
-            for client in reading:
-                client.read()
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Plays every part until `condition` holds."""
+        self.wait("change", lambda: condition() or None)
 
-    def wait_ended(self, *requests: Submit) -> None:
+    def until_withdrawn(self, *requests: Submit) -> None:
         """Until they were taken back from the scheduler."""
-        self.wait(lambda: {request.uid for request in requests} <= set(self.ended))
+        self.until(lambda: {request.uid for request in requests} <= self.withdrawn)
 
-    def wait_for_end(self, client: Client) -> None:
+    def until_answered(self, client: Client) -> None:
         """Until a request of the client has got its last message."""
-        self.wait(lambda: client.of(Finish, Error))
+        self.until(lambda: client.of(Finish, Error))
 
-    def started(self, count: int, *, unread: Client | None = None) -> list[Submit]:
+    def started(self, count: int) -> list[Submit]:
         """Waits for the tokenizer's next `count` requests, answers them, and waits until the
         scheduler is given them."""
         before = len(self.tokenizes)
-        self.wait(lambda: len(self.tokenizes) >= before + count, unread=unread)
-        return self.tokenized(*self.tokenizes[before:], unread=unread)
+        self.until(lambda: len(self.tokenizes) >= before + count)
+        return self.tokenized(*self.tokenizes[before:])
 
-    def tokenized(self, *tokenizes: Tokenize, unread: Client | None = None) -> list[Submit]:
+    def tokenized(self, *tokenizes: Tokenize) -> list[Submit]:
         """The tokenizer answers them; returns them once the scheduler is given them."""
         before = len(self.submits)
         self.answer(*tokenizes)
-        self.wait(lambda: len(self.submits) >= before + len(tokenizes), unread=unread)
+        self.until(lambda: len(self.submits) >= before + len(tokenizes))
         return self.submits[before:]
 
     def answer(self, *tokenizes: Tokenize) -> None:
-        assert self.tokenizer.send([Tokenized(t.uid, pack(PROMPT), t.sampling) for t in tokenizes])
-
-    def tell_state(self, state: EngineState) -> None:
-        assert self.scheduler.send([state])
+        self.tokenizer.send(*(Tokenized(t.uid, pack(PROMPT), t.sampling) for t in tokenizes))
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(TIMEOUT_S)
 
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(TIMEOUT_S)
-        for client in self.clients:
-            client.close()
-        for link in self.links:
-            link.close()
-        self.context.term()
-        shutil.rmtree(self.directory)
 
-    def _connect(self, role: str, inbound: type[list[Any]]) -> ConnectedLink[Any]:
-        me = Peer(role, 0, new_incarnation())
-        return ConnectedLink(self.context, self.settings.services_endpoint, me, inbound)
-
-    def _take(self, link: ConnectedLink[Any], event: Up | Down | Received[Any]) -> None:
-        if isinstance(event, Up) and link is self.scheduler:
-            self.tell_state(READY)
-        elif isinstance(event, Received):
-            if isinstance(event.message, Tokenize):
-                self.tokenizes.append(event.message)
-            elif isinstance(event.message, Submit):
-                self.submits.append(event.message)
-            elif isinstance(event.message, End):
-                self.ended.append(event.message.uid)
+def _ready(event: Any) -> Message | None:
+    return READY if isinstance(event, Up) else None

@@ -2,53 +2,51 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import random
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from nanovllm.messages import Refused, unpack
+from nanovllm.messages import Refused, Submit, unpack
 from nanovllm.protocol import Accepted, Delta, Finish, Pong, Usage
+from nanovllm.service import EXIT_MISCONFIGURED
 from tests.ingress.harness import NOT_READY, READY, decoded
-from tests.ingress.process import TIMEOUT_S, Client, Surroundings
+from tests.ingress.process import Client, Surroundings
+from tests.peer import TIMEOUT_S, Neighbourhood
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Surroundings]]:
-    started: list[Surroundings] = []
+    with contextlib.ExitStack() as started:
 
-    def start(*arguments: str) -> Surroundings:
-        started.append(Surroundings(*arguments))
-        return started[-1]
+        def start(**settings: Any) -> Surroundings:
+            return started.enter_context(Surroundings(**settings))
 
-    yield start
-    for around in started:
-        around.close()
+        yield start
 
 
 @pytest.fixture(scope="module")
 def around() -> Iterator[Surroundings]:
     """One ingress for the tests that leave it as they found it."""
-    surroundings = Surroundings()
-    yield surroundings
-    surroundings.close()
+    with Surroundings() as surroundings:
+        yield surroundings
 
 
 def stream_to_its_end(around: Surroundings, client: Client, request_id: str) -> None:
     client.generate(request_id)
     (submit,) = around.started(1)
-    around.wait(lambda: client.of(Accepted))
+    around.until(lambda: client.of(Accepted))
     for offset in range(3):
-        around.detokenizer.send([decoded(submit, offset, [offset], end=offset == 2)])
-    around.wait(lambda: client.of(Finish))
+        around.detokenizer.send(decoded(submit, offset, [offset], end=offset == 2))
+    around.until(lambda: client.of(Finish))
     assert [t for d in client.of(Delta) for t in d.token_ids] == [0, 1, 2]
-    around.wait_ended(submit)
+    around.until_withdrawn(submit)
 
 
 def test_streaming(around: Surroundings) -> None:
@@ -57,19 +55,19 @@ def test_streaming(around: Surroundings) -> None:
     (accepted,) = client.of(Accepted)
     assert 0 <= accepted.seed < 2**53
     client.say({"type": "ping", "id": "p"})
-    around.wait(lambda: client.of(Pong))
+    around.until(lambda: client.of(Pong))
     (pong,) = client.of(Pong)
     assert (pong.id, pong.session, pong.model) == ("p", accepted.session, "tiny-model")
 
 
 def test_ready_follows_the_engine(around: Surroundings) -> None:
     client = around.client()
-    assert client.ping(around).ready
-    around.tell_state(NOT_READY)
-    while client.ping(around).ready:
+    assert client.ping().ready
+    around.scheduler.send(NOT_READY)
+    while client.ping().ready:
         pass
-    around.tell_state(READY)
-    while not client.ping(around).ready:
+    around.scheduler.send(READY)
+    while not client.ping().ready:
         pass
 
 
@@ -77,8 +75,8 @@ def test_a_whole_answer(around: Surroundings) -> None:
     client = around.client()
     client.generate("a", stream=False, sampling={"seed": 9, "logprobs": 0})
     (submit,) = around.started(1)
-    around.detokenizer.send([decoded(submit, 0, [11]), decoded(submit, 1, [12], end=True)])
-    around.wait_for_end(client)
+    around.detokenizer.send(decoded(submit, 0, [11]), decoded(submit, 1, [12], end=True))
+    around.until_answered(client)
     assert client.heard == [
         Finish(
             id="a",
@@ -90,7 +88,7 @@ def test_a_whole_answer(around: Surroundings) -> None:
             seed=9,
         )
     ]
-    around.wait_ended(submit)
+    around.until_withdrawn(submit)
 
 
 def test_abort_duplicate_and_refusal(around: Surroundings) -> None:
@@ -98,27 +96,27 @@ def test_abort_duplicate_and_refusal(around: Surroundings) -> None:
     client.generate("a")
     (submit,) = around.started(1)
     client.generate("a")
-    around.wait(client.errors)
+    around.until(client.errors)
     assert client.errors() == [("a", "duplicate_id")]
     client.say({"type": "abort", "id": "a"}, {"type": "abort", "id": "unknown"})
-    around.wait(lambda: client.of(Finish))
+    around.until(lambda: client.of(Finish))
     assert client.of(Finish)[0].finish_reason == "abort"
-    around.wait_ended(submit)
+    around.until_withdrawn(submit)
     client.generate("long")
-    around.wait(lambda: around.tokenizes[-1].uid != submit.uid)
+    around.until(lambda: around.tokenizes[-1].uid != submit.uid)
     refused = around.tokenizes[-1]
-    around.tokenizer.send([Refused(refused.uid, "context_length_exceeded", "too long")])
-    around.wait(lambda: len(client.errors()) == 2)
+    around.tokenizer.send(Refused(refused.uid, "context_length_exceeded", "too long"))
+    around.until(lambda: len(client.errors()) == 2)
     assert client.errors()[1] == ("long", "context_length_exceeded")
     assert len(client.of(Accepted)) == 1
 
 
 def test_overloaded(start: Callable[..., Surroundings]) -> None:
-    around = start("--max-pending-requests", "2")
+    around = start(max_pending_requests=2)
     client = around.client()
     for request_id in "abc":
         client.generate(request_id)
-    around.wait(client.errors)
+    around.until(client.errors)
     assert client.errors() == [("c", "overloaded")]
 
 
@@ -129,10 +127,10 @@ def test_clients_that_go_while_nothing_is_sent_to_them(around: Surroundings) -> 
     started = around.started(2)
     queued.generate("a")
     before = len(around.tokenizes)
-    around.wait(lambda: len(around.tokenizes) == before + 1)
+    around.until(lambda: len(around.tokenizes) == before + 1)
     for client in (queued, in_prefill, whole):
         client.close()
-    around.wait_ended(*started)
+    around.until_withdrawn(*started)
     given = len(around.submits)
     # The queued one is tokenized in vain: the scheduler is given the next.
     around.answer(around.tokenizes[-1])
@@ -163,10 +161,10 @@ def test_a_client_that_floods_and_goes(around: Surroundings) -> None:
     flood = [sys.executable, "-c", FLOOD, around.endpoint, "1", ask.hex(), "200000", "05"]
     with subprocess.Popen(flood) as process:
         (submit,) = around.started(1)
-        other.ping(around)
-        around.wait_ended(submit)
+        other.ping()
+        around.until_withdrawn(submit)
         assert process.wait(TIMEOUT_S) == 0
-    other.ping(around)
+    other.ping()
     assert around.process.poll() is None
 
 
@@ -180,31 +178,31 @@ def test_hostile_frames_disturb_nobody(around: Surroundings) -> None:
     frames += [msgspec.msgpack.encode([5] * 20_000), b"\x82\xa4type\xa4ping\xa2id\xa2\xff\xfe"]
     frames += [rng.randbytes(rng.randint(1, 60)) for _ in range(100)]
     for number, frame in enumerate(frames):
-        hostile.socket.send(frame)
-        hostile.socket.send_multipart([b"envelope", frame[:100], ask])
+        hostile.send(frame)
+        hostile.send(b"envelope", frame[:100], ask)
         if number < 20:
-            around.detokenizer.send([decoded(submit, number, [number])])
-    hostile.socket.send_multipart([b"", ask])  # as a REQ socket frames it
+            around.detokenizer.send(decoded(submit, number, [number]))
+    hostile.send(b"", ask)  # as a REQ socket frames it
     hostile.say([ask], {"type": "pong"}, {"type": "ping", "id": "still here"})
-    around.wait(lambda: hostile.of(Pong))
+    around.until(lambda: hostile.of(Pong))
     assert len(hostile.errors()) == 2 * len(frames) + 3
     assert set(hostile.errors()) == {(None, "invalid_request")}
-    around.detokenizer.send([decoded(submit, 20, [20], end=True)])
-    around.wait(lambda: good.of(Finish))
+    around.detokenizer.send(decoded(submit, 20, [20], end=True))
+    around.until(lambda: good.of(Finish))
     assert [t for d in good.of(Delta) for t in d.token_ids] == list(range(21))
     assert good.errors() == []
     assert around.process.poll() is None
 
 
 def test_a_frame_far_too_long_closes_the_connection(start: Callable[..., Surroundings]) -> None:
-    around = start("--max-message-bytes", "1024")
+    around = start(max_message_bytes=1024)
     client = around.client(RECONNECT_IVL=50)
     client.generate("a")
     (submit,) = around.started(1)
-    around.wait(lambda: client.of(Accepted))
-    client.socket.send(b"x" * (8 * 1024 + 1))
-    around.wait_ended(submit)
-    assert client.ping(around).session != client.of(Accepted)[0].session
+    around.until(lambda: client.of(Accepted))
+    client.send(b"x" * (8 * 1024 + 1))
+    around.until_withdrawn(submit)
+    assert client.ping().session != client.of(Accepted)[0].session
 
 
 def test_a_new_scheduler_is_given_the_output_so_far(start: Callable[..., Surroundings]) -> None:
@@ -212,16 +210,14 @@ def test_a_new_scheduler_is_given_the_output_so_far(start: Callable[..., Surroun
     client = around.client()
     client.generate("a", resume_token_ids=[7])
     (submit,) = around.started(1)
-    around.detokenizer.send([decoded(submit, 1, [8, 9])])
-    around.wait(lambda: client.of(Delta))
-    around.scheduler.close()
-    around.scheduler = around.start_scheduler()
-    around.wait(lambda: len(around.submits) == 2)
-    again = around.submits[-1]
+    around.detokenizer.send(decoded(submit, 1, [8, 9]))
+    around.until(lambda: client.of(Delta))
+    around.scheduler.come_back(reborn=True)
+    again = around.scheduler.expect(Submit)
     assert (again.uid, again.attempt, again.resumed) == (submit.uid, 2, 1)
     assert unpack(again.output).tolist() == [7, 8, 9]
-    around.detokenizer.send([decoded(again, 1, [8, 9, 10], end=True)])
-    around.wait(lambda: client.of(Finish))
+    around.detokenizer.send(decoded(again, 1, [8, 9, 10], end=True))
+    around.until(lambda: client.of(Finish))
     assert [t for d in client.of(Delta) for t in d.token_ids] == [8, 9, 10]
 
 
@@ -231,38 +227,19 @@ def test_it_ends_on_sigterm_and_leaves_no_socket(start: Callable[..., Surroundin
     client.generate("a")
     around.started(1)
     around.process.send_signal(signal.SIGINT)
-    client.ping(around)
+    client.ping()
     assert around.stop() == 0
-    left = sorted(os.listdir(around.directory))
+    left = [path.name for path in around.runtime_dir.iterdir() if path.suffix != ".log"]
     assert [name for name in left if name.startswith(("ingress", "services"))] == []
 
 
-def test_a_taken_endpoint_is_one_clear_line(around: Surroundings) -> None:
-    second = subprocess.run(
-        [sys.executable, "-m", "nanovllm.services.ingress", *around.arguments],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert second.returncode == 2
-    (line,) = second.stderr.splitlines()
-    assert "taken by another process" in line
-
-
-def test_an_endpoint_that_cannot_be_bound_is_one_clear_line(
-    around: Surroundings, tmp_path: Path
+def test_an_endpoint_that_is_taken_or_cannot_be_bound_is_one_clear_line(
+    around: Surroundings,
 ) -> None:
-    second = subprocess.run(
-        [
-            *[sys.executable, "-m", "nanovllm.services.ingress", *around.arguments],
-            *("--ingress", "tcp://192.0.2.1:5", "--runtime-dir", str(tmp_path)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert second.returncode == 2
-    (line,) = second.stderr.splitlines()
-    assert "tcp://192.0.2.1:5 cannot be bound" in line
+    code, output = around.ended(around.start("ingress"))
+    assert (code, output.count("\n")) == (EXIT_MISCONFIGURED, 1)
+    assert "taken by another process" in output
+    with Neighbourhood(ingress="tcp://192.0.2.1:5") as elsewhere:
+        code, output = elsewhere.ended(elsewhere.start("ingress"))
+    assert (code, output.count("\n")) == (EXIT_MISCONFIGURED, 1)
+    assert "tcp://192.0.2.1:5 cannot be bound" in output

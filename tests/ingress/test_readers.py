@@ -26,9 +26,8 @@ def tcp() -> str:
 @pytest.fixture(scope="module")
 def around(tcp: str) -> Iterator[Surroundings]:
     """One ingress for the tests that leave it as they found it."""
-    surroundings = Surroundings("--ingress", tcp)
-    yield surroundings
-    surroundings.close()
+    with Surroundings(ingress=tcp) as surroundings:
+        yield surroundings
 
 
 class Output:
@@ -41,7 +40,7 @@ class Output:
     def more(self, *, end: bool = False) -> None:
         new = decoded(self.submit, self.count, [self.count], end=end)
         new.text, new.text_offset = "x" * self.size, self.count * self.size
-        assert self.around.detokenizer.send([new])
+        self.around.detokenizer.send(new)
         self.count += 1
 
 
@@ -59,15 +58,17 @@ def test_a_slow_reader_gets_the_rest_merged(around: Surroundings) -> None:
     slow, other = around.client(**SLOW), around.client()
     slow.generate("a")
     (submit,) = around.started(1)
-    around.wait(lambda: slow.of(Accepted))
+    around.until(lambda: slow.of(Accepted))
+    slow.reads = False
     output = Output(around, submit, 20_000)
     for number in range(300):
         output.more(end=number == 299)
         # Another client's answer shows that the ingress has woken up since, and does not wait.
-        other.ping(around, unread=slow)
+        other.ping()
         if number % 5 == 0:
             slow.read_one()
-    around.wait(lambda: slow.of(Finish))
+    slow.reads = True
+    around.until(lambda: slow.of(Finish))
     whole(slow, output)
     assert slow.frames < output.count
 
@@ -75,6 +76,7 @@ def test_a_slow_reader_gets_the_rest_merged(around: Surroundings) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_one_that_does_not_read_is_disconnected(around: Surroundings, stream: bool) -> None:
     silent, good = around.client(**SLOW), around.client()
+    silent.reads = False
     good.generate("good")
     (submit,) = around.started(1)
     good_output = Output(around, submit, 20_000)
@@ -86,17 +88,17 @@ def test_one_that_does_not_read_is_disconnected(around: Surroundings, stream: bo
         silent.say(*({**ask, "id": f"{batch} {number}"} for number, ask in enumerate(asks)))
         asked += around.started(50)
     whole_answers = [Output(around, submit, 20_000) for submit in asked[1:]]
-    while asked[0].uid not in around.ended:
+    while asked[0].uid not in around.withdrawn:
         if stream:
             output.more()
         elif whole_answers:
             whole_answers.pop().more(end=True)
         good_output.more()
-        good.ping(around, unread=silent)
+        good.ping()
     good_output.more(end=True)
-    around.wait(lambda: good.of(Finish))
+    around.until(lambda: good.of(Finish))
     whole(good, good_output)
-    around.wait_ended(*asked)
+    around.until_withdrawn(*asked)
     assert around.process.poll() is None
 
 
@@ -109,7 +111,7 @@ def test_a_client_that_is_stopped_or_killed_in_every_stage(
     asks = [{"id": state, "prompt": state, "stream": state != "whole"} for state in states]
     before = len(around.tokenizes)
     with reader([around.endpoint, tcp], asks) as process:
-        around.wait(lambda: len(around.tokenizes) == before + 2 * len(states))
+        around.until(lambda: len(around.tokenizes) == before + 2 * len(states))
         of = {
             state: [t for t in around.tokenizes[before:] if t.prompt == state] for state in states
         }
@@ -124,14 +126,14 @@ def test_a_client_that_is_stopped_or_killed_in_every_stage(
             for output in outputs:
                 for _ in range(1 if output.size == 10 else 20):
                     output.more()
-            return submits <= set(around.ended)
+            return submits <= around.withdrawn
 
         process.send_signal(how)
-        around.wait(all_given_up)
+        around.until(all_given_up)
         # What is still with the tokenizer is given to nobody, or is taken back.
         around.answer(*of["queued"])
         other = around.client()
         other.generate("other")
         (submit,) = around.started(1)[-1:]
         Output(around, submit, 10).more(end=True)
-        around.wait(lambda: {submit.uid for submit in around.submits} <= set(around.ended))
+        around.until(lambda: {submit.uid for submit in around.submits} <= around.withdrawn)

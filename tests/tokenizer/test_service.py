@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from nanovllm.messages import Refused, Tokenized, TokenizerToIngress, unpack
 from nanovllm.protocol import ChatMessage
-from tests.bpe import tiny_tokenizer, write_checkpoint_files
-from tests.tokenizer.neighbours import imported_modules, started
+from nanovllm.service import EXIT_MISCONFIGURED, REASON_PREFIX
+from tests.bpe import tiny_tokenizer
+from tests.peer import Neighbourhood, imported_modules
 from tests.tokenizer.test_prompts import request
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint_files(tmp_path_factory.mktemp("model"))
 
 
 def test_it_needs_no_torch_and_starts_without_chat_templates() -> None:
@@ -24,29 +18,28 @@ def test_it_needs_no_torch_and_starts_without_chat_templates() -> None:
     assert "torch" not in imported_modules("transformers.utils.chat_template_utils")
 
 
-def test_each_ingress_is_answered_what_it_asked(model: Path) -> None:
+def test_each_ingress_is_answered_what_it_asked() -> None:
     text = "the quick 日本 fox"
     token_ids = tiny_tokenizer().encode(text).ids
-    with started("tokenizer", model, "--max-model-len", "64") as here:
-        ingress = here.ingress(inbound=list[TokenizerToIngress]).connected()
+    with Neighbourhood(max_model_len=64) as here:
+        here.start("tokenizer")
+        ingress = here.binds("ingress", here.settings.services_endpoint, list[TokenizerToIngress])
         critic = [ChatMessage("critic", "boo")]
         ingress.send(request(uid=1, prompt=text), request(uid=2, messages=critic))
-        tokenized, refused = ingress.expect(2)
-        assert isinstance(tokenized, Tokenized)
+        tokenized, refused = ingress.expect(Tokenized), ingress.expect(Refused)
         assert (tokenized.uid, unpack(tokenized.prompt).tolist()) == (1, token_ids)
-        assert isinstance(refused, Refused)
         assert (refused.uid, refused.code) == (2, "invalid_request")
 
         ingress.send(request(uid=3, prompt=text))
-        here.end(ingress)
-        ingress = here.ingress(inbound=list[TokenizerToIngress]).connected()
+        ingress.come_back(reborn=True)
         ingress.send(request(uid=4, prompt=text))
-        (tokenized,) = ingress.expect(1)
-        assert tokenized.uid == 4, "nothing that another one asked"
+        assert ingress.expect(Tokenized).uid == 4, "nothing that another one asked"
 
 
-def test_a_model_without_tokenizer_gets_one_clear_line(tmp_path: Path) -> None:
-    write_checkpoint_files(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    with started("tokenizer", tmp_path) as here:
-        assert here.process.wait(30) == 2
+def test_a_model_without_tokenizer_gets_one_clear_line() -> None:
+    with Neighbourhood() as here:
+        (Path(here.settings.model) / "tokenizer.json").unlink()
+        code, output = here.ended(here.start("tokenizer"))
+    assert code == EXIT_MISCONFIGURED
+    assert output.startswith(f"{REASON_PREFIX}")
+    assert output.count("\n") == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from nanovllm.messages import GroupReady, Reset, SchedulerToWorker, WorkerToSche
 from nanovllm.transport.endpoints import EndpointTaken
 from nanovllm.transport.links import BoundLink, ConnectedLink, Down, Peer, Received, Up
 from nanovllm.transport.sockets import Router
+from tests.readers import free_tcp_endpoint
 
 SCHEDULER = Peer("scheduler", 0, 101)
 WORKER = Peer("gpu_worker", 0, 202)
@@ -36,8 +36,7 @@ def context() -> Iterator[zmq.Context[Any]]:
 def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param.endswith("ipc"):
         return f"{request.param}://{tmp_path}/a.sock"
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"{request.param}://127.0.0.1:{probe.getsockname()[1]}"
+    return free_tcp_endpoint()
 
 
 def bound(
@@ -208,8 +207,7 @@ def test_a_live_ipc_endpoint_cannot_be_stolen(context: zmq.Context[Any], tmp_pat
 def test_what_is_bound_on_every_interface_is_connected_to(
     context: zmq.Context[Any],
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        endpoint = f"tcp://*:{probe.getsockname()[1]}"
+    endpoint = free_tcp_endpoint().replace("127.0.0.1", "*")
     binder, connector = bound(context, endpoint), connected(context, endpoint)
     up, _ = events_until(has(Up), connector, binder)
     assert up == [Up(SCHEDULER, reborn=True)]
