@@ -52,11 +52,13 @@ class Pipeline:
     """
 
     def __init__(self, model: Path | str = "", *arguments: str, lifeline: bool = True) -> None:
-        self.runtime_dir = Path(tempfile.mkdtemp(prefix="nv-"))
+        if "--runtime-dir" not in arguments:
+            arguments = ("--runtime-dir", tempfile.mkdtemp(prefix="nv-"), *arguments)
+        self.runtime_dir = Path(arguments[arguments.index("--runtime-dir") + 1])
         self.endpoint = f"ipc://{self.runtime_dir}/ingress.sock"
         named = [str(model)] if str(model) else []
         ingress = [] if "--ingress" in arguments else ["--ingress", ""]
-        self.arguments = [*named, "--runtime-dir", str(self.runtime_dir), *ingress, *arguments]
+        self.arguments = [*named, *ingress, *arguments]
         self.output: list[str] = []
         self.start_s = 0.0
         self._lines: queue.Queue[str | None] = queue.Queue()

@@ -61,7 +61,6 @@ def test_a_killed_launcher_takes_its_services_along(sim: Pipeline) -> None:
     sim.process.kill()
     assert gone(running, 2.0)
     again = Pipeline("", *SIM, "--runtime-dir", str(sim.runtime_dir))
-    again.runtime_dir = sim.runtime_dir
     again.start().stop()
 
 

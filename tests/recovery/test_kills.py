@@ -145,6 +145,5 @@ def test_a_launch_after_the_supervisor_is_killed_serves_at_once() -> None:
         next(stream)
         first.process.kill()
         again = Pipeline("", *SIM, "--runtime-dir", str(first.runtime_dir), "--ingress", endpoint)
-        again.runtime_dir = first.runtime_dir
         with again:
             assert stream.result().token_ids == whole.token_ids
