@@ -203,14 +203,6 @@ def test_text_that_may_become_a_stop_string_waits() -> None:
     assert only(core) == Decoded(UID, 1, 4, 2, pack(ids_of_bytes(b"T")), "ENT", [], None)
 
 
-def test_the_end_releases_what_waited() -> None:
-    core = Detokenizer(VOCABULARY)
-    core.take(begin(ids_of_bytes(b"a EN" + b"\xf0\x9f"), stop=["END"]))
-    core.take(Finished(UID, 1, "stop", 6))
-    decoded = only(core)
-    assert (decoded.text, decoded.ending) == ("a EN\ufffd", ended("stop", 6))
-
-
 def test_a_stop_string_completed_by_the_end_of_an_incomplete_character() -> None:
     core = Detokenizer(VOCABULARY)
     core.take(begin(ids_of_bytes(b"ab\xf0\x9f"), stop=["b\ufffd"]))

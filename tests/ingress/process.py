@@ -18,7 +18,7 @@ from nanovllm.messages import (
     Tokenized,
     pack,
 )
-from nanovllm.protocol import Error, Finish, Pong, ServerMessage
+from nanovllm.protocol import Error, Pong, ServerMessage
 from nanovllm.transport.links import Up
 from tests.ingress.harness import PROMPT, READY
 from tests.peer import TIMEOUT_S, Neighbourhood
@@ -124,10 +124,6 @@ class Surroundings(Neighbourhood):
     def until_withdrawn(self, *requests: Submit) -> None:
         """Until they were taken back from the scheduler."""
         self.until(lambda: {request.uid for request in requests} <= self.withdrawn)
-
-    def until_answered(self, client: Client) -> None:
-        """Until a request of the client has got its last message."""
-        self.until(lambda: client.of(Finish, Error))
 
     def started(self, count: int) -> list[Submit]:
         """Waits for the tokenizer's next `count` requests, answers them, and waits until the

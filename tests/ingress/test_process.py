@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from nanovllm.messages import Refused, Submit, unpack
-from nanovllm.protocol import Accepted, Delta, Finish, Pong, Usage
+from nanovllm.messages import Submit, unpack
+from nanovllm.protocol import Accepted, Delta, Finish, Pong
 from nanovllm.service import EXIT_MISCONFIGURED
 from tests.ingress.harness import NOT_READY, READY, decoded
 from tests.ingress.process import Client, Surroundings
@@ -71,55 +71,6 @@ def test_ready_follows_the_engine(around: Surroundings) -> None:
         pass
 
 
-def test_a_whole_answer(around: Surroundings) -> None:
-    client = around.client()
-    client.generate("a", stream=False, sampling={"seed": 9, "logprobs": 0})
-    (submit,) = around.started(1)
-    around.detokenizer.send(decoded(submit, 0, [11]), decoded(submit, 1, [12], end=True))
-    around.until_answered(client)
-    assert client.heard == [
-        Finish(
-            id="a",
-            finish_reason="length",
-            usage=Usage(3, 2, 2),
-            text="12",
-            token_ids=[11, 12],
-            logprobs=[],
-            seed=9,
-        )
-    ]
-    around.until_withdrawn(submit)
-
-
-def test_abort_duplicate_and_refusal(around: Surroundings) -> None:
-    client = around.client()
-    client.generate("a")
-    (submit,) = around.started(1)
-    client.generate("a")
-    around.until(client.errors)
-    assert client.errors() == [("a", "duplicate_id")]
-    client.say({"type": "abort", "id": "a"}, {"type": "abort", "id": "unknown"})
-    around.until(lambda: client.of(Finish))
-    assert client.of(Finish)[0].finish_reason == "abort"
-    around.until_withdrawn(submit)
-    client.generate("long")
-    around.until(lambda: around.tokenizes[-1].uid != submit.uid)
-    refused = around.tokenizes[-1]
-    around.tokenizer.send(Refused(refused.uid, "context_length_exceeded", "too long"))
-    around.until(lambda: len(client.errors()) == 2)
-    assert client.errors()[1] == ("long", "context_length_exceeded")
-    assert len(client.of(Accepted)) == 1
-
-
-def test_overloaded(start: Callable[..., Surroundings]) -> None:
-    around = start(max_pending_requests=2)
-    client = around.client()
-    for request_id in "abc":
-        client.generate(request_id)
-    around.until(client.errors)
-    assert client.errors() == [("c", "overloaded")]
-
-
 def test_clients_that_go_while_nothing_is_sent_to_them(around: Surroundings) -> None:
     queued, in_prefill, whole = around.client(), around.client(), around.client()
     in_prefill.generate("a")
@@ -140,15 +91,14 @@ def test_clients_that_go_while_nothing_is_sent_to_them(around: Surroundings) -> 
 
 # Sends its frames, so many times each, and goes in the midst of the answers.
 FLOOD = """
-import os, sys, zmq
-socket = zmq.Context().socket(zmq.DEALER)
-socket.set_hwm(0)
-socket.connect(sys.argv[1])
+import os, sys
+from benchmarks.support.raw_client import RawClient
+client = RawClient(sys.argv[1], SNDHWM=0, RCVHWM=0)
 for times, frame in zip(sys.argv[2::2], sys.argv[3::2]):
     for _ in range(int(times)):
-        socket.send(bytes.fromhex(frame))
+        client.send(bytes.fromhex(frame))
 for _ in range(20):
-    socket.recv()
+    client.receive(20.0)
 os._exit(0)
 """
 
