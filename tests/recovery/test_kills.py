@@ -62,7 +62,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
     [
         [INGRESS],
         [SCHEDULER],
-        *[[service] for service in (*RANKS, *TOKENIZERS, *DETOKENIZERS)],
+        *[[service] for service in (*RANKS, TOKENIZERS[0], DETOKENIZERS[0])],
         RANKS,
         TOKENIZERS,
         DETOKENIZERS,
