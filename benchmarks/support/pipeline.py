@@ -23,6 +23,8 @@ from nanovllm.service import LIFELINE_VARIABLE
 READY_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 20.0
 REPORT_TIMEOUT_S = 30.0
+# Between two looks at the status or at processes: looking takes time from the pipeline.
+LOOK_AGAIN_S = 0.02
 
 S = TypeVar("S", bound=Stats)
 
@@ -144,6 +146,7 @@ class Pipeline:
                 status = control.status()
                 if all(service.stats is not None for service in status.services):
                     return status
+                time.sleep(LOOK_AGAIN_S)
 
     def stats_once(self, kind: type[S], wanted: Callable[[S], bool]) -> S:
         """The first report of this kind of service, of those with index 0 and from now on, for
@@ -156,6 +159,7 @@ class Pipeline:
                         return service.stats
                     if time.monotonic() > start + REPORT_TIMEOUT_S:
                         raise TimeoutError(f"{service.role} 0 still reports {service.stats}")
+            time.sleep(LOOK_AGAIN_S)
 
     def reported(self) -> Reported:
         """What was reported last, up to a second ago."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import psutil
 
-from benchmarks.support.pipeline import Pipeline
+from benchmarks.support.pipeline import LOOK_AGAIN_S, Pipeline
 from nanovllm import AsyncClient, SamplingParams
 from nanovllm.client.control import Control
 from nanovllm.client.requests import Prompt
@@ -22,8 +22,6 @@ from nanovllm.control import SchedulerStats
 
 TIMEOUT_S = 60.0
 NEW_TOKENS = 200
-# Between two looks at processes, so that looking takes no time from their restart.
-LOOK_AGAIN_S = 0.01
 PROMPTS = ("Once upon a time", "🦊🐻 Once", "Zoë", "A lighthouse keeper")
 # Strings in what each device writes.
 STOPS = {"sim": ("ree", "old "), "cpu": (" lantern", "kettle", ". T")}
@@ -253,6 +251,7 @@ def wait_for_another(pipeline: Pipeline, service_id: ServiceId, before: psutil.P
     while services(pipeline).get(service_id, before).pid == before.pid:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{service_id} does not come back:\n{pipeline.transcript}")
+        time.sleep(LOOK_AGAIN_S)
 
 
 def check(ended: Sequence[Streamed], expected: Sequence[Outcome], pipeline: Pipeline) -> None:
