@@ -40,7 +40,7 @@ LOADS = (Load(256, 2.0), Load(1, 0.5))
 
 @click.command(help=__doc__)
 @click.option("--seconds", default=12.0, show_default=True, help="Length of each measurement.")
-@click.option("--depth", "depths", type=int, multiple=True, default=(2, 1), show_default=True)
+@click.option("--depth", "depths", type=int, multiple=True, default=(3, 1), show_default=True)
 @click.option("--sequences", type=int, help="Only the load with so many sequences.")
 def main(seconds: float, depths: tuple[int, ...], sequences: int | None) -> None:
     for load in LOADS:
