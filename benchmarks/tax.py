@@ -41,7 +41,7 @@ from nanovllm.services.gpu_worker.loop import spin_briefly
 from nanovllm.settings import Settings, flag
 
 if TYPE_CHECKING:
-    from nanovllm.services.gpu_worker.executor import Sampled
+    from nanovllm.services.gpu_worker.executor import PendingResult
 
 Prompts = list[list[int]]
 
@@ -156,15 +156,15 @@ class BareLoop:
         self._settings = settings
 
     def run(self, prompts: Prompts, work: Work) -> Round:
-        in_flight: deque[Sampled] = deque()
+        in_flight: deque[PendingResult] = deque()
         steps = tokens = 0
         start = time.perf_counter()
         for plan in _plans(prompts, work, self._settings):
             in_flight.append(self._executor.step(plan))
             if len(in_flight) == self._settings.pipeline_depth:
-                tokens += _land(in_flight.popleft())
+                tokens += _count_tokens(in_flight.popleft())
             steps += 1
-        tokens += sum(_land(sampled) for sampled in in_flight)
+        tokens += sum(_count_tokens(pending) for pending in in_flight)
         seconds = time.perf_counter() - start
         self._executor.reset()
         if tokens != work.sequences * work.output_tokens:
@@ -172,9 +172,9 @@ class BareLoop:
         return Round(seconds, steps, seconds)
 
 
-def _land(sampled: Sampled) -> int:
-    sampled.wait()
-    return len(sampled.result(0, 0).token_ids) // 4
+def _count_tokens(pending: PendingResult) -> int:
+    pending.wait()
+    return len(pending.result(0, 0).token_ids) // 4
 
 
 def _plans(prompts: Prompts, work: Work, settings: Settings) -> Iterator[StepPlan]:

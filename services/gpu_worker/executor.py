@@ -21,7 +21,7 @@ from nanovllm.services.gpu_worker.model.registry import Model
 from nanovllm.services.gpu_worker.sampling import logprobs
 from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
 from nanovllm.services.gpu_worker.slots import Batch, Layout, SlotTable, columns
-from nanovllm.services.gpu_worker.steps import Decoded, Lengths, Steps
+from nanovllm.services.gpu_worker.steps import Lengths, StepOutput, Steps
 from nanovllm.settings import Settings
 
 
@@ -33,8 +33,9 @@ class SampledLogprobs(NamedTuple):
     values: Tensor  # float32 [r, most asked for + 1]
 
 
-class Sampled(NamedTuple):
-    """What a step sampled, on the host. The tensors are complete once `wait` has returned."""
+class PendingResult(NamedTuple):
+    """The host's copy of what an enqueued step samples. The tensors are complete once `wait` has
+    returned."""
 
     number: int  # the plan's
     token_ids: Tensor  # int32 [s]
@@ -107,10 +108,10 @@ class Executor:
         # All graphs write to the same logits. Otherwise each graph would keep logits of its own.
         logits = self._logits_like.new_empty(rows, len(self._logits_like))
 
-        def decode(slots: Tensor) -> Decoded:
+        def decode(slots: Tensor) -> StepOutput:
             return steps.decode(slots, logits[: len(slots)])
 
-        def mixed(columns: Tensor, layout: Layout) -> Decoded:
+        def mixed(columns: Tensor, layout: Layout) -> StepOutput:
             return steps.mixed(columns, layout, steps.bounds(layout), logits[: layout.samples])
 
         steps.warm_up()
@@ -123,36 +124,36 @@ class Executor:
         self.slots.reset()
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> Sampled:
+    def step(self, plan: StepPlan) -> PendingResult:
         """Enqueues a step. All ranks must be given the same plans in the same order."""
         batch = self.slots.apply(plan)
         started = _event(self._device)
         self._state.update(batch)
         if not len(batch.query_lens):
-            return self._sampled(plan.number, self._steps.no_tokens, None, started)
-        decoded = None if self._graphs is None else self._graphs.replay(batch)
-        if decoded is None:
+            return self._pending(plan.number, self._steps.no_tokens, None, started)
+        output = None if self._graphs is None else self._graphs.replay(batch)
+        if output is None:
             layout = Layout.of(batch)
             flat = to_device(columns(batch, layout, self._state.padding_slot), self._device)
             lengths = Lengths(batch.query_lens, batch.context_lens)
-            decoded = self._steps.mixed(flat, layout, lengths)
-        self._steps.sample_whole(decoded, batch.whole_rows, batch.sampling_slots[batch.whole_rows])
-        found = self._logprobs(batch, decoded.logits, decoded.token_ids)
-        return self._sampled(plan.number, decoded.token_ids, found, started)
+            output = self._steps.mixed(flat, layout, lengths)
+        self._steps.sample_whole(output, batch.whole_rows, batch.sampling_slots[batch.whole_rows])
+        found = self._logprobs(batch, output.logits, output.token_ids)
+        return self._pending(plan.number, output.token_ids, found, started)
 
-    def _sampled(
+    def _pending(
         self,
         number: int,
         token_ids: Tensor,
         logprobs: SampledLogprobs | None,
         started: torch.cuda.Event | None,
-    ) -> Sampled:
+    ) -> PendingResult:
         """Enqueues the copies to the host of token ids int32 [s] and log-probabilities."""
         if logprobs is not None:
             logprobs = SampledLogprobs(
                 logprobs.rows, _to_host(logprobs.token_ids), _to_host(logprobs.values)
             )
-        return Sampled(number, _to_host(token_ids), logprobs, started, _event(self._device))
+        return PendingResult(number, _to_host(token_ids), logprobs, started, _event(self._device))
 
     def _logprobs(self, batch: Batch, logits: Tensor, token_ids: Tensor) -> SampledLogprobs | None:
         rows = batch.wants_logprobs

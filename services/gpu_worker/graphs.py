@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, columns
-from nanovllm.services.gpu_worker.steps import Decoded
+from nanovllm.services.gpu_worker.steps import StepOutput
 
 # How many prefill chunks a replayed step may have.
 MAX_CHUNKS = 32
@@ -34,8 +34,8 @@ class Sizes(NamedTuple):
         return len(self.decodes) + len(self.mixed)
 
 
-Replay = Callable[[], Decoded]
-Capture = Callable[[Callable[[], Decoded]], Replay]
+Replay = Callable[[], StepOutput]
+Capture = Callable[[Callable[[], StepOutput]], Replay]
 
 
 class StepGraphs:
@@ -52,8 +52,8 @@ class StepGraphs:
 
     def __init__(
         self,
-        decode: Callable[[Tensor], Decoded],
-        mixed: Callable[[Tensor, Layout], Decoded],
+        decode: Callable[[Tensor], StepOutput],
+        mixed: Callable[[Tensor, Layout], StepOutput],
         sizes: Sizes,
         padding_slot: int,
         device: torch.device,
@@ -83,7 +83,7 @@ class StepGraphs:
             self._replays[size] = capture(step)
             progress(len(self._replays), sizes.total)
 
-    def replay(self, batch: Batch) -> Decoded | None:
+    def replay(self, batch: Batch) -> StepOutput | None:
         """Enqueues the step, if a graph has room for it. Otherwise returns None."""
         if not len(batch.chunk_slots):
             return self._replay_decodes(batch.decode_slots)
@@ -95,7 +95,7 @@ class StepGraphs:
         )
         return _first(self._replays[layout](), len(batch.sampling_rows))
 
-    def _replay_decodes(self, slots: Int32s) -> Decoded:
+    def _replay_decodes(self, slots: Int32s) -> StepOutput:
         n = len(slots)
         size = int(self._decode_sizes[np.searchsorted(self._decode_sizes, n)])
         if (
@@ -127,20 +127,20 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __call__(self, step: Callable[[], Decoded]) -> Replay:
+    def __call__(self, step: Callable[[], StepOutput]) -> Replay:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             step()  # kernels are compiled here, which a capture does not allow
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(self._pool)
-            decoded = step()
+            output = step()
             graph.capture_end()
         current.wait_stream(self._stream)
 
-        def replay() -> Decoded:
+        def replay() -> StepOutput:
             graph.replay()
-            return decoded
+            return output
 
         return replay
 
@@ -166,8 +166,8 @@ def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
     return Sizes(decodes, mixed)
 
 
-def _first(decoded: Decoded, rows: int) -> Decoded:
-    return Decoded(decoded.token_ids[:rows], decoded.logits[:rows])
+def _first(output: StepOutput, rows: int) -> StepOutput:
+    return StepOutput(output.token_ids[:rows], output.logits[:rows])
 
 
 def _pinned(array: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:

@@ -12,8 +12,8 @@ from typing import NoReturn
 from nanovllm.control import WorkerStats
 from nanovllm.messages import GroupReady, Message, Reset, SchedulerToWorker, StepPlan, StepResult
 from nanovllm.service import Service
+from nanovllm.services.gpu_worker.dialogue import Dialogue, DialoguePhase
 from nanovllm.services.gpu_worker.runner import GroupBroken, Listening, Loaded, Progress, Runner
-from nanovllm.services.gpu_worker.session import Phase, Session
 from nanovllm.transport.links import HEARTBEAT_S, BoundLink, Down, Event, Peer, Received, Up
 
 # How long to wait before results are offered again to a scheduler whose queue was full.
@@ -99,7 +99,7 @@ class Leader:
         self.counts = Counts(runner)
         self._service = service
         self._runner = runner
-        self._session = Session(service.settings.pipeline_depth)
+        self._dialogue = Dialogue(service.settings.pipeline_depth)
         self._loaded: Loaded | None = None
         self._port: int | None = None
         self._next_announcement = 0.0
@@ -120,7 +120,7 @@ class Leader:
             match report:
                 case StepResult():
                     self.counts.finished(report)
-                    self._session.finished(report)
+                    self._dialogue.finished(report)
                 case Progress():
                     self._service.loading(*report)
                 case Listening():
@@ -133,12 +133,12 @@ class Leader:
     def step(self, now: float) -> float | None:
         """Sends results, or announces the group. Returns in how many seconds to call again at the
         latest; None: when an event comes."""
-        if results := self._session.unsent:
+        if results := self._dialogue.unsent:
             if self._scheduler.send(results):
-                self._session.sent()
+                self._dialogue.sent()
             elif self._scheduler.peer is not None:
                 return RETRY_S
-        if self._session.phase is not Phase.WAITING or not self._complete:
+        if self._dialogue.phase is not DialoguePhase.WAITING or not self._complete:
             return None
         if now >= self._next_announcement and self._loaded is not None:
             self._next_announcement = now + HEARTBEAT_S
@@ -154,17 +154,17 @@ class Leader:
     def _on_scheduler(self, event: Event[SchedulerToWorker]) -> None:
         match event:
             case Up(reborn=True):
-                self._session.reborn()
+                self._dialogue.reborn()
                 self._next_announcement = 0.0
             case Up():
-                self._session.reconnected()
+                self._dialogue.reconnected()
                 self._next_announcement = 0.0
             case Received(message=Reset(number=number) as reset):
-                if self._session.accepts_reset(number):
+                if self._dialogue.accepts_reset(number):
                     self._tell_followers(reset)
                     self._runner.reset()
             case Received(message=StepPlan(number=number) as plan):
-                if self._session.accepts_plan(number):
+                if self._dialogue.accepts_plan(number):
                     self._tell_followers(plan)
                     self._runner.launch(plan)
                     self.counts.launched()

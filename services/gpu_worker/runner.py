@@ -66,7 +66,7 @@ class Runner(Protocol):
         """
 
 
-class Outbox:
+class ReportQueue:
     """Reports on their way from a runner's threads to the loop, which a pipe wakes up."""
 
     def __init__(self) -> None:

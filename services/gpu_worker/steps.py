@@ -26,7 +26,7 @@ from nanovllm.services.gpu_worker.slots import Columns, Int32s, Layout
 from nanovllm.settings import Settings
 
 
-class Decoded(NamedTuple):
+class StepOutput(NamedTuple):
     """token_ids int32 [n] of n rows, and the logits [n, shard] that the tokens were drawn from."""
 
     token_ids: Tensor
@@ -74,7 +74,7 @@ class Steps:
         query[layout.decodes :] = layout.tokens
         return Lengths(query, np.full(rows, self._max_model_len, dtype=np.int32))
 
-    def decode(self, slots: Tensor, logits_out: Tensor) -> Decoded:
+    def decode(self, slots: Tensor, logits_out: Tensor) -> StepOutput:
         """All of the slots int64 [n] decode.
 
         Args:
@@ -100,11 +100,11 @@ class Steps:
         )
         logits = self._model.logits(hidden, logits_out)
         token_ids = sample(logits, inputs.sampling, inputs.next_positions, self._shard)
-        return Decoded(self._ops.advance(self._state.held, slots, token_ids), logits)
+        return StepOutput(self._ops.advance(self._state.held, slots, token_ids), logits)
 
     def mixed(
         self, columns: Tensor, layout: Layout, lengths: Lengths, logits_out: Tensor | None = None
-    ) -> Decoded:
+    ) -> StepOutput:
         """Some slots decode, and prefill chunks of others are computed. Either may be missing.
 
         Args:
@@ -135,23 +135,23 @@ class Steps:
             self._kv_cache,
         )
         if not layout.samples:
-            return Decoded(self.no_tokens, hidden[:0])
+            return StepOutput(self.no_tokens, hidden[:0])
         logits = self._model.logits(hidden[c.sampling_tokens], logits_out)
         # A sequence's length is the index of the token that comes next.
         next_positions = held.num_tokens[c.sampling_slots]
         params = self._state.sampling(c.sampling_slots)
         token_ids = sample(logits, params, next_positions, self._shard)
-        return Decoded(self._ops.advance(held, c.sampling_slots, token_ids), logits)
+        return StepOutput(self._ops.advance(held, c.sampling_slots, token_ids), logits)
 
-    def sample_whole(self, decoded: Decoded, rows: Int32s, slots: Int32s) -> None:
+    def sample_whole(self, output: StepOutput, rows: Int32s, slots: Int32s) -> None:
         """Samples again the rows that need whole logits, if there is more than one rank.
 
         Never captured: a graph has one shape, and a step any number of such rows. The CPU launches
         these kernels while the device still runs the step.
 
         Args:
-            decoded: the step's result. The token ids of `rows` are overwritten.
-            rows: int32 [w], indices into `decoded`.
+            output: the step's result. The token ids of `rows` are overwritten.
+            rows: int32 [w], indices into `output`.
             slots: int32 [w], the rows' slots.
         """
         tp = self._shard.tp
@@ -165,12 +165,12 @@ class Steps:
         own_slots = slots_to_draw[tp.rank * share : (tp.rank + 1) * share]
         held = self._state.held
         token_ids = sample_whole(
-            decoded.logits[rows_to_draw],
+            output.logits[rows_to_draw],
             self._state.sampling(own_slots),
             held.num_tokens[own_slots] - 1,  # the length includes the sampled token
             self._shard,
         )
-        decoded.token_ids[rows_to_draw] = token_ids.int()
+        output.token_ids[rows_to_draw] = token_ids.int()
         held.last_tokens[slots_to_draw] = token_ids
 
     def warm_up(self) -> None:
@@ -179,5 +179,5 @@ class Steps:
         row = np.zeros(1, dtype=np.int32)
         slot = np.full(1, self._state.padding_slot, dtype=np.int32)
         self.sample_whole(
-            Decoded(torch.zeros(1, dtype=torch.int32, device=self._device), logits), row, slot
+            StepOutput(torch.zeros(1, dtype=torch.int32, device=self._device), logits), row, slot
         )

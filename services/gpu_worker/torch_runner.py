@@ -20,13 +20,13 @@ from nanovllm.checkpoint import ModelConfig
 from nanovllm.control import LoadingStage
 from nanovllm.messages import StepPlan
 from nanovllm.services.gpu_worker import startup
-from nanovllm.services.gpu_worker.executor import Executor, Sampled
+from nanovllm.services.gpu_worker.executor import Executor, PendingResult
 from nanovllm.services.gpu_worker.model.parallel import (
     TensorParallel,
     listen_for_ranks,
     reach_rank_0,
 )
-from nanovllm.services.gpu_worker.runner import Listening, Outbox, Progress, Report
+from nanovllm.services.gpu_worker.runner import Listening, Progress, Report, ReportQueue
 from nanovllm.settings import Settings
 
 PROGRESS_INTERVAL_S = 0.1
@@ -50,16 +50,16 @@ class TorchRunner:
         self._start = time.monotonic()
         self._busy = BusyMeter()
         self._device_busy = 0.0
-        self._outbox = Outbox()
+        self._report_queue = ReportQueue()
         self._port: SimpleQueue[int] = SimpleQueue()
         self._launched: SimpleQueue[StepPlan | None] = SimpleQueue()  # None is a reset
-        self._enqueued: SimpleQueue[Sampled] = SimpleQueue()
+        self._enqueued: SimpleQueue[PendingResult] = SimpleQueue()
         self._executor: Executor | None = None
         self._start_thread("device", self._execute)
 
     @property
     def descriptor(self) -> int:
-        return self._outbox.descriptor
+        return self._report_queue.descriptor
 
     @property
     def slots_used(self) -> int:
@@ -76,14 +76,14 @@ class TorchRunner:
         self._launched.put(None)
 
     def reports(self) -> list[Report]:
-        return self._outbox.take()
+        return self._report_queue.take()
 
     def _start_thread(self, name: str, body: Callable[[], None]) -> None:
         def guarded() -> None:
             try:
                 body()
             except BaseException as error:  # the loop raises it again, which ends the process
-                self._outbox.put(error)
+                self._report_queue.put(error)
 
         threading.Thread(target=guarded, name=name, daemon=True).start()
 
@@ -98,8 +98,8 @@ class TorchRunner:
             self._tell_progress(),
         )
         self._executor = executor
-        self._outbox.put(loaded)
-        finish: Callable[[Sampled], None] = self._finish
+        self._report_queue.put(loaded)
+        finish: Callable[[PendingResult], None] = self._finish
         if device.type == "cuda":
             self._start_thread("results", partial(self._finish_enqueued, device))
             finish = self._enqueued.put
@@ -117,14 +117,14 @@ class TorchRunner:
         while True:
             self._finish(self._enqueued.get())
 
-    def _finish(self, sampled: Sampled) -> None:
-        sampled.wait()
+    def _finish(self, pending: PendingResult) -> None:
+        pending.wait()
         now = time.monotonic()
         busy = self._busy.finished(now)
-        if (seconds := sampled.device_seconds()) is not None:
+        if (seconds := pending.device_seconds()) is not None:
             self._device_busy += seconds
             busy = self._device_busy
-        self._outbox.put(sampled.result(round(busy * 1e6), round((now - self._start) * 1e6)))
+        self._report_queue.put(pending.result(round(busy * 1e6), round((now - self._start) * 1e6)))
 
     def _join_group(self, device: torch.device) -> TensorParallel:
         size = self._settings.tensor_parallel_size
@@ -132,7 +132,7 @@ class TorchRunner:
             return TensorParallel()
         if self._rank == 0:
             store = listen_for_ranks()
-            self._outbox.put(Listening(store.port))
+            self._report_queue.put(Listening(store.port))
         else:
             store = reach_rank_0(self._port.get())
         return TensorParallel.connect(self._rank, size, store, device)
@@ -147,7 +147,7 @@ class TorchRunner:
             now = time.monotonic()
             if now - told >= PROGRESS_INTERVAL_S or done in (0, total):
                 told = now
-                self._outbox.put(Progress(stage, done, total))
+                self._report_queue.put(Progress(stage, done, total))
 
         return tell
 

@@ -17,7 +17,7 @@ from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import Model, build_model
 from nanovllm.services.gpu_worker.startup import allocate_kv_cache, attention_shape
-from nanovllm.services.gpu_worker.steps import Decoded
+from nanovllm.services.gpu_worker.steps import StepOutput
 
 CPU = torch.device("cpu")
 
@@ -139,11 +139,11 @@ class RunAgain:
         self.captured = 0
         self.replays = 0
 
-    def __call__(self, step: Callable[[], Decoded]) -> Callable[[], Decoded]:
+    def __call__(self, step: Callable[[], StepOutput]) -> Callable[[], StepOutput]:
         self.captured += 1
         step()
 
-        def replay() -> Decoded:
+        def replay() -> StepOutput:
             self.replays += 1
             return step()
 

@@ -24,7 +24,7 @@ from nanovllm.services.gpu_worker.graphs import MAX_CHUNKS, Sizes, StepGraphs, g
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.slots import Layout, SlotTable
 from nanovllm.services.gpu_worker.startup import allocate_kv_cache, attention_shape
-from nanovllm.services.gpu_worker.steps import Decoded
+from nanovllm.services.gpu_worker.steps import StepOutput
 from nanovllm.settings import Settings
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import CPU, RunAgain, load_model
@@ -123,8 +123,8 @@ def test_the_smallest_graph_with_room_is_replayed() -> None:
     sizes = graph_sizes(8, 200)
     reported: list[tuple[int, int]] = []
 
-    def ran(size: int) -> Decoded:
-        return Decoded(torch.full((size,), size, dtype=torch.int32), torch.empty(size))
+    def ran(size: int) -> StepOutput:
+        return StepOutput(torch.full((size,), size, dtype=torch.int32), torch.empty(size))
 
     capture = RunAgain()
     graphs = StepGraphs(

@@ -1,6 +1,6 @@
 """Rank 0's dialogue with the scheduler: which plans to run, and which results to keep.
 
-A session knows no socket and no clock: the loop tells it what happened, and asks what to send.
+A dialogue knows no socket and no clock: the loop tells it what happened, and asks what to send.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nanovllm.messages import StepResult
 log = logging.getLogger(__name__)
 
 
-class Phase(Enum):
+class DialoguePhase(Enum):
     DRAINING = auto()
     """Steps of a scheduler that is gone are still running."""
     WAITING = auto()
@@ -22,7 +22,7 @@ class Phase(Enum):
     SERVING = auto()
 
 
-class Session:
+class Dialogue:
     """The plans and results of one incarnation of the scheduler after another.
 
     A result may be lost with a connection. So the result of plan n is kept until plan n + depth
@@ -38,13 +38,13 @@ class Session:
         self._next = 0
         self._kept: deque[StepResult] = deque()
         self._unsent = 0
-        self.phase = Phase.WAITING
+        self.phase = DialoguePhase.WAITING
 
     def reborn(self) -> None:
         """A new incarnation of the scheduler is there. It knows no earlier plan or result."""
         self._kept.clear()
         self._unsent = 0
-        self.phase = Phase.DRAINING if self._in_flight else Phase.WAITING
+        self.phase = DialoguePhase.DRAINING if self._in_flight else DialoguePhase.WAITING
 
     def reconnected(self) -> None:
         """The same incarnation is connected again. Results sent before may be lost."""
@@ -52,16 +52,17 @@ class Session:
 
     def accepts_reset(self, number: int) -> bool:
         """Whether to empty all slots now: not if this reset has been obeyed already."""
-        if self.phase is Phase.DRAINING or (self.phase is Phase.SERVING and number < self._next):
+        obeyed = self.phase is DialoguePhase.SERVING and number < self._next
+        if obeyed or self.phase is DialoguePhase.DRAINING:
             log.warning("dropped a reset to plan %d while %s", number, self._state())
             return False
         self._next = number
-        self.phase = Phase.SERVING
+        self.phase = DialoguePhase.SERVING
         return True
 
     def accepts_plan(self, number: int) -> bool:
         """Whether to run this plan now: only if it is the next one. A copy is refused silently."""
-        if self.phase is not Phase.SERVING or number > self._next:
+        if self.phase is not DialoguePhase.SERVING or number > self._next:
             log.warning("dropped plan %d while %s", number, self._state())
             return False
         if number < self._next:
@@ -76,9 +77,9 @@ class Session:
     def finished(self, result: StepResult) -> None:
         """Takes the result of the oldest step in flight."""
         self._in_flight -= 1
-        if self.phase is Phase.DRAINING:
+        if self.phase is DialoguePhase.DRAINING:
             if not self._in_flight:
-                self.phase = Phase.WAITING
+                self.phase = DialoguePhase.WAITING
             return
         self._kept.append(result)
         self._unsent += 1
@@ -94,6 +95,6 @@ class Session:
         self._unsent = 0
 
     def _state(self) -> str:
-        if self.phase is Phase.SERVING:
+        if self.phase is DialoguePhase.SERVING:
             return f"expecting plan {self._next}"
         return self.phase.name.lower()
