@@ -143,16 +143,26 @@ class EngineState(Message, tag="engine_state"):
     block_size: int
 
 
+class InHand(Message):
+    """The requests `uids` that a service works on. `alone`: the service works on one request, and
+    certainly on no other."""
+
+    uids: list[int]
+    alone: bool
+
+
+NOTHING_IN_HAND = InHand([], alone=False)
+
+
 class Lost(Message, tag="lost"):
-    """The link to this incarnation of a service is gone, and the service had the requests `uids`
-    (int64[n]) in hand; `alone`: one request, and certainly no other. If the link is made again in
-    the same incarnation, this comes again, without uids."""
+    """The link to this incarnation of a service is gone, and the service had these requests in
+    hand. If the link is made again in the same incarnation, `Lost` comes again, with
+    `NOTHING_IN_HAND`."""
 
     role: str
     index: int
     incarnation: int
-    uids: bytes
-    alone: bool
+    in_hand: InHand
 
 
 IngressToScheduler = Held | Submit | End

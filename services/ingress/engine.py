@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nanovllm.messages import (
+    NOTHING_IN_HAND,
     End,
     EngineState,
     Held,
     IngressToScheduler,
+    InHand,
     Missing,
     pack,
     pack_int64,
@@ -20,7 +22,6 @@ from nanovllm.messages import (
     unpack_int64,
 )
 from nanovllm.services.ingress.requests import Request
-from nanovllm.services.ingress.suspects import NOTHING, InHand
 from nanovllm.transport.links import Peer, one_frame
 
 # Beyond its slots, a scheduler is given so many requests, or as many as hold this many budgets of a
@@ -138,8 +139,8 @@ class Engine:
     def in_hand(self) -> InHand:
         """What dies with the scheduler."""
         if self.peer is None:
-            return NOTHING
-        return InHand(frozenset(self.given), alone=self._ever_given == len(self.given) == 1)
+            return NOTHING_IN_HAND
+        return InHand(list(self.given), alone=self._ever_given == len(self.given) == 1)
 
     def up(self, peer: Peer) -> list[Request]:
         """A connection to the scheduler was made. Returns the requests that it has lost, which are

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from nanovllm.messages import Lost, unpack_int64
+from nanovllm.messages import NOTHING_IN_HAND, InHand, Lost
 from nanovllm.services.ingress.engine import Engine, Queue
 from nanovllm.services.ingress.requests import Request
-from nanovllm.services.ingress.suspects import NOTHING, Deaths, InHand, Suspects
+from nanovllm.services.ingress.suspects import Deaths, Suspects
 from nanovllm.services.ingress.tokenizers import Tokenizers
 from nanovllm.transport.links import Peer
 from nanovllm.wording import counted
@@ -50,7 +50,7 @@ class Quarantine:
 
     def connected(self, peer: Peer) -> None:
         """The link to a service was made: what it had in hand before does not count any more."""
-        self._deaths.lost(peer, NOTHING)
+        self._deaths.lost(peer, NOTHING_IN_HAND)
 
     def lost(self, peer: Peer, in_hand: InHand) -> None:
         """The link to a service is gone."""
@@ -60,9 +60,7 @@ class Quarantine:
 
     def reported(self, lost: Lost) -> None:
         """The scheduler's link to a service is gone."""
-        uids = frozenset(unpack_int64(lost.uids))
-        peer = Peer(lost.role, lost.index, lost.incarnation)
-        self.lost(peer, InHand(uids, lost.alone))
+        self.lost(Peer(lost.role, lost.index, lost.incarnation), lost.in_hand)
 
     def crashed(self, peer: Peer) -> None:
         """The supervisor: this incarnation of a service ended for a reason of its own."""

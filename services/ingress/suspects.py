@@ -15,8 +15,9 @@ how a process ended. Without the second half, as after a kill from outside, noth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
+from nanovllm.messages import NOTHING_IN_HAND, InHand
 from nanovllm.transport.links import Peer
 
 # Deaths in company after which a request runs alone, and alone after which it is guilty.
@@ -27,17 +28,6 @@ DEATHS_ALONE: Final = 2
 CLEARING_TOKENS: Final = 16
 
 
-class InHand(NamedTuple):
-    """The requests that a service had in hand when the link to it was lost; `alone`: one, and
-    certainly no other."""
-
-    uids: frozenset[int]
-    alone: bool
-
-
-NOTHING = InHand(frozenset(), alone=False)
-
-
 class Deaths:
     """Joins the two halves. The latest of each are kept for each service."""
 
@@ -46,8 +36,9 @@ class Deaths:
         self._by_itself: dict[tuple[str, int], int] = {}
 
     def lost(self, peer: Peer, in_hand: InHand) -> InHand | None:
-        """The link to a service is gone: returns `in_hand` if it is known to have died by itself.
-        To be told `NOTHING` when the link is made again: what was in hand before is outdated."""
+        """The link to a service is gone. Returns `in_hand` if the service is known to have died by
+        itself. When the link is made again, this is called with `NOTHING_IN_HAND`, since the
+        requests in hand before do not count any more."""
         service = (peer.role, peer.index)
         if not in_hand.uids:
             self._in_hand.pop(service, None)
@@ -61,7 +52,7 @@ class Deaths:
     def by_itself(self, peer: Peer) -> InHand | None:
         """A service died for a reason of its own: returns what it had in hand, if that is known."""
         service = (peer.role, peer.index)
-        incarnation, in_hand = self._in_hand.get(service, (0, NOTHING))
+        incarnation, in_hand = self._in_hand.get(service, (0, NOTHING_IN_HAND))
         if incarnation == peer.incarnation:
             del self._in_hand[service]
             return in_hand

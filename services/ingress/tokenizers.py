@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nanovllm.messages import Tokenize
+from nanovllm.messages import NOTHING_IN_HAND, InHand, Tokenize
 from nanovllm.services.ingress.requests import Request
-from nanovllm.services.ingress.suspects import NOTHING, InHand, Suspects
+from nanovllm.services.ingress.suspects import Suspects
 from nanovllm.transport.links import Peer, one_frame
 
 # Requests in the hands of one tokenizer: enough to keep it busy, and little to do again.
@@ -75,8 +75,8 @@ class Tokenizers:
 
     def in_hand(self, peer: Peer) -> InHand:
         if peer not in self._tokenizers:
-            return NOTHING
-        uids = frozenset(self._tokenizers[peer].in_hand)
+            return NOTHING_IN_HAND
+        uids = list(self._tokenizers[peer].in_hand)
         return InHand(uids, alone=len(uids) == 1)
 
     def frames(self) -> Iterator[tuple[Peer, list[Tokenize]]]:

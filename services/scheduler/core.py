@@ -10,9 +10,11 @@ import msgspec
 
 from nanovllm.control import SchedulerStats
 from nanovllm.messages import (
+    NOTHING_IN_HAND,
     EngineState,
     GroupReady,
     Held,
+    InHand,
     Lost,
     Missing,
     RowLogprobs,
@@ -26,10 +28,10 @@ from nanovllm.messages import (
     unpack,
     unpack_int64,
 )
-from nanovllm.services.scheduler.detokenizers import Detokenizers, OutboxFrame
-from nanovllm.services.scheduler.engine import Engine
+from nanovllm.services.scheduler.detokenizers import DetokenizerFrame, Detokenizers
 from nanovllm.services.scheduler.group import WorkerGroup
-from nanovllm.services.scheduler.sequences import InHand, Sequence
+from nanovllm.services.scheduler.planner import StepPlanner
+from nanovllm.services.scheduler.sequences import Sequence
 from nanovllm.services.scheduler.steps import Sampled
 from nanovllm.settings import Settings
 from nanovllm.transport.links import Peer
@@ -41,8 +43,8 @@ class Scheduler:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._records: dict[int, Sequence] = {}
-        self._engine = Engine(settings)
-        self._detokenizers = Detokenizers(self._engine.slots)
+        self._planner = StepPlanner(settings)
+        self._detokenizers = Detokenizers(self._planner.slots)
         self._group = WorkerGroup(settings.pipeline_depth)
         self._unsettled: list[tuple[Sampled, list[RowLogprobs]]] = []
         self._missing: Missing | None = None
@@ -65,7 +67,7 @@ class Scheduler:
                 return
             self._drop(held)
         sequence = self._records[submit.uid] = Sequence(submit)
-        self._engine.add(sequence)
+        self._planner.add(sequence)
         if sequence.output and sequence.finish is None:
             # A stop string may be in it, which only a detokenizer can find.
             self._detokenizers.begin(sequence)
@@ -91,7 +93,7 @@ class Scheduler:
             self._missing = Missing(pack_int64(missing), pack(missing.values()))
 
     def _drop(self, sequence: Sequence) -> None:
-        self._engine.remove(sequence)
+        self._planner.remove(sequence)
         self._detokenizers.end(sequence)
 
     # The ingress --------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ class Scheduler:
 
     @property
     def _state(self) -> EngineState:
-        blocks = self._engine.blocks
+        blocks = self._planner.blocks
         slots = self._settings.max_num_seqs
         return EngineState(self._group.ready, slots, blocks.num_blocks, blocks.block_size)
 
@@ -130,17 +132,17 @@ class Scheduler:
             self._group.announced_again()
             return
         self._group.begin(peer)
-        self._engine.reset(message.num_blocks, message.block_size, self._group.next_number)
+        self._planner.reset(message.num_blocks, message.block_size, self._group.next_number)
 
     def worker_up(self, peer: Peer) -> None:
         """A connection to rank 0 was made."""
         if peer == self._group.peer:
-            self._note_lost(peer, InHand([], alone=False))
+            self._note_lost(peer, NOTHING_IN_HAND)
         self._group.up(peer)
 
     def worker_down(self, peer: Peer) -> None:
         if peer == self._group.peer:
-            self._note_lost(peer, self._engine.in_hand)
+            self._note_lost(peer, self._planner.in_hand)
         self._group.down(peer)
 
     def result(self, peer: Peer, result: StepResult) -> None:
@@ -150,7 +152,7 @@ class Scheduler:
         """
         if peer != self._group.peer or (step := self._group.commit(result)) is None:
             return
-        sampled = self._engine.commit(step, unpack(result.token_ids))
+        sampled = self._planner.commit(step, unpack(result.token_ids))
         self._steps += 1
         self._generated += len(sampled.token_ids)
         self._unsettled.append((sampled, result.logprobs))
@@ -160,7 +162,7 @@ class Scheduler:
         """Makes the next plan, if one may be in flight and there is something to do."""
         if not self._group.has_room:
             return False
-        step = self._engine.plan(self._group.next_number)
+        step = self._planner.plan(self._group.next_number)
         if step is None:
             return False
         self._group.launch(step)
@@ -172,7 +174,7 @@ class Scheduler:
     def settle(self) -> None:
         """What a plan or a result means for others than the device: the detokenizers and the
         prefix cache."""
-        if not (self._unsettled or self._planned or self._engine.ended):
+        if not (self._unsettled or self._planned or self._planner.ended):
             return
         self._planned = False
         for sampled, logprobs in self._unsettled:
@@ -182,7 +184,7 @@ class Scheduler:
         self._unsettled.clear()
         self._tell_of_ended()
         if self._filling:
-            self._engine.register_full_blocks()
+            self._planner.register_full_blocks()
             self._filling = False
 
     def for_worker(self) -> list[SchedulerToWorker]:
@@ -199,22 +201,22 @@ class Scheduler:
     # Detokenizers -------------------------------------------------------------------------------
 
     def detokenizer_up(self, peer: Peer) -> None:
-        self._note_lost(peer, InHand([], alone=False))
+        self._note_lost(peer, NOTHING_IN_HAND)
         self._detokenizers.up(peer)
 
     def detokenizer_down(self, peer: Peer) -> None:
         self._note_lost(peer, self._detokenizers.in_hand(peer))
         self._detokenizers.down(peer)
 
-    def for_detokenizers(self) -> list[OutboxFrame]:
+    def for_detokenizers(self) -> list[DetokenizerFrame]:
         """A frame for each detokenizer that is to be told something. Tell at once what became of
         each, by `delivered` or `undelivered`; in the latter case there are more after `retry`."""
         return self._detokenizers.frames()
 
-    def delivered(self, frame: OutboxFrame) -> None:
+    def delivered(self, frame: DetokenizerFrame) -> None:
         self._detokenizers.delivered(frame)
 
-    def undelivered(self, frame: OutboxFrame) -> None:
+    def undelivered(self, frame: DetokenizerFrame) -> None:
         self._detokenizers.undelivered(frame)
 
     def retry(self) -> None:
@@ -229,30 +231,29 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------------
 
     def stats(self) -> SchedulerStats:
-        engine, plan = self._engine, self._latest_plan
+        planner, plan = self._planner, self._latest_plan
         return SchedulerStats(
-            running=len(engine.running),
-            waiting=len(engine.waiting),
+            running=len(planner.running),
+            waiting=len(planner.waiting),
             records=len(self._records),
-            blocks_used=engine.blocks.num_used,
-            blocks_total=engine.blocks.num_blocks,
-            prompt_tokens=engine.prompt_tokens,
-            cached_tokens=engine.cached_tokens,
+            blocks_used=planner.blocks.num_used,
+            blocks_total=planner.blocks.num_blocks,
+            prompt_tokens=planner.prompt_tokens,
+            cached_tokens=planner.cached_tokens,
             steps=self._steps,
             generated=self._generated,
-            preemptions=engine.preemptions,
+            preemptions=planner.preemptions,
             plan_bytes=0 if plan is None else len(msgspec.msgpack.encode(plan)),
         )
 
     def _note_lost(self, peer: Peer, in_hand: InHand) -> None:
         """The ingress is to hear what was in hand when the link to a service was lost."""
-        uids = pack_int64(in_hand.uids)
-        self._lost.append(Lost(peer.role, peer.index, peer.incarnation, uids, in_hand.alone))
+        self._lost.append(Lost(peer.role, peer.index, peer.incarnation, in_hand))
 
     def _tell_of_ended(self) -> None:
-        for ended in self._engine.ended:
+        for ended in self._planner.ended:
             self._detokenizers.finish(ended)
-        self._engine.ended.clear()
+        self._planner.ended.clear()
 
     def _keep(self, sampled: Sampled, logprobs: list[RowLogprobs]) -> None:
         """Logprobs are kept with their sequence: a `Begin` repeats them."""

@@ -13,9 +13,11 @@ from itertools import islice
 from typing import NamedTuple
 
 from nanovllm.messages import (
+    NOTHING_IN_HAND,
     Begin,
     End,
     Finished,
+    InHand,
     NewTokens,
     RowLogprobs,
     SchedulerToDetokenizer,
@@ -23,7 +25,7 @@ from nanovllm.messages import (
     pack_int64,
     unpack_int64,
 )
-from nanovllm.services.scheduler.sequences import NO_SLOT, InHand, Sequence
+from nanovllm.services.scheduler.sequences import NO_SLOT, Sequence
 from nanovllm.services.scheduler.slots import NO_DETOKENIZER, Indices, Slots
 from nanovllm.services.scheduler.steps import Ended, Sampled
 from nanovllm.transport.links import Peer
@@ -32,7 +34,7 @@ from nanovllm.transport.links import Peer
 BEGINS_A_FRAME = 256
 
 
-class OutboxFrame(NamedTuple):
+class DetokenizerFrame(NamedTuple):
     """One frame for a detokenizer, and the sequences that it begins."""
 
     peer: Peer
@@ -40,7 +42,7 @@ class OutboxFrame(NamedTuple):
     begun: list[Sequence]
 
 
-class Outbox:
+class DetokenizerOutbox:
     """What one detokenizer decodes, and what it is to be told."""
 
     def __init__(self, peer: Peer) -> None:
@@ -72,8 +74,8 @@ class Detokenizers:
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self._outboxes: dict[int, Outbox] = {}
-        self._of: dict[int, Outbox] = {}
+        self._outboxes: dict[int, DetokenizerOutbox] = {}
+        self._of: dict[int, DetokenizerOutbox] = {}
         # Sequences with something to tell, while there is no detokenizer.
         self._unassigned: dict[int, Sequence] = {}
 
@@ -128,7 +130,7 @@ class Detokenizers:
         """What a detokenizer has. It may still be at work on any output that it was ever given."""
         outbox = self._outboxes.get(peer.index)
         if outbox is None or outbox.peer != peer:
-            return InHand([], alone=False)
+            return NOTHING_IN_HAND
         return InHand(list(outbox.held), alone=len(outbox.held) == outbox.ever_given == 1)
 
     # Detokenizers come and go -------------------------------------------------------------------
@@ -139,7 +141,7 @@ class Detokenizers:
         if outbox is not None and outbox.up:
             self.down(outbox.peer)
         if outbox is None or outbox.peer != peer:
-            outbox = self._outboxes[peer.index] = Outbox(peer)
+            outbox = self._outboxes[peer.index] = DetokenizerOutbox(peer)
         outbox.up = True
         outbox.blocked = False
         unassigned, self._unassigned = self._unassigned, {}
@@ -173,7 +175,7 @@ class Detokenizers:
         for outbox in self._outboxes.values():
             outbox.blocked = False
 
-    def frames(self) -> list[OutboxFrame]:
+    def frames(self) -> list[DetokenizerFrame]:
         """A frame for each detokenizer that can be told something. What becomes of a frame must be
         told, by `delivered` or `undelivered`, before anything else."""
         return [
@@ -182,7 +184,7 @@ class Detokenizers:
             if outbox.up and not outbox.blocked and not outbox.is_empty
         ]
 
-    def delivered(self, frame: OutboxFrame) -> None:
+    def delivered(self, frame: DetokenizerFrame) -> None:
         outbox = self._outboxes[frame.peer.index]
         outbox.ends.clear()
         outbox.steps.clear()
@@ -192,7 +194,7 @@ class Detokenizers:
             if sequence.slot != NO_SLOT:
                 self._slots.detokenizer[sequence.slot] = frame.peer.index
 
-    def undelivered(self, frame: OutboxFrame) -> None:
+    def undelivered(self, frame: DetokenizerFrame) -> None:
         """The detokenizer does not keep up: it is told later, merged."""
         outbox = self._outboxes[frame.peer.index]
         outbox.blocked = True
@@ -205,11 +207,11 @@ class Detokenizers:
             if uid in outbox.held:
                 outbox.pending_begins[uid] = outbox.held[uid]
 
-    def _stop_streaming(self, outbox: Outbox) -> None:
+    def _stop_streaming(self, outbox: DetokenizerOutbox) -> None:
         column = self._slots.detokenizer
         column[column == outbox.peer.index] = NO_DETOKENIZER
 
-    def _frame(self, outbox: Outbox) -> OutboxFrame:
+    def _frame(self, outbox: DetokenizerOutbox) -> DetokenizerFrame:
         messages: list[SchedulerToDetokenizer] = [
             End(uid, attempt) for uid, attempt in outbox.ends.items()
         ]
@@ -220,7 +222,7 @@ class Detokenizers:
             messages.append(self._begin(sequence))
             if sequence.finish is not None:
                 messages.append(_finished(sequence))
-        return OutboxFrame(outbox.peer, messages, begun)
+        return DetokenizerFrame(outbox.peer, messages, begun)
 
     def _begin(self, sequence: Sequence) -> Begin:
         submit = sequence.submit

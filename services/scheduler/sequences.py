@@ -14,18 +14,11 @@ from nanovllm.services.scheduler.blocks import TOKEN_BYTES, Prefix, root
 NO_SLOT = -1
 
 
-class Finish(NamedTuple):
+class OutputEnd(NamedTuple):
     """The output ended with its `completion_tokens`-th token."""
 
     reason: FinishReason
     completion_tokens: int
-
-
-class InHand(NamedTuple):
-    """The requests that a service works on; `alone`: one, and certainly no other."""
-
-    uids: list[int]
-    alone: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +36,7 @@ class Sequence:
     # Of the prompt, found in the cache when the sequence was first admitted; None before.
     cached_tokens: int | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens sampled so far
-    finish: Finish | None = None
+    finish: OutputEnd | None = None
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.submit.prompt) // TOKEN_BYTES
@@ -64,16 +57,16 @@ class Sequence:
         """Prompt and output (int32) of a sequence that has no slot and has not finished."""
         return self.submit.prompt + self.output
 
-    def end(self, finish: Finish) -> None:
+    def end(self, finish: OutputEnd) -> None:
         """The sequence has finished: only its output is needed from here on."""
         self.finish = finish
         self.submit = msgspec.structs.replace(self.submit, prompt=b"", output=b"")
 
-    def ending(self) -> Finish | None:
+    def ending(self) -> OutputEnd | None:
         """How the output of a sequence without a slot ends it, if it does."""
         output = unpack(self.output).tolist()
         max_tokens = self.submit.sampling.max_tokens
         for count, token_id in enumerate(output[:max_tokens], 1):
             if token_id in self.stop_ids:
-                return Finish("stop", count)
-        return Finish("length", max_tokens) if len(output) >= max_tokens else None
+                return OutputEnd("stop", count)
+        return OutputEnd("length", max_tokens) if len(output) >= max_tokens else None

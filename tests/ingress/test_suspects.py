@@ -8,15 +8,23 @@ from typing import Literal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.messages import End, Held, Lost, Refused, Submit, Tokenize, pack_int64, unpack
+from nanovllm.messages import (
+    NOTHING_IN_HAND,
+    End,
+    Held,
+    InHand,
+    Lost,
+    Refused,
+    Submit,
+    Tokenize,
+    unpack,
+)
 from nanovllm.protocol import Error, Finish
 from nanovllm.services.ingress.suspects import (
     CLEARING_TOKENS,
     DEATHS,
     DEATHS_ALONE,
-    NOTHING,
     Deaths,
-    InHand,
     Suspects,
 )
 from nanovllm.transport.links import Peer
@@ -146,7 +154,7 @@ class Pipeline:
         self.decoded.clear()
 
     def _lose(self, peer: Peer, uids: list[int], alone: bool, by_itself: bool) -> None:
-        lost = Lost(peer.role, peer.index, peer.incarnation, pack_int64(uids), alone)
+        lost = Lost(peer.role, peer.index, peer.incarnation, InHand(uids, alone))
         self._death(peer, lambda: self.core.from_scheduler(self.scheduler, lost), by_itself)
 
     def _death(self, peer: Peer, is_noticed: Callable[[], None], by_itself: bool) -> None:
@@ -224,7 +232,7 @@ def test_a_suspect_that_is_over_holds_nobody_back() -> None:
     world = World()
     first, second = world.start("a", "b")
     for incarnation in range(1, DEATHS + 1):
-        lost = Lost("gpu_worker", 0, incarnation, pack_int64([first.uid, second.uid]), alone=False)
+        lost = Lost("gpu_worker", 0, incarnation, InHand([first.uid, second.uid], alone=False))
         world.core.from_scheduler(SCHEDULER, lost)
         world.core.quarantine.crashed(Peer("gpu_worker", 0, incarnation))
     assert world.start("c") == [], "the latest suspect runs alone"
@@ -279,10 +287,10 @@ def test_a_suspect_of_a_tokenizer_waits_until_one_has_nothing_in_hand() -> None:
 
 @given(
     st.lists(st.tuples(st.sampled_from(["lost", "by itself", "connected"]), st.integers(1, 3))),
-    st.lists(st.frozensets(st.integers(1, 4), min_size=1)),
+    st.lists(st.lists(st.integers(1, 4), min_size=1, unique=True)),
 )
 def test_the_halves_of_a_death_are_joined_once_and_only_in_one_incarnation(
-    events: list[tuple[str, int]], hands: list[frozenset[int]]
+    events: list[tuple[str, int]], hands: list[list[int]]
 ) -> None:
     deaths = Deaths()
     latest: dict[int, InHand | None] = {}
@@ -295,7 +303,7 @@ def test_the_halves_of_a_death_are_joined_once_and_only_in_one_incarnation(
             assert joined is None or (joined == in_hand and incarnation in told)
             latest[incarnation] = in_hand if joined is None else None
         elif what == "connected":
-            assert deaths.lost(peer, NOTHING) is None
+            assert deaths.lost(peer, NOTHING_IN_HAND) is None
             latest.clear()
         else:
             told.add(incarnation)

@@ -265,7 +265,7 @@ class FakeWorker:
 
 
 @dataclass
-class Decoded:
+class FakeOutput:
     attempt: int
     tokens: list[int]
     finished: Finished | None = None
@@ -275,7 +275,7 @@ class FakeDetokenizer:
     """Decodes outputs like a real one, and accepts neither gap nor repetition."""
 
     def __init__(self, requests: dict[tuple[int, int], Request]) -> None:
-        self.outputs: dict[int, Decoded] = {}
+        self.outputs: dict[int, FakeOutput] = {}
         self._requests = requests
         # Ended on this connection: steps on their way may name them still.
         self._ended: dict[int, int] = {}
@@ -310,7 +310,7 @@ class FakeDetokenizer:
         assert begin.attempt > self._ended.get(begin.uid, -1), "it was ended"
         output = self.outputs.get(begin.uid)
         if output is None or output.attempt < begin.attempt:
-            self.outputs[begin.uid] = Decoded(begin.attempt, tokens)
+            self.outputs[begin.uid] = FakeOutput(begin.attempt, tokens)
         else:
             assert output.attempt == begin.attempt
             assert len(tokens) >= len(output.tokens)
@@ -323,7 +323,7 @@ class FakeDetokenizer:
             assert output.attempt <= end.attempt, "an end of an older attempt"
             del self.outputs[end.uid]
 
-    def _decoded(self, uid: int, attempt: int) -> Decoded | None:
+    def _decoded(self, uid: int, attempt: int) -> FakeOutput | None:
         """The output of this attempt; None if it was ended."""
         output = self.outputs.get(uid)
         if output is None or output.attempt > attempt:

@@ -109,9 +109,9 @@ def test_superfluous_rows_are_dropped_and_the_slot_is_used_again_at_once() -> No
     assert isinstance(plan, StepPlan)
     assert [a.slot for a in plan.admit] == [0], "in the plan after the result that ended it"
     assert unpack(plan.release).tolist() == [0]
-    assert world.engine._leftovers, "a row is in flight: its blocks are not free yet"
+    assert world.planner._leftovers, "a row is in flight: its blocks are not free yet"
     world.step()
-    assert not world.engine._leftovers
+    assert not world.planner._leftovers
     world.run()
     assert world.is_finished(first)
     assert world.is_finished(second)
@@ -185,8 +185,8 @@ def test_who_was_admitted_last_is_preempted_and_goes_first() -> None:
     while not world.core.stats().preemptions:
         assert world.step()
     late = world.submit([21], max_tokens=1)
-    assert list(world.engine.waiting) == [young.submit.uid, late.submit.uid]
-    assert list(world.engine.running) == [old.submit.uid]
+    assert list(world.planner.waiting) == [young.submit.uid, late.submit.uid]
+    assert list(world.planner.running) == [old.submit.uid]
     world.run()
     assert world.core.stats().preemptions == 1, "one was enough"
     assert world.worker.admitted_seeds == [1, 2, 2, 3]
@@ -200,7 +200,7 @@ def test_a_preempted_sequence_keeps_its_tokens_in_flight() -> None:
     young = world.submit([11, 12, 13, 14, 15], max_tokens=2)
     world.pump()
     assert world.core.stats().preemptions == 1, "the old one needs its third block"
-    assert list(world.engine._draining) == [young.submit.uid]
+    assert list(world.planner._draining) == [young.submit.uid]
     world.run()
     assert world.is_finished(old)
     assert world.is_finished(young)
@@ -329,11 +329,11 @@ def test_the_ingress_hears_who_was_in_a_group_that_is_gone() -> None:
     (lost,) = world.lost
     assert Peer(lost.role, lost.index, lost.incarnation) == world.worker_peer
     first_two = [request.submit.uid for request in requests[:2]]
-    assert unpack_int64(lost.uids) == first_two, "the others waited"
-    assert not lost.alone
+    assert lost.in_hand.uids == first_two, "the others waited"
+    assert not lost.in_hand.alone
     world.core.worker_up(world.worker_peer)
     world.tell_ingress()
-    assert world.lost[1].uids == b"", "it was but the link"
+    assert world.lost[1].in_hand.uids == [], "it was but the link"
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -349,8 +349,8 @@ def test_one_request_is_alone_in_a_group_once_the_rows_of_others_are_back(steps:
     world.core.worker_down(world.worker_peer)
     world.tell_ingress()
     (lost,) = world.lost
-    assert unpack_int64(lost.uids) == [other.submit.uid]
-    assert lost.alone == (steps > 1)
+    assert lost.in_hand.uids == [other.submit.uid]
+    assert lost.in_hand.alone == (steps > 1)
 
 
 def test_the_ingress_hears_who_was_in_a_detokenizer_that_is_gone() -> None:
@@ -363,14 +363,14 @@ def test_the_ingress_hears_who_was_in_a_detokenizer_that_is_gone() -> None:
     world.detokenizer_down(first)
     world.step()
     (lost,) = world.lost
-    assert (lost.role, lost.index, lost.alone) == ("detokenizer", first.index, True)
-    (uid,) = unpack_int64(lost.uids)
+    assert (lost.role, lost.index, lost.in_hand.alone) == ("detokenizer", first.index, True)
+    (uid,) = lost.in_hand.uids
     world.end(world.live[uid])
     world.detokenizer_down(second)
     world.tell_ingress()
-    (other,) = unpack_int64(world.lost[1].uids)
+    (other,) = world.lost[1].in_hand.uids
     assert {uid, other} == {request.submit.uid for request in requests}
-    assert not world.lost[1].alone, "it was given the first one too"
+    assert not world.lost[1].in_hand.alone, "it was given the first one too"
 
 
 def test_a_new_group_computes_everything_again() -> None:

@@ -22,7 +22,7 @@ from nanovllm.messages import (
 )
 from nanovllm.protocol import Sampling
 from nanovllm.services.scheduler.core import Scheduler
-from nanovllm.services.scheduler.engine import Engine
+from nanovllm.services.scheduler.planner import StepPlanner
 from nanovllm.settings import Settings
 from nanovllm.transport.links import Peer
 from tests.scheduler.fakes import (
@@ -87,8 +87,8 @@ class World:
             self.start_worker()
 
     @property
-    def engine(self) -> Engine:
-        return self.core._engine
+    def planner(self) -> StepPlanner:
+        return self.core._planner
 
     # What clients do ----------------------------------------------------------------------------
 
@@ -285,30 +285,30 @@ class World:
         """First come, first served: no sequence waits that came before one that was admitted."""
         for admission in plan.admit:
             request = self.by_seed[admission.sampling.seed]
-            for uid in self.engine.waiting:
+            for uid in self.planner.waiting:
                 assert self.live[uid].arrival > request.arrival, "overtaken"
 
     def check(self) -> None:
         """Every block is accounted for."""
-        engine, blocks = self.engine, self.engine.blocks
+        planner, blocks = self.planner, self.planner.blocks
         holders: Counter[int] = Counter()
-        for sequence in engine.slots.sequences:
+        for sequence in planner.slots.sequences:
             if sequence is not None:
                 assert len(set(sequence.blocks)) == len(sequence.blocks)
                 holders.update(sequence.blocks)
-        for leftover in engine._leftovers:
+        for leftover in planner._leftovers:
             holders.update(leftover.blocks)
         for block in range(blocks.num_blocks):
             assert blocks._references[block] == holders[block], f"block {block}"
             assert (block in blocks._free) == (holders[block] == 0)
         self._check_names()
-        assert len(engine.running) + len(engine._draining) <= self.settings.max_num_seqs
+        assert len(planner.running) + len(planner._draining) <= self.settings.max_num_seqs
         attempts = {uid: sequence.attempt for uid, sequence in self.core._records.items()}
         assert attempts == {uid: request.submit.attempt for uid, request in self.live.items()}
 
     def _check_names(self) -> None:
         """What a block is said to hold is what the worker has written there."""
-        blocks = self.engine.blocks
+        blocks = self.planner.blocks
         named = {}
         for name, block in blocks._named.items():
             contents = blocks._contents[block]
@@ -342,7 +342,7 @@ class World:
         stats = self.core.stats()
         assert (stats.running, stats.waiting, stats.records, stats.blocks_used) == (0, 0, 0, 0)
         assert not self.worker.slots
-        assert not self.engine._leftovers
+        assert not self.planner._leftovers
         assert all(not detokenizer.outputs for detokenizer in self.detokenizers.values())
         assert not self.core._detokenizers._of
         assert not self.core._detokenizers._unassigned

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanovllm.messages import Admission, pack, unpack
+from nanovllm.messages import Admission, InHand, pack, unpack
 from nanovllm.services.scheduler.blocks import TOKEN_BYTES, BlockManager, root
-from nanovllm.services.scheduler.sequences import NO_SLOT, Finish, InHand, Sequence
+from nanovllm.services.scheduler.sequences import NO_SLOT, OutputEnd, Sequence
 from nanovllm.services.scheduler.slots import Indices, Ints, Slots
 from nanovllm.services.scheduler.steps import Draft, Ended, Sampled, Step
 from nanovllm.settings import Settings
@@ -30,7 +30,7 @@ class Leftover(NamedTuple):
     blocks: list[int]
 
 
-class Engine:
+class StepPlanner:
     """Sequences that wait and run, and the blocks that they hold.
 
     First come, first served: sequences are admitted in the order of `waiting`, and the one
@@ -158,7 +158,7 @@ class Engine:
         slots.known[rows] = known + 1
         for i, reason in slots.ended(rows, token_ids).items():
             sequence = slots.occupant(int(rows[i]))
-            self._end(sequence, Finish(reason, int(sampled.offsets[i]) + 1))
+            self._end(sequence, OutputEnd(reason, int(sampled.offsets[i]) + 1))
         self._free_committed()
         return sampled
 
@@ -249,7 +249,7 @@ class Engine:
                 limit,
             )
             self.waiting.popitem(last=False)
-            self._end(sequence, Finish("length", num_tokens - sequence.prompt_tokens))
+            self._end(sequence, OutputEnd("length", num_tokens - sequence.prompt_tokens))
         return None
 
     def _limit(self, sequence: Sequence) -> int:
@@ -299,7 +299,7 @@ class Engine:
 
     # Leaving ------------------------------------------------------------------------------------
 
-    def _end(self, sequence: Sequence, finish: Finish) -> None:
+    def _end(self, sequence: Sequence, finish: OutputEnd) -> None:
         self.ended.append(Ended(sequence, self.slots.detokenizer_of(sequence)))
         self.remove(sequence)
         sequence.end(finish)
