@@ -1,4 +1,4 @@
-"""The KV cache's blocks: who holds each, which are free, and what is still in them."""
+"""The KV cache's blocks: how many sequences hold each, which are free, and their contents."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ TOKEN_BYTES = 4  # an int32
 
 
 class Prefix(NamedTuple):
-    """A chain of full blocks, by its last: what the next block's name continues.
+    """A chain of full blocks, named by its last block. The next block's name continues `name`."""
 
-    `identity` tells this block's contents from all that ever were, which `name`, a hash, cannot;
-    that of the empty chain is the salt itself.
-    """
-
-    name: bytes
-    identity: int | str
+    name: bytes  # a hash, so two chains may have the same one
+    identity: int | str  # a number that no other chain has; the salt, if the chain is empty
 
 
 class Contents(NamedTuple):
-    """What a block holds: `tokens` (int32) after the chain that ends in `parent`."""
+    """What a block holds: `tokens` (int32) after the chain whose identity is `parent`."""
 
     prefix: Prefix
     parent: int | str
@@ -32,14 +28,14 @@ class Contents(NamedTuple):
 
 
 class Match(NamedTuple):
-    """Cached blocks for the beginning of a sequence, in order, and the chain that they are."""
+    """Cached blocks for the beginning of a sequence, in order, and their chain."""
 
     blocks: list[int]
     prefix: Prefix
 
 
 def root(salt: str) -> Prefix:
-    """The empty chain. Sequences share blocks only with those of the same salt."""
+    """The empty chain. Only sequences with the same salt share blocks."""
     return Prefix(xxhash.xxh64_digest(salt.encode()), salt)
 
 
@@ -52,13 +48,13 @@ def name_of(predecessor: bytes, tokens: bytes) -> bytes:
 class BlockManager:
     """Reference-counted blocks of `block_size` tokens, `num_blocks` of them.
 
-    A full block has a name by which later sequences find it. A free block keeps its contents until
-    it is taken again, least recently used first; those without a name, which nobody can find, go
-    before all others. Every operation is O(1) a block.
+    A full block has a name, by which later sequences find the block. A free block keeps its
+    contents until it is taken again. Free blocks without a name are taken first, then the least
+    recently used. Every operation is O(1) a block.
 
     Attributes:
-        releases: how often blocks were given back so far; while it stands still, an allocation
-            that failed fails again.
+        releases: how often blocks were given back so far. While this number stays the same, an
+            allocation that failed fails again.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -110,14 +106,14 @@ class BlockManager:
     def register(self, block: int, prefix: Prefix, tokens: bytes) -> Prefix:
         """Names a block that is full from now on; returns the chain that it ends.
 
-        Where another block holds the same already, that one is found and this one is not.
+        If another block holds the same contents already, the other block keeps the name.
         """
         name = name_of(prefix.name, tokens)
         holder = self._named.get(name)
         if holder is not None:
             if self._holds(holder, prefix, tokens):
                 return self._prefix(holder)
-            # A collision, or its predecessor is gone and nobody can find it.
+            # A collision; or the holder's predecessor is gone, so that no sequence finds it.
             self._forget(holder)
         self._named[name] = block
         contents = Contents(Prefix(name, next(self._identities)), prefix.identity, tokens)
@@ -125,9 +121,10 @@ class BlockManager:
         return contents.prefix
 
     def release(self, table: Iterable[int]) -> None:
-        """Gives back a sequence's blocks, the first of them first.
+        """Gives back a sequence's block table.
 
-        Its tail becomes free before its head, and is taken before it: a head serves more.
+        The last blocks become free first, and so are taken first: more sequences share the first
+        blocks of a prompt than the last.
         """
         self.releases += 1
         for block in reversed(list(table)):

@@ -1,9 +1,8 @@
-"""Which detokenizer decodes which output, and what each is to be told.
+"""Which detokenizer decodes which output, and the outbox of each detokenizer.
 
-A sequence is begun with a `Begin` that holds all its output so far. From then on each of its tokens
-travels in the `NewTokens` of its step, one message for all sequences. Whatever goes wrong (a send
-that fails, a detokenizer that dies) is mended in one way: a `Begin` of the sequence is pending
-again.
+A detokenizer is sent a `Begin` of a sequence first, with all output so far. From then on each new
+token of the sequence travels in the `NewTokens` of its step, one message for all sequences. If a
+send fails, or a detokenizer dies, a `Begin` of the sequence is pending again.
 """
 
 from __future__ import annotations
@@ -35,25 +34,25 @@ BEGINS_A_FRAME = 256
 
 
 class DetokenizerFrame(NamedTuple):
-    """One frame for a detokenizer, and the sequences that it begins."""
+    """The next frame for a detokenizer."""
 
     peer: Peer
     messages: list[SchedulerToDetokenizer]
-    begun: list[Sequence]
+    begun: list[Sequence]  # the sequences whose `Begin` is in the frame
 
 
 class DetokenizerOutbox:
-    """What one detokenizer decodes, and what it is to be told."""
+    """The outputs of one detokenizer, and the messages for it."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.up = True
-        # A send has failed, and was not tried again since.
+        # Whether a send has failed that was not tried again since.
         self.blocked = False
-        # The sequences whose output it decodes, and how many it was ever given.
+        # The sequences that this detokenizer decodes, and how many it was ever given.
         self.held: dict[int, Sequence] = {}
         self.ever_given = 0
-        # To be told: attempts to forget, `Begin`s, and what is new of sequences that were begun.
+        # Unsent: attempts that ended, sequences to begin, and news of sequences that were begun.
         self.ends: dict[int, int] = {}
         self.pending_begins: dict[int, Sequence] = {}
         self.steps: list[NewTokens] = []
@@ -68,15 +67,15 @@ class Detokenizers:
     """The outboxes of all detokenizers, by index.
 
     Args:
-        slots: their `detokenizer` column names the one that has begun the slot's sequence, and is
-            sent each new token.
+        slots: the column `detokenizer` names the detokenizer that has begun the slot's sequence.
+            That detokenizer is sent each new token.
     """
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
         self._outboxes: dict[int, DetokenizerOutbox] = {}
-        self._of: dict[int, DetokenizerOutbox] = {}
-        # Sequences with something to tell, while there is no detokenizer.
+        self._of: dict[int, DetokenizerOutbox] = {}  # by uid
+        # Sequences that need a `Begin`, while there is no detokenizer.
         self._unassigned: dict[int, Sequence] = {}
 
     # Outputs ------------------------------------------------------------------------------------
@@ -87,7 +86,8 @@ class Detokenizers:
         logprobs: list[RowLogprobs],
         sequence_of: Callable[[int], Sequence],
     ) -> None:
-        """A step's tokens. `sequence_of` a uid is asked only for those that need a `Begin`."""
+        """Passes on a step's tokens. `sequence_of` is called with the uids of sequences that need
+        a `Begin`."""
         for index, outbox in self._outboxes.items():
             rows = (sampled.detokenizers == index).nonzero()[0]
             if len(rows):
@@ -96,14 +96,14 @@ class Detokenizers:
             self.begin(sequence_of(uid))
 
     def finish(self, ended: Ended) -> None:
-        """A sequence has finished, and all its tokens were told of."""
+        """Passes on the end of a sequence, whose tokens were all passed on before."""
         if ended.detokenizer == NO_DETOKENIZER:
             self.begin(ended.sequence)
         else:
             self._outboxes[ended.detokenizer].finished.append(ended.sequence)
 
     def begin(self, sequence: Sequence) -> None:
-        """The sequence has output, or an end, that no detokenizer knows of."""
+        """The sequence needs a `Begin`: no detokenizer knows its latest output, or its end."""
         uid = sequence.uid
         outbox = self._of.get(uid)
         if outbox is None:
@@ -117,7 +117,7 @@ class Detokenizers:
         outbox.pending_begins[uid] = sequence
 
     def end(self, sequence: Sequence) -> None:
-        """Nothing is to be decoded of this attempt any more."""
+        """This attempt of the sequence has ended: its detokenizer forgets it."""
         uid = sequence.uid
         self._unassigned.pop(uid, None)
         outbox = self._of.pop(uid, None)
@@ -127,7 +127,8 @@ class Detokenizers:
             outbox.ends[uid] = sequence.attempt
 
     def in_hand(self, peer: Peer) -> InHand:
-        """What a detokenizer has. It may still be at work on any output that it was ever given."""
+        """The requests in hand of a detokenizer. A detokenizer may still work on any output that it
+        was ever given, so a request is alone only if no other was given."""
         outbox = self._outboxes.get(peer.index)
         if outbox is None or outbox.peer != peer:
             return NOTHING_IN_HAND
@@ -136,7 +137,7 @@ class Detokenizers:
     # Detokenizers come and go -------------------------------------------------------------------
 
     def up(self, peer: Peer) -> None:
-        """A connection to a detokenizer was made, which makes it forget what it had."""
+        """A connection to a detokenizer was made. The detokenizer has forgotten all outputs."""
         outbox = self._outboxes.get(peer.index)
         if outbox is not None and outbox.up:
             self.down(outbox.peer)
@@ -149,7 +150,7 @@ class Detokenizers:
             self.begin(sequence)
 
     def down(self, peer: Peer) -> None:
-        """The connection to a detokenizer is gone: another takes over."""
+        """The connection to a detokenizer is gone: others decode its outputs."""
         outbox = self._outboxes.get(peer.index)
         if outbox is None or outbox.peer != peer or not outbox.up:
             return
@@ -164,20 +165,21 @@ class Detokenizers:
             del self._of[uid]
             self.begin(sequence)
 
-    # What there is to send ----------------------------------------------------------------------
+    # Sending ----------------------------------------------------------------------
 
     @property
     def blocked(self) -> bool:
-        """Whether something waits for a detokenizer that does not keep up."""
+        """Whether messages wait for a detokenizer that does not keep up."""
         return any(outbox.blocked for outbox in self._outboxes.values() if outbox.up)
 
     def retry(self) -> None:
+        """Time has passed: detokenizers that did not keep up are sent frames again."""
         for outbox in self._outboxes.values():
             outbox.blocked = False
 
     def frames(self) -> list[DetokenizerFrame]:
-        """A frame for each detokenizer that can be told something. What becomes of a frame must be
-        told, by `delivered` or `undelivered`, before anything else."""
+        """The next frame for each detokenizer that is not blocked. Call `delivered` or
+        `undelivered` for each frame, before anything else."""
         return [
             self._frame(outbox)
             for outbox in self._outboxes.values()
@@ -195,7 +197,7 @@ class Detokenizers:
                 self._slots.detokenizer[sequence.slot] = frame.peer.index
 
     def undelivered(self, frame: DetokenizerFrame) -> None:
-        """The detokenizer does not keep up: it is told later, merged."""
+        """The frame could not be sent: after `retry` its news is sent merged, as `Begin`s."""
         outbox = self._outboxes[frame.peer.index]
         outbox.blocked = True
         self._stop_streaming(outbox)
@@ -245,7 +247,7 @@ def _finished(sequence: Sequence) -> Finished:
 
 
 def _new_tokens(sampled: Sampled, rows: Indices, logprobs: list[RowLogprobs]) -> NewTokens:
-    """Of these rows of what was sampled; `logprobs` are those of the whole result."""
+    """The message for these rows of `sampled`. `logprobs` belong to the whole result."""
     of_these: list[RowLogprobs] = []
     if logprobs:
         row_of = {row: i for i, row in enumerate(sampled.result_rows[rows].tolist())}

@@ -1,7 +1,4 @@
-"""The scheduler's side of its dialogue with a worker group: which plans are in flight.
-
-No sockets and no clock: the core tells it what happened, the loop asks what there is to say.
-"""
+"""The scheduler's side of its dialogue with a worker group: which plans are in flight."""
 
 from __future__ import annotations
 
@@ -16,16 +13,16 @@ log = logging.getLogger(__name__)
 
 
 class WorkerGroup:
-    """The group whose rank 0 is `peer`, once there is one.
+    """One worker group after another, and the plans in flight.
 
-    A plan is kept until its result comes: it may be lost with a connection.
+    A connection that ends may lose a plan. So a plan is kept until its result comes.
 
     Args:
         depth: how many plans may be in flight.
 
     Attributes:
-        peer: rank 0, in the life that was reset.
-        next_number: of the next plan. Plans are numbered on and on, through all groups.
+        peer: rank 0 of the group that was sent a `Reset`; None before the first group.
+        next_number: the number of the next plan. A new group does not start again at 0.
     """
 
     def __init__(self, depth: int) -> None:
@@ -33,7 +30,7 @@ class WorkerGroup:
         self._connected = False
         self._reset = Reset(0)
         self._reset_unsent = False
-        # Whether a result has come since the reset: then the group has obeyed it.
+        # Whether a result has come since the reset. If so, the group has obeyed the reset.
         self._heard = False
         self._in_flight: deque[Step] = deque()
         self._unsent = 0
@@ -42,7 +39,7 @@ class WorkerGroup:
 
     @property
     def ready(self) -> bool:
-        """Whether a plan would be run now."""
+        """Whether the group would run a plan now."""
         return self._connected
 
     @property
@@ -51,7 +48,7 @@ class WorkerGroup:
         return self.peer is not None and len(self._in_flight) < self._depth
 
     def begin(self, peer: Peer) -> None:
-        """A group in a new life: nothing is in flight."""
+        """A new group waits for its reset: nothing is in flight."""
         self.peer = peer
         self._connected = True
         self._heard = False
@@ -61,12 +58,12 @@ class WorkerGroup:
         self._unsent = 0
 
     def announced_again(self) -> None:
-        """The group says that it waits for its reset, which may be lost, or on its way."""
+        """The group announces again that it waits for its reset. The reset may be lost."""
         if not self._heard:
             self._say_again()
 
     def up(self, peer: Peer) -> None:
-        """A connection to a rank 0 was made; what this one was sent before may be lost."""
+        """A connection to a rank 0 was made. If it is this group's, all messages are sent again."""
         if peer == self.peer:
             self._connected = True
             self._say_again()
@@ -81,7 +78,7 @@ class WorkerGroup:
         self._unsent += 1
 
     def commit(self, result: StepResult) -> Step | None:
-        """The step that this is the result of; None if it was known already."""
+        """The step of this result; None if the result was known already."""
         if not self._in_flight or result.number < self._in_flight[0].plan.number:
             return None
         if result.number > self._in_flight[0].plan.number:
@@ -98,7 +95,7 @@ class WorkerGroup:
 
     @property
     def unsent(self) -> list[SchedulerToWorker]:
-        """What is to be sent, in order."""
+        """The messages to send, in order."""
         if not self._connected or not (self._unsent or self._reset_unsent):
             return []
         messages: list[SchedulerToWorker] = [self._reset] if self._reset_unsent else []
@@ -107,7 +104,7 @@ class WorkerGroup:
         return messages
 
     def sent(self) -> None:
-        """All that was unsent has been sent."""
+        """All of `unsent` was sent."""
         self._reset_unsent = False
         self._unsent = 0
 

@@ -1,16 +1,13 @@
-"""The loop around the core: polls, hands messages to it, sends what it has to say."""
+"""The loop around the core: hands received messages to the core, and sends the core's messages."""
 
 from __future__ import annotations
 
 from typing import NoReturn
 
 from nanovllm.messages import (
-    End,
     GroupReady,
-    Held,
     IngressToScheduler,
     StepResult,
-    Submit,
     WorkerToScheduler,
 )
 from nanovllm.service import Service
@@ -36,26 +33,27 @@ class SchedulerLoop:
         )
 
     def step(self, now: float) -> float | None:
-        """Plans for what has arrived, and tells everyone what is new."""
+        """Makes plans, and sends all that is new."""
         all_sent = self._launch()
         if self._ingress.peer is not None and (messages := self._core.for_ingress()):
             if self._ingress.send(messages):
                 self._core.ingress_told()
             else:
                 all_sent = False
-        if self._core.blocked and now >= self._retry_at:
-            self._core.retry()
-        while frames := self._core.for_detokenizers():
+        detokenizers = self._core.detokenizers
+        if detokenizers.blocked and now >= self._retry_at:
+            detokenizers.retry()
+        while frames := detokenizers.frames():
             for frame in frames:
                 if self._link.send(frame.peer, frame.messages):
-                    self._core.delivered(frame)
+                    detokenizers.delivered(frame)
                 else:
-                    self._core.undelivered(frame)
+                    detokenizers.undelivered(frame)
                     self._retry_at = now + RETRY_S
-        return RETRY_S if not all_sent or self._core.blocked else None
+        return RETRY_S if not all_sent or detokenizers.blocked else None
 
     def _launch(self) -> bool:
-        """Fills the pipeline; False if the worker does not take what there is for it."""
+        """Makes as many plans as may be in flight. Returns False if one could not be sent."""
         taken = self._send_to_worker()
         while self._core.plan():
             taken = self._send_to_worker()
@@ -64,12 +62,13 @@ class SchedulerLoop:
         return taken
 
     def _send_to_worker(self) -> bool:
-        messages = self._core.for_worker()
-        if not messages or self._core.worker is None:
+        group = self._core.group
+        messages = group.unsent
+        if not messages or group.peer is None:
             return True
-        if not self._link.send(self._core.worker, messages):
+        if not self._link.send(group.peer, messages):
             return False
-        self._core.worker_told()
+        group.sent()
         return True
 
     def _on_event(self, event: Event[WorkerToScheduler]) -> None:
@@ -91,12 +90,8 @@ class SchedulerLoop:
 
     def _on_ingress(self, event: Event[IngressToScheduler]) -> None:
         match event:
-            case Received(message=Submit() as submit):
-                self._core.submit(submit)
-            case Received(message=End(uid=uid, attempt=attempt)):
-                self._core.end(uid, attempt)
-            case Received(message=Held() as held):
-                self._core.held(held)
+            case Received(message=message):
+                self._core.from_ingress(message)
             case Up():
                 self._core.ingress_up()
 

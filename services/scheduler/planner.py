@@ -1,4 +1,4 @@
-"""What runs: admission, step plans, and what their results mean for slots and blocks."""
+"""Plans steps: admission, prefill chunks, decodes, preemption; and commits their results."""
 
 from __future__ import annotations
 
@@ -17,53 +17,50 @@ from nanovllm.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# While others run, an admission leaves this share of the blocks to them: it would be the first
-# to be preempted for their next ones.
+# While sequences run, an admission leaves them this share of the blocks. Otherwise the new sequence
+# would soon be preempted, when those that run need their next blocks.
 RESERVE = 1 / 100
 
 
 class Leftover(NamedTuple):
-    """Blocks of a sequence that has left its slot with rows in flight: they are free after
-    plan `until`."""
+    """Blocks of a sequence that left its slot with rows in flight."""
 
-    until: int
+    until: int  # the plan after whose result the blocks are free
     blocks: list[int]
 
 
 class StepPlanner:
-    """Sequences that wait and run, and the blocks that they hold.
+    """Waiting and running sequences, and the blocks that they hold.
 
-    First come, first served: sequences are admitted in the order of `waiting`, and the one
-    admitted last is preempted, to the front of `waiting`. So whoever runs came before all who wait.
-
-    Attributes:
-        waiting: those without a slot, or preempted, in order.
-        running: those in a slot, in the order of their admission.
-        ended: those that finished since this was last emptied.
-        preemptions: how often.
-        prompt_tokens, cached_tokens: of all sequences admitted so far.
+    First come, first served: sequences are admitted in the order of `waiting`, and the sequence
+    admitted last is preempted, to the front of `waiting`. So every running sequence came before
+    every waiting one.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.slots = Slots(settings.max_num_seqs, settings.max_model_len)
         self.blocks = BlockManager(0, settings.kvcache_block_size)
+        # Sequences by uid: those that wait, preempted ones included, in the order of their turns;
+        # and those in slots that are not preempted, in the order of admission.
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: dict[int, Sequence] = {}
+        # The sequences that finished since the core emptied this list.
         self.ended: list[Ended] = []
         self.preemptions = 0
+        # Of all sequences admitted so far.
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self._prefilling: dict[int, Sequence] = {}
-        # Preempted with rows in flight: in `waiting` already, and in their slots still.
+        # Sequences preempted with rows in flight: in `waiting` already, and still in their slots.
         self._draining: dict[int, Sequence] = {}
         self._leftovers: list[Leftover] = []
-        self._committed = -1
-        # Who could not be admitted for want of blocks, and how often some had been released then.
+        self._committed = -1  # the latest plan whose result has come
+        # The uid that could not be admitted for want of blocks, and `blocks.releases` of then.
         self._stuck: tuple[int, int] | None = None
 
     def reset(self, num_blocks: int, block_size: int, next_plan: int) -> None:
-        """A new worker group: whoever ran waits again, and the cache is empty."""
+        """There is a new worker group: running sequences wait again, and the cache is empty."""
         for sequence in reversed(self.running.values()):
             self._to_the_front(sequence)
         for resident in [s for s in self.slots.sequences if s is not None]:
@@ -79,14 +76,14 @@ class StepPlanner:
         self.blocks = BlockManager(num_blocks, block_size)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a new sequence, or ends it at once if its output has ended it already."""
+        """Queues a new sequence. If its output so far ends it, it ends at once."""
         if finish := sequence.ending():
             self._end(sequence, finish)
         else:
             self.waiting[sequence.uid] = sequence
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out from wherever it is; what it holds is freed in time."""
+        """Removes a sequence. Its blocks are freed when its rows in flight have come back."""
         self.waiting.pop(sequence.uid, None)
         self.running.pop(sequence.uid, None)
         self._draining.pop(sequence.uid, None)
@@ -95,7 +92,8 @@ class StepPlanner:
 
     @property
     def in_hand(self) -> InHand:
-        """What the worker group has: those in slots, and others that left with rows in flight."""
+        """The requests in hand of the worker group: those in slots. A request is alone only if no
+        other left its slot with rows in flight."""
         uids = [sequence.uid for sequence in self.slots.sequences if sequence is not None]
         return InHand(uids, alone=len(uids) == 1 and not self._leftovers)
 
@@ -104,7 +102,7 @@ class StepPlanner:
     def plan(self, number: int) -> Step | None:
         """The next step; None if there is nothing to compute now.
 
-        If nothing is in flight either, slots may be released by a plan that computes nothing.
+        If no plan is in flight either, a plan that computes nothing may release slots.
         """
         slots = self.slots
         draft = Draft(number)
@@ -130,7 +128,11 @@ class StepPlanner:
         return Step(plan, rows, slots.epoch[rows])
 
     def commit(self, step: Step, token_ids: Ints) -> Sampled:
-        """Takes a step's result in: int32 [rows]. Ends what it ends, and frees what it frees.
+        """Commits a step: adds its tokens to their sequences. Ends the sequences whose output ends,
+        and frees the blocks that only waited for this step.
+
+        Args:
+            token_ids: int32 [rows], the result.
 
         Raises ValueError if there is not one token for each row.
         """
@@ -163,7 +165,7 @@ class StepPlanner:
         return sampled
 
     def register_full_blocks(self) -> None:
-        """Names the blocks that plans and results have filled since, so that others find them."""
+        """Registers the blocks that have become full, so that other sequences find them."""
         slots = self.slots
         full = np.minimum(slots.known, slots.context) // self.blocks.block_size
         for slot in (full > slots.registered).nonzero()[0].tolist():
@@ -172,7 +174,8 @@ class StepPlanner:
     # Decoding -----------------------------------------------------------------------------------
 
     def _with_room(self, decode: Indices, draft: Draft) -> Indices:
-        """Of the slots that could decode those that have a block for it; new ones are appended."""
+        """The slots of `decode` that have a block for their next token. Appends blocks, and
+        preempts sequences if there are not enough blocks."""
         slots = self.slots
         needy = decode[slots.context[decode] % self.blocks.block_size == 0]
         if not len(needy):
@@ -180,13 +183,13 @@ class StepPlanner:
         left_out: list[int] = []
         for slot in needy[np.argsort(slots.order[needy])].tolist():
             if not slots.decode_limit[slot]:
-                continue  # preempted, for one before it
+                continue  # preempted in this loop, for the blocks of an older sequence
             block = self.blocks.append()
             while block is None and self._blocks_to_come() <= len(left_out):
                 _, last = self.running.popitem()
                 self._preempt(last)
                 if not slots.decode_limit[slot]:
-                    break  # it was the last itself
+                    break  # the preempted sequence was this one
                 block = self.blocks.append()
             if block is not None:
                 slots.occupant(slot).blocks.append(block)
@@ -197,7 +200,8 @@ class StepPlanner:
         return np.setdiff1d(decode, left_out) if left_out else decode
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Recomputed later, in its turn. Tokens in flight are awaited: they may end it."""
+        """Preempts a sequence. If it has rows in flight, it keeps its slot until they have come
+        back, since their tokens may end it."""
         self.preemptions += 1
         slot = sequence.slot
         self._to_the_front(sequence)
@@ -209,14 +213,14 @@ class StepPlanner:
             self._vacate(sequence)
 
     def _blocks_to_come(self) -> int:
-        """Blocks that results in flight will free, at most."""
+        """How many blocks results in flight will free, at most."""
         draining = sum(len(sequence.blocks) for sequence in self._draining.values())
         return draining + sum(len(leftover.blocks) for leftover in self._leftovers)
 
     # Prefill ------------------------------------------------------------------------------------
 
     def _chunk(self, sequence: Sequence, budget: int, draft: Draft) -> int:
-        """Plans as much of a prefill as the budget allows; returns how much that is."""
+        """Plans the next prefill chunk, of at most `budget` tokens; returns how many it has."""
         slots, slot = self.slots, sequence.slot
         start = int(slots.context[slot])
         rest = int(slots.known[slot]) - start
@@ -233,15 +237,15 @@ class StepPlanner:
         return length
 
     def _admit(self, draft: Draft) -> Sequence | None:
-        """Admits who is first in the queue, if there is a slot and blocks for all its tokens."""
+        """Admits the first waiting sequence, if there are a slot and blocks for all its tokens."""
         while self.waiting and self.slots.any_empty:
             sequence = next(iter(self.waiting.values()))
             if sequence.slot != NO_SLOT:
-                return None  # preempted, with tokens in flight
+                return None  # preempted, with rows in flight
             limit = self._limit(sequence)
             num_tokens = sequence.prompt_tokens + len(sequence.output) // TOKEN_BYTES
             if 0 < num_tokens < limit:
-                return self._place(sequence, num_tokens, limit, draft)
+                return self._take_slot(sequence, num_tokens, limit, draft)
             log.error(
                 "request %x cannot run: it has %d tokens, and %d are possible",
                 sequence.uid,
@@ -253,19 +257,20 @@ class StepPlanner:
         return None
 
     def _limit(self, sequence: Sequence) -> int:
-        """How long it may get. The last token is sampled but never computed."""
+        """How many tokens the sequence may have. The last one is sampled but never computed."""
         capacity = self.blocks.num_blocks * self.blocks.block_size + 1
         asked = sequence.prompt_tokens + sequence.submit.sampling.max_tokens
         return min(asked, self._settings.max_model_len, capacity)
 
-    def _place(
+    def _take_slot(
         self, sequence: Sequence, num_tokens: int, limit: int, draft: Draft
     ) -> Sequence | None:
+        """Admits a sequence to a slot; None if there are not enough blocks."""
         if self._stuck == (sequence.uid, self.blocks.releases):
             return None
         size = self.blocks.block_size
         tokens = sequence.tokens
-        # At least one token must be computed, and into a block of its own.
+        # At least one token must be computed, and its block must be the sequence's own.
         cached, prefix = self.blocks.match(
             root(sequence.submit.cache_salt), tokens, most=(num_tokens - 1) // size
         )
@@ -305,7 +310,7 @@ class StepPlanner:
         sequence.end(finish)
 
     def _vacate(self, sequence: Sequence) -> None:
-        """Out of its slot. Its blocks are free, or will be when its last row has come back."""
+        """Takes a sequence out of its slot. Its blocks are free once its last row has come back."""
         slots, slot = self.slots, sequence.slot
         full = min(slots.known[slot], slots.context[slot]) // self.blocks.block_size
         self._register(sequence, int(full))
@@ -319,7 +324,7 @@ class StepPlanner:
         slots.vacate(sequence)
 
     def _free_committed(self) -> None:
-        """What only waited for rows that are back now."""
+        """Frees the blocks and slots that only waited for rows of the committed plans."""
         if self._leftovers:
             committed = [x for x in self._leftovers if x.until <= self._committed]
             self._leftovers = [x for x in self._leftovers if x.until > self._committed]

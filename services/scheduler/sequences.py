@@ -15,7 +15,7 @@ NO_SLOT = -1
 
 
 class OutputEnd(NamedTuple):
-    """The output ended with its `completion_tokens`-th token."""
+    """The output ends with its `completion_tokens`-th token."""
 
     reason: FinishReason
     completion_tokens: int
@@ -25,17 +25,17 @@ class OutputEnd(NamedTuple):
 class Sequence:
     """One attempt of a request."""
 
-    submit: Submit  # as it came; once the sequence has finished, without its prompt
+    submit: Submit  # once the sequence has finished, without prompt and output
     prompt_tokens: int = field(init=False)
-    # int32. While the sequence has a slot, `Slots` has the tokens, and this is what it had before.
+    # int32. While the sequence has a slot, `Slots` has the whole output.
     output: bytes = field(init=False)
     stop_ids: frozenset[int] = field(init=False)
     slot: int = NO_SLOT
     blocks: list[int] = field(default_factory=list)  # its block table
-    prefix: Prefix = field(init=False)  # the chain of those of its blocks that have a name
-    # Of the prompt, found in the cache when the sequence was first admitted; None before.
+    prefix: Prefix = field(init=False)  # the chain of its blocks that have a name
+    # Prompt tokens found in the cache at the first admission; None before it.
     cached_tokens: int | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens sampled so far
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of this attempt's tokens
     finish: OutputEnd | None = None
 
     def __post_init__(self) -> None:
@@ -58,12 +58,12 @@ class Sequence:
         return self.submit.prompt + self.output
 
     def end(self, finish: OutputEnd) -> None:
-        """The sequence has finished: only its output is needed from here on."""
+        """Marks the sequence as finished. From here on only its output is needed."""
         self.finish = finish
         self.submit = msgspec.structs.replace(self.submit, prompt=b"", output=b"")
 
     def ending(self) -> OutputEnd | None:
-        """How the output of a sequence without a slot ends it, if it does."""
+        """The end of the sequence, if its output holds one. Not for a sequence in a slot."""
         output = unpack(self.output).tolist()
         max_tokens = self.submit.sampling.max_tokens
         for count, token_id in enumerate(output[:max_tokens], 1):

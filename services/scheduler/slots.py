@@ -1,4 +1,4 @@
-"""The slots, column by column, so that what is done for all of them is a few array operations."""
+"""The slots, column by column: what a step does for all slots is a few array operations."""
 
 from __future__ import annotations
 
@@ -11,56 +11,48 @@ from nanovllm.services.scheduler.sequences import NO_SLOT, Sequence
 Ints = NDArray[np.int32]
 Indices = NDArray[np.intp]
 
-# A sequence with more stop tokens than this is looked at by itself.
+# So many stop tokens of a slot are compared at once. A sequence with more is looked at by itself.
 STOP_COLUMNS = 8
 NO_STOP = -1
 NO_DETOKENIZER = -1
 
 
 class Slots:
-    """What a step must know of each slot. All arrays have one element (or row) a slot.
-
-    Attributes:
-        uid, attempt: of the sequence in it.
-        epoch: how often the slot has become empty. A row of a plan belongs to the epoch in which
-            it was planned.
-        order: grows with each admission.
-        prompt_tokens: of the sequence.
-        known: tokens whose ids have arrived here, prompt included.
-        context: tokens whose KV is written once all plans so far have run.
-        limit: how many tokens the sequence may have, prompt included.
-        decode_limit: the sequence decodes while `context` is below this: 0 until its prefill is
-            planned, and then limit - 1, since the last token is sampled but never computed.
-        last_plan: the latest plan with a row of it.
-        registered: blocks that have their name.
-        detokenizer: the index of the one that has begun the sequence, or NO_DETOKENIZER.
-        stops: int32 [slots, STOP_COLUMNS], the tokens that end it, padded with NO_STOP.
-        many_stops: whether there are more than fit into `stops`.
-        tokens: int32 [slots, max_model_len], those known. Memory is touched only where used.
-        sequences: who is in it.
-        released: slots that became empty since the last plan.
-    """
+    """What a step must know of each slot. Every array has one element, or one row, a slot."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
         def column() -> Ints:
             return np.zeros(max_num_seqs, dtype=np.int32)
 
+        self.sequences: list[Sequence | None] = [None] * max_num_seqs
+        # Of the sequence in the slot.
         self.uid = np.zeros(max_num_seqs, dtype=np.int64)
         self.attempt = column()
-        self.epoch = column()
-        self.order = np.zeros(max_num_seqs, dtype=np.int64)
         self.prompt_tokens = column()
+        # How often the slot has become empty. A row of a plan belongs to the epoch of its planning.
+        self.epoch = column()
+        # A number that grows with each admission.
+        self.order = np.zeros(max_num_seqs, dtype=np.int64)
+        # The number of tokens, prompt included: tokens that are known here; tokens whose keys and
+        # values are written once all plans so far have run; tokens that the sequence may have.
         self.known = column()
         self.context = column()
         self.limit = column()
+        # The sequence decodes while `context` is below this: 0 until its prefill is planned, and
+        # then limit - 1, since the last token is sampled but never computed.
         self.decode_limit = column()
+        # The latest plan that has a row of the slot.
         self.last_plan = np.zeros(max_num_seqs, dtype=np.int64)
+        # How many blocks have a name.
         self.registered = column()
+        # The index of the detokenizer that has begun the sequence, or NO_DETOKENIZER.
         self.detokenizer = np.full(max_num_seqs, NO_DETOKENIZER, dtype=np.int32)
+        # Stop tokens, padded with NO_STOP, and whether the sequence has more of them.
         self.stops = np.full((max_num_seqs, STOP_COLUMNS), NO_STOP, dtype=np.int32)
         self.many_stops = np.zeros(max_num_seqs, dtype=np.bool_)
+        # The known tokens. The system gives memory only to the pages that are written.
         self.tokens = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
-        self.sequences: list[Sequence | None] = [None] * max_num_seqs
+        # Slots that became empty since the last plan.
         self.released: list[int] = []
         self._empty = list(range(max_num_seqs - 1, -1, -1))
         self._admissions = 0
@@ -70,9 +62,14 @@ class Slots:
         return bool(self._empty)
 
     def occupy(self, sequence: Sequence, tokens: Ints, computed: int, limit: int) -> int:
-        """Puts a sequence with these tokens, the KV of `computed` of which exists, into a slot.
+        """Puts a sequence into an empty slot, and returns the slot.
 
-        Returns the slot; raises IndexError if none is empty.
+        Args:
+            tokens: prompt and output, int32.
+            computed: of how many tokens the keys and values exist.
+            limit: how many tokens the sequence may have.
+
+        Raises IndexError if no slot is empty.
         """
         slot = self._empty.pop()
         self._admissions += 1
@@ -93,7 +90,7 @@ class Slots:
         return slot
 
     def vacate(self, sequence: Sequence) -> None:
-        """Takes the sequence out of its slot; it takes its output with it."""
+        """Takes the sequence out of its slot. The sequence keeps its output."""
         slot = sequence.slot
         sequence.output = self.output(sequence)
         sequence.slot = NO_SLOT
@@ -106,7 +103,7 @@ class Slots:
         self._empty.append(slot)
 
     def output(self, sequence: Sequence) -> bytes:
-        """The output tokens (int32) of any sequence, in a slot or not."""
+        """The output tokens (int32) of a sequence, in a slot or not."""
         slot = sequence.slot
         if slot == NO_SLOT:
             return sequence.output
@@ -117,7 +114,7 @@ class Slots:
         return NO_DETOKENIZER if sequence.slot == NO_SLOT else int(self.detokenizer[sequence.slot])
 
     def occupant(self, slot: int) -> Sequence:
-        """The sequence in a slot; raises LookupError if it is empty."""
+        """The sequence in a slot. Raises LookupError if the slot is empty."""
         sequence = self.sequences[slot]
         if sequence is None:
             raise LookupError(f"slot {slot} is empty")
@@ -128,7 +125,11 @@ class Slots:
         return (self.context < self.decode_limit).nonzero()[0]
 
     def ended(self, rows: Indices, token_ids: Ints) -> dict[int, FinishReason]:
-        """Of slots to which these tokens just came: the places in `rows` of those that ended."""
+        """Which sequences end with their newest tokens: index in `rows` to reason.
+
+        Args:
+            rows: slots, whose newest tokens are `token_ids`, int32 [rows].
+        """
         ended: dict[int, FinishReason] = {}
         for i in (self.known[rows] == self.limit[rows]).nonzero()[0].tolist():
             ended[i] = "length"
@@ -140,6 +141,6 @@ class Slots:
         return ended
 
     def take_released(self) -> list[int]:
-        """The slots to be named in the next plan as released."""
+        """The slots that the next plan releases."""
         released, self.released = self.released, []
         return released

@@ -1,4 +1,4 @@
-"""A step on its way: the plan in the making, the plan in flight, and what came of it."""
+"""A step: its plan while it is drafted, its plan in flight, and the tokens that it sampled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanovllm.services.scheduler.slots import Indices, Ints
 
 
 class Step(NamedTuple):
-    """A plan, and the slots of its result's rows, each in the epoch of that time."""
+    """A plan in flight, and for each row of its result the slot, and the slot's epoch."""
 
     plan: StepPlan
     rows: Indices
@@ -23,44 +23,36 @@ class Step(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The tokens of a result whose sequences are still there, one array a column.
-
-    Attributes:
-        uids: int64 [n].
-        attempts, offsets, token_ids: int32 [n]; a token's offset is its index in the output.
-        detokenizers: int32 [n], the index of the one that has begun the sequence, or
-            NO_DETOKENIZER.
-        result_rows: int [n], where the tokens stood in the result.
-    """
+    """The tokens of a result, without those of sequences that have left their slots. One array a
+    column."""
 
     uids: NDArray[np.int64]
     attempts: Ints
-    offsets: Ints
+    offsets: Ints  # the token's index in the output
     token_ids: Ints
-    detokenizers: Ints
-    result_rows: Indices
+    detokenizers: Ints  # the index of the detokenizer that has begun the sequence, or none
+    result_rows: Indices  # the token's row in the result
 
 
 class Ended(NamedTuple):
-    """A sequence that finished, and the index of the detokenizer that has begun it, or
-    NO_DETOKENIZER."""
+    """A sequence that finished."""
 
     sequence: Sequence
-    detokenizer: int
+    detokenizer: int  # the index of the detokenizer that has begun the sequence, or NO_DETOKENIZER
 
 
 @dataclass(slots=True)
 class Draft:
-    """A plan in the making. `sampling` are the slots of the chunks that sample."""
+    """A plan that is not complete."""
 
     number: int
     admit: list[Admission] = field(default_factory=list)
-    append: list[tuple[int, int]] = field(default_factory=list)
-    chunks: list[tuple[int, int, int]] = field(default_factory=list)
-    sampling: list[int] = field(default_factory=list)
+    append: list[tuple[int, int]] = field(default_factory=list)  # slot, block
+    chunks: list[tuple[int, int, int]] = field(default_factory=list)  # slot, start, length
+    sampling: list[int] = field(default_factory=list)  # the slots of the chunks that sample
 
     def plan(self, release: list[int], decode: Indices) -> StepPlan:
-        """The message, once all is in it."""
+        """The complete plan as a message."""
         return StepPlan(
             self.number,
             release=pack(release),

@@ -379,7 +379,7 @@ def test_a_new_group_computes_everything_again() -> None:
     world.submit([1, 2, 3, 4, 6], max_tokens=20)
     for _ in range(6):
         world.step()
-    old, number = world.worker, world.core._group.next_number
+    old, number = world.worker, world.core.group.next_number
     world.work()
     world.restart_worker(32)
     first = world.worker.inbox[0]
@@ -445,11 +445,11 @@ def test_one_that_does_not_keep_up_is_told_later_in_one_message(told: list[Messa
     world.deaf = set(world.detokenizers)
     for _ in range(4):
         world.step()
-    was_blocked = world.core.blocked
+    was_blocked = world.core.detokenizers.blocked
     told.clear()
     world.deaf = set()
     world.step()
-    assert (was_blocked, world.core.blocked) == (True, False)
+    assert (was_blocked, world.core.detokenizers.blocked) == (True, False)
     assert [type(message) for message in told] == [Begin]
     assert len(world.tokens_of(request)) == 7
     world.run()

@@ -216,13 +216,13 @@ class World:
         """What the loop does after each wake-up."""
         self._launch()
         self.tell_ingress()
-        while frames := self.core.for_detokenizers():
+        while frames := self.core.detokenizers.frames():
             for frame in frames:
                 if frame.peer in self.deaf:
-                    self.core.undelivered(frame)
+                    self.core.detokenizers.undelivered(frame)
                 else:
                     self.detokenizers[frame.peer].take(frame.messages)
-                    self.core.delivered(frame)
+                    self.core.detokenizers.delivered(frame)
         self.check()
 
     def tell_ingress(self) -> None:
@@ -256,7 +256,7 @@ class World:
     def step(self) -> bool:
         """A result arrives, and what follows from it; False if there is none."""
         arrived = self.result()
-        self.core.retry()
+        self.core.detokenizers.retry()
         self.pump()
         return arrived
 
@@ -272,9 +272,9 @@ class World:
         planned = True
         while planned:
             planned = self.core.plan()
-            messages = self.core.for_worker()
+            messages = self.core.group.unsent
             self.worker.inbox.extend(messages)
-            self.core.worker_told()
+            self.core.group.sent()
             if planned and messages and isinstance(messages[-1], StepPlan):
                 self._check_order(messages[-1])
             self.core.settle()
@@ -315,7 +315,7 @@ class World:
             assert contents is not None
             assert contents.prefix.name == name
             named[contents.prefix.identity] = (block, contents)
-        if not self.worker.is_at(self.core._group.next_number):
+        if not self.worker.is_at(self.core.group.next_number):
             return  # written once all plans have run
         states: dict[int | str, int] = {}
         for identity, (block, contents) in sorted(named.items()):
@@ -344,8 +344,8 @@ class World:
         assert not self.worker.slots
         assert not self.planner._leftovers
         assert all(not detokenizer.outputs for detokenizer in self.detokenizers.values())
-        assert not self.core._detokenizers._of
-        assert not self.core._detokenizers._unassigned
+        assert not self.core.detokenizers._of
+        assert not self.core.detokenizers._unassigned
 
     def _incarnation(self) -> int:
         self._incarnations += 1

@@ -11,14 +11,11 @@ import msgspec
 
 from nanovllm.messages import (
     Decoded,
-    End,
     GroupReady,
-    Held,
     Refused,
     Reset,
     StepPlan,
     StepResult,
-    Submit,
     Tokenize,
     Tokenized,
     pack,
@@ -247,16 +244,12 @@ class World:
             self.ingress.from_tokenizer(peer, message)
 
     def _scheduler_side(self, peer: Peer) -> Side:
-        return Side(peer, lambda _: self.scheduler.ingress_up(), self._nothing, self._to_scheduler)
-
-    def _to_scheduler(self, peer: Peer, message: Any) -> None:
-        if isinstance(message, Submit):
-            self.scheduler.submit(message)
-        elif isinstance(message, Held):
-            self.scheduler.held(message)
-        else:
-            assert isinstance(message, End)
-            self.scheduler.end(message.uid, message.attempt)
+        return Side(
+            peer,
+            lambda _: self.scheduler.ingress_up(),
+            self._nothing,
+            lambda _, message: self.scheduler.from_ingress(message),
+        )
 
     def _detokenizer_up(self, peer: Peer) -> None:
         self.scheduler.detokenizer_up(peer)
@@ -311,13 +304,13 @@ class World:
         messages = core.for_ingress()
         if messages and self.draw.random() >= patience and link.send(link.connector, messages):
             core.ingress_told()
-        core.retry()
-        for frame in core.for_detokenizers():
+        core.detokenizers.retry()
+        for frame in core.detokenizers.frames():
             link = self.token_links[frame.peer.index]
             if self.draw.random() >= patience and link.send(link.binder, frame.messages):
-                core.delivered(frame)
+                core.detokenizers.delivered(frame)
             else:
-                core.undelivered(frame)
+                core.detokenizers.undelivered(frame)
 
     def worker_works(self) -> bool:
         if not self.worker.plans:
@@ -330,9 +323,9 @@ class World:
         planned = True
         while planned:
             planned = self.scheduler.plan()
-            for message in self.scheduler.for_worker():
+            for message in self.scheduler.group.unsent:
                 self.worker.take(message)
-            self.scheduler.worker_told()
+            self.scheduler.group.sent()
             self.scheduler.settle()
 
     def tokenizer_works(self, i: int) -> None:
