@@ -1,7 +1,7 @@
-"""The ingress without its sockets: who asked what, where each request is, and what was delivered.
+"""The ingress without its sockets: all unfinished requests, from arrival to delivery.
 
-Bytes and messages go in by the methods. What is to be sent stands in `unsent` (clients),
-`tokenizers` and `engine` until the loop has sent it.
+The loop hands bytes and messages to the methods, and sends what `sessions`, `tokenizers` and
+`engine` have to send.
 """
 
 from __future__ import annotations
@@ -22,37 +22,32 @@ from nanovllm.messages import (
     TokenizerToIngress,
     pack,
 )
-from nanovllm.protocol import Abort, Accepted, Error, ErrorCode, Generate, Ping, Pong
+from nanovllm.protocol import Abort, Error, ErrorCode, Generate, Ping, Pong
 from nanovllm.services.ingress.client_queues import ClientQueues
 from nanovllm.services.ingress.engine import Engine, Queue
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.output import Output, size_of
 from nanovllm.services.ingress.quarantine import Quarantine
 from nanovllm.services.ingress.requests import Request
-from nanovllm.services.ingress.sessions import Session
+from nanovllm.services.ingress.sessions import Session, Sessions
 from nanovllm.services.ingress.tokenizers import Tokenizers
 from nanovllm.transport.links import Peer
 from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
-# Client messages handled in one wake-up, so that thousands stop nobody's stream; and no more
-# after so many bytes, of which 8 MiB can take half a second.
+# A wake-up handles so many client messages, or so many bytes of them, at most. More would delay
+# streams: to decode 8 MiB can take half a second.
 MESSAGES_PER_WAKE_UP = 128
 BYTES_PER_WAKE_UP = 1 << 20
-# A client that does not read is treated as one that has gone: when its socket has taken nothing for
-# so long, as if a heartbeat had not been answered (none can be sent while its buffers are full), or
-# when so much is kept for it.
-MAX_FULL_S = 1.2
-MAX_UNREAD_BYTES = 16 << 20
-# Unfinished requests are held whole, to be submitted again: so many at most, and so many bytes.
+# Bytes of all unfinished requests together, which are held whole.
 MAX_REQUEST_BYTES = 1 << 30
 # Of all client queues.
 MAX_QUEUED_BYTES = 512 << 20
 
 
 class About(NamedTuple):
-    """What a pong tells of the server."""
+    """Facts about the server for pongs."""
 
     version: str
     model: str
@@ -63,16 +58,16 @@ class Core:
 
     Args:
         incarnation: this process's; session names and uids begin with it.
-        limits: what a request may be.
-        max_pending_requests: how many are held at most.
+        limits: bounds for the keys of requests.
+        max_pending_requests: how many unfinished requests are held at most.
         max_num_batched_tokens: the token budget of an engine's step.
-        about: for pongs.
-        draw_seed: for requests that bring none.
+        about: facts for pongs.
+        draw_seed: draws the seed of a request that brings none.
 
     Attributes:
-        tokenizers, engine: what each has, and is to be sent.
-        quarantine: the requests that may be what brings services down.
-        unsent: sessions with something to send.
+        sessions: the clients, and the frames for them.
+        tokenizers, engine: the requests that each has, and the messages for each.
+        quarantine: the requests that may bring services down.
     """
 
     def __init__(
@@ -86,14 +81,12 @@ class Core:
     ) -> None:
         self.tokenizers = Tokenizers()
         self.engine = Engine(max_num_batched_tokens)
-        self.unsent: set[Session] = set()
+        self.sessions = Sessions(incarnation)
         self._incarnation = incarnation
         self._limits = limits
         self._max_pending_requests = max_pending_requests
         self._about = about
         self._draw_seed = draw_seed
-        self._sessions: dict[bytes, Session] = {}
-        self._sessions_opened = 0
         self._requests: dict[int, Request] = {}
         self._requests_begun = 0
         self._request_bytes = 0
@@ -114,11 +107,10 @@ class Core:
 
     @property
     def stats(self) -> IngressStats:
-        return IngressStats(len(self._sessions), len(self._requests), self._finished)
+        return IngressStats(len(self.sessions), len(self._requests), self._finished)
 
     def drain(self) -> None:
-        """From now on new requests are refused as `overloaded`, but not those that go on with
-        output that their client has."""
+        """From now on new requests are refused as `overloaded`, except requests that resume."""
         self._draining = True
 
     @property
@@ -127,18 +119,19 @@ class Core:
 
     @property
     def drained(self) -> bool:
-        """Whether it drains, and every request has had its end."""
-        return self._draining and not self._requests and not self.unsent
+        """Whether it drains, and every request has ended."""
+        return self._draining and not self._requests and not self.sessions.unsent
 
     # Clients ------------------------------------------------------------------------------------
 
     def receive(self, connection: bytes, frame: bytes | None) -> None:
-        """Queues a client's ZeroMQ message for `work`; None is one that was not one frame."""
-        self._client_queues.add(self._sessions.get(connection) or self._open(connection), frame)
+        """Queues a client's ZeroMQ message for `work`. None stands for a message that was not one
+        frame."""
+        self._client_queues.add(self.sessions.of(connection), frame)
 
     def flooded(self) -> bytes | None:
-        """The connection to be ended because the client queues are too large: that of the client
-        with the largest queue. Its requests are gone then."""
+        """If the client queues are too large, closes the session with the largest queue, and
+        returns the connection to end."""
         if self._client_queues.size <= MAX_QUEUED_BYTES:
             return None
         session = self._client_queues.largest()
@@ -160,43 +153,24 @@ class Core:
             elif isinstance(message, Abort):
                 self._abort(session, message)
             elif isinstance(message, Ping):
-                self._answer(session, self._pong(session, message))
+                self.sessions.answer(session, self._pong(session, message))
             else:
-                self._answer(session, message)
+                self.sessions.answer(session, message)
 
     def closed(self, connection: bytes) -> None:
         """The client has gone, and its requests with it."""
-        session = self._sessions.pop(connection, None)
+        session = self.sessions.close(connection)
         if session is None:
             return
         self._client_queues.drop(session)
-        self.unsent.discard(session)
         for request in session.requests.values():
             self._forget(request)
 
     def sent(self, session: Session) -> None:
-        """The session's outgoing frame is in its socket."""
+        """The session's outgoing frame was sent."""
         for request in session.sent():
             del session.requests[request.id]
             self._forget(request)
-
-    def full(self, session: Session, now: float) -> bool:
-        """The session's socket does not take its outgoing frame; whether it is to be
-        disconnected, since it does not read. Its requests are gone then."""
-        if session.full_since is None:
-            session.full_since = now
-        seconds = now - session.full_since
-        if seconds < MAX_FULL_S and session.unread_bytes <= MAX_UNREAD_BYTES:
-            return False
-        log.warning(
-            "session %s does not read: nothing for %.1f s, %s wait; it is disconnected, with %s",
-            session.name,
-            seconds,
-            counted(session.unread_bytes, "byte"),
-            counted(len(session.requests), "request"),
-        )
-        self.closed(session.connection)
-        return True
 
     # Services -----------------------------------------------------------------------------------
 
@@ -219,7 +193,7 @@ class Core:
                 log.warning("%s is gone; it had %s in hand", peer, _requests(in_hand.uids))
             else:
                 log.info("%s is gone; it had nothing in hand", peer)
-            # First, so that the next tokenizer is given none that must be alone beside others.
+            # Before `down`, which must know the requests that have to be alone.
             self.quarantine.lost(peer, in_hand)
             self.tokenizers.down(peer)
         elif peer == self.engine.peer:
@@ -233,15 +207,13 @@ class Core:
         if request is None or request.over or request.ask is None:
             return
         if isinstance(message, Refused):
-            request.outcome = Error(id=request.id, code=message.code, message=message.message)
-            self._over(request)
-            self._has_news(request)
+            self._refuse(request, message.code, message.message)
             return
         self._request_bytes -= request.size
         request.tokenized(message)
         self._request_bytes += request.size
         if request.stream:
-            self._answer(request.session, request.accepted())
+            self.sessions.answer(request.session, request.accepted())
         self._queue.add(request)
 
     def from_scheduler(self, peer: Peer, message: SchedulerToIngress) -> None:
@@ -271,7 +243,7 @@ class Core:
             request.finish(decoded.ending.reason, decoded.ending.usage)
             self._over(request)
         self.quarantine.moved(request)
-        self._has_news(request, size_of(decoded))
+        self.sessions.has_news(request, size_of(decoded))
 
     def submit(self) -> None:
         """Gives the engine requests from the queue, as far as it takes them."""
@@ -281,15 +253,9 @@ class Core:
 
     # ---------------------------------------------------------------------------------------------
 
-    def _open(self, connection: bytes) -> Session:
-        self._sessions_opened += 1
-        session = Session(connection, f"{self._incarnation:08x}-{self._sessions_opened}")
-        self._sessions[connection] = session
-        return session
-
     def _generate(self, session: Session, ask: Generate, size: int) -> None:
         if (refusal := self._refusal(session, ask, size)) is not None:
-            self._answer(session, refusal)
+            self.sessions.answer(session, refusal)
             return
         self._request_bytes += size
         self._requests_begun += 1
@@ -334,7 +300,7 @@ class Core:
             return
         request.finish("abort", request.usage_so_far())
         self._over(request)
-        self._has_news(request)
+        self.sessions.has_news(request)
 
     def _pong(self, session: Session, ping: Ping) -> Pong:
         return Pong(
@@ -345,24 +311,19 @@ class Core:
             ready=self.ready,
         )
 
-    def _answer(self, session: Session, message: Accepted | Error | Pong) -> None:
-        session.answer(message)
-        self.unsent.add(session)
-
-    def _has_news(self, request: Request, size: int = 0) -> None:
-        request.session.has_news(request, size)
-        self.unsent.add(request.session)
-
     def _poison(self, request: Request, role: str) -> None:
         log.error("request %x is set aside: it brings down the %s", request.uid, role)
-        message = f"the {role} died again and again with nothing but this request in hand"
-        request.outcome = Error(id=request.id, code="poisoned", message=message)
+        reason = f"the {role} died again and again with nothing but this request in hand"
+        self._refuse(request, "poisoned", reason)
+
+    def _refuse(self, request: Request, code: ErrorCode, reason: str) -> None:
+        """Ends an accepted request with an error."""
+        request.outcome = Error(id=request.id, code=code, message=reason)
         self._over(request)
-        self._has_news(request)
+        self.sessions.has_news(request)
 
     def _over(self, request: Request) -> None:
-        """Nothing in the pipeline is to go on with the request: its outcome is known, or its client
-        has gone."""
+        """The request has its outcome, or its client has gone: no service goes on with it."""
         request.over = True
         self.tokenizers.discard(request)
         self._queue.discard(request)

@@ -104,7 +104,7 @@ class Ingress:
         core.work()
         core.submit()
         all_sent = self._send_to_services()
-        for session in list(core.unsent):
+        for session in list(core.sessions.unsent):
             all_sent &= self._send_to_client(session, now)
         if core.drained:
             self._service.drained()
@@ -138,15 +138,14 @@ class Ingress:
         while (frame := session.outgoing()) is not None:
             sent = self._clients.send(session.connection, frame)
             if sent is Sent.FULL:
-                if not self._core.full(session, now):
+                if not session.does_not_read(now):
                     return False
                 self._clients.disconnect(session.connection)
-                return True
-            if sent is Sent.GONE:
+            if sent is not Sent.DONE:
                 self._core.closed(session.connection)
                 return True
             self._core.sent(session)
-        self._core.unsent.discard(session)
+        self._core.sessions.unsent.discard(session)
         return True
 
 

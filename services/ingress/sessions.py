@@ -1,39 +1,44 @@
-"""What a client is to be sent, and how it is merged into frames.
+"""The sessions of clients, and the frames that each client is sent.
 
-Only one frame is encoded ahead of the socket. What comes while the socket does not take that frame
-is kept by the requests, and goes out merged in the next frame.
+Only one frame is encoded ahead of the socket. While the socket does not take that frame, further
+output stays with the requests, and goes out merged in the next frame.
 """
 
 from __future__ import annotations
+
+import logging
 
 import msgspec
 
 from nanovllm.protocol import ServerMessage
 from nanovllm.services.ingress.requests import Request
+from nanovllm.wording import counted
+
+log = logging.getLogger(__name__)
 
 # What an answer takes in memory beside its bytes, roughly.
 OVERHEAD_BYTES = 128
+# A client that does not read is treated like a client that has gone. A client does not read if its
+# socket has taken nothing for so long (no heartbeat can be sent while its buffers are full), or if
+# so much is kept for it.
+MAX_FULL_S = 1.2
+MAX_UNREAD_BYTES = 16 << 20
 
 _encoder = msgspec.msgpack.Encoder()
 
 
 class Session:
-    """One connection to one incarnation of the ingress.
-
-    Attributes:
-        connection: the ROUTER's routing id.
-        name: what the client is told.
-        requests: those that have not ended for the client, by the client's id.
-        full_since: since when the socket takes nothing (seconds); None while it does.
-        unread_bytes: what is kept for the client, roughly, beside the frame of `outgoing`.
-    """
+    """One client connection to one incarnation of the ingress."""
 
     def __init__(self, connection: bytes, name: str) -> None:
-        self.connection = connection
-        self.name = name
+        self.connection = connection  # the ROUTER's routing id
+        self.name = name  # the client is told it
+        # The requests that have not ended for the client, by the client's id.
         self.requests: dict[str, Request] = {}
-        self.full_since: float | None = None
+        # How much is kept for the client, roughly, beside the frame of `outgoing`.
         self.unread_bytes = 0
+        # Since when the socket takes nothing; None while it takes frames.
+        self._full_since: float | None = None
         # Encoded messages that are not a stream's, in the order of arrival.
         self._answers: list[msgspec.Raw] = []
         # The requests whose last message is among the answers.
@@ -69,9 +74,25 @@ class Session:
 
     def sent(self) -> list[Request]:
         """The frame is in the socket; returns the requests that have ended with it."""
-        self._frame = self.full_since = None
+        self._frame = self._full_since = None
         ended, self._ended_by_frame = self._ended_by_frame, []
         return ended
+
+    def does_not_read(self, now: float) -> bool:
+        """The socket has not taken the frame; returns whether to disconnect the client."""
+        if self._full_since is None:
+            self._full_since = now
+        seconds = now - self._full_since
+        if seconds < MAX_FULL_S and self.unread_bytes <= MAX_UNREAD_BYTES:
+            return False
+        log.warning(
+            "session %s does not read: nothing for %.1f s, %s wait; it is disconnected, with %s",
+            self.name,
+            seconds,
+            counted(self.unread_bytes, "byte"),
+            counted(len(self.requests), "request"),
+        )
+        return True
 
     def _next_frame(self) -> bytes | None:
         messages: list[msgspec.Raw | ServerMessage] = [*self._answers]
@@ -85,3 +106,49 @@ class Session:
         self._ended_by_frame = ended
         self.unread_bytes = 0
         return _encoder.encode(messages) if messages else None
+
+
+class Sessions:
+    """All sessions, by connection.
+
+    Args:
+        incarnation: this process's; session names begin with it.
+
+    Attributes:
+        unsent: sessions with something to send.
+    """
+
+    def __init__(self, incarnation: int) -> None:
+        self.unsent: set[Session] = set()
+        self._incarnation = incarnation
+        self._sessions: dict[bytes, Session] = {}
+        self._opened = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def of(self, connection: bytes) -> Session:
+        """The session of a connection, which is opened if there is none."""
+        session = self._sessions.get(connection)
+        if session is None:
+            self._opened += 1
+            session = Session(connection, f"{self._incarnation:08x}-{self._opened}")
+            self._sessions[connection] = session
+        return session
+
+    def close(self, connection: bytes) -> Session | None:
+        """Removes and returns the session of a connection that has ended, if there is one."""
+        session = self._sessions.pop(connection, None)
+        if session is not None:
+            self.unsent.discard(session)
+        return session
+
+    def answer(self, session: Session, message: ServerMessage) -> None:
+        """Sends a message that is not a stream's output."""
+        session.answer(message)
+        self.unsent.add(session)
+
+    def has_news(self, request: Request, size: int = 0) -> None:
+        """Sends what the request has to send: output, which takes `size` bytes, or an outcome."""
+        request.session.has_news(request, size)
+        self.unsent.add(request.session)

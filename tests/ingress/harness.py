@@ -102,8 +102,9 @@ class World:
                 sent.append(frame)
                 self.core.sent(session)
             if client not in self.full:
-                self.core.unsent.discard(session)
-            elif frame is not None and self.core.full(session, self.now):
+                self.core.sessions.unsent.discard(session)
+            elif frame is not None and session.does_not_read(self.now):
+                self.core.closed(client)
                 self.disconnected.append(client)
         return sent
 
@@ -112,7 +113,7 @@ class World:
         return [message for frame in self.sent(client) for message in decode(frame)]
 
     def _unsent(self, client: bytes) -> list[Session]:
-        return [session for session in self.core.unsent if session.connection == client]
+        return [session for session in self.core.sessions.unsent if session.connection == client]
 
     # Services -----------------------------------------------------------------------------------
 

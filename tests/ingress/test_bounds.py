@@ -11,7 +11,8 @@ from nanovllm.control import IngressStats
 from nanovllm.messages import Submit, Tokenized, TokenLogprobs, pack
 from nanovllm.protocol import Accepted, Delta, Error, Finish, Pong
 from nanovllm.services.ingress import core
-from nanovllm.services.ingress.core import MAX_FULL_S, MAX_QUEUED_BYTES, MAX_UNREAD_BYTES
+from nanovllm.services.ingress.core import MAX_QUEUED_BYTES
+from nanovllm.services.ingress.sessions import MAX_FULL_S, MAX_UNREAD_BYTES
 from tests.ingress.harness import CLIENT, OTHER, SESSION, TOKENIZER, World, decode, decoded
 
 
@@ -133,7 +134,7 @@ def test_what_is_kept_for_a_client_that_does_not_read_is_bounded(
     (submit,) = world.start("a", sampling={"logprobs": 20})
     world.start("b", client=OTHER)
     world.full.add(CLIENT)
-    (session,) = (s for s in world.core.unsent if s.connection == CLIENT)
+    (session,) = (s for s in world.core.sessions.unsent if s.connection == CLIENT)
     for world.steps in range(2000):
         produce(world, submit)
         assert session.unread_bytes < 1.1 * MAX_UNREAD_BYTES
@@ -153,7 +154,7 @@ def test_what_was_read_is_not_counted() -> None:
     for world.steps in range(300):
         for produce in (pings, stream, whole_answers):
             produce(world, submit)
-        (session,) = world.core.unsent
+        (session,) = world.core.sessions.unsent
         world.heard()
         assert session.unread_bytes == 0
 

@@ -222,7 +222,7 @@ def test_a_client_that_goes_frees_everything() -> None:
     assert world.ended == [(submit.uid, 1) for submit in started]
     stats = world.core.stats
     assert (stats.sessions, stats.requests) == (0, 0)
-    assert not world.core.unsent
+    assert not world.core.sessions.unsent
     world.core.from_detokenizer(decoded(started[0], 0, [1]))
     world.core.closed(CLIENT)
     world.say({"type": "ping"})

@@ -291,11 +291,11 @@ class World:
         submits = core.engine.frame()
         if submits and self.draw.random() >= patience and link.send(link.binder, submits):
             core.engine.sent(submits)
-        for session in list(core.unsent):
+        for session in list(core.sessions.unsent):
             while (frame_bytes := session.outgoing()) is not None:
                 self._hear(session.connection, _server_messages.decode(frame_bytes))
                 core.sent(session)
-            core.unsent.discard(session)
+            core.sessions.unsent.discard(session)
 
     def scheduler_works(self, patience: float = 0.0) -> None:
         core = self.scheduler
