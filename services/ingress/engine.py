@@ -1,7 +1,7 @@
 """Which requests the engine has, and which wait for it.
 
-The queue of requests is here, and not in the scheduler: a scheduler is given what fills its slots
-and a little more, so that a reborn one is sent little, and the order is decided in one place.
+The queue of requests is here, and not in the scheduler. A scheduler is given requests for its slots
+and a few more, so that a new scheduler is sent little, and the order is decided in one place.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from nanovllm.messages import (
 from nanovllm.services.ingress.requests import Request
 from nanovllm.transport.links import Peer, one_frame
 
-# Beyond its slots, a scheduler is given so many requests, or as many as hold this many budgets of a
-# step in prompt tokens, whichever is more.
+# Beyond its slots, a scheduler is given so many requests, or as many as fill the token budgets of
+# so many steps with their prompts, whichever is more.
 WAITING_REQUESTS = 32
 WAITING_BUDGETS = 2
 
@@ -70,18 +70,18 @@ class Queue:
 
 
 class Engine:
-    """What the engine has, and the outbox of its scheduler.
+    """The requests that the engine was given, and the outbox of its scheduler.
 
-    A link loses messages only around an `Up`. So on each `Up` the outbox is emptied, and `Held`
-    goes first: all that this incarnation of the scheduler was sent. The scheduler answers with what
-    is missing, and that is submitted again. While the connection stands, nothing is lost.
+    A link loses messages only around an `Up`. So on each `Up` the outbox is emptied, and `Held` is
+    sent first. `Held` names all requests that this incarnation of the scheduler was sent. The
+    scheduler answers with the requests that are missing, which are submitted again.
 
     Args:
         max_num_batched_tokens: the token budget of a step.
 
     Attributes:
         peer: the scheduler; None while there is no link to it.
-        given: unfinished requests that it was given, by uid.
+        given: unfinished requests that the scheduler was given, by uid.
     """
 
     def __init__(self, max_num_batched_tokens: int) -> None:
@@ -90,9 +90,9 @@ class Engine:
         self._most_waiting_tokens = WAITING_BUDGETS * max_num_batched_tokens
         self._state = EngineState(False, 0, 0, 0)
         self._incarnation = 0
-        # Requests given to this incarnation, those that are over included.
+        # How many requests this incarnation was given, finished ones included.
         self._ever_given = 0
-        # Of `given`, the latest that are more than there are slots; and their prompt tokens.
+        # The latest of `given`, for which there is no slot, and their prompt tokens.
         self._waiting: dict[int, Request] = {}
         self._waiting_tokens = 0
         # The outbox.
@@ -106,7 +106,7 @@ class Engine:
         return self.peer is not None and self._state.ready
 
     def takes(self, request: Request) -> bool:
-        """Whether it is to be given this request now."""
+        """Whether the engine is to be given this request now."""
         if not self.ready:
             return False
         return (
@@ -128,7 +128,7 @@ class Engine:
         """Takes the request back, if the engine has it."""
         if self.given.pop(request.uid, None) is None:
             return
-        # A slot is free for the first that waits.
+        # The first waiting request has a slot now.
         first = request.uid if request.uid in self._waiting else next(iter(self._waiting), None)
         if first is not None:
             self._waiting_tokens -= self._waiting.pop(first).prompt_tokens
@@ -137,14 +137,14 @@ class Engine:
 
     @property
     def in_hand(self) -> InHand:
-        """What dies with the scheduler."""
+        """The requests in hand of the scheduler."""
         if self.peer is None:
             return NOTHING_IN_HAND
         return InHand(list(self.given), alone=self._ever_given == len(self.given) == 1)
 
     def up(self, peer: Peer) -> list[Request]:
-        """A connection to the scheduler was made. Returns the requests that it has lost, which are
-        not given any more: after a restart, all."""
+        """A connection to the scheduler was made. Returns the requests that the engine does not
+        have any more: none, or after a restart of the scheduler all."""
         lost: list[Request] = []
         if peer.incarnation != self._incarnation:
             lost = list(self.given.values())
@@ -169,7 +169,7 @@ class Engine:
         self._state = state
 
     def missing(self, message: Missing) -> int:
-        """Submits again what did not arrive; returns how many requests that are."""
+        """Submits again the requests that did not arrive; returns how many."""
         attempts = unpack(message.attempts).tolist()
         count = 0
         for uid, attempt in sorted(zip(unpack_int64(message.uids), attempts, strict=True)):
@@ -181,7 +181,7 @@ class Engine:
         return count
 
     def frame(self) -> list[IngressToScheduler]:
-        """The next frame for the scheduler; empty if there is none. `sent` was sent."""
+        """The next frame for the scheduler; empty if there is none. Call `sent` once it is sent."""
         if self.peer is None:
             return []
         held: list[IngressToScheduler] = [] if self._held is None else [self._held]
@@ -190,7 +190,7 @@ class Engine:
         return [*held, *ends, *(request.submit() for request in submits)]
 
     def sent(self, frame: list[IngressToScheduler]) -> None:
-        """`frame`, the latest, was sent."""
+        """The latest frame was sent."""
         self._held = None
         self._ends.clear()
         for message in frame:

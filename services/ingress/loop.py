@@ -27,7 +27,7 @@ from nanovllm.transport.links import Down, Event, Peer, Received, Up
 
 FromServices = TokenizerToIngress | SchedulerToIngress | DetokenizerToIngress
 
-# How long what a socket would not take waits before it is tried again.
+# How soon to send again to a socket that was full.
 RETRY_S = 0.01
 # Drawn seeds are told to clients, some of whose languages have no integers but doubles.
 SEED_BITS = 53
@@ -117,7 +117,7 @@ class Ingress:
         return max(0.0, self._drain_at - now)
 
     def _send_to_services(self) -> bool:
-        """False if a service does not take what there is for it."""
+        """Sends all messages for services; returns False if a socket was full."""
         core = self._core
         all_sent = True
         while core.engine.peer is not None and (submits := core.engine.frame()):
@@ -134,7 +134,7 @@ class Ingress:
         return all_sent
 
     def _send_to_client(self, session: Session, now: float) -> bool:
-        """Sends all that waits for the client; False if its socket would not take it."""
+        """Sends all messages for the client; returns False if its socket was full."""
         while (frame := session.outgoing()) is not None:
             sent = self._clients.send(session.connection, frame)
             if sent is Sent.FULL:

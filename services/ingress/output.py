@@ -1,4 +1,4 @@
-"""One request's output: what arrived from whichever attempt, each token and character once."""
+"""One request's output, joined from all attempts: each token and character once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _LOGPROBS_BYTES = 256
 
 
 class Output:
-    """Joins `Decoded` messages, which may come twice, overlap, or be lost with what sent them.
+    """Joins `Decoded` messages, which may come twice, overlap, or be lost.
 
     Args:
-        resumed: int32, the output tokens that the client has from before.
-        with_logprobs: whether the client asked for them.
+        resumed: int32, the output tokens that the client brought.
+        with_logprobs: whether the client asked for logprobs.
 
     Attributes:
         tokens: int32, all output tokens known, the resumed ones first.
@@ -31,11 +31,11 @@ class Output:
         self.tokens = bytearray(resumed)
         self._resumed = len(resumed) // _TOKEN.size
         self._sent = self._resumed
-        # Characters of the released text known so far. What the resumed tokens released is not
-        # known here: the first delta tells where the text goes on.
+        # The number of characters of the text so far. None: not known yet, since only the
+        # detokenizer knows the text of resumed tokens. The first message tells.
         self._text_end = None if resumed else 0
         self._with_logprobs = with_logprobs
-        # What `take` has not given yet.
+        # Text and logprobs that `take` has not returned yet.
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
 
@@ -44,8 +44,8 @@ class Output:
         return len(self.tokens) // _TOKEN.size
 
     def add(self, decoded: Decoded) -> bool:
-        """Takes what is new in `decoded`; False, and nothing is taken, if something before it is
-        missing (or its arrays are torn)."""
+        """Adds the new tokens and text of `decoded`. Returns False, and adds nothing, if output
+        before it is missing, or if an array in it is torn."""
         text_end = self._text_end
         if text_end is None:
             text_end = decoded.text_offset
@@ -64,7 +64,7 @@ class Output:
         return True
 
     def take(self, request_id: str) -> Delta | None:
-        """All that was not taken before, as one delta; None if there is nothing."""
+        """The output that was not taken before, as one delta; None if there is none."""
         offset = self._sent
         tokens = self._tokens_from(offset)
         if not tokens and not self._text:
@@ -79,7 +79,7 @@ class Output:
         )
 
     def take_all(self, request_id: str) -> Delta:
-        """As `take`, and empty if there is nothing."""
+        """Like `take`, but an empty delta if there is no new output."""
         return self.take(request_id) or Delta(
             id=request_id,
             offset=self._sent,
@@ -108,7 +108,7 @@ class Output:
 
 
 def size_of(decoded: Decoded) -> int:
-    """How many bytes it takes to keep what is new in it, roughly."""
+    """How many bytes it takes to keep the output of `decoded`, roughly."""
     size = len(decoded.token_ids) + len(decoded.text)
     if decoded.logprobs:
         size += sum(_LOGPROBS_BYTES + 2 * len(entry.values) for entry in decoded.logprobs)

@@ -1,4 +1,4 @@
-"""What is done about requests that may bring services down: one of them at a time runs alone."""
+"""Quarantine of requests that may bring services down: one of them at a time runs alone."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ log = logging.getLogger(__name__)
 
 
 class Quarantine:
-    """Keeps suspects apart. For deaths of tokenizers `Tokenizers` does it: each has its own few
-    requests. An engine and the detokenizers work on all requests at once, so there a suspect is
-    alone only if all others are taken back, and wait in the queue.
+    """Keeps suspects apart from other requests.
+
+    A suspect of tokenizers' deaths is kept apart by `Tokenizers`, since a tokenizer has a few
+    requests of its own. But an engine and the detokenizers work on all requests at once. There a
+    suspect is alone only if all other requests are taken back, and wait in the queue.
 
     Args:
-        requests: all that are unfinished, by uid.
+        requests: all unfinished requests, by uid.
         tokenizers, queue, engine: where the requests are.
-        poison: called with a request that is guilty, and the role of the service that died.
+        poison: called with a guilty request, and the role of the service that died.
 
     Attributes:
-        suspects: of deaths of what comes after the tokenizers.
+        suspects: suspects of deaths of other services than tokenizers.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Quarantine:
     # The two halves of a death ------------------------------------------------------------------
 
     def connected(self, peer: Peer) -> None:
-        """The link to a service was made: what it had in hand before does not count any more."""
+        """The link to a service was made: the requests in hand before do not count any more."""
         self._deaths.lost(peer, NOTHING_IN_HAND)
 
     def lost(self, peer: Peer, in_hand: InHand) -> None:
@@ -63,7 +65,7 @@ class Quarantine:
         self.lost(Peer(lost.role, lost.index, lost.incarnation), lost.in_hand)
 
     def crashed(self, peer: Peer) -> None:
-        """The supervisor: this incarnation of a service ended for a reason of its own."""
+        """The supervisor says that this incarnation of a service died by itself."""
         in_hand = self._deaths.by_itself(peer)
         if in_hand is not None:
             self._suspect(peer, in_hand)
@@ -71,7 +73,7 @@ class Quarantine:
     # Suspects -----------------------------------------------------------------------------------
 
     def moved(self, request: Request) -> None:
-        """A request has new output, or is over: both can clear it."""
+        """A request has new output, or is over. Both can clear it."""
         if not self.suspects.records:
             return
         if request.over:
@@ -81,7 +83,7 @@ class Quarantine:
         self._isolate()
 
     def _suspect(self, peer: Peer, in_hand: InHand) -> None:
-        """A service died by itself, and had these in hand."""
+        """A service died by itself, and had these requests in hand."""
         suspects = self._tokenizers.suspects if peer.role == "tokenizer" else self.suspects
         present = [self._requests[uid] for uid in in_hand.uids if uid in self._requests]
         requests = counted(len(in_hand.uids), "request")
@@ -94,7 +96,8 @@ class Quarantine:
         self._isolate()
 
     def _isolate(self) -> None:
-        """Lets the next suspect run alone, and takes all others back; or lets all go on."""
+        """Lets the next suspect run alone, and takes all other requests back. Without a suspect
+        all requests go on."""
         uid = self.suspects.next()
         alone = None if uid is None else self._requests[uid]
         if alone is self._queue.only:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A client's request, and how far it has come. It is over when nothing in the pipeline is to go
-    on with it: it has its outcome, or its client has gone."""
+    """A client's request, and its progress. A request is over when it has its outcome, or when its
+    client has gone: no service goes on with it."""
 
     uid: int  # its name inside the pipeline
     id: str  # its name for the client
@@ -34,15 +34,15 @@ class Request:
     seed: int  # the client's, or the one that was drawn
     resumed: int  # output tokens that the client brought
     cache_salt: str
-    sampling: Sampling  # as it is to be run, once a tokenizer has answered
+    sampling: Sampling  # the client's; once a tokenizer has answered, the tokenizer's
     output: Output
     size: int  # bytes that count in the bound of all requests held
-    ask: Generate | None  # as it came, until a tokenizer has answered
+    ask: Generate | None  # the client's message, until a tokenizer has answered
     prompt: bytes = b""  # int32, once a tokenizer has answered
     attempt: int = 0
     over: bool = False
-    outcome: Finish | Error | None = None  # its last message
-    unsent: bool = False  # is in its session's list of streams to be sent
+    outcome: Finish | Error | None = None  # the last message for the client
+    unsent: bool = False  # whether the session's list of unsent streams has the request
 
     @property
     def prompt_tokens(self) -> int:
@@ -52,7 +52,7 @@ class Request:
         return len(self.prompt) // 4
 
     def tokenize(self) -> Tokenize:
-        """What a tokenizer is asked. Raises ValueError once one has answered."""
+        """The message for a tokenizer. Raises ValueError once a tokenizer has answered."""
         ask = self.ask
         if ask is None:
             raise ValueError(f"request {self.uid:x} is tokenized")
@@ -67,18 +67,18 @@ class Request:
         )
 
     def tokenized(self, answer: Tokenized) -> None:
-        """Keeps a tokenizer's answer in place of what the client sent."""
+        """Keeps a tokenizer's answer in place of the client's message."""
         self.ask = None
         self.prompt = answer.prompt
         self.sampling = answer.sampling
         self.size = len(self.prompt) + 4 * self.resumed
 
     def accepted(self) -> Accepted:
-        """What the client of a stream is told once its request is tokenized."""
+        """The message for the client of a stream once its request is tokenized."""
         return Accepted(id=self.id, session=self.session.name, seed=self.seed)
 
     def submit(self) -> Submit:
-        """What a scheduler is sent: the latest attempt, with the output so far."""
+        """The message for a scheduler: the latest attempt, with the output so far."""
         return Submit(
             uid=self.uid,
             attempt=self.attempt,
@@ -108,7 +108,7 @@ class Request:
         )
 
     def take(self) -> list[ServerMessage]:
-        """What the client of a stream has not been sent yet."""
+        """The messages that the client of a stream has not been sent yet."""
         messages: list[ServerMessage] = []
         if (delta := self.output.take(self.id)) is not None:
             messages.append(delta)

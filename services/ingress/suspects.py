@@ -1,15 +1,15 @@
-"""Which requests bring services down, told apart from those that were only present.
+"""Suspects: requests that may bring services down.
 
-A request that was in hand when a service died for a reason of its own is a suspect. After `DEATHS`
-such deaths the request runs alone, while others wait; if the service dies twice with it alone, the
-request is guilty. A request that gets further than it was at the death, or is over, is cleared. So
-a guilty request costs a bounded number of deaths, however many others there are, and no request is
-found guilty for another: a death counts as alone only where it is certain that the service had
-nothing else in hand.
+A request that was in hand when a service died by itself is a suspect. After `DEATHS` such deaths
+the suspect runs alone, while other requests wait. If the service dies `DEATHS_ALONE` times with the
+suspect alone, the suspect is guilty. A suspect that gets further than it was at the death, or is
+over, is cleared. So a guilty request costs a bounded number of deaths, however many other requests
+there are. And no request is found guilty for another: a death counts as alone only if the service
+certainly had no other request in hand.
 
-What is known of a death comes in two halves, in any order: what was in hand, from the service that
-gave out the requests, and whether the death was by itself, from the supervisor, which alone knows
-how a process ended. Without the second half, as after a kill from outside, nothing is suspected.
+Two messages tell of a death, in any order. Whoever gave the requests to the service says which were
+in hand. The supervisor, which alone sees how a process ends, says that the service died by itself.
+Without the second message, as after a kill from outside, no request is suspected.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Final
 from nanovllm.messages import NOTHING_IN_HAND, InHand
 from nanovllm.transport.links import Peer
 
-# Deaths in company after which a request runs alone, and alone after which it is guilty.
+# After so many deaths in company a request runs alone; after so many alone it is guilty.
 DEATHS: Final = 2
 DEATHS_ALONE: Final = 2
-# Output beyond what was known at a death that clears a request: tokens that were on their way then
-# are not to be taken for progress. Twice as many each time that it is suspected again.
+# So many tokens beyond the output known at a death clear a request: tokens that were on their way
+# then are no progress. Twice as many each time that the request is suspected again.
 CLEARING_TOKENS: Final = 16
 
 
 class Deaths:
-    """Joins the two halves. The latest of each are kept for each service."""
+    """Joins the two messages about a death. Of each service the latest are kept."""
 
     def __init__(self) -> None:
         self._in_hand: dict[tuple[str, int], tuple[int, InHand]] = {}
@@ -50,7 +50,7 @@ class Deaths:
         return None
 
     def by_itself(self, peer: Peer) -> InHand | None:
-        """A service died for a reason of its own: returns what it had in hand, if that is known."""
+        """The service died by itself. Returns the requests it had in hand, if they are known."""
         service = (peer.role, peer.index)
         incarnation, in_hand = self._in_hand.get(service, (0, NOTHING_IN_HAND))
         if incarnation == peer.incarnation:
@@ -64,26 +64,25 @@ class Deaths:
 class Record:
     """What speaks against a request."""
 
-    deaths: int = 0  # at which it was in hand
-    alone: int = 0  # of these, with nothing else in hand
-    tokens: int = 0  # output tokens that it had at the latest
-    clearings: int = 0  # how often it has been cleared
+    deaths: int = 0  # when the request was in hand
+    alone: int = 0  # of these, when no other request was in hand
+    tokens: int = 0  # output tokens at the latest death
+    clearings: int = 0  # how often the request has been cleared
 
 
 class Suspects:
-    """The suspects of services that do the same: tokenizers, or all that comes after them.
+    """The suspects of tokenizers' deaths, or of the other services' deaths.
 
     Attributes:
-        records: of each, by uid.
+        records: the record of each suspect, by uid.
     """
 
     def __init__(self) -> None:
         self.records: dict[int, Record] = {}
 
     def was_present(self, uid: int, tokens: int, *, alone: bool) -> bool:
-        """The request, with so many output tokens, was in hand at a death; returns whether it is
-        guilty. Then others, but for those that were alone once, are suspects no more: they were
-        only present."""
+        """The request was in hand at a death, with so many output tokens. Returns whether the
+        request is guilty. If it is, other requests are suspects only if they were alone once."""
         record = self.records.setdefault(uid, Record())
         record.deaths += 1
         record.alone += alone
@@ -99,13 +98,13 @@ class Suspects:
         return record is not None and record.deaths >= DEATHS
 
     def next(self) -> int | None:
-        """The request that is to run alone now: the one with the most deaths, and of these the
-        latest, since what came last before a death is the likeliest reason."""
+        """The request that is to run alone now: the suspect with the most deaths. Among equals the
+        latest, since the last request before a death is its likeliest reason."""
         ranked = ((r.deaths, uid) for uid, r in self.records.items() if r.deaths >= DEATHS)
         return max(ranked, default=(0, None))[1]
 
     def got_to(self, uid: int, tokens: int) -> bool:
-        """The request has so many output tokens now; returns whether that clears it."""
+        """The request has so many output tokens now. Returns whether that clears the request."""
         record = self.records.get(uid)
         if record is None or not record.deaths:
             return False
@@ -116,5 +115,5 @@ class Suspects:
         return True
 
     def forget(self, uid: int) -> None:
-        """The request got through, or is over."""
+        """The request is over, or its service has answered."""
         self.records.pop(uid, None)
