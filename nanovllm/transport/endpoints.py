@@ -1,4 +1,4 @@
-"""Where sockets are bound: what an endpoint may be, and that nobody else has bound it."""
+"""Where sockets are bound: which endpoints are valid, and that no other process has bound one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TCP = re.compile(r"tcp://(\*|[\w.-]+):(\d{1,5})", re.ASCII)
 
 
 class EndpointUnusable(OSError):
-    """Nobody can bind this endpoint."""
+    """This endpoint cannot be bound."""
 
 
 class EndpointTaken(EndpointUnusable):
@@ -29,10 +29,10 @@ class EndpointTaken(EndpointUnusable):
 def parse(endpoint: str) -> str | tuple[str, int]:
     """The path of `ipc://PATH`, or host and port of `tcp://HOST:PORT`.
 
-    The host is an address or a name; "", written `*`, is every interface. What ZeroMQ would choose
-    by itself (a port, a file) nobody would find, so that is to be named.
+    The host is an address or a name; `*` is every interface, and is returned as "". Port and path
+    must be named: no client would find an endpoint that ZeroMQ chose by itself.
 
-    Raises ValueError if it is neither; the message says what it must be.
+    Raises ValueError if `endpoint` is neither; the message says what it must be.
     """
     scheme, _, path = endpoint.partition("://")
     if scheme == "ipc" and path[:1] not in ("", "*", "@"):
@@ -46,18 +46,18 @@ def parse(endpoint: str) -> str | tuple[str, int]:
 
 
 def connectable(endpoint: str) -> str:
-    """What is reached from this machine where `endpoint` is bound, perhaps at every interface."""
+    """The endpoint to connect to from this machine, where `endpoint` is bound."""
     return re.sub(r"(?<=tcp://)(\*|0\.0\.0\.0)(?=:)", "127.0.0.1", endpoint)
 
 
 def check_free(endpoint: str) -> None:
-    """Raises as `bind` does if `endpoint` cannot be bound now, or not be found by its name: ZeroMQ
-    would bind an interface's, too."""
+    """Raises like `bind` if `endpoint` cannot be bound now, or if its host does not resolve. ZeroMQ
+    would also bind the name of an interface, which clients cannot connect to."""
     address = parse(endpoint)
     if isinstance(address, str):
         bind(endpoint, lambda: None)()
         return
-    # Does not listen: clients that wait for a pipeline are not to take this for it.
+    # The probe does not listen, so that clients that wait for a pipeline do not connect to it.
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bind(endpoint, lambda: probe.bind(address))
@@ -67,13 +67,13 @@ def bind(endpoint: str, do_bind: Callable[[], object]) -> Callable[[], None]:
     """Calls `do_bind`, which binds `endpoint`; the returned function undoes what closing the
     socket would leave behind.
 
-    A second bind on a live ipc path succeeds and steals it, so an ipc endpoint is held by a lock
-    on a file beside it, which ends with the process however that ends. What is there and is no
-    socket stays: a bind would remove it.
+    A second bind on a live ipc path succeeds, and takes the path from the first socket. So this
+    locks a file beside the path. The lock ends with the process, however the process ends. A bind
+    would also remove a file at the path; if the file is no socket, this refuses instead.
 
     Raises:
-        EndpointTaken: if another process has it.
-        EndpointUnusable: if it cannot be bound for another reason.
+        EndpointTaken: another process has bound the endpoint.
+        EndpointUnusable: the endpoint cannot be bound for another reason.
     """
     held: int | None = None
     scheme, _, path = endpoint.partition("://")

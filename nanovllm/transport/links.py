@@ -5,12 +5,12 @@ Every process draws an incarnation number when it starts. The side that connects
 its connection is made, again whenever the connection is made anew, and as a heartbeat. The binding
 side answers `Welcome`. The header of each message names the incarnation that the message is meant
 for, the incarnation that it comes from, and the connection. A message for or from an earlier
-incarnation is dropped, and so is one of an earlier connection: a DEALER's queue is delivered to a
-reborn ROUTER. So while a connection stands nothing is lost, and around an `Up` the end of what was
-sent before may be: the sender sends again what its peer still needs.
+incarnation is dropped, and so is a message of an earlier connection, since a DEALER's queue is
+delivered to a new ROUTER. So while a connection stands no message is lost. Around an `Up` the last
+messages before it may be lost: the sender sends again what its peer still needs.
 
-Nothing here blocks, and nothing is queued beside the sockets: `send` says whether it could. What
-could not be sent stays with the sender, who merges it and sends it later.
+No call blocks, and no message is queued beside the sockets. If `send` could not send, it returns
+False; the sender keeps the messages, merges them and sends them later.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Who is connected to a ROUTER, and who has gone.
+"""Which connections of a ROUTER are open, and which have ended.
 
-ZeroMQ tells a ROUTER's owner nothing of a peer that leaves. Its socket monitor does, but names the
-file descriptor alone; a received frame names both (ZMQ_SRCFD), so the two can be joined.
+A ROUTER does not tell its owner that a peer has gone. The socket's monitor does, but names only a
+file descriptor. A received frame names descriptor (ZMQ_SRCFD) and routing id, so the two can be
+joined.
 
-A descriptor is used again as soon as it is closed. What keeps old and new apart is the order in
-which ZeroMQ's I/O thread writes: the end of the old connection and the start of the new one are in
-the monitor before the first frame of the new one is in the socket. So a batch of frames is read
-first, then the monitor is drained (`closed`), and only then are the frames looked at (`opened`).
+A descriptor is used again as soon as it is closed. The order in which ZeroMQ's I/O thread writes
+tells the old connection from the new one: the end of the old and the start of the new are in the
+monitor before the first frame of the new is in the socket. So a batch of frames is read first, then
+the monitor is drained (`closed`), and only then are the frames looked at (`opened`).
 
-Last frames of the old connection may be read after the first of the new one, since a ROUTER reads
-its connections in turns. They are told by their routing ids, which it numbers in order.
+A ROUTER reads its connections in turns. So the last frames of the old connection may be read after
+the first frame of the new one. Their routing ids tell them apart: a ROUTER numbers them in order.
 """
 
 from __future__ import annotations
@@ -65,15 +66,16 @@ class Connections:
         if other != routing_id:
             if not _is_newer(routing_id, other):
                 return False
-            self._replaced.append(other)  # it ended before its first frame was looked at
+            self._replaced.append(other)  # `other` ended before its first frame was looked at
         self._routing_id[descriptor] = routing_id
         return True
 
     def cut(self, routing_id: bytes) -> None:
-        """Ends a connection, and with it what ZeroMQ holds for its peer; `closed` will tell of it.
+        """Ends a connection, and drops the messages that ZeroMQ holds for its peer. The next
+        `closed` returns its routing id.
 
-        The descriptor is known as of the last `closed`. Should ZeroMQ have closed it in this very
-        moment and given it to a new connection, that one is ended: its peer connects again.
+        Since the last `closed`, ZeroMQ may have closed the descriptor and given it to a new
+        connection. Then the new connection is ended, and its peer connects again.
         """
         for descriptor, other in self._routing_id.items():
             if other == routing_id:
@@ -85,8 +87,8 @@ class Connections:
 def _is_newer(routing_id: bytes, other: bytes) -> bool:
     """Whether a connection was made after another one.
 
-    A ROUTER's own ids are a zero byte and a big-endian counter that wraps around. An id that a
-    peer has chosen says nothing of its age, and gives way to one that does.
+    A ROUTER's own ids are a zero byte and a big-endian counter that wraps around. An id that a peer
+    has chosen tells nothing about its age, so a ROUTER's own id counts as newer.
     """
     if not _is_numbered(routing_id):
         return not _is_numbered(other)

@@ -1,5 +1,5 @@
-"""The ZeroMQ sockets under the links: they know connections and frames, and not who is at the other
-end. Nothing here blocks.
+"""The ZeroMQ sockets under the links. They know connections and frames, but not peers. No call
+blocks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 # Messages that one wake-up reads from one link at most, so that no link starves another.
 BATCH = 256
 HIGH_WATER_MARK = 4096
-# A peer that is stopped, or whose cable is pulled, is noticed after this long. A busy one is not
-# taken for it: ZeroMQ's own thread answers.
+# A peer that is stopped, or whose cable is pulled, is noticed after this time. A busy peer is not,
+# since ZeroMQ's own thread answers heartbeats.
 ZMTP_HEARTBEAT_MS = 1000
 ZMTP_TIMEOUT_MS = 5000
 # How soon a connection is tried anew at first, and at the latest.
@@ -40,7 +40,7 @@ class Dealer:
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         self._socket = context.socket(zmq.DEALER)
         _set_options(self._socket)
-        # Messages wait with their sender, where they are merged, and not in a pipe without a peer.
+        # Without a connection, messages wait with their sender, which merges them.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         first, longest = RECONNECT_MS
         self._socket.setsockopt(zmq.RECONNECT_IVL, first)
@@ -62,8 +62,8 @@ class Dealer:
         return frames
 
     def changes(self) -> list[bool]:
-        """Whether the connection was made or lost, each time that it was since the last call. To be
-        called after `read`: the frames came before."""
+        """The changes since the last call: True if the connection was made, False if it was lost.
+        Call this after `read`, whose frames came before the changes."""
         changes: list[bool] = []
         while readable(self._monitor):
             event = parse_monitor_message(self._monitor.recv_multipart())
@@ -107,8 +107,8 @@ class Router:
             raise
 
     def read(self) -> tuple[list[bytes], list[tuple[bytes, memoryview]]]:
-        """The routing ids of connections that have ended, and the frames that came with theirs, the
-        last ones of those connections among them; at most a batch."""
+        """The routing ids of connections that have ended; and at most a batch of frames, each after
+        its routing id. The last frames of the ended connections are among them."""
         batch = _read_batch(self._socket)
         ended = self._connections.closed()
         frames: list[tuple[bytes, memoryview]] = []

@@ -27,7 +27,7 @@ class DetokenizerLoop:
         )
 
     def step(self, now: float) -> float | None:
-        """Sends what is new. Of what cannot be sent nothing is kept but the offset reached."""
+        """Sends all new output. Output that cannot be sent now is sent later, merged."""
         if self._ingress.peer is None:
             return None
         while frame := self._core.frame():

@@ -19,14 +19,14 @@ from nanovllm.messages import (
 from nanovllm.services.detokenizer.decoding import TOKEN_BYTES, Decoding
 from nanovllm.vocabulary import Vocabulary
 
-# Outputs in one frame at most: after a reconnection each may hold a whole output.
+# A frame holds so many outputs at most: after a reconnection each is sent from its start.
 OUTPUTS_A_FRAME = 512
 
 
 class Detokenizer:
-    """Every output known, by uid.
+    """All outputs, by uid.
 
-    What arrives twice is cut; what belongs to an older attempt, or leaves a gap, is dropped.
+    Tokens that arrive twice are cut. Tokens of an older attempt, or after a gap, are dropped.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -52,24 +52,24 @@ class Detokenizer:
                 self._unsent.pop(message.uid, None)
 
     def scheduler_up(self) -> None:
-        """A connection to the scheduler was made: it begins anew all that is decoded here. What it
-        ended, or gave to another, while there was none must not stay."""
+        """A connection to the scheduler was made. The scheduler begins its sequences anew. Since
+        the last connection it may have ended some, or given some to another detokenizer."""
         self._outputs.clear()
         self._unsent.clear()
 
     def ingress_up(self) -> None:
-        """A connection to the ingress was made: what it was sent may be lost."""
+        """A connection to the ingress was made. Output that was sent before may be lost."""
         for uid, output in self._outputs.items():
             output.rewind()
             self._note(uid, output)
 
     def frame(self) -> list[Decoded]:
-        """The next frame for the ingress: all that is new of each output. Empty when all was sent;
-        `sent` was sent."""
+        """The next frame for the ingress: the new part of each output. Empty if all was sent. Call
+        `sent` once the frame is sent."""
         return [output.decoded() for output in islice(self._unsent.values(), OUTPUTS_A_FRAME)]
 
     def sent(self, frame: list[Decoded]) -> None:
-        """`frame`, made since the last message was taken, was sent."""
+        """`frame` was sent. No message has been taken since it was made."""
         for decoded in frame:
             self._unsent.pop(decoded.uid).sent(decoded)
 

@@ -13,11 +13,8 @@ TOKEN_BYTES = 4  # an int32
 class Decoding:
     """The output of one attempt, decoded so far, and how much of it was sent.
 
-    All of it is kept until the request ends, to be sent again to an ingress that connects anew.
-
-    Attributes:
-        attempt: whose output this is.
-        count: output tokens held; tokens after the end of the output are not.
+    The whole output is kept until the request ends, so that it can be sent again to an ingress that
+    connects anew. Tokens after the end of the output are not kept.
     """
 
     def __init__(self, begin: Begin, vocabulary: Vocabulary) -> None:
@@ -26,9 +23,9 @@ class Decoding:
         self._decoder = TextDecoder(vocabulary.text)
         self._stops = StopFinder(begin.stop) if begin.stop else None
         self._tokens = bytearray()
-        self.count = 0
+        self.count = 0  # tokens in `_tokens`
         self._pieces: list[str] = []
-        # Those of the tokens from `_logprobs_from` on; earlier ones have been delivered.
+        # Logprobs of the tokens from `_logprobs_from` on. An earlier attempt has sent the others.
         self._logprobs: list[TokenLogprobs] = []
         self._logprobs_from = 0
         self._reason: FinishReason | None = None
@@ -36,10 +33,10 @@ class Decoding:
 
         resumed = min(begin.resumed, len(begin.output) // TOKEN_BYTES)
         known = begin.output[: resumed * TOKEN_BYTES]
-        for place, token_id in enumerate(unpack(known).tolist()):
+        for i, token_id in enumerate(unpack(known).tolist()):
             if not self.ended:
-                self.push(token_id, known[place * TOKEN_BYTES : (place + 1) * TOKEN_BYTES])
-        # All resumed tokens count as output, also where a stop string in them ended it.
+                self.push(token_id, known[i * TOKEN_BYTES : (i + 1) * TOKEN_BYTES])
+        # All resumed tokens count as output, even if a stop string in them ended the output.
         self._tokens[:] = known
         self.count = resumed
         self._resumed = resumed
@@ -54,31 +51,33 @@ class Decoding:
 
     @property
     def unsent(self) -> bool:
-        """Whether there is something that was not sent, if the end was not."""
+        """Whether there is output, or an end, to send. An end that was sent counts too."""
         return self.ended or self.count > self._sent_tokens
 
     def update(self, begin: Begin) -> None:
-        """What the scheduler has of this attempt: it may be more than is held, or less."""
+        """Adds the tokens that the scheduler has and this output lacks, if there are any."""
         self._prompt_tokens = begin.prompt_tokens
         self._cached_tokens = begin.cached_tokens
         held = self.count
         raw = begin.output[held * TOKEN_BYTES :]
         without_logprobs = len(begin.output) // TOKEN_BYTES - len(begin.token_logprobs)
-        for place, token_id in enumerate(unpack(raw).tolist()):
+        for i, token_id in enumerate(unpack(raw).tolist()):
             if self.ended:
                 return
-            of_token = held + place - without_logprobs
+            row = held + i - without_logprobs
             self.push(
                 token_id,
-                raw[place * TOKEN_BYTES : (place + 1) * TOKEN_BYTES],
-                begin.token_logprobs[of_token] if of_token >= 0 else None,
+                raw[i * TOKEN_BYTES : (i + 1) * TOKEN_BYTES],
+                begin.token_logprobs[row] if row >= 0 else None,
             )
         self._end_if_complete()
 
     def push(self, token_id: int, raw: bytes, logprobs: TokenLogprobs | None = None) -> None:
-        """The next token of an output that has not ended, also as its four bytes.
+        """Adds the next token to an output that has not ended.
 
-        Once a token comes with logprobs, all later ones do.
+        Args:
+            raw: the token as an int32.
+            logprobs: once a token has logprobs, all later tokens have them.
         """
         if logprobs is not None:
             if not self._logprobs:
@@ -100,7 +99,7 @@ class Decoding:
         self._end_if_complete()
 
     def decoded(self) -> Decoded:
-        """All that was not sent yet."""
+        """All output that was not sent yet."""
         start = self._sent_tokens
         logprobs: list[TokenLogprobs] = []
         if self._logprobs:
@@ -118,13 +117,13 @@ class Decoding:
         )
 
     def sent(self, decoded: Decoded) -> None:
-        """`decoded`, made of what is held now, was sent."""
+        """`decoded` was sent. No token has been added since it was made."""
         self._sent_tokens = self.count
         self._sent_pieces = len(self._pieces)
         self._sent_chars += len(decoded.text)
 
     def rewind(self) -> None:
-        """What was sent may be lost: all but the client's own tokens is to be sent again."""
+        """Sent output may be lost: all output after the resumed tokens is to be sent again."""
         self._sent_tokens = self._resumed
         self._sent_pieces = 0
         self._sent_chars = self._resumed_chars
