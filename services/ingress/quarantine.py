@@ -80,7 +80,8 @@ class Quarantine:
             self.suspects.forget(request.uid)
         elif not self.suspects.got_to(request.uid, request.output.num_tokens):
             return
-        self._isolate()
+        if request is self._queue.only:  # of any other, nothing follows for whoever runs alone
+            self._isolate()
 
     def _suspect(self, peer: Peer, in_hand: InHand) -> None:
         """A service died by itself, and had these requests in hand."""

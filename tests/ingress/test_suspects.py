@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,16 @@ from nanovllm.services.ingress.suspects import (
     Suspects,
 )
 from nanovllm.transport.links import Peer
-from tests.ingress.harness import INCARNATION, READY, SCHEDULER, TOKENIZER, World, decoded
+from tests.ingress.harness import (
+    CLIENT,
+    INCARNATION,
+    OTHER,
+    READY,
+    SCHEDULER,
+    TOKENIZER,
+    World,
+    decoded,
+)
 
 Guilt = Literal["", "tokenizer", "scheduler", "gpu_worker", "gpu_worker, late", "detokenizer"]
 GUILTS: tuple[Guilt, ...] = (
@@ -242,6 +252,30 @@ def test_a_suspect_that_is_over_holds_nobody_back() -> None:
     assert [submit.uid for submit in world.submits()] == [first.uid], "it is the other's turn"
     world.abort("a")
     assert [submit.uid for submit in world.submits()] == [second.uid + 1], "all go on"
+
+
+def test_suspects_that_go_at_once_are_not_ranked_anew_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With thousands the ingress would stand still until it is taken for hung."""
+    world = World()
+    world.start(*(f"{number}" for number in range(30)))
+    for incarnation in range(1, DEATHS + 1):
+        lost = Lost("gpu_worker", 0, incarnation, pack_int64(world.core.engine.given), alone=False)
+        world.core.from_scheduler(SCHEDULER, lost)
+        world.core.quarantine.crashed(Peer("gpu_worker", 0, incarnation))
+    ranked = 0
+
+    def count(suspects: Suspects, rank: Callable[[Suspects], int | None] = Suspects.next) -> object:
+        nonlocal ranked
+        ranked += 1
+        return rank(suspects)
+
+    monkeypatch.setattr(Suspects, "next", count)
+    world.core.closed(CLIENT)
+    assert ranked == 1, "only when the one that ran alone has gone"
+    assert world.core.quarantine.suspects.records == {}
+    assert len(world.start("later", client=OTHER)) == 1
 
 
 def test_a_death_counts_as_alone_only_if_the_scheduler_can_have_had_no_other() -> None:
