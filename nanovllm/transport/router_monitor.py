@@ -10,7 +10,8 @@ monitor before the first frame of the new is in the socket. So a batch of frames
 the monitor is drained (`closed`), and only then are the frames looked at (`opened`).
 
 A ROUTER reads its connections in turns. So the last frames of the old connection may be read after
-the first frame of the new one. Their routing ids tell them apart: a ROUTER numbers them in order.
+the first frame of the new one; or before it, if the new peer says nothing for a while. Their routing
+ids tell them apart: a ROUTER numbers them in order.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Connections:
         self.monitor = router.get_monitor_socket(WATCHED_EVENTS)
         self._live: set[int] = set()
         self._routing_id: dict[int, bytes] = {}
+        # Of the latest connection of each descriptor that has ended.
+        self._ended: dict[int, bytes] = {}
         self._replaced: list[bytes] = []
 
     def closed(self) -> list[bytes]:
@@ -55,12 +58,16 @@ class Connections:
                 routing_id = self._routing_id.pop(descriptor, None)
                 if routing_id is not None:
                     gone.append(routing_id)
+                    self._ended[descriptor] = routing_id
         return gone
 
     def opened(self, routing_id: bytes, frame: zmq.Frame) -> bool:
         """Notes that `frame` came from `routing_id`; False if that connection has ended since."""
         descriptor = frame.get(_SRCFD)
         if not isinstance(descriptor, int) or descriptor not in self._live:
+            return False
+        ended = self._ended.get(descriptor)
+        if ended is not None and _is_numbered(routing_id) and not _is_newer(routing_id, ended):
             return False
         other = self._routing_id.get(descriptor, routing_id)
         if other != routing_id:
@@ -95,7 +102,7 @@ def _is_newer(routing_id: bytes, other: bytes) -> bool:
     if not _is_numbered(other):
         return True
     ahead = (int.from_bytes(routing_id, "big") - int.from_bytes(other, "big")) % 2**32
-    return ahead < 2**31
+    return 0 < ahead < 2**31
 
 
 def _is_numbered(routing_id: bytes) -> bool:

@@ -15,7 +15,7 @@ from zmq import zmq_poll
 from nanovllm.messages import GroupReady, Reset, SchedulerToWorker, WorkerToScheduler
 from nanovllm.transport.endpoints import EndpointTaken
 from nanovllm.transport.links import BoundLink, ConnectedLink, Down, Peer, Received, Up
-from nanovllm.transport.sockets import Router
+from nanovllm.transport.sockets import BATCH, Router
 from tests.readers import free_tcp_endpoint
 
 SCHEDULER = Peer("scheduler", 0, 101)
@@ -152,6 +152,51 @@ def test_a_reborn_connector_replaces_its_former_incarnation(
     seen, _ = events_until(has(Up), binder, new)
     assert seen == [Down(WORKER), Up(reborn, reborn=True)]
     assert binder.peers == [reborn]
+
+
+def test_late_frames_of_a_former_connection_do_not_end_the_present_one(
+    context: zmq.Context[Any], endpoint: str
+) -> None:
+    """More than a batch of them, a hello last; and a third peer, which has their descriptor, has
+    said nothing yet."""
+    binder = bound(context, endpoint)
+
+    def connect(*frames: bytes) -> zmq.Socket[bytes]:
+        dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        dealer.connect(endpoint)
+        assert zmq_poll([(monitor, zmq.POLLIN)], int(TIMEOUT_S * 1000))
+        dealer.disable_monitor()
+        for frame in frames:
+            dealer.send(frame)
+        return dealer
+
+    def hello(connection: int) -> bytes:
+        return HEADER.pack(0, WORKER.incarnation, connection) + b"\x94\xa5hello\xaagpu_worker\0\x01"
+
+    def ready(connection: int) -> bytes:
+        header = HEADER.pack(SCHEDULER.incarnation, WORKER.incarnation, connection)
+        return header + b"\x91\x93\xabgroup_ready\x01\x04"
+
+    first = connect(hello(1))
+    events_until(has(Up), binder)
+    for frame in [*[ready(1)] * (3 * BATCH), hello(1)]:
+        first.send(frame)
+    first.close(linger=int(TIMEOUT_S * 1000))
+    # The end of the connection is told when all its frames are in the ROUTER.
+    assert zmq_poll([(binder.sockets[-1], zmq.POLLIN)], int(TIMEOUT_S * 1000))
+    silent = connect()
+    second = connect(hello(2))
+    seen = events_until(has(Up), binder)[0]
+    for _ in range(10):
+        second.send(ready(2))
+        seen += events_until(has(Received), binder)[0]
+    assert [event for event in seen if not isinstance(event, Received)] == [
+        Down(WORKER),
+        Up(WORKER, reborn=False),
+    ]
+    assert binder.send(WORKER, [Reset(1)])
+    silent.close()
 
 
 def test_what_comes_before_a_hello_or_for_another_incarnation_is_dropped(

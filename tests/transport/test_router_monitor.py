@@ -74,6 +74,19 @@ def test_late_frames_of_the_old_connection_do_not_end_the_new_one(
     assert not connections.opened(new, FRAME)
 
 
+def test_late_frames_of_the_old_connection_while_the_new_one_says_nothing(router: Router) -> None:
+    old, new = numbered(2**32 - 1), numbered(2**32)
+    connections = Connections(cast(Any, router))
+    router.tell(ACCEPTED)
+    connections.closed()
+    assert connections.opened(old, FRAME)
+    router.tell(DISCONNECTED, ACCEPTED)
+    assert connections.closed() == [old]
+    assert not connections.opened(old, FRAME)
+    assert connections.opened(new, FRAME)
+    assert connections.closed() == []
+
+
 def test_an_old_connection_that_was_never_heard_of(router: Router) -> None:
     old, new = numbered(1), numbered(2)
     for order in ((old, new), (new, old)):
@@ -99,3 +112,6 @@ def test_an_id_that_a_peer_has_chosen_disturbs_nobody(router: Router) -> None:
     assert connections.opened(numbered(3), FRAME)
     assert not connections.opened(b"mine", FRAME)
     assert connections.closed() == []
+    router.tell(DISCONNECTED, ACCEPTED)
+    assert connections.closed() == [numbered(3)]
+    assert connections.opened(b"mine", FRAME)
