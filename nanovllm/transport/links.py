@@ -60,10 +60,9 @@ class Peer(msgspec.Struct, frozen=True):
 
 
 class Up(NamedTuple):
-    """A connection to the peer was made. `reborn`: this incarnation was not seen before."""
+    """A connection to the peer was made: to another incarnation than before, or the same one."""
 
     peer: Peer
-    reborn: bool
 
 
 class Down(NamedTuple):
@@ -152,7 +151,6 @@ class ConnectedLink(Generic[M]):
         self._codec = _Codec(inbound)
         self._connection = 0
         self._connected = False
-        self._known = 0
         self.peer: Peer | None = None
         self._dealer = Dealer(context, connectable(endpoint))
 
@@ -224,8 +222,7 @@ class ConnectedLink(Generic[M]):
         if self.peer is not None and self.peer.incarnation == sender:
             return  # the answer to a heartbeat
         self.peer = Peer(welcome.role, welcome.index, sender)
-        events.append(Up(self.peer, reborn=sender != self._known))
-        self._known = sender
+        events.append(Up(self.peer))
 
 
 class BoundLink(Generic[M]):
@@ -248,7 +245,6 @@ class BoundLink(Generic[M]):
         self._codec = _Codec(inbound)
         self._peers: dict[bytes, Peer] = {}
         self._routes: dict[Peer, _Route] = {}
-        self._known: dict[tuple[str, int], int] = {}
         self.pids: dict[Peer, int] = {}
         self._router = Router(context, endpoint)
 
@@ -322,8 +318,7 @@ class BoundLink(Generic[M]):
             self._peers[route.routing_id] = peer
             self._routes[peer] = route
             self.pids[peer] = hello.pid
-            events.append(Up(peer, reborn=self._known.get(service) != incarnation))
-            self._known[service] = incarnation
+            events.append(Up(peer))
         self._send(route, _TO_ANYONE, _Welcome(self._me.role, self._me.index))
 
     def _drop(self, routing_id: bytes, events: list[Event[M]]) -> None:

@@ -100,6 +100,7 @@ class Leader:
         self._service = service
         self._runner = runner
         self._dialogue = Dialogue(service.settings.pipeline_depth)
+        self._served: Peer | None = None  # the latest incarnation of the scheduler
         self._loaded: Loaded | None = None
         self._port: int | None = None
         self._next_announcement = 0.0
@@ -153,11 +154,12 @@ class Leader:
 
     def _on_scheduler(self, event: Event[SchedulerToWorker]) -> None:
         match event:
-            case Up(reborn=True):
-                self._dialogue.reborn()
-                self._next_announcement = 0.0
-            case Up():
-                self._dialogue.reconnected()
+            case Up(peer=peer):
+                if peer == self._served:
+                    self._dialogue.reconnected()
+                else:
+                    self._dialogue.reborn()
+                self._served = peer
                 self._next_announcement = 0.0
             case Received(message=Reset(number=number) as reset):
                 if self._dialogue.accepts_reset(number):

@@ -78,8 +78,8 @@ def test_each_side_learns_of_the_other_and_messages_pass(
     binder, connector = bound(context, endpoint), connected(context, endpoint)
     assert not connector.send([GroupReady(1, 4)]), "nobody has welcomed it yet"
     up, at_binder = events_until(has(Up), connector, binder)
-    assert up == [Up(SCHEDULER, reborn=True)]
-    assert at_binder == [Up(WORKER, reborn=True)]
+    assert up == [Up(SCHEDULER)]
+    assert at_binder == [Up(WORKER)]
     assert connector.send([GroupReady(1, 4), GroupReady(2, 4)])
     got, _ = events_until(lambda events: len(events) == 2, binder, connector)
     assert [event.message for event in got] == [GroupReady(1, 4), GroupReady(2, 4)]
@@ -134,8 +134,8 @@ def test_a_reborn_binder_is_told_apart_and_gets_nothing_meant_for_the_old(
     )
     reborn = bound(context, endpoint, Peer("scheduler", 0, 103))
     up, at_binder = events_until(has(Up), connector, reborn)
-    assert up == [Up(Peer("scheduler", 0, 103), reborn=True)]
-    assert at_binder == [Up(WORKER, reborn=True)]
+    assert up == [Up(Peer("scheduler", 0, 103))]
+    assert at_binder == [Up(WORKER)]
     connector.send([GroupReady(3, 4)])
     got, _ = events_until(has(Received), reborn, connector)
     assert [event.message for event in got] == [GroupReady(3, 4)]
@@ -150,7 +150,7 @@ def test_a_reborn_connector_replaces_its_former_incarnation(
     reborn = Peer("gpu_worker", 0, 203)
     new = connected(context, endpoint, reborn)
     seen, _ = events_until(has(Up), binder, new)
-    assert seen == [Down(WORKER), Up(reborn, reborn=True)]
+    assert seen == [Down(WORKER), Up(reborn)]
     assert binder.peers == [reborn]
 
 
@@ -193,10 +193,33 @@ def test_late_frames_of_a_former_connection_do_not_end_the_present_one(
         seen += events_until(has(Received), binder)[0]
     assert [event for event in seen if not isinstance(event, Received)] == [
         Down(WORKER),
-        Up(WORKER, reborn=False),
+        Up(WORKER),
     ]
     assert binder.send(WORKER, [Reset(1)])
     silent.close()
+
+
+def entries(thing: object) -> int:
+    """How many entries the containers in `thing` have, and those of the project's objects in it."""
+    total = 0
+    for value in vars(thing).values():
+        if isinstance(value, dict | list | set):
+            total += len(value)
+        elif type(value).__module__.startswith("nanovllm"):
+            total += entries(value) if hasattr(value, "__dict__") else 0
+    return total
+
+
+def test_peers_that_are_gone_leave_nothing(context: zmq.Context[Any], endpoint: str) -> None:
+    """As commands are, each with an index of its own."""
+    binder = bound(context, endpoint)
+    before = entries(binder)
+    for number in range(20):
+        command = connected(context, endpoint, Peer("command", number, number + 1))
+        events_until(has(Up), command, binder)
+        command.close()
+        events_until(has(Down), binder)
+    assert entries(binder) == before
 
 
 def test_what_comes_before_a_hello_or_for_another_incarnation_is_dropped(
@@ -255,7 +278,7 @@ def test_what_is_bound_on_every_interface_is_connected_to(
     endpoint = free_tcp_endpoint().replace("127.0.0.1", "*")
     binder, connector = bound(context, endpoint), connected(context, endpoint)
     up, _ = events_until(has(Up), connector, binder)
-    assert up == [Up(SCHEDULER, reborn=True)]
+    assert up == [Up(SCHEDULER)]
 
 
 def test_a_taken_port_is_named(context: zmq.Context[Any]) -> None:
