@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from nanovllm.kernels.sampling import reference
 from nanovllm.kernels.sampling.reference import SamplingTensors
@@ -73,6 +74,20 @@ def run_ranks(target: Callable[..., None], ranks: int, *args: object) -> None:
     finally:
         for process in processes:
             process.kill()
+
+
+@pytest.mark.filterwarnings("error")
+def test_collectives_warn_of_nothing() -> None:
+    """What torch has to say to programmers would stand in users' logs."""
+    tp = TensorParallel.connect(0, 1, HashStore(), CPU)
+    x = torch.arange(6.0).reshape(2, 3)
+    try:
+        assert torch.equal(tp.all_gather(x), x)
+        assert torch.equal(tp.all_reduce(x.clone()), x)
+        assert torch.equal(tp.all_to_all(x[None]), x[None])
+        assert tp.minimum(7, CPU) == 7
+    finally:
+        tp.close()
 
 
 @pytest.mark.parametrize("size", SIZES)

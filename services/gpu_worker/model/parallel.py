@@ -28,6 +28,9 @@ TIMEOUT = timedelta(minutes=30)
 # Of the first collective, which shows whether the GPUs can reach one another before weights are
 # loaded.
 FIRST_TIMEOUT = timedelta(minutes=2)
+# From torch 2.13 on all_gather_into_tensor is called so, and the old name warns.
+_NEW_NAME = "all_gather_single"
+_all_gather = getattr(dist, _NEW_NAME if hasattr(dist, _NEW_NAME) else "all_gather_into_tensor")
 
 
 def listen_for_ranks() -> TCPStore:
@@ -112,7 +115,7 @@ class TensorParallel:
             return x
         rows, columns = x.shape
         parts = x.new_empty(self.size * rows, columns)
-        _together(dist.all_gather_into_tensor, parts, x.contiguous(), group=self.group)
+        _together(_all_gather, parts, x.contiguous(), group=self.group)
         return parts.view(self.size, rows, columns).transpose(0, 1).flatten(1)
 
     def all_to_all(self, x: Tensor) -> Tensor:
