@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
+from nanovllm.file_lock import hold, release
 from nanovllm.settings import SettingsError, SocketName
 
 LOCK = "launch.lock"
@@ -26,34 +26,39 @@ def runtime_dir(path: Path) -> Iterator[None]:
             cannot be used.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.stat()
-        if found.st_uid != os.getuid():
-            raise SettingsError(f"--runtime-dir {path} belongs to another user; name another")
-        if found.st_mode & 0o077:
-            raise SettingsError(
-                f"--runtime-dir {path} is open to other users; name another, or chmod 700 it"
-            )
-        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise SettingsError(f"--runtime-dir {path} cannot be used: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
+        lock = _hold(path)
+    except BlockingIOError:
         raise SettingsError(
             f"--runtime-dir {path} is in use by another running pipeline; stop it or name another"
         ) from None
+    except OSError as error:
+        raise SettingsError(f"--runtime-dir {path} cannot be used: {error.strerror}") from None
     try:
         _clear(path)
         yield
     finally:
         _clear(path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path / LOCK)
-        os.close(lock)
+        release(path / LOCK, lock)
         with contextlib.suppress(OSError):  # not empty: other files are there
             path.rmdir()
+
+
+def _hold(path: Path) -> int:
+    while True:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            found = path.stat()
+            if found.st_uid != os.getuid():
+                raise SettingsError(f"--runtime-dir {path} belongs to another user; name another")
+            if found.st_mode & 0o077:
+                raise SettingsError(
+                    f"--runtime-dir {path} is open to other users; name another, or chmod 700 it"
+                )
+            return hold(path / LOCK)
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            # A pipeline that ends has just removed the directory.
 
 
 def _clear(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import socket
@@ -12,6 +11,8 @@ import stat
 from collections.abc import Callable
 
 import zmq
+
+from nanovllm import file_lock
 
 # sockaddr_un.sun_path, less its terminating zero.
 LONGEST_IPC_PATH = 107
@@ -81,8 +82,7 @@ def bind(endpoint: str, do_bind: Callable[[], object]) -> Callable[[], None]:
         if scheme == "ipc":
             if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
                 raise FileExistsError(errno.EEXIST, "a file that is no socket is there")
-            held = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = file_lock.hold(f"{path}.lock")
         do_bind()
     except (OSError, zmq.ZMQError) as error:
         if held is not None:
@@ -97,9 +97,8 @@ def bind(endpoint: str, do_bind: Callable[[], object]) -> Callable[[], None]:
 
     def release() -> None:
         if held is not None:
-            for leftover in (path, f"{path}.lock"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(leftover)
-            os.close(held)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            file_lock.release(f"{path}.lock", held)
 
     return release
