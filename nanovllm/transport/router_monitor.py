@@ -10,8 +10,8 @@ monitor before the first frame of the new is in the socket. So a batch of frames
 the monitor is drained (`closed`), and only then are the frames looked at (`opened`).
 
 A ROUTER reads its connections in turns. So the last frames of the old connection may be read after
-the first frame of the new one; or before it, if the new peer says nothing for a while. Their routing
-ids tell them apart: a ROUTER numbers them in order.
+the first frame of the new one; or before it, if the new peer says nothing for a while. Their
+routing ids tell them apart: a ROUTER numbers them in order.
 """
 
 from __future__ import annotations

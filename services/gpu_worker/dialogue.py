@@ -61,10 +61,15 @@ class Dialogue:
         return True
 
     def accepts_plan(self, number: int) -> bool:
-        """Whether to run this plan now: only if it is the next one. A copy is refused silently."""
-        if self.phase is not DialoguePhase.SERVING or number > self._next:
+        """Whether to run this plan now: only if it is the next one. A copy is refused silently.
+
+        Raises ValueError if an earlier plan is missing: its result would be waited for for ever.
+        """
+        if self.phase is not DialoguePhase.SERVING:
             log.warning("dropped plan %d while %s", number, self._state())
             return False
+        if number > self._next:
+            raise ValueError(f"plan {number} came, and not plan {self._next}")
         if number < self._next:
             return False
         self._next += 1

@@ -163,7 +163,8 @@ class Scheduler:
     def result(self, peer: Peer, result: StepResult) -> None:
         """Commits a step: adds its tokens to their sequences, and ends sequences.
 
-        Raises ValueError if the result does not have one token for each row of its plan.
+        Raises ValueError if the result does not have one token for each row of its plan, or is not
+        the next result.
         """
         if peer != self.group.peer or (step := self.group.commit(result)) is None:
             return

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 
 from nanovllm.messages import Reset, SchedulerToWorker, StepResult
 from nanovllm.services.scheduler.steps import Step
 from nanovllm.transport.links import Peer
-
-log = logging.getLogger(__name__)
 
 
 class WorkerGroup:
@@ -78,16 +75,18 @@ class WorkerGroup:
         self._unsent += 1
 
     def commit(self, result: StepResult) -> Step | None:
-        """The step of this result; None if the result was known already."""
-        if not self._in_flight or result.number < self._in_flight[0].plan.number:
+        """The step of this result; None if the result was known already.
+
+        Raises ValueError if it is not the next result: a missing one would be awaited for ever.
+        """
+        first = self.next_number - len(self._in_flight)
+        if result.number < first:
             return None
-        if result.number > self._in_flight[0].plan.number:
-            log.error(
-                "dropped the result of plan %d: that of plan %d is missing",
-                result.number,
-                self._in_flight[0].plan.number,
+        if result.number > first or not self._in_flight:
+            awaited = list(range(first, self.next_number))
+            raise ValueError(
+                f"the result of plan {result.number} came; next are those of {awaited}"
             )
-            return None
         self._heard = True
         step = self._in_flight.popleft()
         self._unsent = min(self._unsent, len(self._in_flight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,7 +32,8 @@ def test_plans_are_taken_once_and_in_order() -> None:
     dialogue = Dialogue(2)
     assert not dialogue.accepts_plan(0), "before a reset"
     assert dialogue.accepts_reset(7)
-    assert not dialogue.accepts_plan(8)
+    with pytest.raises(ValueError, match="plan 8 came, and not plan 7"):
+        dialogue.accepts_plan(8)
     assert dialogue.accepts_plan(7)
     assert not dialogue.accepts_plan(7)
     assert dialogue.accepts_plan(8)

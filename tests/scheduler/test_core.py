@@ -413,6 +413,17 @@ def test_a_result_of_the_wrong_size_is_an_error() -> None:
         world.result()
 
 
+@pytest.mark.parametrize("number", [1, 3, 9])
+def test_a_result_that_skips_another_is_an_error(number: int) -> None:
+    world = World(depth=3)
+    world.submit([1, 2, 3], max_tokens=20)
+    world.pump()
+    world.work()
+    world.worker.outbox[0].number = number
+    with pytest.raises(ValueError, match=rf"plan {number} came; .* \[0, 1, 2\]"):
+        world.result()
+
+
 # Detokenizers -------------------------------------------------------------------------------------
 
 

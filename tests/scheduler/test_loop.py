@@ -56,6 +56,18 @@ def neighbours() -> Iterator[Neighbours]:
         assert process.poll() is None, "it has ended by itself"
 
 
+def test_a_scheduler_that_misses_a_result_ends_to_be_started_again() -> None:
+    with Neighbours() as n:
+        process = n.start("scheduler")
+        n.worker.send(GroupReady(32, 4))
+        n.ingress.send(Held(b"", b""), submit(max_tokens=20))
+        first, second = n.worker.expect(StepPlan), n.worker.expect(StepPlan)
+        n.worker.send(answer(second, 10))
+        code, output = n.ended(process)
+    assert code == 1
+    assert f"the result of plan {second.number} came; next are those of [{first.number}, " in output
+
+
 def submit(uid: int = UID, max_tokens: int = 3) -> Submit:
     sampling = Sampling(max_tokens=max_tokens, stop_token_ids=[99], seed=1)
     return Submit(uid, 0, pack([1, 2, 3, 4, 5]), b"", 0, sampling, "")
