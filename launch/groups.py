@@ -6,6 +6,7 @@ No processes, sockets or clock. Times are seconds of one monotonic clock.
 from __future__ import annotations
 
 import enum
+import math
 import signal
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ MAX_FAILED_STARTS: Final = 5
 KILLS_BORNE_S: Final = 120.0
 # Between SIGTERM and SIGKILL.
 GRACE_S: Final = 3.0
-# The longest silence of a ready and of a starting service: services report once a second, but a
-# start imports and reads files.
+# The longest silence of a service, which reports once a second: of one that is ready, of one that
+# starts, and of one that starts and is connected. While a library is loaded, torch's gigabytes
+# from a cold disk above all, the interpreter stands still, and only ZeroMQ's thread answers.
 LIVENESS_S: Final = 10.0
 START_LIVENESS_S: Final = 60.0
+CONNECTED_START_LIVENESS_S: Final = 600.0
 # The longest time that work may wait without progress.
 PROGRESS_S: Final = 120.0
 
@@ -119,6 +122,14 @@ def by_itself(code: int) -> bool:
     return (code > 0 and code != EXIT_FOLLOWED) or code in _CRASHES
 
 
+def longest_silence_s(service: ServiceId, ready: bool, connected: bool) -> float:
+    """How long `service` may be silent. The loop of a tokenizer is silent while it encodes a long
+    prompt: a tokenizer whose connection stands has but the clock of its progress."""
+    if ready:
+        return math.inf if connected and service.role == "tokenizer" else LIVENESS_S
+    return CONNECTED_START_LIVENESS_S if connected else START_LIVENESS_S
+
+
 class _Watch:
     """When one incarnation of a service last gave a sign, and last made progress."""
 
@@ -132,12 +143,10 @@ class _Watch:
             self.progress_at = now
         self.work = work
 
-    def hung(self, ready: bool, answers: bool, now: float) -> str | None:
-        """Why the service counts as hung; None if it does not. A service that `answers` to
-        heartbeats may be silent for as long as its work takes."""
-        limit = LIVENESS_S if ready else START_LIVENESS_S
-        if now - self.sign_at >= limit and not (ready and answers):
-            return f"it has given no sign for {limit:g} s"
+    def hung(self, ready: bool, silence_s: float, now: float) -> str | None:
+        """Why the service counts as hung; None if it does not. It may be silent for `silence_s`."""
+        if now - self.sign_at >= silence_s:
+            return f"it has given no sign for {silence_s:g} s"
         if ready and now - self.progress_at >= PROGRESS_S:
             return f"it has work in hand, and nothing was done for {PROGRESS_S:g} s"
         return None
@@ -187,11 +196,11 @@ class Group:
             return self._start_at
         return self._kill_at if self.phase is Phase.ENDING else None
 
-    def due(self, now: float, answering: Set[ServiceId]) -> list[Action]:
+    def due(self, now: float, connected: Set[ServiceId]) -> list[Action]:
         if self.phase is Phase.WAITING and now >= self._start_at:
             self._start(now)
         elif self.phase is Phase.RUNNING:
-            self._end_if_hung(now, answering)
+            self._end_if_hung(now, connected)
         if self.phase is Phase.ENDING and self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
             self._actions += [
@@ -263,10 +272,11 @@ class Group:
         self._watches = {service: _Watch(now) for service in self.services}
         self._actions += map(Start, self.services)
 
-    def _end_if_hung(self, now: float, answering: Set[ServiceId]) -> None:
+    def _end_if_hung(self, now: float, connected: Set[ServiceId]) -> None:
         for service, watch in self._watches.items():
             ready = service not in self._not_ready
-            if (why := watch.hung(ready, service in answering, now)) is not None:
+            silence_s = longest_silence_s(service, ready, service in connected)
+            if (why := watch.hung(ready, silence_s, now)) is not None:
                 self._note_death(service, -signal.SIGKILL, True, now)
                 self.phase = Phase.ENDING
                 self._actions += [

@@ -63,15 +63,15 @@ class Policy:
 
     # What there is to do --------------------------------------------------------------------------
 
-    def due(self, now: float, answering: Set[ServiceId] = frozenset()) -> list[Action]:
-        """What to do now, in order. A silent service among `answering` is busy, not hung."""
+    def due(self, now: float, connected: Set[ServiceId] = frozenset()) -> list[Action]:
+        """What to do now, in order. A silent service among `connected` may be busy, not hung."""
         pause, self._called_at = now - self._called_at, now
         if pause > LONGEST_PAUSE_S:
             for group in self.groups:
                 group.forgive(pause)
         actions = self._due_for_commands(now)
         for group in self.groups:
-            actions += group.due(now, answering)
+            actions += group.due(now, connected)
         self.groups = [group for group in self.groups if group.phase is not Phase.GONE]
         return actions
 

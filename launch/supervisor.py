@@ -130,7 +130,7 @@ class Supervisor:
                 self._on_event(event, now)
             self._on_signals(wakeup.caught(), now)
             self._look_after_processes(now)
-            for action in self._policy.due(now, self._answering()):
+            for action in self._policy.due(now, self._connected()):
                 self._do(action)
             self._show()
             if self._drain_until is not None and now >= self._drain_until:
@@ -271,10 +271,10 @@ class Supervisor:
             self._bar.close()
             self._announce()
 
-    def _answering(self) -> set[ServiceId]:
-        """The connected tokenizers. Their loop is silent while it encodes a long prompt, but the
-        I/O thread of ZeroMQ keeps up the connection."""
-        return {ServiceId(p.role, p.index) for p in self._control.peers if p.role == "tokenizer"}
+    def _connected(self) -> set[ServiceId]:
+        """The services whose connection stands: the I/O thread of ZeroMQ keeps it up, also while a
+        loop is silent."""
+        return {ServiceId(peer.role, peer.index) for peer in self._control.peers}
 
     def _statuses(self) -> list[ServiceStatus]:
         return [

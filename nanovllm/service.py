@@ -50,6 +50,7 @@ REASON_PREFIX = "CRITICAL cannot start: "
 # Exit code of a service that ends because another has ended.
 EXIT_FOLLOWED = 3
 OFF_STEP_PATH_NICENESS = 10
+GREETING_S = 2.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"
 
@@ -102,13 +103,27 @@ class Service:
         self._poller.register(readable, zmq.POLLIN)
         self._watchers.append(handler)
 
+    def greet(self) -> None:
+        """Waits until the supervisor knows this service, but not for long: there may be none.
+
+        Called before what may hold the interpreter for minutes: no hello is said meanwhile.
+        """
+        deadline = time.monotonic() + GREETING_S
+        while self._control.peer is None and (left := deadline - time.monotonic()) > 0:
+            sockets = [(socket, zmq.POLLIN) for socket in self._control.sockets]
+            zmq.zmq_poll(sockets, int(left * 1000) + 1)
+            for event in self._control.receive():
+                self._on_control(event)
+
     def loading(self, stage: LoadingStage, done: int, total: int) -> None:
         """Tells the supervisor that `done` of `total` are loaded; may be called before `run`, from
         the same thread."""
         self._announce(Loading(stage, done, total))
 
     def ready(self, detail: str = "") -> None:
-        """Tells the supervisor that the service can work."""
+        """Tells the supervisor that the service can work: what is imported and loaded stays, and no
+        garbage collection looks at it from now on."""
+        gc.freeze()
         log.info("ready%s", f": {detail}" if detail else "")
         self._announce(Ready(detail))
 
@@ -131,7 +146,6 @@ class Service:
             stats: called once a second; its result is reported to the supervisor.
         """
         self._stats = stats
-        gc.freeze()  # imported modules and loaded files stay: no collection need look at them
         wait: float | None = 0.0
         while True:
             until_beat = max(0.0, self._next_beat - time.monotonic())

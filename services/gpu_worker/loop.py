@@ -51,7 +51,7 @@ def _make_runner(service: Service) -> Runner:
 
         return SimRunner(settings, ordinary_tokens(service.directory, service.config.vocab_size))
     spin_briefly()
-    # Imported here, since torch takes three seconds and 200 MB, which a simulated device saves.
+    service.greet()  # then torch is imported
     from nanovllm.services.gpu_worker.torch_runner import TorchRunner
 
     return TorchRunner(service.directory, service.config, settings, service.me.index)
@@ -60,7 +60,7 @@ def _make_runner(service: Service) -> Runner:
 def spin_briefly() -> None:
     """Makes OpenMP's threads sleep after a short wait, unless the user's environment says how.
 
-    Call this before torch is imported: later it has no effect.
+    Call this before torch is imported, as a runner's thread does: later it has no effect.
 
     By default a thread of GNU's OpenMP spins for milliseconds before it sleeps. If other services
     need the cores, spinning threads take time from threads that have work, even from the thread

@@ -1,8 +1,9 @@
 """The runner of a real model, on a CPU or on CUDA.
 
-A device thread loads the model and runs steps, so that the loop is free for new plans, dead ranks
-and signals. On a CPU torch computes in the device thread, and releases the interpreter's lock. On
-CUDA the device thread only enqueues, and a results thread waits for each step.
+A device thread imports torch, loads the model and runs steps, so that the loop is free for new
+plans, dead ranks and signals, and says that the service lives: from a cold disk the import may take
+minutes. On a CPU torch computes in the device thread, and releases the interpreter's lock. On CUDA
+the device thread only enqueues, and a results thread waits for each step.
 """
 
 from __future__ import annotations
@@ -13,21 +14,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-
-import torch
+from typing import TYPE_CHECKING
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.control import LoadingStage
 from nanovllm.messages import StepPlan
-from nanovllm.services.gpu_worker import startup
-from nanovllm.services.gpu_worker.executor import Executor, PendingResult
-from nanovllm.services.gpu_worker.model.parallel import (
-    TensorParallel,
-    listen_for_ranks,
-    reach_rank_0,
-)
 from nanovllm.services.gpu_worker.runner import Listening, Progress, Report, ReportQueue
 from nanovllm.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanovllm.services.gpu_worker.executor import Executor, PendingResult
+    from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 
 PROGRESS_INTERVAL_S = 0.1
 
@@ -88,6 +87,8 @@ class TorchRunner:
         threading.Thread(target=guarded, name=name, daemon=True).start()
 
     def _execute(self) -> None:
+        from nanovllm.services.gpu_worker import startup
+
         device = startup.choose_device(self._settings, self._rank)
         executor, loaded = startup.load(
             self._directory,
@@ -111,6 +112,8 @@ class TorchRunner:
                 finish(executor.step(plan))
 
     def _finish_enqueued(self, device: torch.device) -> None:
+        import torch
+
         # The current device is a thread's own. A wait on another device than the current one would
         # take memory on the current one.
         torch.cuda.set_device(device)
@@ -127,6 +130,12 @@ class TorchRunner:
         self._report_queue.put(pending.result(round(busy * 1e6), round((now - self._start) * 1e6)))
 
     def _join_group(self, device: torch.device) -> TensorParallel:
+        from nanovllm.services.gpu_worker.model.parallel import (
+            TensorParallel,
+            listen_for_ranks,
+            reach_rank_0,
+        )
+
         size = self._settings.tensor_parallel_size
         if size == 1:
             return TensorParallel()

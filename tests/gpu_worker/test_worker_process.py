@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -109,6 +110,38 @@ def test_handshake_plans_results_and_a_link_made_anew(start: Callable[..., Group
     stats = group.supervisor.expect(Report, lambda report: steps(report) == 4).stats
     assert stats == WorkerStats(slots_used=1, in_flight=0, steps=4, busy_s=again.busy_us / 1e6)
     assert again.busy_us == 400
+
+
+# Holds the interpreter's lock, as the loading of a library does.
+NEVER_IMPORTED = "import ctypes; ctypes.PyDLL(None).pause()"
+
+
+def test_it_says_hello_before_it_imports_torch(
+    start: Callable[..., Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text(NEVER_IMPORTED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    group = start(device="cpu")
+    assert group.supervisor.expect(Up).peer.role == "gpu_worker"
+
+
+# Waits for the test, and leaves the interpreter's lock to others.
+IMPORTED_SLOWLY = "open(f'{__file__}.fifo').read(); raise ImportError('no torch here')"
+
+
+def test_it_reports_while_it_imports_torch(
+    start: Callable[..., Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text(IMPORTED_SLOWLY)
+    os.mkfifo(tmp_path / "torch.py.fifo")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    group = start(device="cpu")
+    group.supervisor.expect(Report)
+    group.supervisor.expect(Report)
+    (tmp_path / "torch.py.fifo").write_text("go on")
+    code, output = group.ended(group.ranks[0])
+    assert code == 1
+    assert "ImportError: no torch here" in output
 
 
 def test_it_ends_when_told_to(start: Callable[..., Group]) -> None:

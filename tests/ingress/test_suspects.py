@@ -261,7 +261,8 @@ def test_suspects_that_go_at_once_are_not_ranked_anew_for_each(
     world = World()
     world.start(*(f"{number}" for number in range(30)))
     for incarnation in range(1, DEATHS + 1):
-        lost = Lost("gpu_worker", 0, incarnation, pack_int64(world.core.engine.given), alone=False)
+        in_hand = InHand(list(world.core.engine.given), alone=False)
+        lost = Lost("gpu_worker", 0, incarnation, in_hand)
         world.core.from_scheduler(SCHEDULER, lost)
         world.core.quarantine.crashed(Peer("gpu_worker", 0, incarnation))
     ranked = 0

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.launch.groups import (
+    CONNECTED_START_LIVENESS_S,
     GRACE_S,
     LIVENESS_S,
     LONGEST_DELAY_S,
@@ -59,7 +60,7 @@ class World:
         self.starts: dict[ServiceId, list[float]] = {}
         self.silent: set[ServiceId] = set()
         self.busy: set[ServiceId] = set()
-        self.answering: set[ServiceId] = set()
+        self.connected: set[ServiceId] = set()
         self.killed: list[tuple[ServiceId, str]] = []
         self.given_up: GiveUp | None = None
         self.answered: list[Peer] = []
@@ -84,7 +85,7 @@ class World:
 
     def look(self) -> None:
         assert self.policy.wait_s(self.now) <= 1.0
-        for action in self.policy.due(self.now, self.answering):
+        for action in self.policy.due(self.now, self.connected):
             self.do(action)
 
     def end(self, service: ServiceId, code: int = KILLED) -> None:
@@ -271,18 +272,38 @@ def test_a_service_with_work_but_no_progress_is_killed_and_an_idle_one_is_not() 
     assert [service for service, _ in world.killed] == [TOKENIZERS[0]]
 
 
-def test_a_service_that_answers_may_be_silent_for_as_long_as_its_work_may_take() -> None:
+def test_a_connected_service_that_starts_may_import_for_minutes() -> None:
+    world = World(load_s=1e9)
+    world.run(3)
+    world.silent.update(RANKS)
+    world.connected.update(RANKS)
+    world.run(CONNECTED_START_LIVENESS_S - 1.5)
+    assert not world.killed
+    world.run(2.5)
+    assert {service for service, _ in world.killed} == set(RANKS)
+
+
+def test_only_a_tokenizer_may_be_silent_once_it_is_ready() -> None:
+    world = World()
+    world.run(3)
+    world.silent.add(SCHEDULER)
+    world.connected.update(SERVICES)
+    world.run(LIVENESS_S + 1)
+    assert [service for service, _ in world.killed] == [SCHEDULER]
+
+
+def test_a_tokenizer_that_answers_may_be_silent_for_as_long_as_its_work_may_take() -> None:
     world = World()
     world.run(3)
     world.silent.add(TOKENIZERS[0])
-    world.answering.add(TOKENIZERS[0])
+    world.connected.add(TOKENIZERS[0])
     world.run(PROGRESS_S - 4)
     assert not world.killed
-    world.answering.clear()
+    world.connected.clear()
     world.run(1)
     assert [service for service, _ in world.killed] == [TOKENIZERS[0]]
     world.silent.add(TOKENIZERS[0])
-    world.answering.add(TOKENIZERS[0])
+    world.connected.add(TOKENIZERS[0])
     world.run(PROGRESS_S + 2)
     assert len(world.killed) == 2
 
