@@ -65,15 +65,6 @@ def test_depth_plans_are_in_flight() -> None:
     assert [decodes(plan) for plan in world.worker.plans] == [[], [0], [0]]
 
 
-def test_no_row_is_planned_past_max_tokens() -> None:
-    world = World(depth=4)
-    world.submit([1, 2, 3], max_tokens=3)
-    world.run()
-    assert len(world.worker.plans) == 4, "three tokens, and a plan that releases the slot"
-    assert world.core.stats().generated == 3
-    world.check_all_delivered()
-
-
 def test_decodes_come_first_and_bound_the_prefill_beside_them() -> None:
     world = World(depth=1, max_num_batched_tokens=16, max_prefill_tokens=6)
     world.submit([1, 2, 3], max_tokens=20)
@@ -208,19 +199,6 @@ def test_a_preempted_sequence_keeps_its_tokens_in_flight() -> None:
     world.check_all_delivered()
 
 
-def test_first_come_first_served_though_a_later_one_would_fit() -> None:
-    world = World(depth=1, num_blocks=8, block_size=4, max_model_len=32, max_num_seqs=4)
-    world.submit(range(20), max_tokens=5)
-    world.submit(range(100, 116), max_tokens=2)
-    world.submit([7], max_tokens=2)
-    world.pump()
-    world.work()
-    assert world.worker.admitted_seeds == [1], "the second lacks a block, the third waits for it"
-    world.run()
-    assert world.worker.admitted_seeds == [1, 2, 3]
-    world.check_all_delivered()
-
-
 def test_what_can_never_fit_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks hold eight tokens, and a ninth is sampled."""
     told: list[Message] = []
@@ -236,45 +214,6 @@ def test_what_can_never_fit_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Requests -----------------------------------------------------------------------------------------
-
-
-def test_a_copy_changes_nothing() -> None:
-    world = World()
-    request = world.submit([1, 2, 3])
-    world.pump()
-    world.submit_raw(request.submit)
-    world.run()
-    assert world.worker.admitted_seeds == [1]
-    world.check_all_delivered()
-
-
-def test_an_end_is_of_its_attempt_and_older_ones() -> None:
-    world = World()
-    request = world.submit([1, 2, 3], max_tokens=20)
-    for _ in range(3):
-        world.step()
-    world.submit_again(request, 2, request.expected[:1])
-    world.end(request, 1)
-    world.step()
-    assert world.core.stats().running == 1
-    world.end(request, 3)
-    world.run()
-    world.check_nothing_left()
-
-
-def test_held_ends_all_else_and_is_answered_what_is_missing() -> None:
-    world = World()
-    kept, replaced, forgotten = (world.submit([1, 2, n], max_tokens=20) for n in range(3))
-    world.step()
-    world.ingress_up({kept.submit.uid: 0, replaced.submit.uid: 1, 99: 4})
-    assert set(world.live) == {kept.submit.uid}
-    world.step()
-    assert world.missing == [{replaced.submit.uid: 1, 99: 4}]
-    world.ingress_up({kept.submit.uid: 0})
-    world.run()
-    assert len(world.missing) == 1, "nothing is missing any more"
-    world.check_all_delivered()
-    assert not world.tokens_of(forgotten)
 
 
 def test_deaths_are_told_on_the_next_connection_and_what_was_missing_is_not() -> None:
@@ -391,16 +330,6 @@ def test_a_new_group_computes_everything_again() -> None:
     assert world.core.stats().blocks_total == 32
     assert world.worker.admitted_seeds == [1, 2]
     world.check_all_delivered()
-
-
-def test_a_reset_that_was_lost_is_sent_again_with_its_plans() -> None:
-    world = World(depth=2)
-    request = world.submit([1, 2, 3])
-    world.pump()
-    world.worker.inbox.clear()
-    world.core.group_ready(world.worker_peer, world.worker.announcement())
-    world.run()
-    assert world.is_finished(request)
 
 
 def test_a_result_of_the_wrong_size_is_an_error() -> None:
