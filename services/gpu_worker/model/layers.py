@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.checkpoint import CheckpointError, ModelConfig, RopeConfig
+from nanovllm.checkpoint import CheckpointError, ModelConfig
+from nanovllm.checkpoint.rope import RopeConfig
 from nanovllm.kernels.layers.ops import LayerOps, Norm
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
 

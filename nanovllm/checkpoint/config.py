@@ -1,8 +1,4 @@
-"""What a Hugging Face checkpoint says of itself, read without torch.
-
-Every service needs some of it: the launcher to refuse what cannot run, the ingress for the
-vocabulary's size, the tokenizer for the end-of-sequence ids, the worker for the shapes.
-"""
+"""config.json: the model's shape, or why the model is not served."""
 
 from __future__ import annotations
 
@@ -11,36 +7,12 @@ from typing import Any
 
 import msgspec
 
-DEMO_CHECKPOINT = (Path(__file__).parent / "launch" / "demo" / "checkpoint").resolve()
+from nanovllm.checkpoint.errors import CheckpointError
+from nanovllm.checkpoint.rope import RopeConfig, read_rope
 
 FAMILIES: dict[str, int | None] = {"qwen2": None, "qwen3": 128}
 """The families of models that are served, by `model_type`, with each family's default `head_dim`;
 None is hidden_size / num_attention_heads. gpu_worker/model/registry.py has a model for each."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be served; the message says why in one line."""
-
-
-class RopeConfig(msgspec.Struct, frozen=True, kw_only=True, rename={"type": "rope_type"}):
-    """Rotary embedding, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
-
-    Field names are those of config.json; a field that its `type` does not use is None.
-    """
-
-    type: str = "default"
-    rope_theta: float = 10_000.0
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    partial_rotary_factor: float | None = None
 
 
 class _RawConfig(msgspec.Struct, kw_only=True):
@@ -139,7 +111,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_position_embeddings=raw.max_position_embeddings,
             tie_word_embeddings=raw.tie_word_embeddings,
             attention_bias=raw.attention_bias,
-            rope=_rope(raw, path),
+            rope=read_rope(path, raw.rope_theta, raw.rope_scaling, raw.rope_parameters),
             dtype=raw.dtype or raw.torch_dtype or "float32",
         )
 
@@ -158,71 +130,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise CheckpointError(
                 f"--tp {size} and the model's {kv_heads} key/value heads: one must divide the other"
             )
-
-
-def resolve_model(name: str) -> Path:
-    """The checkpoint directory that `name` stands for.
-
-    Args:
-        name: a directory, a hub id (`owner/name`, downloaded with a progress bar unless it is
-            in the cache), or "" for the demo checkpoint.
-
-    Raises:
-        CheckpointError: if there is no such model.
-    """
-    if not name:
-        return DEMO_CHECKPOINT
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    looks_like_hub_id = len(name.split("/")) == 2 and not name.startswith((".", "/", "~"))
-    if path.exists() or not looks_like_hub_id:
-        raise CheckpointError(f"no such model: {name} is neither a directory nor a hub id")
-
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(
-            f"no such model: {name} is not a directory, and the hub did not give it ({reason})"
-        ) from None
-
-
-def model_name(directory: Path) -> str:
-    """What people call the model in `directory`; the hub's cache keeps a model as
-    `models--OWNER--NAME/snapshots/REVISION`."""
-    if directory == DEMO_CHECKPOINT:
-        return "demo"
-    repository = directory.parent.parent.name
-    if directory.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.split("--", 2)[-1]
-    return directory.name
-
-
-def eos_token_ids(directory: Path) -> list[int] | None:
-    """End-of-sequence ids: generation_config.json's, else config.json's, else None.
-
-    None means that the tokenizer's own end-of-sequence token is the one.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        if not path.exists():
-            continue
-        try:
-            found = msgspec.json.decode(path.read_bytes(), type=_EosOnly).eos_token_id
-        except msgspec.DecodeError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-        if found is not None:
-            return found if isinstance(found, list) else [found]
-    return None
-
-
-class _EosOnly(msgspec.Struct):
-    eos_token_id: int | list[int] | None = None
 
 
 class _TypeOnly(msgspec.Struct):
@@ -254,15 +161,3 @@ def _refused(raw: _RawConfig) -> str | None:
     if raw.dual_chunk_attention_config is not None:
         return "dual_chunk_attention_config"
     return None
-
-
-def _rope(raw: _RawConfig, path: Path) -> RopeConfig:
-    values: dict[str, Any] = dict(raw.rope_parameters or raw.rope_scaling or {})
-    if "type" in values:  # the oldest spelling of rope_type
-        values.setdefault("rope_type", values.pop("type"))
-    values.setdefault("rope_theta", 10_000.0 if raw.rope_theta is None else raw.rope_theta)
-    values.setdefault("original_max_position_embeddings", None)
-    try:
-        return msgspec.convert(values, RopeConfig)
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"{path}: rope parameters: {error}") from None
