@@ -22,10 +22,12 @@ class Vocabulary(msgspec.Struct, frozen=True):
         text: of each token id the bytes that it adds to the decoded text; none of special tokens,
             which add nothing, as does an id that the vocabulary does not have.
         longest_entry: the bytes of the longest token, special ones included.
+        size: one more than the highest token id, special tokens included.
     """
 
     text: dict[int, bytes]
     longest_entry: int
+    size: int
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> Vocabulary:
@@ -54,7 +56,7 @@ class Vocabulary(msgspec.Struct, frozen=True):
         for token_id, token in tokens.items():
             if token in special:
                 del text[token_id]
-        return cls(text=text, longest_entry=longest)
+        return cls(text=text, longest_entry=longest, size=max(tokens, default=-1) + 1)
 
 
 def token_bytes(token: str) -> bytes:

@@ -45,7 +45,9 @@ class TokenizerLoop:
 
 
 def serve(service: Service) -> NoReturn:
-    encoder = PromptEncoder.from_checkpoint(service.directory, service.settings.max_model_len)
+    encoder = PromptEncoder.from_checkpoint(
+        service.directory, service.config.vocab_size, service.settings.max_model_len
+    )
     queue = TokenizeQueue(encoder.encode)
     loop = TokenizerLoop(service, queue)
     service.ready()

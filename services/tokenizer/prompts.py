@@ -38,6 +38,7 @@ class PromptEncoder:
         chat_template: None where the checkpoint has none.
         eos: end-of-sequence ids.
         longest_entry: bytes of the vocabulary's longest token.
+        vocab_size: how many token ids the model has an embedding of.
         max_model_len: tokens that prompt and output may have together.
     """
 
@@ -47,16 +48,18 @@ class PromptEncoder:
         chat_template: ChatTemplate | None,
         eos: list[int],
         longest_entry: int,
+        vocab_size: int,
         max_model_len: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._eos = eos
         self._most_bytes = max_model_len * longest_entry
+        self._vocab_size = vocab_size
         self._max_model_len = max_model_len
 
     @classmethod
-    def from_checkpoint(cls, directory: Path, max_model_len: int) -> PromptEncoder:
+    def from_checkpoint(cls, directory: Path, vocab_size: int, max_model_len: int) -> PromptEncoder:
         """Raises CheckpointError if the tokenizer's files cannot be used."""
         vocabulary = Vocabulary.from_checkpoint(directory)
         config = TokenizerConfig.from_checkpoint(directory)
@@ -66,12 +69,21 @@ class PromptEncoder:
         if eos is None:
             own = tokenizer.token_to_id(special_tokens.get("eos_token", ""))
             eos = [] if own is None else [own]
+        if vocabulary.size > vocab_size:
+            log.warning(
+                "%s: token ids go up to %d, and the model's vocab_size is %d: prompts with a higher"
+                " id are refused",
+                directory / "tokenizer.json",
+                vocabulary.size - 1,
+                vocab_size,
+            )
         source = read_chat_template(directory, config)
         return cls(
             tokenizer,
             None if source is None else ChatTemplate(source, special_tokens),
             eos,
             vocabulary.longest_entry,
+            vocab_size,
             max_model_len,
         )
 
@@ -87,9 +99,17 @@ class PromptEncoder:
 
     def _encode(self, request: Tokenize) -> Tokenized:
         prompt = self._prompt(request)
-        length, resumed = len(unpack(prompt)), request.resumed
+        ids = unpack(prompt)
+        length, resumed = len(ids), request.resumed
         if length == 0:
             raise _Refusal("invalid_request", "the prompt is empty: it has no token")
+        if (highest := int(ids.max())) >= self._vocab_size:
+            token = self._tokenizer.id_to_token(highest)
+            raise _Refusal(
+                "invalid_request",
+                f"the prompt has token id {highest} ({token!r}), which is not below the vocabulary"
+                f" size ({self._vocab_size})",
+            )
         if length >= self._max_model_len:
             raise _Refusal(
                 "context_length_exceeded",

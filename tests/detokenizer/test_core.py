@@ -28,7 +28,7 @@ from tests.bpe import tiny_tokenizer
 from tests.detokenizer.test_text import TEXT, ids_of_bytes, token_lists
 
 tokenizer = tiny_tokenizer()
-VOCABULARY = Vocabulary(text=TEXT, longest_entry=13)
+VOCABULARY = Vocabulary(text=TEXT, longest_entry=13, size=max(TEXT) + 1)
 UID = 7 << 32 | 1
 
 

@@ -36,7 +36,9 @@ from tests.star.links import End as Side
 from tests.star.links import Link
 
 LETTERS = 26
-VOCABULARY = Vocabulary(text={i: bytes([ord("a") + i]) for i in range(LETTERS)}, longest_entry=1)
+VOCABULARY = Vocabulary(
+    text={i: bytes([ord("a") + i]) for i in range(LETTERS)}, longest_entry=1, size=LETTERS
+)
 MAX_MODEL_LEN = 48
 BAD_PROMPT = "refuse me"
 

@@ -16,12 +16,12 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from nanovllm.checkpoint import CheckpointError
+from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.messages import Refused, Tokenize, Tokenized, pack, unpack
 from nanovllm.protocol import ChatMessage, Sampling
 from nanovllm.services.tokenizer.chat import RESERVED
 from nanovllm.services.tokenizer.prompts import PromptEncoder
-from tests.bpe import EOS, write_checkpoint_files, write_tokenizer
+from tests.bpe import EOS, tiny_tokenizer, write_checkpoint_files, write_tokenizer
 
 MAX_MODEL_LEN = 128
 LONGEST_ENTRY = 13
@@ -42,6 +42,11 @@ def request(**fields: Any) -> Tokenize:
     return Tokenize(**values)
 
 
+def encoder_of(directory: Path, max_model_len: int = MAX_MODEL_LEN) -> PromptEncoder:
+    vocab_size = ModelConfig.from_checkpoint(directory).vocab_size
+    return PromptEncoder.from_checkpoint(directory, vocab_size, max_model_len)
+
+
 def chat(*turns: tuple[str, str]) -> list[ChatMessage]:
     return [ChatMessage(role, content) for role, content in turns]
 
@@ -53,7 +58,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(directory: Path) -> PromptEncoder:
-    return PromptEncoder.from_checkpoint(directory, MAX_MODEL_LEN)
+    return encoder_of(directory)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +122,7 @@ def test_tokenizer_config_means_what_it_means_to_transformers(
     write_checkpoint_files(tmp_path)
     write_tokenizer(tmp_path, **config)
     encoder, theirs = (
-        PromptEncoder.from_checkpoint(tmp_path, 400),
+        encoder_of(tmp_path, 400),
         AutoTokenizer.from_pretrained(tmp_path),
     )
     assert prompt_of(tokenized(encoder, prompt="the dog")) == theirs("the dog")["input_ids"]
@@ -134,7 +139,7 @@ def test_tokens_around_the_text(tmp_path: Path) -> None:
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=9)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    encoder = PromptEncoder.from_checkpoint(tmp_path, 400)
+    encoder = encoder_of(tmp_path, 400)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     prompt = prompt_of(tokenized(encoder, prompt="the quick brown fox"))
     assert prompt == theirs("the quick brown fox")["input_ids"]
@@ -168,7 +173,7 @@ def test_chat_is_rendered_as_transformers_does(
 def test_a_template_in_its_own_file_comes_first(directory: Path, tmp_path: Path) -> None:
     write_checkpoint_files(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
-    encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+    encoder = encoder_of(tmp_path)
     result = tokenized(encoder, messages=chat(("user", "dog")))
     assert result.prompt == tokenized(encoder, prompt="dog!").prompt
 
@@ -218,7 +223,7 @@ def test_arguments_that_a_template_cannot_take(
 def test_broken_templates_refuse_each_request(tmp_path: Path, template: str) -> None:
     write_checkpoint_files(tmp_path)
     write_tokenizer(tmp_path, chat_template=template)
-    encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+    encoder = encoder_of(tmp_path)
     for _ in range(2):
         result = encoder.encode(request(messages=chat(("user", "x"))))
         assert isinstance(result, Refused)
@@ -229,7 +234,7 @@ def test_broken_templates_refuse_each_request(tmp_path: Path, template: str) -> 
 def test_no_template(tmp_path: Path) -> None:
     write_checkpoint_files(tmp_path)
     write_tokenizer(tmp_path, chat_template=None)
-    encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+    encoder = encoder_of(tmp_path)
     result = encoder.encode(request(messages=chat(("user", "x"))))
     assert isinstance(result, Refused)
     assert "no chat template" in result.message
@@ -252,10 +257,38 @@ def test_the_prompt_must_be_shorter_than_max_model_len(
     assert refused(prompt="日" * MAX_MODEL_LEN)[0] == "context_length_exceeded"
 
 
+def test_a_token_that_the_model_does_not_embed_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    highest = tiny_tokenizer().get_vocab()["naïve x"]
+    write_checkpoint_files(tmp_path, vocab_size=highest)
+    encoder = encoder_of(tmp_path)
+    (warning,) = caplog.records
+    assert f"go up to {highest}" in warning.message
+    for prompt in (
+        {"prompt": "a naïve x"},
+        {"messages": chat(("user", "a naïve x"))},
+        {"prompt_token_ids": pack([5, highest])},
+    ):
+        result = encoder.encode(request(**prompt))
+        assert isinstance(result, Refused)
+        assert result.code == "invalid_request"
+        assert result.message == (
+            f"the prompt has token id {highest} ('naïve x'), which is not below the vocabulary size"
+            f" ({highest})"
+        )
+    assert tokenized(encoder, prompt="naïve").prompt
+
+    caplog.clear()
+    write_checkpoint_files(tmp_path, vocab_size=highest + 1)
+    assert prompt_of(tokenized(encoder_of(tmp_path), prompt="naïve x")) == [highest]
+    assert not caplog.records
+
+
 def test_hopelessly_long_text_is_not_tokenized() -> None:
     # A tokenizer that raises on any text.
     encoder = PromptEncoder(
-        Tokenizer(WordLevel({}, unk_token="?")), None, [], LONGEST_ENTRY, MAX_MODEL_LEN
+        Tokenizer(WordLevel({}, unk_token="?")), None, [], LONGEST_ENTRY, 512, MAX_MODEL_LEN
     )
     most = LONGEST_ENTRY * MAX_MODEL_LEN
     result = encoder.encode(request(prompt="é" * (most // 2 + 1)))
@@ -310,7 +343,7 @@ def test_where_the_end_of_sequence_comes_from(
 ) -> None:
     write_checkpoint_files(tmp_path, **config)
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    encoder = PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+    encoder = encoder_of(tmp_path)
     result = tokenized(encoder, prompt_token_ids=pack([5]))
     ids = [theirs.convert_tokens_to_ids(e) if isinstance(e, str) else e for e in expected]
     assert result.sampling.stop_token_ids == ids
@@ -320,8 +353,8 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     write_checkpoint_files(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
-        PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+        encoder_of(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        PromptEncoder.from_checkpoint(tmp_path, MAX_MODEL_LEN)
+        encoder_of(tmp_path)
