@@ -204,7 +204,7 @@ def settled(settings: Settings, directory: Path, config: ModelConfig) -> Setting
     return msgspec.structs.replace(
         settings,
         model=str(directory),
-        max_model_len=min(settings.max_model_len, config.max_position_embeddings),
+        max_model_len=min(settings.max_model_len, config.context_length),
     )
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.checkpoint.errors import CheckpointError
-from nanovllm.checkpoint.rope import RopeConfig, read_rope
+from nanovllm.checkpoint.files import CheckpointError
+from nanovllm.checkpoint.rope import Rope, RopeKeys, YarnRope, read_rope
 
 FAMILIES: dict[str, int | None] = {"qwen2": None, "qwen3": 128}
 """The families of models that are served, by `model_type`, with each family's default `head_dim`;
 None is hidden_size / num_attention_heads. gpu_worker/model/registry.py has a model for each."""
 
 
-class _RawConfig(msgspec.Struct, kw_only=True):
+class _RawConfig(RopeKeys, kw_only=True):
     """config.json as written: the keys that are honoured, and keys that are refused if set."""
 
     model_type: str = ""
@@ -35,9 +35,6 @@ class _RawConfig(msgspec.Struct, kw_only=True):
     layer_types: list[str] | None = None
     quantization_config: dict[str, Any] | None = None
     dual_chunk_attention_config: dict[str, Any] | None = None
-    rope_theta: float | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
     torch_dtype: str | None = None
     dtype: str | None = None
     eos_token_id: int | list[int] | None = None
@@ -61,7 +58,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_position_embeddings: int
     tie_word_embeddings: bool
     attention_bias: bool
-    rope: RopeConfig
+    rope: Rope
     dtype: str
 
     @classmethod
@@ -111,9 +108,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_position_embeddings=raw.max_position_embeddings,
             tie_word_embeddings=raw.tie_word_embeddings,
             attention_bias=raw.attention_bias,
-            rope=read_rope(path, raw.rope_theta, raw.rope_scaling, raw.rope_parameters),
+            rope=read_rope(path, raw, raw.max_position_embeddings),
             dtype=raw.dtype or raw.torch_dtype or "float32",
         )
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence, in tokens. YaRN lengthens it beyond `max_position_embeddings`."""
+        lengthened = self.rope.context_length if isinstance(self.rope, YarnRope) else 0
+        return max(self.max_position_embeddings, lengthened)
 
     def check_tensor_parallel(self, size: int) -> None:
         """Raises CheckpointError where the model cannot be cut into `size` ranks."""

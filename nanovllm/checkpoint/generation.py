@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from nanovllm.checkpoint.errors import CheckpointError
+from nanovllm.checkpoint.files import CheckpointError
 
 
 def eos_token_ids(directory: Path) -> list[int] | None:

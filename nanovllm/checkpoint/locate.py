@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanovllm.checkpoint.errors import CheckpointError
+from nanovllm.checkpoint.files import CheckpointError
 
 DEMO_CHECKPOINT = (Path(__file__).parents[1] / "launch" / "demo" / "checkpoint").resolve()
 

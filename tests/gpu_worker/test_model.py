@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3Config
+from transformers import AutoConfig, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from nanovllm.checkpoint import FAMILIES, CheckpointError, ModelConfig
@@ -134,6 +134,7 @@ def test_sizes_that_tensor_parallelism_cannot_cut_are_refused(checkpoint: Path) 
         build_model(config, 1, TensorParallel(0, 3), torch.float32, CPU)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "default", "rope_theta": 1e6},
     {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
@@ -187,8 +188,34 @@ def test_rope_equals_transformers(rope: dict[str, Any], tmp_path: Path) -> None:
     torch.testing.assert_close(sin, wanted_sin[0, :, :32], rtol=0, atol=2e-3)
     reference_frequencies = Qwen3RotaryEmbedding(reference_config).inv_freq
     torch.testing.assert_close(
-        rope_frequencies(config)[0], reference_frequencies, rtol=1e-6, atol=0
+        rope_frequencies(config.rope, 64)[0], reference_frequencies, rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rope_scaling": YARN},
+        {"rope_theta": 5e5, "rope_scaling": YARN},
+        {"rope_theta": 5e5, "rope_scaling": {**YARN, "rope_theta": 7e5}},
+        {"rope_theta": 5e5, "rope_scaling": {}, "rope_parameters": YARN},
+        {"rope_theta": 5e5, "rope_parameters": None},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "rope_type": "yarn"}},
+        {"rope_scaling": {"type": "yarn", "factor": 4, "attention_factor": None}},
+        {"original_max_position_embeddings": 32, "rope_scaling": YARN},
+    ],
+)
+def test_where_rope_is_read_from(keys: dict[str, Any], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, max_position_embeddings=512)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    del values["rope_parameters"]
+    file.write_text(json.dumps({**values, **keys}))
+    reference = Qwen3RotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    config = ModelConfig.from_checkpoint(tmp_path)
+    frequencies, scale = rope_frequencies(config.rope, config.head_dim)
+    torch.testing.assert_close(frequencies, reference.inv_freq, rtol=1e-6, atol=0)
+    assert scale == pytest.approx(reference.attention_scaling)
 
 
 def test_rotation_keeps_lengths_and_relative_positions() -> None:
@@ -202,21 +229,3 @@ def test_rotation_keeps_lengths_and_relative_positions() -> None:
 
     torch.testing.assert_close(at(9, 0).norm(), x[0].norm())
     torch.testing.assert_close(at(9, 0) @ at(4, 1), at(25, 0) @ at(20, 1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("rope", "reason"),
-    [
-        ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic' is not served"),
-        ({"rope_type": "linear"}, "'linear' needs 'factor'"),
-        ({"rope_type": "llama3", "factor": 8.0}, "'llama3' needs 'low_freq_factor'"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-    ],
-)
-def test_rope_that_is_not_served_is_named(
-    checkpoint: Path, rope: dict[str, Any], reason: str
-) -> None:
-    config = ModelConfig.from_checkpoint(checkpoint)
-    config = msgspec.structs.replace(config, rope=msgspec.convert(rope, type(config.rope)))
-    with pytest.raises(CheckpointError, match=reason):
-        rope_frequencies(config)

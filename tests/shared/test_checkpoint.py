@@ -16,6 +16,9 @@ from nanovllm.checkpoint import (
     model_name,
     resolve_model,
 )
+from nanovllm.checkpoint.rope import LinearRope
+from nanovllm.service import settled
+from nanovllm.settings import Settings
 
 SHAPE: dict[str, Any] = {
     "model_type": "qwen3",
@@ -37,7 +40,7 @@ def write(directory: Path, name: str = "config.json", **values: Any) -> Path:
 def test_the_older_and_the_newer_form_of_rope(tmp_path: Path) -> None:
     old = write(tmp_path, **SHAPE, rope_theta=1e6, rope_scaling={"type": "linear", "factor": 2.0})
     config = ModelConfig.from_checkpoint(old)
-    assert (config.rope.rope_theta, config.rope.type, config.rope.factor) == (1e6, "linear", 2.0)
+    assert config.rope == LinearRope(rope_theta=1e6, factor=2.0)
     new = {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}
     write(tmp_path, **SHAPE, rope_parameters=new)
     assert ModelConfig.from_checkpoint(tmp_path) == config
@@ -58,7 +61,7 @@ def test_the_older_and_the_newer_form_of_rope(tmp_path: Path) -> None:
         ({**SHAPE, "dual_chunk_attention_config": {}}, "dual_chunk_attention_config"),
         ({**SHAPE, "head_dim": 0}, "must be positive"),
         ({**SHAPE, "num_key_value_heads": 3}, "num_key_value_heads"),
-        ({**SHAPE, "rope_scaling": {"factor": "big"}}, "rope parameters"),
+        ({**SHAPE, "rope_scaling": {"factor": "big"}}, "rope_scaling"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(
@@ -68,6 +71,77 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     with pytest.raises(CheckpointError, match=complaint) as error:
         ModelConfig.from_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def without(values: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("rope", "complaint"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic' is not served; these are: default"),
+        ({"rope_type": ["yarn"]}, "is not served"),
+        ({"full_attention": YARN}, r"a map for each layer type \(full_attention\) is not served"),
+        (without(YARN, "factor"), "`factor`"),
+        ({**without(YARN, "factor"), "facter": 4.0}, "`facter`|`factor`"),
+        ({**YARN, "facter": 4.0}, "`facter`"),
+        ({**YARN, "factor": None}, "`factor`"),
+        ({**YARN, "factor": 0}, "factor: .* >= 1"),
+        ({**YARN, "factor": -4.0}, "factor: .* >= 1"),
+        ({**YARN, "original_max_position_embeddings": 0}, "original_max_position_embeddings"),
+        ({**YARN, "attention_factor": 0.0}, "attention_factor"),
+        ({**YARN, "beta_fast": 1.0, "beta_slow": 32.0}, "beta_fast must not be below"),
+        ({**YARN, "type": "linear"}, "`type`"),
+        ({"rope_type": "linear"}, "`factor`"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32.0}, "`beta_fast`"),
+        ({"factor": 4.0}, "'default': .*`factor`"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (without(LLAMA3, "low_freq_factor"), "`low_freq_factor`"),
+        ({**LLAMA3, "high_freq_factor": 1.0}, "high_freq_factor must be above low_freq_factor"),
+    ],
+)
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_rope_that_is_not_served_is_named(
+    tmp_path: Path, rope: dict[str, Any], complaint: str, key: str
+) -> None:
+    write(tmp_path, **SHAPE, **{key: rope})
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key}\b.*({complaint})"):
+        ModelConfig.from_checkpoint(tmp_path)
+
+
+def test_two_maps_of_rope_must_agree_on_theta(tmp_path: Path) -> None:
+    write(tmp_path, **SHAPE, rope_parameters={"rope_theta": 1e6}, rope_scaling=YARN)
+    with pytest.raises(CheckpointError, match=r"10000[.]0, and rope_parameters 1000000[.]0"):
+        ModelConfig.from_checkpoint(tmp_path)
+    both = {**YARN, "rope_theta": 1e6}
+    write(tmp_path, **SHAPE, rope_parameters={"rope_theta": 1e6}, rope_scaling=both)
+    assert ModelConfig.from_checkpoint(tmp_path).rope.rope_theta == 1e6
+
+
+@pytest.mark.parametrize(
+    ("positions", "rope", "longest"),
+    [
+        (512, YARN, 2048),
+        (640, YARN, 2048),
+        (2048, YARN, 2048),
+        (512, without(YARN, "original_max_position_embeddings"), 2048),
+        (512, {"rope_type": "linear", "factor": 4.0}, 512),
+        (512, {}, 512),
+    ],
+)
+def test_yarn_lengthens_the_context(
+    tmp_path: Path, positions: int, rope: dict[str, Any], longest: int
+) -> None:
+    write(tmp_path, **SHAPE, max_position_embeddings=positions, rope_scaling=rope)
+    config = ModelConfig.from_checkpoint(tmp_path)
+    assert settled(Settings(max_model_len=4096), tmp_path, config).max_model_len == longest
+    assert settled(Settings(max_model_len=100), tmp_path, config).max_model_len == 100
 
 
 @pytest.mark.parametrize(("family", "head_dim"), [("qwen2", 8), ("qwen3", 128)])

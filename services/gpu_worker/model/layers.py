@@ -7,15 +7,15 @@ each tensor of the checkpoint belongs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.checkpoint import CheckpointError, ModelConfig
-from nanovllm.checkpoint.rope import RopeConfig
+from nanovllm.checkpoint import ModelConfig
+from nanovllm.checkpoint.rope import LinearRope, Llama3Rope, Rope, YarnRope
 from nanovllm.kernels.layers.ops import LayerOps, Norm
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
 
@@ -168,16 +168,10 @@ class VocabParallelMatrix:
 
 
 class RotaryEmbedding:
-    """Rotary position embedding (Su et al., 2021, "RoFormer") and its context extensions: the
-    cosines and sines of every position below `max_model_len`.
-
-    Only scalings whose frequencies are the same at every length are served. With others (`dynamic`,
-    `longrope`) the frequencies change as a sequence grows, and keys in the cache would not match.
-    """
+    """Rotary position embedding: the cosines and sines of every position below `max_model_len`."""
 
     def __init__(self, config: ModelConfig, max_model_len: int, device: torch.device) -> None:
-        """Raises CheckpointError for a rope type that is not served or lacks a parameter."""
-        frequencies, scale = rope_frequencies(config)
+        frequencies, scale = rope_frequencies(config.rope, config.head_dim)
         positions = torch.arange(max_model_len, dtype=torch.float32, device=device)
         angles = positions[:, None] * frequencies.to(device)
         self._table = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
@@ -187,89 +181,51 @@ class RotaryEmbedding:
         return F.embedding(positions, self._table)
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+def rope_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
     """Angular frequencies, float32 [head_dim / 2], and the factor on cosines and sines."""
-    rope = config.rope
-    try:
-        scaled = _SCALINGS[rope.type]
-    except KeyError:
-        raise CheckpointError(
-            f"rope type {rope.type!r} is not served; these are: {', '.join(_SCALINGS)}"
-        ) from None
-    if rope.partial_rotary_factor not in (None, 1.0):
-        raise CheckpointError(
-            f"rope partial_rotary_factor {rope.partial_rotary_factor} is not served"
-        )
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    return scaled(1.0 / rope.rope_theta**exponents, config)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / rope.rope_theta**exponents
+    match rope:
+        case LinearRope():
+            return frequencies / rope.factor, 1.0
+        case Llama3Rope():
+            return _llama3(frequencies, rope), 1.0
+        case YarnRope():
+            return _yarn(frequencies, rope), _yarn_attention_factor(rope)
+        case _:
+            return frequencies, 1.0
 
 
-def _required(rope: RopeConfig, name: str) -> float:
-    value = getattr(rope, name)
-    if value is None:
-        raise CheckpointError(f"rope type {rope.type!r} needs {name!r} in config.json")
-    return float(value)
-
-
-def _original_length(config: ModelConfig) -> int:
-    return config.rope.original_max_position_embeddings or config.max_position_embeddings
-
-
-def _default(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
-    return frequencies, 1.0
-
-
-def _linear(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
-    return frequencies / _required(config.rope, "factor"), 1.0
-
-
-def _llama3(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
-    """Llama 3.1's scaling: low frequencies are divided by the factor, high ones are kept, and those
-    between are interpolated."""
-    rope = config.rope
-    low = _required(rope, "low_freq_factor")
-    high = _required(rope, "high_freq_factor")
-    turns = _original_length(config) * frequencies / (2 * math.pi)
+def _llama3(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / _required(rope, "factor")), 1.0
+    return frequencies * (kept + (1 - kept) / rope.factor)
 
 
-def _yarn(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
-    """YaRN (Peng et al., 2023): a dimension that turns often within the original length keeps its
-    frequency, one that turns seldom has it divided by the factor, with a linear ramp between."""
-    rope = config.rope
-    original = _original_length(config)
-    factor = rope.factor or config.max_position_embeddings / original
+def _yarn(frequencies: Tensor, rope: YarnRope) -> Tensor:
+    pairs = len(frequencies)
 
     def dimension(turns: float) -> float:
-        """Which pair of dimensions (a fraction) turns so often within `original` tokens."""
-        ratio = math.log(original / (turns * 2 * math.pi)) / math.log(rope.rope_theta)
-        return config.head_dim * ratio / 2
+        """Which pair of dimensions (a fraction) turns so often within the original length."""
+        length = rope.original_max_position_embeddings / (turns * 2 * math.pi)
+        return pairs * math.log(length) / math.log(rope.rope_theta)
 
-    first, last = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
+    first, last = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, config.head_dim - 1)
-    pairs = torch.arange(config.head_dim // 2, dtype=torch.float32)
-    divided = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
-    scaled = frequencies * (1 - divided) + frequencies / factor * divided
-    return scaled, _yarn_attention_factor(rope, factor)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    places = torch.arange(pairs, dtype=torch.float32)
+    divided = ((places - first) / max(last - first, 0.001)).clamp(0, 1)
+    return frequencies * (1 - divided) + frequencies / rope.factor * divided
 
 
-def _yarn_attention_factor(rope: RopeConfig, factor: float) -> float:
+def _yarn_attention_factor(rope: YarnRope) -> float:
     def scale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+        return 0.1 * weight * math.log(rope.factor) + 1.0
 
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
         return scale(rope.mscale) / scale(rope.mscale_all_dim)
     return scale(1.0)
-
-
-_SCALINGS: dict[str, Callable[[Tensor, ModelConfig], tuple[Tensor, float]]] = {
-    "default": _default,
-    "linear": _linear,
-    "llama3": _llama3,
-    "yarn": _yarn,
-}

@@ -76,7 +76,6 @@ def build_model(
         max_model_len: one more than the highest position.
 
     Raises:
-        CheckpointError: if the model cannot be cut into `tp.size` ranks, or its rope type is not
-            served.
+        CheckpointError: if the model cannot be cut into `tp.size` ranks.
     """
     return MODELS[config.model_type](config, max_model_len, tp, dtype, device)
