@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from nanovllm.checkpoint.files import CheckpointError
+from nanovllm.checkpoint.files import CheckpointError, read_json
 from nanovllm.checkpoint.rope import Rope, RopeKeys, YarnRope, read_rope
+from nanovllm.wording import counted
 
-FAMILIES: dict[str, int | None] = {"qwen2": None, "qwen3": 128}
-"""The families of models that are served, by `model_type`, with each family's default `head_dim`;
-None is hidden_size / num_attention_heads. gpu_worker/model/registry.py has a model for each."""
+
+class Family(NamedTuple):
+    """`architecture` is what config.json's `architectures` calls the causal language model.
+    `head_dim` is the default one; None is hidden_size / num_attention_heads."""
+
+    model_type: str
+    architecture: str
+    head_dim: int | None
+
+
+FAMILIES = {
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", None),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", 128),
+}
+"""The families of models that are served, by `model_type`. gpu_worker/model/registry.py has a model
+for each."""
+
+
+class _Kind(msgspec.Struct):
+    """What kind of model it is: looked at before the rest, whose keys depend on it."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    quantization_config: dict[str, Any] | None = None
+    compression_config: dict[str, Any] | None = None
 
 
 class _RawConfig(RopeKeys, kw_only=True):
     """config.json as written: the keys that are honoured, and keys that are refused if set."""
 
-    model_type: str = ""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -31,13 +53,16 @@ class _RawConfig(RopeKeys, kw_only=True):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     hidden_act: str = "silu"
-    use_sliding_window: bool = False
-    layer_types: list[str] | None = None
-    quantization_config: dict[str, Any] | None = None
-    dual_chunk_attention_config: dict[str, Any] | None = None
     torch_dtype: str | None = None
     dtype: str | None = None
-    eos_token_id: int | list[int] | None = None
+
+    use_sliding_window: bool | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    attention_chunk_size: int | None = None
+    dual_chunk_attention_config: dict[str, Any] | None = None
+    is_causal: bool = True
+    use_bidirectional_attention: bool | None = None
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,32 +96,20 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         path = directory / "config.json"
         try:
-            raw = msgspec.json.decode(path.read_bytes(), type=_RawConfig)
+            family = _family(path, read_json(path, _Kind))
         except FileNotFoundError:
             raise CheckpointError(f"{directory} has no config.json: not a checkpoint") from None
-        except msgspec.ValidationError as error:
-            if (found := _model_type(path)) not in FAMILIES:
-                raise CheckpointError(_wrong_architecture(directory, found)) from None
-            raise CheckpointError(f"{path}: {error}") from None
-        except msgspec.DecodeError as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-        if raw.model_type not in FAMILIES:
-            raise CheckpointError(_wrong_architecture(directory, raw.model_type))
+        raw = read_json(path, _RawConfig)
         if refused := _refused(raw):
             raise CheckpointError(f"{path}: {refused} is not served")
         heads = raw.num_attention_heads
         kv_heads = heads if raw.num_key_value_heads is None else raw.num_key_value_heads
-        head_dim = FAMILIES[raw.model_type] if raw.head_dim is None else raw.head_dim
+        head_dim = family.head_dim if raw.head_dim is None else raw.head_dim
         if head_dim is None:
             head_dim = raw.hidden_size // max(heads, 1)
-        sizes = (raw.vocab_size, raw.hidden_size, raw.intermediate_size, raw.num_hidden_layers)
-        if min(*sizes, heads, kv_heads, head_dim) < 1 or heads % kv_heads:
-            raise CheckpointError(
-                f"{path}: sizes must be positive, and num_attention_heads ({heads}) a multiple"
-                f" of num_key_value_heads ({kv_heads})"
-            )
+        _check_sizes(path, raw, kv_heads, head_dim)
         return cls(
-            model_type=raw.model_type,
+            model_type=family.model_type,
             vocab_size=raw.vocab_size,
             hidden_size=raw.hidden_size,
             intermediate_size=raw.intermediate_size,
@@ -135,20 +148,32 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-class _TypeOnly(msgspec.Struct):
-    model_type: str = ""
-
-
-def _model_type(path: Path) -> str:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_TypeOnly).model_type
-    except msgspec.DecodeError:
-        return ""
-
-
-def _wrong_architecture(directory: Path, found: str) -> str:
+def _family(path: Path, kind: _Kind) -> Family:
+    """Raises CheckpointError for a model that is not of FAMILIES, or not in plain floats."""
     served = " and ".join(map(repr, FAMILIES))
-    return f"{directory} is a {found or 'nameless'!r} model; only dense {served} are served"
+    if not kind.model_type:
+        raise CheckpointError(f"{path} has no model_type; only dense {served} models are served")
+    family = FAMILIES.get(kind.model_type)
+    if family is None:
+        raise CheckpointError(
+            f"{path.parent} is a {kind.model_type!r} model; only dense {served} are served"
+        )
+    if kind.architectures and family.architecture not in kind.architectures:
+        raise CheckpointError(
+            f"{path}: architectures {', '.join(kind.architectures)} is not served; only the causal"
+            f" language model {family.architecture} is"
+        )
+    for key, value in (
+        ("quantization_config", kind.quantization_config),
+        ("compression_config", kind.compression_config),
+    ):
+        if value is not None:
+            method = value.get("quant_method") or "unknown method"
+            raise CheckpointError(
+                f"{path}: {key} ({method}): quantized weights are not served; take the model's"
+                " checkpoint in bfloat16, float16 or float32"
+            )
+    return family
 
 
 def _refused(raw: _RawConfig) -> str | None:
@@ -157,10 +182,45 @@ def _refused(raw: _RawConfig) -> str | None:
         return f"hidden_act {raw.hidden_act!r}"
     if raw.use_sliding_window:
         return "use_sliding_window"
-    if other := set(raw.layer_types or ()) - {"full_attention"}:
-        return f"layer_types {min(other)!r}"
-    if raw.quantization_config is not None:
-        return "quantization_config"
+    if raw.sliding_window is not None and raw.use_sliding_window is None:
+        return f"sliding_window {raw.sliding_window} without use_sliding_window false"
+    if raw.layer_types is not None:
+        if other := set(raw.layer_types) - {"full_attention", "attention"}:
+            return f"layer_types {min(other)!r}"
+        if len(raw.layer_types) != raw.num_hidden_layers:
+            layers = f"{raw.num_hidden_layers} num_hidden_layers"
+            return f"layer_types of {counted(len(raw.layer_types), 'layer')}, with {layers},"
+    if raw.attention_chunk_size is not None:
+        return f"attention_chunk_size {raw.attention_chunk_size}"
     if raw.dual_chunk_attention_config is not None:
         return "dual_chunk_attention_config"
+    if not raw.is_causal or raw.use_bidirectional_attention:
+        return "attention that is not causal (is_causal, use_bidirectional_attention)"
     return None
+
+
+def _check_sizes(path: Path, raw: _RawConfig, kv_heads: int, head_dim: int) -> None:
+    heads = raw.num_attention_heads
+    for name, size in (
+        ("vocab_size", raw.vocab_size),
+        ("hidden_size", raw.hidden_size),
+        ("intermediate_size", raw.intermediate_size),
+        ("num_hidden_layers", raw.num_hidden_layers),
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", kv_heads),
+        ("head_dim", head_dim),
+    ):
+        if size < 1:
+            raise CheckpointError(f"{path}: {name} {size}: it must be positive")
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads"
+            f" {kv_heads}"
+        )
+    if head_dim % 2:
+        raise CheckpointError(f"{path}: head_dim {head_dim}: it must be even, for rotary positions")
+    if raw.max_position_embeddings < 2:
+        raise CheckpointError(
+            f"{path}: max_position_embeddings {raw.max_position_embeddings}: it must be at least 2,"
+            " a prompt's token and an output's"
+        )

@@ -32,6 +32,9 @@ SHAPE: dict[str, Any] = {
 }
 
 
+FULL = ["full_attention", "full_attention"]
+
+
 def write(directory: Path, name: str = "config.json", **values: Any) -> Path:
     (directory / name).write_text(json.dumps(values))
     return directory
@@ -56,10 +59,16 @@ def test_the_older_and_the_newer_form_of_rope(tmp_path: Path) -> None:
         ({**SHAPE, "vocab_size": "many"}, "vocab_size"),
         ({**SHAPE, "hidden_act": "gelu"}, "hidden_act"),
         ({**SHAPE, "use_sliding_window": True}, "use_sliding_window"),
+        ({**SHAPE, "sliding_window": 64}, "sliding_window 64 without use_sliding_window"),
         ({**SHAPE, "layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention'"),
-        ({**SHAPE, "quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({**SHAPE, "layer_types": []}, "layer_types of 0 layers, with 2 num_hidden_layers"),
+        ({**SHAPE, "layer_types": FULL[:1]}, "layer_types of 1 layer, with 2"),
+        ({**SHAPE, "layer_types": FULL * 2}, "layer_types of 4 layers, with 2"),
+        ({**SHAPE, "layer_types": "full_attention"}, "layer_types: Expected `array"),
+        ({**SHAPE, "attention_chunk_size": 64}, "attention_chunk_size"),
+        ({**SHAPE, "is_causal": False}, "not causal"),
+        ({**SHAPE, "use_bidirectional_attention": True}, "not causal"),
         ({**SHAPE, "dual_chunk_attention_config": {}}, "dual_chunk_attention_config"),
-        ({**SHAPE, "head_dim": 0}, "must be positive"),
         ({**SHAPE, "num_key_value_heads": 3}, "num_key_value_heads"),
         ({**SHAPE, "rope_scaling": {"factor": "big"}}, "rope_scaling"),
     ],
@@ -71,6 +80,19 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     with pytest.raises(CheckpointError, match=complaint) as error:
         ModelConfig.from_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"layer_types": FULL},
+        {"layer_types": None, "use_sliding_window": False, "sliding_window": 64},
+        {"sliding_window": None},
+    ],
+)
+def test_full_attention_on_every_layer_is_served(tmp_path: Path, values: dict[str, Any]) -> None:
+    plain = ModelConfig.from_checkpoint(write(tmp_path, **SHAPE))
+    assert ModelConfig.from_checkpoint(write(tmp_path, **SHAPE, **values)) == plain
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
@@ -110,7 +132,7 @@ def without(values: dict[str, Any], key: str) -> dict[str, Any]:
 def test_rope_that_is_not_served_is_named(
     tmp_path: Path, rope: dict[str, Any], complaint: str, key: str
 ) -> None:
-    write(tmp_path, **SHAPE, **{key: rope})
+    write(tmp_path, **{**SHAPE, key: rope})
     with pytest.raises(CheckpointError, match=rf"config\.json: {key}\b.*({complaint})"):
         ModelConfig.from_checkpoint(tmp_path)
 
