@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from nanovllm.checkpoint import CheckpointError
+from nanovllm.checkpoint.files import CheckpointError, read_json
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
@@ -38,11 +38,9 @@ class Vocabulary(msgspec.Struct, frozen=True):
         """
         path = directory / "tokenizer.json"
         try:
-            file = msgspec.json.decode(path.read_bytes(), type=_TokenizerFile)
+            file = read_json(path, _TokenizerFile, "not a byte-level BPE tokenizer: ")
         except FileNotFoundError:
             raise CheckpointError(f"{directory} has no tokenizer.json") from None
-        except msgspec.DecodeError as error:
-            raise CheckpointError(f"{path}: not a byte-level BPE tokenizer: {error}") from None
         if not file.decoder.is_byte_level:
             raise CheckpointError(
                 f"{path}: the decoder is {file.decoder.type!r}; only byte-level BPE is served"

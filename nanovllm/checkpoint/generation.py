@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from nanovllm.checkpoint.files import CheckpointError
+from nanovllm.checkpoint.files import read_json
 
 
 def eos_token_ids(directory: Path) -> list[int] | None:
@@ -15,13 +15,10 @@ def eos_token_ids(directory: Path) -> list[int] | None:
     None means that the tokenizer's own end-of-sequence token is the one.
     """
     for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        if not path.exists():
-            continue
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=_EosOnly).eos_token_id
-        except msgspec.DecodeError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+            found = read_json(directory / name, _EosOnly).eos_token_id
+        except FileNotFoundError:
+            continue
         if found is not None:
             return found if isinstance(found, list) else [found]
     return None

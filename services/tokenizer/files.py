@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 from tokenizers import Tokenizer
 
-from nanovllm.checkpoint import CheckpointError
+from nanovllm.checkpoint.files import CheckpointError, read_json, refuse_pointer
 
 
 class AddedToken(msgspec.Struct):
@@ -36,11 +36,9 @@ class TokenizerConfig(msgspec.Struct, kw_only=True):
         """Raises CheckpointError if it is malformed; a missing one is empty."""
         path = directory / "tokenizer_config.json"
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
+            return read_json(path, cls)
         except FileNotFoundError:
             return cls()
-        except msgspec.DecodeError as error:
-            raise CheckpointError(f"{path}: {error}") from None
 
     def special_tokens(self) -> dict[str, str]:
         """The named special tokens that there are: `{"eos_token": …}`."""
@@ -73,11 +71,26 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def read_chat_template(directory: Path, config: TokenizerConfig) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's (the default one of several), else None."""
+    """chat_template.jinja, else tokenizer_config.json's (the default one of several), else None.
+
+    Raises CheckpointError if chat_template.jinja cannot be read.
+    """
     path = directory / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return _read_text(path)
     if isinstance(config.chat_template, list):
         named = {template.name: template.template for template in config.chat_template}
         return named.get("default")
     return config.chat_template
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    refuse_pointer(path, content)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None

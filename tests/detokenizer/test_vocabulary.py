@@ -47,3 +47,9 @@ def test_other_kinds_of_tokenizer_are_refused(
     (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **change}))
     with pytest.raises(CheckpointError, match="byte-level BPE"):
         Vocabulary.from_checkpoint(tmp_path)
+
+
+def test_broken_json_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not valid JSON"):
+        Vocabulary.from_checkpoint(tmp_path)

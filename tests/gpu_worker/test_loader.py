@@ -122,9 +122,24 @@ def _quantize(tensors: dict[str, Tensor]) -> None:
     tensors[name] = tensors[name].to(torch.int8)
 
 
+def _drop_prefixes(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+def _halve_heads(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith("q_proj.weight")]:
+        tensors[name] = tensors[name][:64].clone()
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
+        (
+            _drop_prefixes,
+            r"lacks .*names lack 'model\.', as those of a model that makes embeddings",
+        ),
+        (_halve_heads, r"q_proj\.weight has shape \[64, 64\]; .* head_dim 16: is it 8\?"),
         (_drop, r"lacks model\.layers\.1\.mlp\.up_proj\.weight$"),
         (_drop_many, r"lacks model\.layers\.1\.input_layernorm\.weight, .* and 8 more$"),
         (_add, r"does not call for: model\.layers\.7\.extra$"),
@@ -155,6 +170,14 @@ def test_a_torn_file_is_named(tmp_path: Path) -> None:
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00003.safetensors"])
+def test_a_file_that_git_lfs_did_not_fetch_is_named(tmp_path: Path, name: str) -> None:
+    directory = write_checkpoint(tmp_path, shards=1 if name == "model.safetensors" else 3)
+    (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4f\n")
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
         load_model(directory)
 
 

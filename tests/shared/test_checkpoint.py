@@ -32,6 +32,7 @@ SHAPE: dict[str, Any] = {
 }
 
 
+SIZES = [name for name, value in SHAPE.items() if isinstance(value, int)]
 FULL = ["full_attention", "full_attention"]
 
 
@@ -68,6 +69,26 @@ def test_the_older_and_the_newer_form_of_rope(tmp_path: Path) -> None:
         ({**SHAPE, "attention_chunk_size": 64}, "attention_chunk_size"),
         ({**SHAPE, "is_causal": False}, "not causal"),
         ({**SHAPE, "use_bidirectional_attention": True}, "not causal"),
+        ({"vocab_size": 5}, r"config\.json has no model_type"),
+        ({**SHAPE, "architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClass"),
+        ({**SHAPE, "architectures": ["Qwen3Model"]}, "architectures Qwen3Model is not served"),
+        ({**SHAPE, "architectures": ["Qwen2ForCausalLM"]}, "only .* Qwen3ForCausalLM is"),
+        *(
+            (
+                {**SHAPE, "quantization_config": {"quant_method": method}},
+                rf"\({method}\): quantized",
+            )
+            for method in ("gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes")
+        ),
+        ({**SHAPE, "compression_config": {}}, "compression_config .*quantized weights"),
+        ({**SHAPE, "max_position_embeddings": 0}, "max_position_embeddings 0: .* at least 2"),
+        ({**SHAPE, "max_position_embeddings": 1}, "max_position_embeddings 1: .* at least 2"),
+        ({**SHAPE, "head_dim": 31}, "head_dim 31: it must be even"),
+        *(
+            ({**SHAPE, name: size}, f"{name} {size}: it must be positive")
+            for name in SIZES
+            for size in (0, -3)
+        ),
         ({**SHAPE, "dual_chunk_attention_config": {}}, "dual_chunk_attention_config"),
         ({**SHAPE, "num_key_value_heads": 3}, "num_key_value_heads"),
         ({**SHAPE, "rope_scaling": {"factor": "big"}}, "rope_scaling"),
@@ -164,6 +185,27 @@ def test_yarn_lengthens_the_context(
     config = ModelConfig.from_checkpoint(tmp_path)
     assert settled(Settings(max_model_len=4096), tmp_path, config).max_model_len == longest
     assert settled(Settings(max_model_len=100), tmp_path, config).max_model_len == 100
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
+        (b'{"model_type": ', "is not valid JSON"),
+        (b"\xff\xfe{\x00}\x00", "is not valid JSON"),
+        (b'{"x": ' + b"[" * 100_000, "is not valid JSON"),
+        (b"[]", "Expected `object`"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_file_that_is_no_json_is_named(
+    tmp_path: Path, name: str, content: bytes, complaint: str
+) -> None:
+    write(tmp_path, **SHAPE)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name}.*{complaint}") as error:
+        eos_token_ids(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("family", "head_dim"), [("qwen2", 8), ("qwen3", 128)])

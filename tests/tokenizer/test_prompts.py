@@ -358,3 +358,10 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         encoder_of(tmp_path)
+
+
+def test_a_chat_template_that_is_not_utf_8(tmp_path: Path) -> None:
+    write_checkpoint_files(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ messages[0].content }}\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8 text"):
+        encoder_of(tmp_path)
