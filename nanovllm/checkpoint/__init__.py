@@ -6,7 +6,6 @@ vocabulary's size, the tokenizer for the end-of-sequence ids, the worker for the
 
 from nanovllm.checkpoint.config import FAMILIES, ModelConfig
 from nanovllm.checkpoint.files import CheckpointError
-from nanovllm.checkpoint.generation import eos_token_ids
 from nanovllm.checkpoint.locate import DEMO_CHECKPOINT, model_name, resolve_model
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "FAMILIES",
     "CheckpointError",
     "ModelConfig",
-    "eos_token_ids",
     "model_name",
     "resolve_model",
 ]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from nanovllm.checkpoint.files import CheckpointError, read_json
+from nanovllm.checkpoint.generation import read_eos_token_ids
 from nanovllm.checkpoint.rope import Rope, RopeKeys, YarnRope, read_rope
 from nanovllm.wording import counted
 
@@ -66,9 +67,10 @@ class _RawConfig(RopeKeys, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of a dense decoder of one of FAMILIES.
+    """A dense decoder of one of FAMILIES.
 
     `attention_bias` is config.json's; a family may have biases without that key.
+    `eos_token_ids`: None means that the tokenizer's own end-of-sequence token is the one.
     """
 
     model_type: str
@@ -85,10 +87,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_bias: bool
     rope: Rope
     dtype: str
+    eos_token_ids: tuple[int, ...] | None
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> ModelConfig:
-        """Reads `directory/config.json`.
+        """Reads config.json, and the end-of-sequence ids in generation_config.json.
 
         Raises:
             CheckpointError: if it is missing, malformed, not of one of FAMILIES, or asks for what
@@ -123,6 +126,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             attention_bias=raw.attention_bias,
             rope=read_rope(path, raw, raw.max_position_embeddings),
             dtype=raw.dtype or raw.torch_dtype or "float32",
+            eos_token_ids=read_eos_token_ids(directory, raw.vocab_size),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""generation_config.json: the end-of-sequence ids."""
+"""The end-of-sequence ids."""
 
 from __future__ import annotations
 
@@ -6,23 +6,36 @@ from pathlib import Path
 
 import msgspec
 
-from nanovllm.checkpoint.files import read_json
-
-
-def eos_token_ids(directory: Path) -> list[int] | None:
-    """End-of-sequence ids: generation_config.json's, else config.json's, else None.
-
-    None means that the tokenizer's own end-of-sequence token is the one.
-    """
-    for name in ("generation_config.json", "config.json"):
-        try:
-            found = read_json(directory / name, _EosOnly).eos_token_id
-        except FileNotFoundError:
-            continue
-        if found is not None:
-            return found if isinstance(found, list) else [found]
-    return None
+from nanovllm.checkpoint.files import CheckpointError, read_json
 
 
 class _EosOnly(msgspec.Struct):
     eos_token_id: int | list[int] | None = None
+
+
+def read_eos_token_ids(directory: Path, vocab_size: int) -> tuple[int, ...] | None:
+    """generation_config.json's, else config.json's, else None.
+
+    Raises:
+        CheckpointError: for an id that the model never gives: outputs would not end.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        try:
+            found = read_json(path, _EosOnly).eos_token_id
+        except FileNotFoundError:
+            continue
+        if found is not None:
+            ids = tuple(found) if isinstance(found, list) else (found,)
+            for token_id in ids:
+                check_eos(f"{path}: eos_token_id", token_id, vocab_size)
+            return ids
+    return None
+
+
+def check_eos(source: str, token_id: int, vocab_size: int) -> None:
+    """Raises CheckpointError unless the model can give the end of sequence that `source` names."""
+    if not 0 <= token_id < vocab_size:
+        raise CheckpointError(
+            f"{source} {token_id} is not in the vocabulary: vocab_size is {vocab_size}"
+        )

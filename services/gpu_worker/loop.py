@@ -49,7 +49,7 @@ def _make_runner(service: Service) -> Runner:
     if settings.device == "sim":
         from nanovllm.services.gpu_worker.sim import SimRunner, ordinary_tokens
 
-        return SimRunner(settings, ordinary_tokens(service.directory, service.config.vocab_size))
+        return SimRunner(settings, ordinary_tokens(service.directory, service.config))
     spin_briefly()
     service.greet()  # then torch is imported
     from nanovllm.services.gpu_worker.torch_runner import TorchRunner

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.checkpoint import CheckpointError, eos_token_ids
+from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, pack
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence, check_room_for_one
 from nanovllm.services.gpu_worker.runner import Loaded, Report
@@ -156,13 +156,13 @@ def draw(seeds: NDArray[np.int64], positions: NDArray[np.int32], size: int) -> N
     return indices
 
 
-def ordinary_tokens(directory: Path, vocab_size: int) -> NDArray[np.int32]:
+def ordinary_tokens(directory: Path, config: ModelConfig) -> NDArray[np.int32]:
     """int32 [v], the ids of tokens that are text: neither special nor an end of sequence.
 
     Raises CheckpointError if the tokenizer cannot be read, or has no such token.
     """
-    special = set(eos_token_ids(directory) or ())
-    known = Vocabulary.from_checkpoint(directory).text.keys() & range(vocab_size)
+    special = set(config.eos_token_ids or ())
+    known = Vocabulary.from_checkpoint(directory).text.keys() & range(config.vocab_size)
     if not known - special:
         raise CheckpointError(f"{directory} has no token that is not special")
     return np.array(sorted(known - special), dtype=np.int32)

@@ -46,7 +46,7 @@ class TokenizerLoop:
 
 def serve(service: Service) -> NoReturn:
     encoder = PromptEncoder.from_checkpoint(
-        service.directory, service.config.vocab_size, service.settings.max_model_len
+        service.directory, service.config, service.settings.max_model_len
     )
     queue = TokenizeQueue(encoder.encode)
     loop = TokenizerLoop(service, queue)

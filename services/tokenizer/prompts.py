@@ -9,7 +9,8 @@ from typing import Literal
 import msgspec
 from tokenizers import Tokenizer
 
-from nanovllm.checkpoint import eos_token_ids
+from nanovllm.checkpoint import ModelConfig
+from nanovllm.checkpoint.generation import check_eos
 from nanovllm.messages import Refused, Tokenize, Tokenized, pack, unpack
 from nanovllm.services.tokenizer.chat import ChatTemplate, ChatTemplateError
 from nanovllm.services.tokenizer.files import (
@@ -59,31 +60,32 @@ class PromptEncoder:
         self._max_model_len = max_model_len
 
     @classmethod
-    def from_checkpoint(cls, directory: Path, vocab_size: int, max_model_len: int) -> PromptEncoder:
+    def from_checkpoint(
+        cls, directory: Path, model: ModelConfig, max_model_len: int
+    ) -> PromptEncoder:
         """Raises CheckpointError if the tokenizer's files cannot be used."""
         vocabulary = Vocabulary.from_checkpoint(directory)
         config = TokenizerConfig.from_checkpoint(directory)
         tokenizer = load_tokenizer(directory)
         special_tokens = config.special_tokens()
-        eos = eos_token_ids(directory)
+        eos = model.eos_token_ids
         if eos is None:
-            own = tokenizer.token_to_id(special_tokens.get("eos_token", ""))
-            eos = [] if own is None else [own]
-        if vocabulary.size > vocab_size:
+            eos = _own_eos(tokenizer, special_tokens, directory, model.vocab_size)
+        if vocabulary.size > model.vocab_size:
             log.warning(
                 "%s: token ids go up to %d, and the model's vocab_size is %d: prompts with a higher"
                 " id are refused",
                 directory / "tokenizer.json",
                 vocabulary.size - 1,
-                vocab_size,
+                model.vocab_size,
             )
         source = read_chat_template(directory, config)
         return cls(
             tokenizer,
             None if source is None else ChatTemplate(source, special_tokens),
-            eos,
+            list(eos),
             vocabulary.longest_entry,
-            vocab_size,
+            model.vocab_size,
             max_model_len,
         )
 
@@ -162,3 +164,18 @@ class PromptEncoder:
             [text], add_special_tokens=add_special_tokens
         )
         return pack(encoding.ids)
+
+
+def _own_eos(
+    tokenizer: Tokenizer, special_tokens: dict[str, str], directory: Path, vocab_size: int
+) -> tuple[int, ...]:
+    """The id of the tokenizer's end of sequence, if there is one.
+
+    Raises CheckpointError if the model does not have it.
+    """
+    name = special_tokens.get("eos_token", "")
+    own = tokenizer.token_to_id(name)
+    if own is None:
+        return ()
+    check_eos(f"{directory / 'tokenizer_config.json'}: eos_token {name!r}, id", own, vocab_size)
+    return (own,)

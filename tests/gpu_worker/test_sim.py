@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.checkpoint import CheckpointError
+from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.messages import Admission, StepResult, pack, unpack
 from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.runner import Loaded, Runner
@@ -129,11 +129,13 @@ def test_it_has_blocks_for_every_slot_unless_told_otherwise() -> None:
 
 def test_special_tokens_are_never_drawn(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    ids = ordinary_tokens(write_checkpoint_files(tmp_path, eos_token_id=[7, 8]), vocab_size=390)
+    write_checkpoint_files(tmp_path, eos_token_id=[7, 8], vocab_size=390)
+    ids = ordinary_tokens(tmp_path, ModelConfig.from_checkpoint(tmp_path))
     special = {tokenizer.token_to_id(token) for token in SPECIAL}
     assert set(ids.tolist()) == set(range(390)) - special - {7, 8}
+    write_checkpoint_files(tmp_path, eos_token_id=0, vocab_size=1)
     with pytest.raises(CheckpointError, match="not special"):
-        ordinary_tokens(write_checkpoint_files(tmp_path, eos_token_id=0), vocab_size=1)
+        ordinary_tokens(tmp_path, ModelConfig.from_checkpoint(tmp_path))
 
 
 def test_torch_is_not_imported() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm.checkpoint import DEMO_CHECKPOINT, eos_token_ids
+from nanovllm.checkpoint import DEMO_CHECKPOINT, ModelConfig
 from nanovllm.protocol import Logprobs
 from tests.checkpoints import read_model
 from tests.pipeline.wire import Wire
@@ -134,7 +134,7 @@ def test_parameters_that_leave_one_token_are_greedy(wire: Wire) -> None:
 
 
 def test_what_ends_an_output(wire: Wire) -> None:
-    eos = eos_token_ids(DEMO_CHECKPOINT)
+    eos = ModelConfig.from_checkpoint(DEMO_CHECKPOINT).eos_token_ids
     assert eos
     (story,) = wire.run(greedy(max_tokens=1000))
     tokens = story.token_ids

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from benchmarks.support.pipeline import Pipeline
-from nanovllm.checkpoint import DEMO_CHECKPOINT, eos_token_ids
+from nanovllm.checkpoint import DEMO_CHECKPOINT, ModelConfig
 from nanovllm.control import SchedulerStats
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import Answer, Wire
@@ -91,7 +91,7 @@ def test_resumed_tokens_that_end_the_request_already(
     connect: Callable[..., Wire], stream: bool
 ) -> None:
     wire = connect()
-    eos = (eos_token_ids(DEMO_CHECKPOINT) or [])[0]
+    eos = (ModelConfig.from_checkpoint(DEMO_CHECKPOINT).eos_token_ids or [])[0]
     words = tokenizer.encode(" one two three four").ids
     cases: list[tuple[list[int], dict[str, Any], str]] = [
         (words, {"max_tokens": len(words)}, "length"),

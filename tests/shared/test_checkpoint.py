@@ -12,7 +12,6 @@ from nanovllm.checkpoint import (
     DEMO_CHECKPOINT,
     CheckpointError,
     ModelConfig,
-    eos_token_ids,
     model_name,
     resolve_model,
 )
@@ -204,7 +203,7 @@ def test_a_file_that_is_no_json_is_named(
     write(tmp_path, **SHAPE)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{name}.*{complaint}") as error:
-        eos_token_ids(tmp_path)
+        ModelConfig.from_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -232,14 +231,28 @@ def test_key_value_heads_may_be_fewer_than_ranks(tmp_path: Path, size: int) -> N
 
 
 def test_end_of_sequence_ids_come_from_the_generation_config_first(tmp_path: Path) -> None:
-    write(tmp_path, **SHAPE)
-    assert eos_token_ids(tmp_path) is None
-    write(tmp_path, **SHAPE, eos_token_id=5)
-    assert eos_token_ids(tmp_path) == [5]
+    def eos(**config: Any) -> tuple[int, ...] | None:
+        return ModelConfig.from_checkpoint(write(tmp_path, **SHAPE, **config)).eos_token_ids
+
+    assert eos() is None
+    assert eos(eos_token_id=5) == (5,)
     write(tmp_path, "generation_config.json", eos_token_id=[7, 8])
-    assert eos_token_ids(tmp_path) == [7, 8]
+    assert eos(eos_token_id=5) == (7, 8)
     write(tmp_path, "generation_config.json", temperature=0.6)
-    assert eos_token_ids(tmp_path) == [5]
+    assert eos(eos_token_id=5) == (5,)
+
+
+@pytest.mark.parametrize("token_id", [-1, 100, 5000, 2**40])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_of_sequence_out_of_range_is_refused(
+    tmp_path: Path, name: str, token_id: int
+) -> None:
+    write(tmp_path, **SHAPE)
+    values = SHAPE if name == "config.json" else {}
+    for given in (token_id, [7, token_id]):
+        write(tmp_path, name, **values, eos_token_id=given)
+        with pytest.raises(CheckpointError, match=rf"{name}: eos_token_id {token_id} is not"):
+            ModelConfig.from_checkpoint(tmp_path)
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

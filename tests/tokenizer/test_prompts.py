@@ -43,8 +43,8 @@ def request(**fields: Any) -> Tokenize:
 
 
 def encoder_of(directory: Path, max_model_len: int = MAX_MODEL_LEN) -> PromptEncoder:
-    vocab_size = ModelConfig.from_checkpoint(directory).vocab_size
-    return PromptEncoder.from_checkpoint(directory, vocab_size, max_model_len)
+    model = ModelConfig.from_checkpoint(directory)
+    return PromptEncoder.from_checkpoint(directory, model, max_model_len)
 
 
 def chat(*turns: tuple[str, str]) -> list[ChatMessage]:
@@ -261,7 +261,7 @@ def test_a_token_that_the_model_does_not_embed_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     highest = tiny_tokenizer().get_vocab()["naïve x"]
-    write_checkpoint_files(tmp_path, vocab_size=highest)
+    write_checkpoint_files(tmp_path, vocab_size=highest, eos_token_id=2)
     encoder = encoder_of(tmp_path)
     (warning,) = caplog.records
     assert f"go up to {highest}" in warning.message
@@ -347,6 +347,14 @@ def test_where_the_end_of_sequence_comes_from(
     result = tokenized(encoder, prompt_token_ids=pack([5]))
     ids = [theirs.convert_tokens_to_ids(e) if isinstance(e, str) else e for e in expected]
     assert result.sampling.stop_token_ids == ids
+
+
+def test_an_end_of_sequence_that_the_model_does_not_have(tmp_path: Path) -> None:
+    eos = tiny_tokenizer().get_vocab()[EOS]
+    write_checkpoint_files(tmp_path, eos_token_id=None, vocab_size=eos)
+    complaint = rf"tokenizer_config\.json: eos_token '.*', id {eos} is not in the vocabulary"
+    with pytest.raises(CheckpointError, match=complaint):
+        encoder_of(tmp_path)
 
 
 def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
