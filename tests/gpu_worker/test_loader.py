@@ -15,7 +15,7 @@ from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import build_model
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import read_model, write_checkpoint
 from tests.gpu_worker.paged import CPU, load_model
 
 
@@ -186,6 +186,18 @@ def test_a_checkpoint_without_weights_says_what_is_looked_for(tmp_path: Path) ->
     (directory / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         load_model(directory)
+
+
+def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, shards=3)
+    single = write_checkpoint(tmp_path / "single", seed=1) / "model.safetensors"
+    single.rename(directory / "model.safetensors")
+    wanted = read_model(directory).state_dict()
+    for _ in range(2):
+        for tensor in load_model(directory).checkpoint_tensors():
+            assert torch.equal(tensor.target, wanted[tensor.name])
+        for shard in directory.glob("model-*"):
+            shard.unlink()
 
 
 def test_a_malformed_index_is_named(tmp_path: Path) -> None:

@@ -55,17 +55,17 @@ def load_checkpoint(model: Model, directory: Path, progress: Callable[[int, int]
 
 
 def _files_of_tensors(directory: Path) -> dict[str, Path]:
-    """The file of each tensor, by the tensor's name."""
+    """The file of each tensor, by the tensor's name. Where there are both, the single file is the
+    one, as for transformers."""
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.exists():
+        with _opened(single) as opened:
+            return dict.fromkeys(opened.keys(), single)
     try:
         weight_map = read_json(index, _Index).weight_map
-        return {name: directory / file for name, file in weight_map.items()}
     except FileNotFoundError:
-        pass
-    if not single.exists():
-        raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    with _opened(single) as opened:
-        return dict.fromkeys(opened.keys(), single)
+        raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}") from None
+    return {name: directory / file for name, file in weight_map.items()}
 
 
 @contextmanager
