@@ -70,7 +70,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A dense decoder of one of FAMILIES.
 
     `attention_bias` is config.json's; a family may have biases without that key.
-    `eos_token_ids`: None means that the tokenizer's own end-of-sequence token is the one.
+    `dtype`: None means the weights' own. `eos_token_ids`: None means the tokenizer's own
+    end-of-sequence token.
     """
 
     model_type: str
@@ -86,7 +87,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     tie_word_embeddings: bool
     attention_bias: bool
     rope: Rope
-    dtype: str
+    dtype: str | None
     eos_token_ids: tuple[int, ...] | None
 
     @classmethod
@@ -125,7 +126,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             tie_word_embeddings=raw.tie_word_embeddings,
             attention_bias=raw.attention_bias,
             rope=read_rope(path, raw, raw.max_position_embeddings),
-            dtype=raw.dtype or raw.torch_dtype or "float32",
+            dtype=raw.dtype or raw.torch_dtype,
             eos_token_ids=read_eos_token_ids(directory, raw.vocab_size),
         )
 

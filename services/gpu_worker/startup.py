@@ -19,7 +19,7 @@ from nanovllm.messages import Admission, StepPlan, pack
 from nanovllm.services.gpu_worker import memory
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import CudaCapture, Sizes, graph_sizes
-from nanovllm.services.gpu_worker.model.loader import load_checkpoint
+from nanovllm.services.gpu_worker.model.loader import as_stored, load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, local_heads
 from nanovllm.services.gpu_worker.model.registry import Model, build_model
 from nanovllm.services.gpu_worker.runner import Loaded
@@ -60,7 +60,7 @@ def choose_dtype(settings: Settings, config: ModelConfig, device: torch.device) 
     if name == "auto" and device.type == "cpu":
         return torch.float32
     try:
-        return _DTYPES[config.dtype if name == "auto" else name]
+        return _DTYPES[(config.dtype or "float32") if name == "auto" else name]
     except KeyError:
         raise CheckpointError(f"dtype {config.dtype!r} is not served; give a --dtype") from None
 
@@ -90,6 +90,7 @@ def load(
         CheckpointError: see `load_checkpoint`.
         SettingsError: if there is not enough memory.
     """
+    config = as_stored(config, directory)
     dtype = choose_dtype(settings, config, device)
     shape = attention_shape(config, tp, settings.kvcache_block_size)
     try:

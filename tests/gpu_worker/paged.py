@@ -13,7 +13,7 @@ from torch import Tensor
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.interface import AttentionMetadata
 from nanovllm.kernels.attention.sdpa import SdpaBackend
-from nanovllm.services.gpu_worker.model.loader import load_checkpoint
+from nanovllm.services.gpu_worker.model.loader import as_stored, load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import Model, build_model
 from nanovllm.services.gpu_worker.startup import allocate_kv_cache, attention_shape
@@ -28,7 +28,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
 ) -> Model:
-    config = ModelConfig.from_checkpoint(directory)
+    config = as_stored(ModelConfig.from_checkpoint(directory), directory)
     length = config.max_position_embeddings
     model = build_model(config, length, tp or TensorParallel(), dtype, device)
     load_checkpoint(model, directory, lambda done, total: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
-from nanovllm.services.gpu_worker.model.loader import load_checkpoint
+from nanovllm.services.gpu_worker.model import loader
+from nanovllm.services.gpu_worker.model.loader import as_stored, load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import build_model
+from nanovllm.services.gpu_worker.startup import choose_dtype
+from nanovllm.settings import Settings
 from tests.checkpoints import read_model, write_checkpoint
-from tests.gpu_worker.paged import CPU, load_model
+from tests.gpu_worker.paged import CPU, PagedSequences, load_model, relative_error
 
 
 def all_tensors(directory: Path) -> dict[str, Tensor]:
@@ -98,6 +103,53 @@ def test_a_tied_checkpoint_may_repeat_its_head(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, file)
     load_model(directory)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_tied_checkpoint_with_a_head_of_its_own_is_as_for_transformers(
+    tmp_path: Path, shards: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "COMPARED_VALUES", 640)  # 10 rows
+    directory = write_checkpoint(tmp_path, tie_word_embeddings=False, shards=shards)
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": True}))
+    sequences = [[1, 2, 3, 514]]
+    with torch.inference_mode():
+        expected = read_model(directory)(torch.tensor(sequences)).logits[0]
+    caplog.clear()
+    found = PagedSequences(load_model(directory), sequences, 16).run(16)[0]
+    assert relative_error(found, expected) < 1e-4
+    (warning,) = caplog.records
+    assert "tie_word_embeddings" in warning.message
+
+
+def test_heads_differ_where_one_value_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "COMPARED_VALUES", 640)
+    directory = write_checkpoint(tmp_path, tie_word_embeddings=True)
+    config = ModelConfig.from_checkpoint(directory)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file)
+    assert as_stored(config, directory).tie_word_embeddings
+    head[514, 63] += 1
+    save_file(tensors, file)
+    assert not as_stored(config, directory).tie_word_embeddings
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_say_their_dtype_where_the_config_does_not(
+    tmp_path: Path, stored: torch.dtype
+) -> None:
+    directory = write_checkpoint(tmp_path, dtype=stored)
+    values = json.loads((directory / "config.json").read_text())
+    del values["dtype"]
+    (directory / "config.json").write_text(json.dumps(values))
+    config = as_stored(ModelConfig.from_checkpoint(directory), directory)
+    assert choose_dtype(Settings(), config, torch.device("cuda")) == stored
+    assert choose_dtype(Settings(), config, CPU) == torch.float32
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    assert theirs.dtype == stored
 
 
 def _drop(tensors: dict[str, Tensor]) -> None:

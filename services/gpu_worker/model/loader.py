@@ -6,12 +6,14 @@ so that the weights are never in memory twice.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
@@ -19,13 +21,53 @@ from nanovllm.checkpoint.files import read_json, refuse_pointer
 from nanovllm.services.gpu_worker.model.layers import CheckpointTensor
 from nanovllm.services.gpu_worker.model.registry import Model
 
+log = logging.getLogger(__name__)
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOATS = ("BF16", "F16", "F32", "F64")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# The types that are read, by safetensors' names, and torch's names of them.
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+# How many values of two matrices are compared at once.
+COMPARED_VALUES = 1 << 24
 
 
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
+
+
+def as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
+    """The config with what the weights themselves say, as transformers does: their dtype, where
+    config.json gives none; and a head of its own, where one is stored that is not the embedding.
+
+    Raises:
+        CheckpointError: if the files cannot be read.
+    """
+    files = _files_of_tensors(directory)
+    if config.dtype is None and EMBEDDING in files:
+        with _opened(files[EMBEDDING]) as opened:
+            stored = opened.get_slice(EMBEDDING).get_dtype()
+        config = msgspec.structs.replace(config, dtype=FLOATS.get(stored, stored))
+    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= files.keys():
+        with _opened(files[EMBEDDING]) as embedding, _opened(files[HEAD]) as head:
+            if not _equal(embedding.get_slice(EMBEDDING), head.get_slice(HEAD)):
+                log.warning(
+                    "%s: tie_word_embeddings is true, but %s differs from the embedding and is"
+                    " used; set tie_word_embeddings to false",
+                    directory / "config.json",
+                    HEAD,
+                )
+                config = msgspec.structs.replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two safetensors slices are the same matrix, of which only a part is in memory."""
+    rows, columns = a.get_shape()
+    if (a.get_dtype(), [rows, columns]) != (b.get_dtype(), b.get_shape()):
+        return False
+    step = max(1, COMPARED_VALUES // columns)
+    return all(torch.equal(a[i : i + step], b[i : i + step]) for i in range(0, rows, step))
 
 
 def load_checkpoint(model: Model, directory: Path, progress: Callable[[int, int], None]) -> None:
@@ -89,8 +131,8 @@ def _check_names(directory: Path, found: set[str], wanted: set[str], config: Mod
                 " only causal language models are served"
             )
         raise CheckpointError(reason)
-    # A tied model's head is its embedding, whether or not the checkpoint repeats it.
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    # See `as_stored`: a head that the checkpoint of a tied model repeats is its embedding.
+    ignored = {HEAD} if config.tie_word_embeddings else set()
     if unexpected := found - wanted - ignored:
         raise CheckpointError(
             f"{directory} has tensors that its config.json does not call for: {_listed(unexpected)}"
