@@ -1,4 +1,4 @@
-"""What the tokens of a byte-level BPE vocabulary stand for, read from tokenizer.json alone.
+"""What the tokens of a byte-level BPE vocabulary stand for.
 
 In such a vocabulary each token is a run of bytes, and the decoding of a token list is those bytes,
 joined and read as UTF-8, with U+FFFD for what is none. Nothing else of the file is needed to
@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from nanovllm.checkpoint.files import CheckpointError, read_json
+from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
@@ -31,7 +32,7 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> Vocabulary:
-        """Reads `directory/tokenizer.json`.
+        """Reads tokenizer.json, and tokenizer_config.json for further tokens.
 
         Raises:
             CheckpointError: if it is missing, malformed, or not byte-level.
@@ -45,6 +46,7 @@ class Vocabulary(msgspec.Struct, frozen=True):
             raise CheckpointError(
                 f"{path}: the decoder is {file.decoder.type!r}; only byte-level BPE is served"
             )
+        _add_tokens(file, TokenizerConfig.from_checkpoint(directory))
         # An added token takes the place of the model's with the same id.
         tokens = {token_id: token for token, token_id in file.model.vocab.items()}
         tokens.update((added.id, added.content) for added in file.added_tokens)
@@ -115,3 +117,13 @@ class _TokenizerFile(msgspec.Struct):
     model: _Model
     decoder: _Decoder
     added_tokens: list[_AddedToken] = []
+
+
+def _add_tokens(file: _TokenizerFile, config: TokenizerConfig) -> None:
+    """Adds the tokens that tokenizer_config.json adds, with the ids that transformers gives."""
+    ids = {**file.model.vocab, **{added.content: added.id for added in file.added_tokens}}
+    end = max([len(file.model.vocab), *(added.id + 1 for added in file.added_tokens)])
+    for token in config.added_tokens({added.content for added in file.added_tokens}):
+        token_id = ids.setdefault(token.content, end)
+        end = max(end, token_id + 1)
+        file.added_tokens.append(_AddedToken(token_id, token.content, token.special))

@@ -1,58 +1,16 @@
-"""The checkpoint's tokenizer files: tokenizer.json, tokenizer_config.json, chat_template.jinja."""
+"""The checkpoint's tokenizer and chat template."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from nanovllm.checkpoint.files import CheckpointError, read_json, refuse_pointer
-
-
-class AddedToken(msgspec.Struct):
-    content: str
+from nanovllm.checkpoint.files import CheckpointError, refuse_pointer
+from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
 
 
-class NamedTemplate(msgspec.Struct):
-    name: str
-    template: str
-
-
-class TokenizerConfig(msgspec.Struct, kw_only=True):
-    """tokenizer_config.json; only what is needed here. Every key may be missing."""
-
-    chat_template: str | list[NamedTemplate] | None = None
-    bos_token: str | AddedToken | None = None
-    eos_token: str | AddedToken | None = None
-    unk_token: str | AddedToken | None = None
-    sep_token: str | AddedToken | None = None
-    pad_token: str | AddedToken | None = None
-    cls_token: str | AddedToken | None = None
-    mask_token: str | AddedToken | None = None
-
-    @classmethod
-    def from_checkpoint(cls, directory: Path) -> TokenizerConfig:
-        """Raises CheckpointError if it is malformed; a missing one is empty."""
-        path = directory / "tokenizer_config.json"
-        try:
-            return read_json(path, cls)
-        except FileNotFoundError:
-            return cls()
-
-    def special_tokens(self) -> dict[str, str]:
-        """The named special tokens that there are: `{"eos_token": …}`."""
-        found: dict[str, str] = {}
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if isinstance(value, AddedToken):
-                found[name] = value.content
-            elif isinstance(value, str) and name != "chat_template":
-                found[name] = value
-        return found
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path, config: TokenizerConfig) -> Tokenizer:
     """The tokenizer, giving the same ids as transformers' AutoTokenizer.
 
     Which tokens it puts around a text is tokenizer.json's to say, as it is there.
@@ -65,6 +23,20 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises no narrower type
         raise CheckpointError(f"{path}: {error}") from None
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_tokens(
+        [
+            AddedToken(
+                added.content,
+                single_word=added.single_word,
+                lstrip=added.lstrip,
+                rstrip=added.rstrip,
+                normalized=not added.special if added.normalized is None else added.normalized,
+                special=added.special,
+            )
+            for added in config.added_tokens(known)
+        ]
+    )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -11,13 +11,10 @@ from tokenizers import Tokenizer
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.checkpoint.generation import check_eos
+from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
 from nanovllm.messages import Refused, Tokenize, Tokenized, pack, unpack
 from nanovllm.services.tokenizer.chat import ChatTemplate, ChatTemplateError
-from nanovllm.services.tokenizer.files import (
-    TokenizerConfig,
-    load_tokenizer,
-    read_chat_template,
-)
+from nanovllm.services.tokenizer.files import load_tokenizer, read_chat_template
 from nanovllm.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -66,7 +63,7 @@ class PromptEncoder:
         """Raises CheckpointError if the tokenizer's files cannot be used."""
         vocabulary = Vocabulary.from_checkpoint(directory)
         config = TokenizerConfig.from_checkpoint(directory)
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory, config)
         special_tokens = config.special_tokens()
         eos = model.eos_token_ids
         if eos is None:

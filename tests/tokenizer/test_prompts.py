@@ -21,6 +21,7 @@ from nanovllm.messages import Refused, Tokenize, Tokenized, pack, unpack
 from nanovllm.protocol import ChatMessage, Sampling
 from nanovllm.services.tokenizer.chat import RESERVED
 from nanovllm.services.tokenizer.prompts import PromptEncoder
+from nanovllm.vocabulary import Vocabulary
 from tests.bpe import EOS, tiny_tokenizer, write_checkpoint_files, write_tokenizer
 
 MAX_MODEL_LEN = 128
@@ -129,6 +130,43 @@ def test_tokenizer_config_means_what_it_means_to_transformers(
     messages = [{"role": "user", "content": "the dog"}]
     rendered = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert prompt_of(tokenized(encoder, messages=chat(("user", "the dog")))) == rendered
+
+
+ADDED_LATER: list[dict[str, Any]] = [
+    {"added_tokens_decoder": {400: {"content": "<|a|>"}, 401: {"content": "<|b|>"}}},
+    {"added_tokens_decoder": {405: {"content": "<|a|>"}, 402: {"content": "<|b|>"}}},
+    {"added_tokens_decoder": {100: {"content": "<|a|>"}, 5: {"content": "<|b|>"}}},
+    {"added_tokens_decoder": {403: {"content": "<think>", "special": True}}},
+    {"added_tokens_decoder": {403: {"content": EOS, "special": False}}},
+    {"added_tokens_decoder": {400: {"content": "<|a|>", "lstrip": True, "special": False}}},
+    {"added_tokens_decoder": {400: {"content": "dog", "special": False}}},
+    {"eos_token": "<|a|>", "additional_special_tokens": ["<|b|>", "<|a|>", EOS]},
+    {"extra_special_tokens": ["<|b|>", "<|a|>"]},
+    {"extra_special_tokens": {"image_token": "<|b|>"}, "pad_token": "<|a|>"},
+    {"bos_token": "<|a|>", "added_tokens_decoder": {400: {"content": "<|b|>"}}},
+]
+
+
+@pytest.mark.parametrize("config", ADDED_LATER)
+def test_tokens_that_tokenizer_json_lacks_have_transformers_ids_and_text(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    decoder = {
+        token_id: {**plain, "special": True, **token}
+        for token_id, token in config.get("added_tokens_decoder", {}).items()
+    }
+    write_checkpoint_files(tmp_path)
+    write_tokenizer(tmp_path, **{**config, "added_tokens_decoder": decoder})
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "the dog <|a|> <|b|><think><|im_end|> <|a|>"
+    ids = prompt_of(tokenized(encoder_of(tmp_path), prompt=text))
+    assert ids == theirs(text)["input_ids"]
+    vocabulary = Vocabulary.from_checkpoint(tmp_path)
+    assert vocabulary.size == len(theirs)
+    for token_id in range(len(theirs)):
+        expected = theirs.decode([token_id], skip_special_tokens=True)
+        assert vocabulary.text.get(token_id, b"").decode(errors="replace") == expected
 
 
 def test_tokens_around_the_text(tmp_path: Path) -> None:
