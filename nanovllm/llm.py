@@ -22,7 +22,7 @@ from nanovllm.control import SchedulerStats
 from nanovllm.progress import GenerationBar, LoadingBar
 from nanovllm.protocol import ChatMessage, Generate, Logprobs
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.settings import Settings
+from nanovllm.settings import Settings, with_fitting_defaults
 from nanovllm.wording import counted, mistake
 
 # Most unfinished requests besides the running: enough that a free slot always finds a next one.
@@ -219,7 +219,7 @@ def _settings(model: str, options: dict[str, Any]) -> Settings:
             raise TypeError(f"LLM has no option {name!r}; there are {', '.join(sorted(known))}")
     values = {"ingress": "", "log_level": "warning", **options, "model": str(model)}
     try:
-        settings = msgspec.convert(values, Settings)
+        settings = msgspec.convert(with_fitting_defaults(values), Settings)
     except msgspec.ValidationError as error:
         raise ValueError(mistake(error)) from None
     # A download here shows its progress; the launcher's would not be seen.

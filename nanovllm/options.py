@@ -7,9 +7,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import click
 import msgspec
+from click.core import ParameterSource
 from msgspec import inspect
 
-from nanovllm.settings import Settings, flag
+from nanovllm.settings import Settings, flag, with_fitting_defaults
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -29,13 +30,15 @@ def settings_options(*, without: tuple[str, ...] = ()) -> Callable[[Command], Co
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
-    """Settings from the values that click has parsed.
+    """Settings from the values that click has parsed for the current command.
 
     Raises:
         click.UsageError: a value is not valid; the message names its option.
     """
+    source = click.get_current_context().get_parameter_source
+    given = {k: v for k, v in values.items() if source(k) is not ParameterSource.DEFAULT}
     try:
-        return msgspec.convert(values, Settings)
+        return msgspec.convert(with_fitting_defaults(given), Settings)
     except msgspec.ValidationError as error:  # a SettingsError comes as one too
         raise click.UsageError(_naming_the_option(str(error))) from None
 

@@ -200,11 +200,20 @@ class Service:
 
 
 def settled(settings: Settings, directory: Path, config: ModelConfig) -> Settings:
-    """The settings with `model` resolved to `directory`, and `max_model_len` cut to the model's."""
+    """The settings with `model` resolved to `directory`, and `max_model_len` cut to the model's,
+    which is logged."""
+    longest = min(settings.max_model_len, config.context_length)
+    if longest < settings.max_model_len:
+        log.warning(
+            "--max-model-len %d is cut to %d: the model has no more positions (%s)",
+            settings.max_model_len,
+            longest,
+            directory / "config.json",
+        )
     return msgspec.structs.replace(
         settings,
         model=str(directory),
-        max_model_len=min(settings.max_model_len, config.context_length),
+        max_model_len=longest,
     )
 
 

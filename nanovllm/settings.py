@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -33,6 +33,19 @@ def default_runtime_dir() -> str:
     if base and os.path.isdir(base):
         return os.path.join(base, "nanovllm")
     return os.path.join(tempfile.gettempdir(), f"nanovllm-{os.getuid()}")
+
+
+def with_fitting_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The options given, and beside them those whose default the given ones would contradict:
+    fewer sequences for a smaller token budget, a larger budget for more sequences."""
+    defaults = Settings()
+    budget, sequences = given.get("max_num_batched_tokens"), given.get("max_num_seqs")
+    moved: dict[str, int] = {}
+    if isinstance(budget, int) and 1 <= budget < defaults.max_num_seqs:
+        moved["max_num_seqs"] = budget
+    if isinstance(sequences, int) and sequences > defaults.max_num_batched_tokens:
+        moved["max_num_batched_tokens"] = sequences
+    return {**moved, **given}
 
 
 def flag(name: str) -> str:

@@ -178,12 +178,20 @@ def test_two_maps_of_rope_must_agree_on_theta(tmp_path: Path) -> None:
     ],
 )
 def test_yarn_lengthens_the_context(
-    tmp_path: Path, positions: int, rope: dict[str, Any], longest: int
+    tmp_path: Path,
+    positions: int,
+    rope: dict[str, Any],
+    longest: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     write(tmp_path, **SHAPE, max_position_embeddings=positions, rope_scaling=rope)
     config = ModelConfig.from_checkpoint(tmp_path)
-    assert settled(Settings(max_model_len=4096), tmp_path, config).max_model_len == longest
     assert settled(Settings(max_model_len=100), tmp_path, config).max_model_len == 100
+    assert settled(Settings(max_model_len=longest), tmp_path, config).max_model_len == longest
+    assert not caplog.records
+    assert settled(Settings(max_model_len=4096), tmp_path, config).max_model_len == longest
+    (said,) = caplog.records
+    assert said.message.startswith(f"--max-model-len 4096 is cut to {longest}: the model has no")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from nanovllm.launch.cli import main as launch
 from nanovllm.options import settings_argv, settings_from, settings_options
-from nanovllm.settings import Settings, SettingsError
+from nanovllm.settings import Settings, SettingsError, flag, with_fitting_defaults
 
 
 def parse(*argv: str) -> Settings:
@@ -66,7 +66,9 @@ def test_nano_vllms_names_and_defaults() -> None:
         (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization"),
         (["--gpu-memory-utilization", "0"], "--gpu-memory-utilization"),
         (["--gpu-memory-utilization", "nan"], "--gpu-memory-utilization"),
-        (["--max-num-batched-tokens", "16"], "--max-num-batched-tokens"),
+        (["--max-num-batched-tokens", "16", "--max-num-seqs", "17"], "--max-num-batched-tokens"),
+        (["--max-num-batched-tokens", "511", "--max-num-seqs", "512"], "--max-num-batched-tokens"),
+        (["--max-num-batched-tokens", "0"], "--max-num-batched-tokens"),
     ],
 )
 def test_a_value_out_of_range_names_its_option(argv: list[str], named: str) -> None:
@@ -75,6 +77,32 @@ def test_a_value_out_of_range_names_its_option(argv: list[str], named: str) -> N
     said = caught.value.format_message()
     assert named in said
     assert not said.startswith(":")
+
+
+@pytest.mark.parametrize(
+    ("given", "budget", "sequences"),
+    [
+        ({}, 16384, 512),
+        ({"max_num_batched_tokens": 128}, 128, 128),
+        ({"max_num_batched_tokens": 1000}, 1000, 512),
+        ({"max_num_seqs": 20_000}, 20_000, 20_000),
+        ({"max_num_seqs": 16}, 16384, 16),
+        ({"max_num_batched_tokens": 128, "max_num_seqs": 2}, 128, 2),
+    ],
+)
+def test_a_default_gives_way_to_what_is_given(
+    given: dict[str, int], budget: int, sequences: int
+) -> None:
+    argv = [word for name, value in given.items() for word in (flag(name), str(value))]
+    for settings in (parse(*argv), Settings(**with_fitting_defaults(given))):
+        assert (settings.max_num_batched_tokens, settings.max_num_seqs) == (budget, sequences)
+
+
+@pytest.mark.parametrize("value", [0, -5, "many", None, 0.5])
+@pytest.mark.parametrize("name", ["max_num_batched_tokens", "max_num_seqs"])
+def test_a_value_that_is_none_moves_no_default(name: str, value: Any) -> None:
+    with pytest.raises(msgspec.ValidationError, match=name):
+        msgspec.convert(with_fitting_defaults({name: value}), Settings)
 
 
 def test_help_shows_choices_in_their_order_and_ranges() -> None:
