@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, Final, NotRequired, TypedDict
+from typing import Any, Final, NotRequired, TypedDict, get_args, get_type_hints
 
 import msgspec
 
@@ -19,11 +19,12 @@ from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.client.requests import Prompt, generate_message
 from nanovllm.client.results import Completion, PendingRequest, RequestError
 from nanovllm.control import SchedulerStats
+from nanovllm.plain import plain
 from nanovllm.progress import GenerationBar, LoadingBar
 from nanovllm.protocol import ChatMessage, Generate, Logprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings, with_fitting_defaults
-from nanovllm.wording import counted, mistake
+from nanovllm.wording import counted, key_and_reason
 
 # Most unfinished requests besides the running: enough that a free slot always finds a next one.
 WINDOW: Final = 2048
@@ -219,9 +220,12 @@ def _settings(model: str, options: dict[str, Any]) -> Settings:
             raise TypeError(f"LLM has no option {name!r}; there are {', '.join(sorted(known))}")
     values = {"ingress": "", "log_level": "warning", **options, "model": str(model)}
     try:
-        settings = msgspec.convert(with_fitting_defaults(values), Settings)
+        settings = msgspec.convert(with_fitting_defaults(plain(values)), Settings)
     except msgspec.ValidationError as error:
-        raise ValueError(mistake(error)) from None
+        name, reason = key_and_reason(error)
+        if choices := get_args(get_type_hints(Settings).get(name)):
+            reason = f"one of {', '.join(choices)}"
+        raise ValueError(f"{name}={values[name]!r}: {reason}" if name else reason) from None
     # A download here shows its progress; the launcher's would not be seen.
     directory = resolve_model(settings.model)
     ModelConfig.from_checkpoint(directory)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 import msgspec
 
+from nanovllm.plain import plain
 from nanovllm.protocol import Sampling
 from nanovllm.wording import key_and_reason
 
@@ -16,11 +17,12 @@ from nanovllm.wording import key_and_reason
 class SamplingParams:
     """How the tokens of one request are drawn, and when its output ends.
 
-    The first three keep nano-vLLM's positional order. Ranges are the protocol's.
+    The first three keep nano-vLLM's positional order. Ranges are the protocol's. Scalars and
+    arrays of numpy are taken for the values that they hold.
 
     Attributes:
         temperature: 0 to 10; 0 is greedy.
-        max_tokens: output tokens at most; cut to what fits the model's length.
+        max_tokens: output tokens at most; cut to what fits the model's length. None: the default.
         ignore_eos: go on after an end-of-sequence token.
         top_p: only the likeliest tokens that together have this probability.
         top_k: only the k likeliest tokens; 0 is off.
@@ -36,13 +38,13 @@ class SamplingParams:
     """
 
     temperature: float = 1.0
-    max_tokens: int = 64
+    max_tokens: int | None = 64
     ignore_eos: bool = False
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     seed: int | None = None
     logprobs: int | None = None
 
@@ -55,18 +57,22 @@ class SamplingParams:
         Raises:
             ValueError: as the constructor, for a field that was changed since.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if isinstance(self.stop, str):
-            values["stop"] = [self.stop]
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: plain(value) for name, value in given.items()}
+        for name in ("max_tokens", "stop", "stop_token_ids"):
+            if values[name] is None:
+                del values[name]
+        if isinstance(stop := values.get("stop"), str):
+            values["stop"] = [stop]
         for name in ("temperature", "top_p", "min_p"):
             if isinstance(values[name], float) and math.isnan(values[name]):
                 raise ValueError(f"{name} is not a number")
-        if isinstance(self.max_tokens, int):
+        if type(max_tokens := values.get("max_tokens")) is int:
             # The pipeline cuts `max_tokens` to the model's length; no model is as long as this.
-            values["max_tokens"] = min(self.max_tokens, 2**31 - 1)
+            values["max_tokens"] = min(max_tokens, 2**31 - 1)
         try:
             return msgspec.convert(values, Sampling)
         except msgspec.ValidationError as error:
             key, reason = key_and_reason(error)
             name = key.partition("[")[0]
-            raise ValueError(f"{name}={getattr(self, name)!r}: {reason}") from None
+            raise ValueError(f"{name}={given[name]!r}: {reason}") from None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar, overload
 
 import msgspec
 
 from nanovllm.client.connection import Connection
+from nanovllm.plain import plain
 from nanovllm.protocol import ChatMessage, Generate
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.wording import mistake
@@ -148,13 +148,13 @@ def generate_message(
         raise TypeError(
             f"sampling_params is a SamplingParams, not {type(sampling_params).__name__}"
         )
-    values: dict[str, Any] = _prompt(prompt)
+    values: dict[str, Any] = _prompt(plain(prompt))
     if chat_template_kwargs is not None:
         if "messages" not in values:
             raise ValueError("chat_template_kwargs go with chat messages only")
-        values["chat_template_kwargs"] = dict(chat_template_kwargs)
+        values["chat_template_kwargs"] = plain(chat_template_kwargs)
     if cache_salt is not None:
-        values["cache_salt"] = cache_salt
+        values["cache_salt"] = plain(cache_salt)
     try:
         message = msgspec.convert({"type": "generate", "id": request_id, **values}, Generate)
     except msgspec.ValidationError as error:
@@ -169,26 +169,22 @@ def generate_message(
     return message
 
 
-def _prompt(prompt: Prompt) -> dict[str, Any]:
-    """The field of `Generate` that `prompt` goes into, and its value."""
-    if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError("the prompt is empty")
-        return {"prompt": prompt}
-    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+def _prompt(prompt: Any) -> dict[str, Any]:
+    """The field of `Generate` that `prompt`, in built-in types, goes into, and its value."""
+    if not isinstance(prompt, str | list):
         raise TypeError(
             f"a prompt is a str, token ids or chat messages, not {type(prompt).__name__}"
         )
-    items: list[Any] = list(prompt)
-    if not items:
+    if not prompt:
         raise ValueError("the prompt is empty")
-    if isinstance(items[0], Mapping | ChatMessage):
-        return {"messages": items}
-    try:
-        return {"prompt_token_ids": [operator.index(item) for item in items]}
-    except TypeError:
-        kinds = sorted({type(item).__name__ for item in items})
-        raise TypeError(
-            f"a prompt is a str, token ids (int) or chat messages (dict), not a list of"
-            f" {', '.join(kinds)}"
-        ) from None
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt[0], dict):
+        return {"messages": prompt}
+    kinds = {type(item) for item in prompt}
+    if kinds == {int}:
+        return {"prompt_token_ids": prompt}
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    raise TypeError(
+        f"a prompt is a str, token ids (int) or chat messages (dict), not a list of {names}"
+    )

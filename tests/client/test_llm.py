@@ -172,6 +172,9 @@ def test_options_are_checked_before_anything_is_launched() -> None:
         LLM("", max_sequences=3)
     with pytest.raises(ValueError, match="tensor_parallel_size"):
         LLM("", tensor_parallel_size=0)
+    for dtype in ("fp16", 16, None):
+        with pytest.raises(ValueError, match=r"^dtype=.*: one of auto, float32, b.*16, float16$"):
+            LLM(dtype=dtype)
     with pytest.raises(ValueError, match=r"^--max-num-batched-tokens \(10\)"):
         LLM("", max_num_seqs=100, max_num_batched_tokens=10)
     with pytest.raises(TypeError, match="dtype"):

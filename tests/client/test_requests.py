@@ -1,11 +1,18 @@
+import enum
+from collections import UserDict
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from nanovllm.client.requests import generate_message
-from nanovllm.protocol import ChatMessage
+from nanovllm.protocol import ChatMessage, Generate
 from nanovllm.sampling_params import SamplingParams
+
+
+class Role(enum.StrEnum):
+    USER = "user"
 
 
 def test_text_token_ids_and_chat_messages() -> None:
@@ -27,6 +34,37 @@ def test_text_token_ids_and_chat_messages() -> None:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "meant"),
+    [
+        (np.str_("hello"), "hello"),
+        (np.array("hello"), "hello"),
+        (np.array([3, 4]), [3, 4]),
+        ([np.int64(3), np.int8(4)], [3, 4]),
+        ([{"role": Role.USER, "content": np.str_("hi")}], [ChatMessage("user", "hi")]),
+        ([ChatMessage(Role.USER, np.str_("hi"))], [ChatMessage("user", "hi")]),
+        ((UserDict(role="user", content="hi"),), [ChatMessage("user", "hi")]),
+    ],
+)
+def test_a_prompt_is_taken_for_what_it_is(prompt: Any, meant: Any) -> None:
+    message = generate_message("1", prompt, stream=True)
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=Generate)
+    assert meant in (sent.prompt, sent.prompt_token_ids, sent.messages)
+
+
+def test_other_arguments_are_taken_for_what_they_are() -> None:
+    message = generate_message(
+        "1",
+        [{"role": "user", "content": "hi"}],
+        stream=True,
+        chat_template_kwargs={"enable_thinking": np.False_, "tools": [np.str_("a"), np.int64(1)]},
+        cache_salt=np.str_("salt"),
+    )
+    assert message.chat_template_kwargs == {"enable_thinking": False, "tools": ["a", 1]}
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=Generate)
+    assert sent == message
+
+
+@pytest.mark.parametrize(
     ("prompt", "error", "message"),
     [
         ("", ValueError, "empty"),
@@ -35,6 +73,10 @@ def test_text_token_ids_and_chat_messages() -> None:
         ([2**31], ValueError, "prompt_token_ids"),
         ([1.5], TypeError, "float"),
         (["a"], TypeError, "str"),
+        ([1, True], TypeError, "bool, int"),
+        (np.array([1.0]), TypeError, "float"),
+        (np.array([[1], [2]]), TypeError, "list"),
+        (np.array(5), TypeError, "int"),
         (None, TypeError, "NoneType"),
         (b"bytes", TypeError, "bytes"),
         ({"role": "user", "content": "x"}, TypeError, "dict"),

@@ -1,5 +1,7 @@
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from nanovllm import SamplingParams
@@ -29,6 +31,30 @@ def test_more_tokens_than_any_model_allows_are_not_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("temperature", np.float64(0.5), 0.5),
+        ("temperature", np.float32(0.5), 0.5),
+        ("max_tokens", np.int64(5), 5),
+        ("max_tokens", np.array(5), 5),
+        ("ignore_eos", np.True_, True),
+        ("stop", np.str_("END"), ["END"]),
+        ("stop", np.array(["a", "b"]), ["a", "b"]),
+        ("stop", [np.str_("a")], ["a"]),
+        ("stop_token_ids", np.array([1, 2]), [1, 2]),
+        ("seed", np.uint8(3), 3),
+        ("max_tokens", None, 64),
+        ("stop", None, []),
+        ("stop_token_ids", None, []),
+    ],
+)
+def test_a_value_is_taken_for_what_it_is(name: str, value: Any, meant: Any) -> None:
+    taken = SamplingParams(**{name: value}).to_wire()
+    assert getattr(taken, name) == meant
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(taken), type=Sampling) == taken
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("temperature", -0.1),
@@ -38,6 +64,9 @@ def test_more_tokens_than_any_model_allows_are_not_refused() -> None:
         ("temperature", None),
         ("max_tokens", 0),
         ("max_tokens", 2.5),
+        ("max_tokens", True),
+        ("max_tokens", np.float64(2.0)),
+        ("top_p", np.float32(1.5)),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),

@@ -85,17 +85,18 @@ def random_cases(draw: random.Random, count: int, stops: Sequence[str]) -> list[
     for _ in range(count):
         text = " ".join(draw.choices(PROMPTS, k=draw.randint(1, 12)))
         chat = [{"role": "user", "content": text}]
+        max_tokens = draw.randint(20, 120)
         params = SamplingParams(
             temperature=draw.choice((0.0, 1.0, 1.5)),
             top_p=draw.choice((1.0, 0.9)),
-            max_tokens=draw.randint(20, 120),
+            max_tokens=max_tokens,
             ignore_eos=draw.random() < 0.75,
             seed=draw.getrandbits(32),
             stop=list(stops) if draw.random() < 0.4 else [],
             logprobs=draw.choice((None, None, None, 2)),
         )
         prompt: Prompt = chat if draw.random() < 0.25 else text
-        leaves_after = draw.randint(1, params.max_tokens) if draw.random() < 0.1 else None
+        leaves_after = draw.randint(1, max_tokens) if draw.random() < 0.1 else None
         cases.append(Case(prompt, params, leaves_after))
     return cases
 
