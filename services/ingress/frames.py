@@ -42,6 +42,9 @@ class _Outline(msgspec.Struct):
 
 _outline = msgspec.msgpack.Decoder(_Outline)
 _str = msgspec.msgpack.Decoder(str)
+_any = msgspec.msgpack.Decoder()
+_raw = msgspec.msgpack.Decoder(msgspec.Raw)
+_items = msgspec.msgpack.Decoder(dict[str, msgspec.Raw] | list[msgspec.Raw])
 _message: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 
 
@@ -61,7 +64,9 @@ def parse(frame: bytes | None, limits: Limits) -> ClientMessage | Error:
             f" ({limits.max_message_bytes})",
         )
     if frame[:1] not in MAP_TYPES:
-        return _invalid(None, f"not a map: {FRAMING}")
+        value = _decode(_raw, frame)
+        reason = "not MessagePack" if isinstance(value, str) else "not a map"
+        return _invalid(None, f"{reason}: {FRAMING}")
     outline = _decode(_outline, frame)
     if isinstance(outline, str):
         return _invalid(None, outline)
@@ -82,8 +87,32 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes) -> T | str:
         return decoder.decode(frame)
     except RecursionError:
         return "nested too deeply"
-    except ValueError as error:  # msgspec's own, UnicodeDecodeError, numbers out of range
+    except UnicodeDecodeError as error:
+        where = _key_of_broken_text(frame).lstrip(".")
+        reason = f"not valid UTF-8: {error.reason}"
+        return _naming_the_key(f"{reason} - at `$.{where}`" if where else reason)
+    except ValueError as error:  # msgspec's own, numbers out of range
         return _naming_the_key(str(error))
+
+
+def _key_of_broken_text(value: bytes | msgspec.Raw, levels: int = 3) -> str:
+    """The path of the first value that is not valid UTF-8, as `.sampling.stop[1]`: no deeper than
+    the protocol's own keys. Empty if it is a key of `value`, or `value` itself."""
+    try:
+        items = _items.decode(value)
+    except ValueError:
+        return ""
+    named = (
+        ((f".{key}", item) for key, item in items.items())
+        if isinstance(items, dict)
+        else ((f"[{index}]", item) for index, item in enumerate(items))
+    )
+    for name, item in named:
+        try:
+            _any.decode(item)
+        except UnicodeDecodeError:
+            return name + (_key_of_broken_text(item, levels - 1) if levels > 1 else "")
+    return ""
 
 
 def _naming_the_key(reason: str) -> str:
@@ -116,6 +145,8 @@ def _checked(ask: Generate, limits: Limits) -> Generate | Error:
         return _invalid(
             ask.id, "exactly one of prompt, prompt_token_ids and messages must be given"
         )
+    if ask.chat_template_kwargs is not None and ask.messages is None:
+        return _invalid(ask.id, "chat_template_kwargs: go with messages only")
     if ask.chat_template_kwargs is not None and not _is_plain(ask.chat_template_kwargs):
         reason = (
             "chat_template_kwargs: only maps with string keys, lists, strings, numbers, booleans"

@@ -95,6 +95,25 @@ def test_what_is_no_map_is_told_the_framing(value: Any) -> None:
     assert FRAMING in error.message
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"type": "ping"}',
+        b'[{"type": "ping"}]',
+        b"\xef\xbb\xbf{}",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"hello",
+        b"",
+        b"\xc1",
+        b"\x91\x91",
+    ],
+)
+def test_what_is_no_message_pack_is_told_so(text: bytes) -> None:
+    error = read(text)
+    assert isinstance(error, Error)
+    assert error.message == f"not MessagePack: {FRAMING}"
+
+
 @pytest.mark.parametrize("keys", [0, 16, 1 << 16])
 def test_a_map_of_any_size_is_known_as_one(keys: int) -> None:
     error = read_message({f"{n}": 0 for n in range(keys)})
@@ -119,6 +138,7 @@ def test_a_map_of_any_size_is_known_as_one(keys: int) -> None:
         ({"prompt": None, "messages": [{"role": "user"}]}, "content"),
         ({"prompt": None, "messages": [{"role": "u", "content": 1}]}, r"messages\[0\].content"),
         ({"prompt": None, "messages": [{"role": "u", "content": "", "x": 1}]}, "x"),
+        ({"chat_template_kwargs": {}}, "chat_template_kwargs: go with messages only"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": {1: 2}}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": b"bytes"}}, "chat_template_kwargs"),
@@ -153,6 +173,28 @@ def test_an_error_names_the_key(keys: dict[str, Any], named: str) -> None:
     assert error.code == "invalid_request"
     assert error.id == (None if keys.get("id") == 5 else keys.get("id", "a"))
     assert re.search(named, error.message), error.message
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"prompt": "BROKEN"}, "prompt: "),
+        ({"id": "BROKEN"}, "id: "),
+        ({"type": "BROKEN"}, "type: "),
+        ({"cache_salt": "BROKEN"}, "cache_salt: "),
+        ({"sampling": {"stop": ["é", "BROKEN"]}}, "sampling.stop[1]: "),
+        ({"sampling": {"BROKEN": 1}}, "sampling: "),
+        ({"messages": [{"role": "u", "content": "BROKEN"}]}, "messages[0].content: "),
+        ({"chat_template_kwargs": {"a": {"b": ["BROKEN"]}}}, "chat_template_kwargs.a.b: "),
+        ({"chat_template_kwargs": {"a": {"b": "BROKEN"}}, "x": 1}, "chat_template_kwargs.a.b: "),
+        ({"BROKEN": 1}, ""),
+    ],
+)
+def test_text_that_is_not_utf_8_is_named(keys: dict[str, Any], named: str) -> None:
+    error = read(encode(ask(**keys)).replace(b"BROKEN", b"\xffROKEN"))
+    assert isinstance(error, Error)
+    assert error.id == (None if "id" in keys else "a")
+    assert error.message == f"{named}not valid UTF-8: invalid start byte"
 
 
 def test_lengths_beyond_the_model() -> None:
