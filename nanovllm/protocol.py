@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 NonEmptyStr = Annotated[str, Meta(min_length=1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
@@ -47,7 +48,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_de
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     max_tokens: Annotated[int, Meta(ge=1)] = 64
-    stop: Annotated[list[NonEmptyStr], Meta(max_length=16)] = []
+    stop: Annotated[list[StopString], Meta(max_length=16)] = []
     stop_token_ids: list[TokenId] = []
     ignore_eos: bool = False
     seed: Int64 | None = None

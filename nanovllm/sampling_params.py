@@ -27,7 +27,8 @@ class SamplingParams:
         top_p: only the likeliest tokens that together have this probability.
         top_k: only the k likeliest tokens; 0 is off.
         min_p: only tokens at least this likely, relative to the likeliest.
-        stop: up to 16 strings, any of which ends the output; the text ends before it.
+        stop: up to 16 strings of at most 256 characters, any of which ends the output; the text
+            ends before it.
         stop_token_ids: token ids that end the output.
         seed: makes the output repeatable; None draws one.
         logprobs: how many of the likeliest tokens to report beside each chosen one, 0 to 20;

@@ -6,6 +6,7 @@ a replay of the tokens releases the same pieces.
 
 from __future__ import annotations
 
+from array import array
 from codecs import utf_8_decode
 from typing import Final
 
@@ -51,12 +52,12 @@ class StopFinder:
         stops: non-empty strings.
     """
 
-    __slots__ = ("_first_characters", "_held", "_longest", "_stops", "found")
+    __slots__ = ("_first_characters", "_held", "_state", "_stops", "found")
 
     def __init__(self, stops: list[str]) -> None:
-        self._stops: Final = stops
-        self._longest: Final = max(map(len, stops))
+        self._stops: Final = _Automaton(stops)
         self._first_characters: Final = frozenset(stop[0] for stop in stops)
+        self._state = 0
         self._held = ""
         self.found = False
 
@@ -68,13 +69,14 @@ class StopFinder:
         """
         if not self._held and self._first_characters.isdisjoint(text):
             return text
+        self._state, start = self._stops.read(self._state, text)
+        known = len(self._held)
         text = self._held + text
-        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-        if starts:
+        if start is not None:
             self.found = True
             self._held = ""
-            return text[: min(starts)]
-        cut = self._start_of_held(text)
+            return text[: known + start]
+        cut = len(text) - self._stops.depth[self._state]
         self._held = text[cut:]
         return text[:cut]
 
@@ -83,14 +85,78 @@ class StopFinder:
         held, self._held = self._held, ""
         return held
 
-    def _start_of_held(self, text: str) -> int:
-        """Where the longest end of `text` begins that starts some stop string."""
-        first = len(text)
-        earliest = max(0, first - self._longest + 1)
-        for stop in self._stops:
-            start = text.find(stop[0], earliest, first)
-            while start >= 0 and not stop.startswith(text[start:]):
-                start = text.find(stop[0], start + 1, first)
-            if start >= 0:
-                first = start
-        return first
+
+class _Automaton:
+    """Stop strings, found in a text in time that is linear in the text (Aho-Corasick).
+
+    A state stands for the start of a stop string: the longest one that the text so far ends with.
+    State 0 is the empty start. Each state but a few goes on with one character, to the next number;
+    `_branches` holds the others, so that 16 strings of 256 characters take some 60 kB.
+
+    Attributes:
+        depth: the characters of each state.
+    """
+
+    __slots__ = ("_branches", "_fallback", "_match", "_next", "depth")
+
+    def __init__(self, stops: list[str]) -> None:
+        self.depth = array("H", [0])
+        # The character that leads from a state to the next number; "" if none does.
+        self._next = [""]
+        self._branches: dict[tuple[int, str], int] = {}
+        # The longest stop string that ends with a state; 0 if none does.
+        self._match = array("H", [0])
+        # The longest start that a state ends with, other than itself.
+        self._fallback = array("H", [0])
+        reached_by = [(0, "")]
+        for stop in stops:
+            state = 0
+            for char in stop:
+                if self._next[state] == char:
+                    state += 1
+                elif (state, char) in self._branches:
+                    state = self._branches[state, char]
+                else:
+                    reached_by.append((state, char))
+                    state = self._add(state, char)
+            self._match[state] = len(stop)
+        for state in sorted(range(1, len(self.depth)), key=self.depth.__getitem__):
+            before, char = reached_by[state]
+            if before:
+                self._fallback[state], _ = self.read(self._fallback[before], char)
+            self._match[state] = self._match[state] or self._match[self._fallback[state]]
+
+    def read(self, state: int, text: str) -> tuple[int, int | None]:
+        """The state after `text`, and where in `text` the first stop string begins that has ended
+        in it: negative if that is before `text`, None if none has."""
+        branches, following, fallback, match = (
+            self._branches,
+            self._next,
+            self._fallback,
+            self._match,
+        )
+        first: int | None = None
+        for end, char in enumerate(text, 1):
+            while following[state] != char:
+                branch = branches.get((state, char))
+                if branch is not None or not state:
+                    state = branch or 0
+                    break
+                state = fallback[state]
+            else:
+                state += 1
+            if (length := match[state]) and (first is None or end - length < first):
+                first = end - length
+        return state, first
+
+    def _add(self, before: int, char: str) -> int:
+        state = len(self.depth)
+        if state == before + 1:
+            self._next[before] = char
+        else:
+            self._branches[before, char] = state
+        self._next.append("")
+        self.depth.append(self.depth[before] + 1)
+        self._match.append(0)
+        self._fallback.append(0)
+        return state

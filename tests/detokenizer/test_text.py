@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -68,6 +70,7 @@ stop_lists = st.lists(st.text(alphabet="abé", min_size=1, max_size=5), min_size
 @given(st.lists(small_text, max_size=12), stop_lists)
 @example(["a", "a", "b"], ["aab", "b"])
 @example(["ab", "abé"], ["bab", "ababé"])
+@example(["a", "abab"], ["abé", "bab", "b", "abab"])
 def test_stop_strings_against_searching_all_text(pieces: list[str], stops: list[str]) -> None:
     finder = StopFinder(stops)
     released, whole = "", ""
@@ -88,3 +91,21 @@ def test_stop_strings_against_searching_all_text(pieces: list[str], stops: list[
         )
         assert released == whole[: len(whole) - held]
     assert released + finder.rest() == whole
+
+
+def test_long_stop_strings_take_no_longer_than_short_ones() -> None:
+    """All of the text nearly becomes each of the stop strings, so that all of their length is
+    held."""
+
+    def seconds(length: int) -> float:
+        stops = [" " * n + chr(ord("a") + n) + " " * (length - n - 1) for n in range(1, 17)]
+        finder = StopFinder(stops)
+        text = " " * 64
+        started = time.process_time()
+        released = sum(len(finder.feed(text)) for _ in range(1024))
+        took = time.process_time() - started
+        assert released + len(finder.rest()) == 64 * 1024
+        return took
+
+    short = min(seconds(20) for _ in range(3))
+    assert min(seconds(256) for _ in range(3)) < 4 * short

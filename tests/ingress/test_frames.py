@@ -157,6 +157,7 @@ def test_a_map_of_any_size_is_known_as_one(keys: int) -> None:
         ({"sampling": {"logprobs": 21}}, "sampling.logprobs"),
         ({"sampling": {"stop": ["a"] * 17}}, "sampling.stop"),
         ({"sampling": {"stop": [""]}}, r"sampling.stop\[0\]"),
+        ({"sampling": {"stop": ["a", "x" * 257]}}, r"sampling.stop\[1\]"),
         ({"sampling": {"stop_token_ids": [1000]}}, "sampling.stop_token_ids"),
         ({"sampling": {"heat": 1}}, "heat"),
         ({"sampling": 5}, "sampling"),
