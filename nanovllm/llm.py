@@ -75,7 +75,8 @@ class LLM:
         else:
             settings = _settings(model, options)
             self._pipeline = PrivatePipeline(settings)
-            self._window = min(WINDOW + settings.max_num_seqs, settings.max_pending_requests)
+            room = max(1, settings.max_pending_requests // 2)  # of one session
+            self._window = min(WINDOW + settings.max_num_seqs, room)
             self._connection = Connection(self._pipeline.endpoint, PRIVATE_TIMEOUT_S)
         self._tokens = 0  # in the outputs of all earlier calls
         self._closing = weakref.finalize(self, _close, self._connection, self._pipeline)

@@ -65,6 +65,7 @@ class Generate(Public, tag="generate", forbid_unknown_fields=True):
     stream: bool = True
     resume_token_ids: list[TokenId] = []
     cache_salt: str | None = None
+    client: NonEmptyStr | None = None  # at most 128 bytes, too
 
 
 class Abort(Public, tag="abort", forbid_unknown_fields=True):

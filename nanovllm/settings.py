@@ -133,7 +133,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, Meta(ge=1024), _option("Largest frame that a client may send.")
     ] = 8 << 20
     max_pending_requests: Annotated[
-        int, Meta(ge=1), _option("Unfinished requests that the ingress holds at most.")
+        int,
+        Meta(ge=1),
+        _option(
+            "Unfinished requests that the ingress holds at most; of one session, half of what the"
+            " others leave."
+        ),
     ] = 16384
 
     drain_timeout: Annotated[

@@ -4,9 +4,9 @@
 
 A client with requests of one kind gets SIGSTOP, as if its cable were pulled, or SIGKILL, over each
 transport. The time is that until another's request gets its first token in a slot that was taken;
-where the client's requests were queued, until the ingress takes another, of which it held as many
-as it may. Prints one JSON line for each case: all times, in seconds. The device is simulated, a
-step takes 10 ms.
+where the client's requests were queued, until the ingress takes one more of the other's, which had
+its share of what the client left. Prints one JSON line for each case: all times, in seconds. The
+device is simulated, a step takes 10 ms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.readers import free_tcp_endpoint, reader
 SLOTS = 4
 MAX_MODEL_LEN = 2048
 ARGUMENTS = f"""--device sim --sim-step-ms 10 --max-num-seqs {SLOTS} --max-model-len {MAX_MODEL_LEN}
- --max-pending-requests {2 * SLOTS} --max-num-batched-tokens 16 --kvcache-block-size 16"""
+ --max-pending-requests {3 * SLOTS} --max-num-batched-tokens 16 --kvcache-block-size 16"""
 LONG: dict[str, Any] = {
     "prompt": None,
     "prompt_token_ids": [7, 8],
@@ -67,19 +67,21 @@ def main(times: int) -> None:
 def _freed(pipeline: Pipeline, endpoint: str, case: Case) -> float:
     """Seconds from the signal."""
     queued = case.kind == "queued"
-    count = SLOTS if queued else 2 * SLOTS
+    count = SLOTS if queued else SLOTS + 2
     # The salts keep prompts out of the prefix cache.
     asks = [
         {"id": str(n), "cache_salt": f"{time.monotonic()} {n}", **KINDS[case.kind]}
         for n in range(count)
     ]
+    held = count
     with Wire(pipeline.endpoint) as other:
         if queued:
+            held += SLOTS
             holding = other.ask_all([LONG] * SLOTS)
             other.until(lambda: all(answer.deltas for answer in holding))
         with reader([endpoint], asks) as process:
             pipeline.stats_once(
-                SchedulerStats, lambda stats: 0 < stats.running == 2 * SLOTS - stats.waiting
+                SchedulerStats, lambda stats: 0 < stats.running == held - stats.waiting
             )
             process.send_signal(case.how)
             start = time.monotonic()
@@ -97,7 +99,7 @@ def _ask(other: Wire) -> Answer:
 
 
 def _refused(other: Wire, answer: Answer) -> bool:
-    """Whether the ingress holds as many requests as it may."""
+    """Whether the ingress holds as many requests of the client's as it may."""
     other.until(lambda: answer.accepted or answer.end)
     return isinstance(answer.end, Error)
 

@@ -151,7 +151,14 @@ class ClientCore:
         return self._lost and (self._heard_here or now >= self._opened_at + RETRY_S)
 
     def renewed(self, now: float) -> None:
-        """There is a new connection: everything pending is submitted again."""
+        """There is a new connection: everything pending is submitted again.
+
+        What was submitted to an ingress that answered was held there, so that it waits for room.
+        """
+        if self._heard_here:
+            for pending in self._pending.values():
+                if isinstance(pending, PendingRequest):
+                    pending.waits_for_room = True
         self._session, self._lost, self._heard_here = None, False, False
         self._opened_at = now
         self._renew_when_silent_s = self._silent_s + self._timeout / 2

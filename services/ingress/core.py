@@ -209,9 +209,9 @@ class Core:
         if isinstance(message, Refused):
             self._refuse(request, message.code, message.message)
             return
-        self._request_bytes -= request.size
+        before = request.size
         request.tokenized(message)
-        self._request_bytes += request.size
+        self._hold(request.session, request.size - before)
         if request.stream:
             self.sessions.answer(request.session, request.accepted())
         self._queue.add(request)
@@ -248,7 +248,7 @@ class Core:
     def submit(self) -> None:
         """Gives the engine requests from the queue, as far as it takes them."""
         while (request := self._queue.first()) is not None and self.engine.takes(request):
-            self._queue.discard(request)
+            self._queue.take(request)
             self.engine.give(request)
 
     # ---------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ class Core:
         if (refusal := self._refusal(session, ask, size)) is not None:
             self.sessions.answer(session, refusal)
             return
-        self._request_bytes += size
+        self._hold(session, size)
         self._requests_begun += 1
         uid = self._incarnation << 32 | self._requests_begun
         seed = self._draw_seed() if ask.sampling.seed is None else ask.sampling.seed
@@ -267,6 +267,7 @@ class Core:
             uid=uid,
             id=ask.id,
             session=session,
+            client=ask.client or "",
             stream=ask.stream,
             seed=seed,
             resumed=len(ask.resume_token_ids),
@@ -286,10 +287,18 @@ class Core:
             reason = "id: an unfinished request of this session has it"
         elif self._draining and not ask.resume_token_ids:
             reason = "the pipeline is shutting down; try later"
-        elif len(self._requests) >= self._max_pending_requests:
-            reason = f"max_pending_requests ({self._max_pending_requests}) are held; try later"
-        elif self._request_bytes + size > MAX_REQUEST_BYTES:
-            reason = f"{self._request_bytes >> 20} MiB of requests are held; try later"
+        elif not _has_room(
+            len(session.requests), 1, len(self._requests), self._max_pending_requests
+        ):
+            reason = (
+                f"of max_pending_requests ({self._max_pending_requests}) {len(self._requests)} are"
+                f" held, {len(session.requests)} of them for this session; try later"
+            )
+        elif not _has_room(session.request_bytes, size, self._request_bytes, MAX_REQUEST_BYTES):
+            reason = (
+                f"of {MAX_REQUEST_BYTES >> 20} MiB of requests {self._request_bytes >> 20} are"
+                f" held, {session.request_bytes >> 20} of them for this session; try later"
+            )
         else:
             return None
         return Error(id=ask.id, code=code, message=reason)
@@ -330,13 +339,25 @@ class Core:
         self.engine.end(request)
         self.quarantine.moved(request)
 
+    def _hold(self, session: Session, size: int) -> None:
+        """So many bytes more count in the bound of all requests held."""
+        session.request_bytes += size
+        self._request_bytes += size
+
     def _forget(self, request: Request) -> None:
         """The request's outcome was sent, or its client has gone."""
         if not request.over:
             self._over(request)
         del self._requests[request.uid]
-        self._request_bytes -= request.size
+        self._hold(request.session, -request.size)
         self._finished += 1
+
+
+def _has_room(held: int, more: int, by_all: int, bound: int) -> bool:
+    """Whether a session that holds `held` may hold `more`: at most half of what the others leave of
+    `bound`, so that there is always room for another session; or all of it, if it holds nothing."""
+    left = bound - (by_all - held)
+    return held + more <= (left // 2 if held else left)
 
 
 def _requests(requests: Sized) -> str:

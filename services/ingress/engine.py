@@ -22,6 +22,7 @@ from nanovllm.messages import (
     unpack_int64,
 )
 from nanovllm.services.ingress.requests import Request
+from nanovllm.services.ingress.turns import Turns
 from nanovllm.transport.links import Peer, one_frame
 
 # Beyond its slots, a scheduler is given so many requests, or as many as fill the token budgets of
@@ -31,8 +32,9 @@ WAITING_BUDGETS = 2
 
 
 class Queue:
-    """Requests in token ids that no engine has: those with output first, then first come first
-    served.
+    """Requests in token ids that no engine has. Those that an engine has had and that have output
+    go first: their clients wait for the next token. (Output that a client brought does not count:
+    it may say what it likes.)
 
     Attributes:
         only: the one request that may leave; None: all may.
@@ -40,33 +42,35 @@ class Queue:
 
     def __init__(self) -> None:
         self.only: Request | None = None
-        self._with_output: dict[int, Request] = {}
-        self._new: dict[int, Request] = {}
+        self._running = Turns()
+        self._new = Turns()
 
     def add(self, request: Request) -> None:
         """Adds a request that has just been tokenized."""
-        self._part(request)[request.uid] = request
+        self._new.add(request)
 
     def put_back(self, requests: Iterable[Request]) -> None:
-        """Adds requests that an engine had, in the order in which they came at first."""
-        for request in requests:
-            self._part(request)[request.uid] = request
-        self._with_output = dict(sorted(self._with_output.items()))
-        self._new = dict(sorted(self._new.items()))
+        """Adds requests that an engine had."""
+        requests = list(requests)
+        self._running.put_back(r for r in requests if r.output.num_tokens > r.resumed)
+        self._new.put_back(r for r in requests if r.output.num_tokens <= r.resumed)
+
+    def take(self, request: Request) -> None:
+        """An engine is given the request."""
+        self._part(request).take(request)
 
     def discard(self, request: Request) -> None:
-        self._with_output.pop(request.uid, None)
-        self._new.pop(request.uid, None)
+        """The request is over."""
+        self._part(request).discard(request.uid)
 
     def first(self) -> Request | None:
         """The request whose turn it is."""
         if self.only is not None:
-            uid = self.only.uid
-            return self._with_output.get(uid) or self._new.get(uid)
-        return next(iter((self._with_output or self._new).values()), None)
+            return self.only if self.only.uid in self._part(self.only) else None
+        return self._running.first() or self._new.first()
 
-    def _part(self, request: Request) -> dict[int, Request]:
-        return self._with_output if request.output.num_tokens else self._new
+    def _part(self, request: Request) -> Turns:
+        return self._running if request.uid in self._running else self._new
 
 
 class Engine:

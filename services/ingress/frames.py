@@ -138,8 +138,9 @@ def _invalid(request_id: str | None, reason: str, code: ErrorCode = "invalid_req
 
 def _checked(ask: Generate, limits: Limits) -> Generate | Error:
     """What the types cannot say."""
-    if len(ask.id.encode()) > MAX_ID_BYTES:
-        return _invalid(ask.id, f"id: longer than {MAX_ID_BYTES} bytes")
+    for key, name in (("id", ask.id), ("client", ask.client or "")):
+        if len(name.encode()) > MAX_ID_BYTES:
+            return _invalid(ask.id, f"{key}: longer than {MAX_ID_BYTES} bytes")
     prompts = (ask.prompt, ask.prompt_token_ids, ask.messages)
     if sum(prompt is not None for prompt in prompts) != 1:
         return _invalid(

@@ -30,6 +30,7 @@ class Request:
     uid: int  # its name inside the pipeline
     id: str  # its name for the client
     session: Session
+    client: str  # whose request it is in its session; "" where it did not say
     stream: bool
     seed: int  # the client's, or the one that was drawn
     resumed: int  # output tokens that the client brought

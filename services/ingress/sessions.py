@@ -35,6 +35,7 @@ class Session:
         self.name = name  # the client is told it
         # The requests that have not ended for the client, by the client's id.
         self.requests: dict[str, Request] = {}
+        self.request_bytes = 0  # in the bound of all requests
         # How much is kept for the client, roughly, beside the frame of `outgoing`.
         self.unread_bytes = 0
         # Since when the socket takes nothing; None while it takes frames.

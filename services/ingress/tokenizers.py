@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from nanovllm.messages import NOTHING_IN_HAND, InHand, Tokenize
 from nanovllm.services.ingress.requests import Request
 from nanovllm.services.ingress.suspects import Suspects
+from nanovllm.services.ingress.turns import Turns
 from nanovllm.transport.links import Peer, one_frame
 
 # Requests in the hands of one tokenizer: enough to keep it busy, and little to do again.
@@ -27,7 +28,7 @@ class _Tokenizer:
 
 
 class Tokenizers:
-    """Gives requests to tokenizers, first come first served, to the one with the least in hand.
+    """Gives requests to tokenizers, in turns, each to the one with the least in hand.
 
     Attributes:
         suspects: of deaths of tokenizers. A suspect that must be alone is given to a tokenizer
@@ -37,7 +38,7 @@ class Tokenizers:
     def __init__(self) -> None:
         self.suspects = Suspects()
         self._tokenizers: dict[Peer, _Tokenizer] = {}
-        self._waiting: dict[int, Request] = {}
+        self._waiting = Turns()
 
     def __bool__(self) -> bool:
         """Whether there is a tokenizer."""
@@ -47,7 +48,7 @@ class Tokenizers:
         return peer in self._tokenizers
 
     def add(self, request: Request) -> None:
-        self._waiting[request.uid] = request
+        self._waiting.add(request)
         self._hand_out()
 
     def discard(self, request: Request) -> None:
@@ -69,8 +70,7 @@ class Tokenizers:
     def down(self, peer: Peer) -> None:
         """Others are given what the tokenizer had in hand."""
         in_hand = self._tokenizers.pop(peer).in_hand
-        again = {uid: r for uid, r in in_hand.items() if r.ask is not None and not r.over}
-        self._waiting = dict(sorted((again | self._waiting).items()))
+        self._waiting.put_back(r for r in in_hand.values() if r.ask is not None and not r.over)
         self._hand_out()
 
     def in_hand(self, peer: Peer) -> InHand:
@@ -92,15 +92,14 @@ class Tokenizers:
 
     def _withdraw(self, uid: int) -> None:
         """Nobody is to be sent the request any more."""
-        self._waiting.pop(uid, None)
+        self._waiting.discard(uid)
         for tokenizer in self._tokenizers.values():
             if tokenizer.unsent.pop(uid, None) is not None:
                 del tokenizer.in_hand[uid]
         self.suspects.forget(uid)
 
     def _hand_out(self) -> None:
-        while self._waiting:
-            request = next(iter(self._waiting.values()))
+        while (request := self._waiting.first()) is not None:
             peer = min(
                 filter(self._takes_more, self._tokenizers),
                 key=lambda peer: len(self._tokenizers[peer].in_hand),
@@ -111,7 +110,7 @@ class Tokenizers:
             tokenizer = self._tokenizers[peer]
             if tokenizer.in_hand and self.suspects.must_be_alone(request.uid):
                 return  # until a tokenizer has nothing in hand; no other request overtakes
-            del self._waiting[request.uid]
+            self._waiting.take(request)
             tokenizer.in_hand[request.uid] = tokenizer.unsent[request.uid] = request
 
     def _takes_more(self, peer: Peer) -> bool:

@@ -248,6 +248,19 @@ def test_overloaded_means_later_for_a_stream_that_resumes() -> None:
     assert again.resume_token_ids == [5]
 
 
+def test_overloaded_means_later_for_a_whole_answer_that_another_ingress_was_to_give() -> None:
+    """Others may have been there first."""
+    harness = Harness()
+    request = harness.submit(stream=False)
+    harness.step()
+    harness.step(0.1, pong("s1"))
+    harness.core.disconnected()
+    harness.step(0.1)
+    harness.step(0.1, error(request, "overloaded"))
+    assert not request.ended
+    assert harness.sent(Generate, RETRY_S)
+
+
 def test_a_frame_that_is_too_large_costs_the_largest_request() -> None:
     harness = Harness()
     small, large, answered = (harness.submit("x" * n) for n in (10, 10_000, 20_000))

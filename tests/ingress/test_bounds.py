@@ -81,25 +81,32 @@ def test_client_queues_are_bounded() -> None:
 
 
 def test_the_bytes_of_requests_that_are_held_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text counts until it is tokenized, and then its ids."""
-    monkeypatch.setattr(core, "MAX_REQUEST_BYTES", 100_000)
+    """A text counts until it is tokenized, and then its ids. A session has half of what others
+    leave."""
+    monkeypatch.setattr(core, "MAX_REQUEST_BYTES", 210_000)
     world = World()
 
-    def refused(request_id: str) -> bool:
-        world.generate(request_id, prompt="x" * 40_000)
-        return any(isinstance(message, Error) for message in world.heard())
+    def refused(request_id: str, client: bytes = CLIENT) -> bool:
+        world.generate(request_id, client, prompt="x" * 40_000)
+        return any(isinstance(message, Error) for message in world.heard(client))
 
     assert [refused(name) for name in "abc"] == [False, False, True]
+    assert [refused(name, OTHER) for name in "xy"] == [False, True]
     world.abort("a")
     world.heard()
-    assert not refused("d")
-    second, fourth = world.tokenizes()
-    world.tokenized(second)
+    assert not refused("d"), "80,000 bytes of the 170,000 that the other leaves"
+    first, other, second = world.tokenizes()
+    world.tokenized(first)
     world.heard()
     assert [refused(name) for name in "ef"] == [False, True]
-    world.core.from_tokenizer(TOKENIZER, Tokenized(fourth.uid, pack([1] * 20_000), fourth.sampling))
+    world.core.from_tokenizer(TOKENIZER, Tokenized(second.uid, pack([1] * 10_000), second.sampling))
     world.heard()
-    assert refused("g"), "80,000 bytes of ids are more than the text was"
+    assert refused("f"), "its ids take as much as its text"
+    world.core.from_tokenizer(TOKENIZER, Tokenized(other.uid, pack([1] * 30_000), other.sampling))
+    assert refused("g"), "the ids of the other's take three times as much as the text"
+    assert refused("z", b"third"), "nothing is left"
+    world.core.closed(OTHER)
+    assert not refused("z", b"third")
 
 
 def pings(world: World, submit: Submit) -> None:
@@ -130,7 +137,7 @@ def whole_answers(world: World, submit: Submit) -> None:
 def test_what_is_kept_for_a_client_that_does_not_read_is_bounded(
     produce: Callable[[World, Submit], None],
 ) -> None:
-    world = World(max_pending_requests=1000)
+    world = World(max_pending_requests=2000)
     (submit,) = world.start("a", sampling={"logprobs": 20})
     world.start("b", client=OTHER)
     world.full.add(CLIENT)

@@ -102,8 +102,10 @@ def test_a_duplicate_concerns_the_refused_message_alone() -> None:
 
 
 def test_overloaded() -> None:
-    world = World(max_pending_requests=2)
-    first, _ = world.start("a", "b")
+    world = World(max_pending_requests=3)
+    (first,) = world.start("a")
+    world.generate("b", client=OTHER)
+    world.tokenizes()
     world.heard()
     world.generate("c")
     (error,) = world.heard()

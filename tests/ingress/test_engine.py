@@ -96,7 +96,7 @@ def test_nothing_is_given_while_the_engine_is_not_ready() -> None:
 # In which order, and what comes again -------------------------------------------------------------
 
 
-def test_a_new_scheduler_is_given_all_with_output_first_and_the_oldest_first() -> None:
+def test_a_new_scheduler_is_given_all_that_ran_first_and_the_oldest_first() -> None:
     world = World()
     submits = world.start(*"abcde", resume_token_ids=[5], sampling={"max_tokens": 60})
     first, second, third, fourth, done = submits
@@ -108,7 +108,7 @@ def test_a_new_scheduler_is_given_all_with_output_first_and_the_oldest_first() -
     ((held, *again),) = world.engine_frames()
     assert held == Held(b"", b""), "it comes before all else"
     assert [message.uid for message in again if isinstance(message, Submit)] == [
-        *(submit.uid for submit in (first, second, third, fourth)),
+        *(submit.uid for submit in (second, fourth, first, third)),
         done.uid + 1,
     ]
     assert world.ended == [], "the new one knows nothing of it"

@@ -128,6 +128,8 @@ def test_a_map_of_any_size_is_known_as_one(keys: int) -> None:
         ({"id": 5}, "id"),
         ({"id": ""}, "id"),
         ({"id": "é" * 65}, "id"),
+        ({"client": ""}, "client"),
+        ({"client": "é" * 65}, "client"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": None}, "prompt, prompt_token_ids and messages"),
         ({"prompt_token_ids": [1]}, "prompt, prompt_token_ids and messages"),
