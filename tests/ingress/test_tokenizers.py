@@ -8,7 +8,7 @@ from nanovllm.messages import Refused, Tokenize
 from nanovllm.protocol import Accepted, Finish
 from nanovllm.services.ingress.tokenizers import WINDOW
 from nanovllm.transport.links import FRAME_BYTES, Peer
-from tests.ingress.harness import SCHEDULER, TOKENIZER, World
+from tests.ingress.harness import CLIENT, OTHER, SCHEDULER, TOKENIZER, World
 
 SECOND = Peer("tokenizer", 1, 21)
 
@@ -41,6 +41,24 @@ def test_a_request_that_is_over_counts_until_it_is_answered_if_it_was_sent() -> 
     assert world.tokenizes() == [], "the tokenizer works on it"
     world.tokenized(sent[0])
     assert len(world.tokenizes()) == 1
+
+
+@pytest.mark.parametrize("sent", [0, WINDOW])
+def test_a_client_that_leaves_with_thousands_of_requests_leaves_none_to_be_sent(sent: int) -> None:
+    """Whether or not the tokenizer has been sent those that it is to have in hand."""
+    world = World(max_pending_requests=10_000)
+    for number in range(4000):
+        world.generate(str(number), prompt="x" * 4000)
+    in_hand = world.tokenizes() if sent else []
+    assert len(in_hand) == sent
+    world.generate("other", OTHER)
+    world.core.closed(CLIENT)
+    assert world.core.stats.requests == 1
+    frames = dict(world.core.tokenizers.frames())
+    assert sum(map(len, frames.values())) == (0 if sent else 1), "nothing of the one that left"
+    world.tokenized(*in_hand)
+    (other,) = world.tokenizes()
+    assert other.prompt == "x"
 
 
 def test_a_frame_holds_so_many_bytes_or_one_request() -> None:
