@@ -10,8 +10,6 @@ import logging
 from collections.abc import Callable, Sized
 from typing import NamedTuple
 
-import msgspec
-
 from nanovllm.control import IngressStats
 from nanovllm.messages import (
     Decoded,
@@ -20,13 +18,13 @@ from nanovllm.messages import (
     Refused,
     SchedulerToIngress,
     TokenizerToIngress,
-    pack,
 )
 from nanovllm.protocol import Abort, Error, ErrorCode, Generate, Ping, Pong
 from nanovllm.services.ingress.client_queues import ClientQueues
 from nanovllm.services.ingress.engine import Engine, Queue
 from nanovllm.services.ingress.frames import Limits
-from nanovllm.services.ingress.output import Output, size_of
+from nanovllm.services.ingress.output import size_of
+from nanovllm.services.ingress.pending import PendingRequests
 from nanovllm.services.ingress.quarantine import Quarantine
 from nanovllm.services.ingress.requests import Request
 from nanovllm.services.ingress.sessions import Session, Sessions
@@ -40,8 +38,6 @@ log = logging.getLogger(__name__)
 # streams: to decode 8 MiB can take half a second.
 MESSAGES_PER_WAKE_UP = 128
 BYTES_PER_WAKE_UP = 1 << 20
-# Bytes of all unfinished requests together, which are held whole.
-MAX_REQUEST_BYTES = 1 << 30
 # Of all client queues.
 MAX_QUEUED_BYTES = 512 << 20
 
@@ -82,21 +78,15 @@ class Core:
         self.tokenizers = Tokenizers()
         self.engine = Engine(max_num_batched_tokens)
         self.sessions = Sessions(incarnation)
-        self._incarnation = incarnation
         self._limits = limits
-        self._max_pending_requests = max_pending_requests
         self._about = about
-        self._draw_seed = draw_seed
-        self._requests: dict[int, Request] = {}
-        self._requests_begun = 0
-        self._request_bytes = 0
-        self._finished = 0
+        self._pending = PendingRequests(incarnation, max_pending_requests, draw_seed)
         self._client_queues = ClientQueues(limits)
         self._queue = Queue()
         self._detokenizers: set[Peer] = set()
         self._draining = False
         self.quarantine = Quarantine(
-            self._requests, self.tokenizers, self._queue, self.engine, self._poison
+            self._pending.by_uid, self.tokenizers, self._queue, self.engine, self._poison
         )
 
     @property
@@ -107,7 +97,7 @@ class Core:
 
     @property
     def stats(self) -> IngressStats:
-        return IngressStats(len(self.sessions), len(self._requests), self._finished)
+        return IngressStats(len(self.sessions), len(self._pending.by_uid), self._pending.finished)
 
     def drain(self) -> None:
         """From now on new requests are refused as `overloaded`, except requests that resume."""
@@ -120,7 +110,7 @@ class Core:
     @property
     def drained(self) -> bool:
         """Whether it drains, and every request has ended."""
-        return self._draining and not self._requests and not self.sessions.unsent
+        return self._draining and not self._pending.by_uid and not self.sessions.unsent
 
     # Clients ------------------------------------------------------------------------------------
 
@@ -203,15 +193,13 @@ class Core:
 
     def from_tokenizer(self, peer: Peer, message: TokenizerToIngress) -> None:
         self.tokenizers.answered(peer, message.uid)
-        request = self._requests.get(message.uid)
+        request = self._pending.by_uid.get(message.uid)
         if request is None or request.over or request.ask is None:
             return
         if isinstance(message, Refused):
             self._refuse(request, message.code, message.message)
             return
-        before = request.size
-        request.tokenized(message)
-        self._hold(request.session, request.size - before)
+        self._pending.tokenized(request, message)
         if request.stream:
             self.sessions.answer(request.session, request.accepted())
         self._queue.add(request)
@@ -227,7 +215,7 @@ class Core:
             log.warning("%s missed %s, submitted again", peer, counted(count, "request"))
 
     def from_detokenizer(self, decoded: Decoded) -> None:
-        request = self._requests.get(decoded.uid)
+        request = self._pending.by_uid.get(decoded.uid)
         if request is None or request.over or decoded.attempt != request.attempt:
             return
         if not request.output.add(decoded):
@@ -257,28 +245,7 @@ class Core:
         if (refusal := self._refusal(session, ask, size)) is not None:
             self.sessions.answer(session, refusal)
             return
-        self._hold(session, size)
-        self._requests_begun += 1
-        uid = self._incarnation << 32 | self._requests_begun
-        seed = self._draw_seed() if ask.sampling.seed is None else ask.sampling.seed
-        sampling = msgspec.structs.replace(ask.sampling, seed=seed)
-        resumed = pack(ask.resume_token_ids)
-        request = Request(
-            uid=uid,
-            id=ask.id,
-            session=session,
-            client=ask.client or "",
-            stream=ask.stream,
-            seed=seed,
-            resumed=len(ask.resume_token_ids),
-            cache_salt=ask.cache_salt or "",
-            sampling=sampling,
-            output=Output(resumed, with_logprobs=sampling.logprobs is not None),
-            size=size,
-            ask=ask,
-        )
-        session.requests[ask.id] = self._requests[uid] = request
-        self.tokenizers.add(request)
+        self.tokenizers.add(self._pending.begin(session, ask, size))
 
     def _refusal(self, session: Session, ask: Generate, size: int) -> Error | None:
         code: ErrorCode = "overloaded"
@@ -287,18 +254,8 @@ class Core:
             reason = "id: an unfinished request of this session has it"
         elif self._draining and not ask.resume_token_ids:
             reason = "the pipeline is shutting down; try later"
-        elif not _has_room(
-            len(session.requests), 1, len(self._requests), self._max_pending_requests
-        ):
-            reason = (
-                f"of max_pending_requests ({self._max_pending_requests}) {len(self._requests)} are"
-                f" held, {len(session.requests)} of them for this session; try later"
-            )
-        elif not _has_room(session.request_bytes, size, self._request_bytes, MAX_REQUEST_BYTES):
-            reason = (
-                f"of {MAX_REQUEST_BYTES >> 20} MiB of requests {self._request_bytes >> 20} are"
-                f" held, {session.request_bytes >> 20} of them for this session; try later"
-            )
+        elif (overload := self._pending.overload(session, size)) is not None:
+            reason = overload
         else:
             return None
         return Error(id=ask.id, code=code, message=reason)
@@ -339,25 +296,11 @@ class Core:
         self.engine.end(request)
         self.quarantine.moved(request)
 
-    def _hold(self, session: Session, size: int) -> None:
-        """So many bytes more count in the bound of all requests held."""
-        session.request_bytes += size
-        self._request_bytes += size
-
     def _forget(self, request: Request) -> None:
         """The request's outcome was sent, or its client has gone."""
         if not request.over:
             self._over(request)
-        del self._requests[request.uid]
-        self._hold(request.session, -request.size)
-        self._finished += 1
-
-
-def _has_room(held: int, more: int, by_all: int, bound: int) -> bool:
-    """Whether a session that holds `held` may hold `more`: at most half of what the others leave of
-    `bound`, so that there is always room for another session; or all of it, if it holds nothing."""
-    left = bound - (by_all - held)
-    return held + more <= (left // 2 if held else left)
+        self._pending.forget(request)
 
 
 def _requests(requests: Sized) -> str:

@@ -10,7 +10,7 @@ import pytest
 from nanovllm.control import IngressStats
 from nanovllm.messages import Submit, Tokenized, TokenLogprobs, pack
 from nanovllm.protocol import Accepted, Delta, Error, Finish, Pong
-from nanovllm.services.ingress import core
+from nanovllm.services.ingress import pending
 from nanovllm.services.ingress.core import MAX_QUEUED_BYTES
 from nanovllm.services.ingress.sessions import MAX_FULL_S, MAX_UNREAD_BYTES
 from tests.ingress.harness import CLIENT, OTHER, SESSION, TOKENIZER, World, decode, decoded
@@ -83,7 +83,7 @@ def test_client_queues_are_bounded() -> None:
 def test_the_bytes_of_requests_that_are_held_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text counts until it is tokenized, and then its ids. A session has half of what others
     leave."""
-    monkeypatch.setattr(core, "MAX_REQUEST_BYTES", 210_000)
+    monkeypatch.setattr(pending, "MAX_REQUEST_BYTES", 210_000)
     world = World()
 
     def refused(request_id: str, client: bytes = CLIENT) -> bool:
