@@ -13,6 +13,7 @@ import click
 
 from nanovllm import __version__
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
+from nanovllm.launch.console import passed_on
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.options import settings_from, settings_options
@@ -44,26 +45,27 @@ from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectab
 @settings_options(without=("model",))
 def main(model: str, **options: Any) -> None:
     settings = settings_from({"model": model, **options})
-    logging.basicConfig(level=settings.log_level.upper(), format="%(message)s", stream=sys.stderr)
     lifeline = os.environ.pop(LIFELINE_VARIABLE, None)
     try:
-        directory = resolve_model(settings.model)
-        config = ModelConfig.from_checkpoint(directory)
-        if settings.device != "sim":
-            config.check_tensor_parallel(settings.tensor_parallel_size)
-        name = model_name(directory)
-        settings = settled(settings, directory, config)
-        with runtime_dir(Path(settings.runtime_dir)):
-            _check_free(settings)
-            Supervisor(
-                settings,
-                name,
-                announce=lambda: _announce(settings, name),
-                lifeline=None if lifeline is None else int(lifeline),
-            ).run()
+        with passed_on():
+            level = settings.log_level.upper()
+            logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+            _launch(settings, None if lifeline is None else int(lifeline))
     except (CheckpointError, SettingsError, ServiceFailed, OSError) as error:
         click.echo(f"nanovllm-launch: {error}", err=True)
         sys.exit(1)
+
+
+def _launch(settings: Settings, lifeline: int | None) -> None:
+    directory = resolve_model(settings.model)
+    config = ModelConfig.from_checkpoint(directory)
+    if settings.device != "sim":
+        config.check_tensor_parallel(settings.tensor_parallel_size)
+    name = model_name(directory)
+    settings = settled(settings, directory, config)
+    with runtime_dir(Path(settings.runtime_dir)):
+        _check_free(settings)
+        Supervisor(settings, name, lambda: _announce(settings, name), lifeline).run()
 
 
 def _check_free(settings: Settings) -> None:

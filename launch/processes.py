@@ -13,11 +13,16 @@ from collections.abc import Iterator
 from nanovllm.control import Loading, Ready, Report, ServiceState, ServiceStatus
 from nanovllm.launch.groups import ServiceId
 from nanovllm.options import settings_argv
+from nanovllm.output import PIPE_BYTES, output_pipe
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED, LIFELINE_VARIABLE, REASON_PREFIX
 from nanovllm.settings import Settings
 
 # The last lines of a service's output are kept, to show them if the service ends.
 LAST_LINES = 20
+# What one wake-up reads of a service's output, and where a line without an end is cut: a service
+# that writes without end keeps the supervisor from nothing.
+READ_BYTES = 1 << 14
+LINE_BYTES = 1 << 14
 
 
 class Lifeline:
@@ -46,20 +51,19 @@ class ServiceProcess:
         self._report: Report | None = None
         self._started = time.monotonic()
         self._partial = b""
+        self.floods = False  # whether it has written more than one wake-up reads
         command = [sys.executable, "-m", f"nanovllm.services.{service_id.role}"]
+        self.output, write_end = output_pipe()
         self.process = subprocess.Popen(
             [*command, "--index", str(service_id.index), *settings_argv(settings)],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=write_end,
             stderr=subprocess.STDOUT,
             env={**os.environ, LIFELINE_VARIABLE: str(lifeline.read_end)},
             pass_fds=[lifeline.read_end],
             process_group=0,  # the terminal's Ctrl-C is for the supervisor
         )
-        if self.process.stdout is None:
-            raise RuntimeError("a service's output is a pipe")
-        self.output = self.process.stdout.fileno()
-        os.set_blocking(self.output, False)
+        os.close(write_end)
 
     def note(self, said: Loading | Ready | Report) -> None:
         """Keeps the latest message of each kind."""
@@ -70,15 +74,19 @@ class ServiceProcess:
         else:
             self._report = said
 
-    def lines(self) -> Iterator[str]:
-        """The complete lines that it has written since the last call, and at its end an incomplete
-        one. The line with its `reason` is left out: `how_it_ended` tells the reason."""
-        while chunk := self._read():
-            *whole, self._partial = (self._partial + chunk).split(b"\n")
-            yield from self._kept(whole)
-        if self._partial and self.process.poll() is not None:
-            line, self._partial = self._partial, b""
-            yield from self._kept([line])
+    def lines(self) -> list[str]:
+        """The complete lines that it has written since the last call, or the first of these; at its
+        end all, and an incomplete one. The line with its `reason` is left out: `how_it_ended` tells
+        the reason."""
+        ended = self.process.poll() is not None
+        # A process of its own that it has left behind may write without end, too.
+        written = self._read(PIPE_BYTES if ended else READ_BYTES)
+        self.floods = len(written) >= READ_BYTES and not ended
+        *lines, self._partial = (self._partial + written).split(b"\n")
+        if ended or len(self._partial) >= LINE_BYTES:
+            lines += [self._partial] if self._partial else []
+            self._partial = b""
+        return list(self._kept(lines))
 
     @property
     def stopped(self) -> bool:
@@ -95,8 +103,7 @@ class ServiceProcess:
     def close(self) -> None:
         """Called when the process has ended and all its lines were read."""
         self.alive = False
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        os.close(self.output)
 
     def how_it_ended(self) -> str:
         code = self.process.returncode
@@ -143,9 +150,9 @@ class ServiceProcess:
             stats=self._report.stats if self._report else None,
         )
 
-    def _read(self) -> bytes:
+    def _read(self, at_most: int) -> bytes:
         try:
-            return os.read(self.output, 65536)
+            return os.read(self.output, at_most)
         except BlockingIOError:
             return b""
 

@@ -54,6 +54,9 @@ INGRESS = ServiceId("ingress", 0)
 # How long an ingress that starts during a drain takes requests, so that the clients of the ingress
 # before can submit their unfinished requests again.
 RESUME_S = 5.0
+# Between two wake-ups while a service floods its output: no more than that is read of it, and it
+# takes little of a core.
+FLOOD_PAUSE_S = 0.02
 
 
 class ServiceFailed(RuntimeError):
@@ -138,6 +141,8 @@ class Supervisor:
                 self._over = True
             self._over = self._over or self._owner in readable
             wait_s = self._policy.wait_s(now)
+            if any(service.floods for service in self._services.values()):
+                time.sleep(FLOOD_PAUSE_S)
 
     # What happened ------------------------------------------------------------------------------
 
@@ -220,8 +225,8 @@ class Supervisor:
             # Polled again, so that no service is seen before another whose end was the cause.
             ended = [service for service in alive if service.process.poll() is not None]
         for service in alive:
-            for line in service.lines():
-                self._bar.write(f"{service.id} | {line}")
+            if lines := service.lines():
+                self._bar.write("\n".join(f"{service.id} | {line}" for line in lines))
         for service in sorted(ended, key=ServiceProcess.distance_from_the_cause):
             self._poller.unregister(service.output)
             service.close()

@@ -54,8 +54,8 @@ class LoadingBar:
             self._bar.refresh()
 
     def write(self, line: str) -> None:
-        """Writes a line above the bar."""
-        tqdm.write(line, file=sys.stderr)
+        """Writes a line, or several, above the bar."""
+        tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
     def close(self) -> None:
         if self._bar is not None:

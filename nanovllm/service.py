@@ -26,6 +26,7 @@ import zmq
 from nanovllm.checkpoint import CheckpointError, ModelConfig, resolve_model
 from nanovllm.control import Drained, FromSupervisor, Loading, LoadingStage, Ready, Report, Stats
 from nanovllm.options import settings_from, settings_options
+from nanovllm.output import lossy
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.transport.endpoints import EndpointUnusable
 from nanovllm.transport.links import (
@@ -179,6 +180,7 @@ class Service:
         if now < self._next_beat:
             return
         self._next_beat = now + HEARTBEAT_S
+        sys.stderr.flush()  # which says what was lost
         for link in self._links:
             link.heartbeat()
         if self._stats is not None:
@@ -234,6 +236,8 @@ def service_command(
     @settings_options()
     def command(index: int, **options: Any) -> None:
         settings = settings_from(options)
+        # A pipe to the supervisor, which may be stopped.
+        sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
         logging.basicConfig(
             level=settings.log_level.upper(),
             format="%(levelname)s %(message)s",

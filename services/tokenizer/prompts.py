@@ -144,7 +144,7 @@ class PromptEncoder:
         try:
             text = self._chat_template.render(request.messages, request.chat_template_kwargs)
         except ChatTemplateError as error:
-            log.info("request %x refused: %s", request.uid, error)
+            log.debug("request %x refused: %s", request.uid, error)
             raise _Refusal("invalid_request", str(error)) from None
         return self._tokenize(text, add_special_tokens=False)
 

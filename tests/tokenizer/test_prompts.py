@@ -226,11 +226,13 @@ def test_what_steers_the_rendering_cannot_be_set(
 
 
 def test_a_template_that_refuses_gives_its_reason(
-    refused: Callable[..., tuple[str, str]],
+    refused: Callable[..., tuple[str, str]], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     code, message = refused(messages=chat(("critic", "x")))
     assert code == "invalid_request"
     assert "no critics here" in message
+    assert not caplog.records, "no client fills the log"
 
 
 def _nested(depth: int) -> list[Any]:
