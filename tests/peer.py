@@ -30,6 +30,7 @@ from nanovllm.transport.links import (
 from tests.bpe import write_checkpoint_files
 
 TIMEOUT_S = 60.0
+LONGEST_POLL_S = 0.1
 T = TypeVar("T")
 
 
@@ -212,7 +213,8 @@ class Neighbourhood:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"no {what}: {self}")
-            self.play(left)
+            # `found` may have parts say more, so it is asked at least so often.
+            self.play(min(left, LONGEST_POLL_S))
         return result
 
     def play(self, timeout_s: float) -> None:
