@@ -19,7 +19,9 @@ from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.options import settings_from, settings_options
 from nanovllm.service import LIFELINE_VARIABLE, settled
 from nanovllm.settings import DEFAULT_INGRESS, Settings, SettingsError
-from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectable
+from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectable, is_local
+
+log = logging.getLogger(__name__)
 
 
 @click.command(
@@ -63,6 +65,11 @@ def _launch(settings: Settings, lifeline: int | None) -> None:
         config.check_tensor_parallel(settings.tensor_parallel_size)
     name = model_name(directory)
     settings = settled(settings, directory, config)
+    if settings.ingress and not is_local(settings.ingress):
+        log.warning(
+            "--insecure: whoever reaches %s may use the pipeline, and the network can read along",
+            settings.ingress,
+        )
     with runtime_dir(Path(settings.runtime_dir)):
         _check_free(settings)
         Supervisor(settings, name, lambda: _announce(settings, name), lifeline).run()

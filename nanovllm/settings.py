@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from nanovllm.transport.endpoints import LONGEST_IPC_PATH, parse
+from nanovllm.transport.endpoints import LONGEST_IPC_PATH, is_local
 
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
 # The sockets in the runtime directory.
@@ -77,6 +77,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             " ipc://PATH; '' for only there."
         ),
     ] = DEFAULT_INGRESS
+    insecure: Annotated[
+        bool,
+        _option("Allow an --ingress beyond loopback, without keys: for networks that you trust."),
+    ] = False
     runtime_dir: Annotated[str, _option("Private directory of this pipeline's sockets.")] = (
         msgspec.field(default_factory=default_runtime_dir)
     )
@@ -156,9 +160,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise SettingsError("--runtime-dir is empty: name a directory")
         if self.ingress:
             try:
-                parse(self.ingress)
+                local = is_local(self.ingress)
             except ValueError as error:
                 raise SettingsError(f"--ingress {self.ingress}: {error}") from None
+            if not local and not self.insecure:
+                raise SettingsError(
+                    f"--ingress {self.ingress} is beyond loopback, and whoever reaches it may use"
+                    " the pipeline: bind 127.0.0.1, or allow it with --insecure"
+                )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise SettingsError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least"

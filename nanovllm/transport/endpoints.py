@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import re
 import socket
@@ -44,6 +45,18 @@ def parse(endpoint: str) -> str | tuple[str, int]:
     if found is None or not 1 <= int(found[2]) <= 65535:
         raise ValueError("must be tcp://HOST:PORT, with a PORT from 1 to 65535, or ipc://PATH")
     return found[1].replace("*", ""), int(found[2])
+
+
+def is_local(endpoint: str) -> bool:
+    """Whether nobody but this machine reaches the endpoint. Raises like `parse`."""
+    address = parse(endpoint)
+    if isinstance(address, str):
+        return True
+    host, _ = address
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def connectable(endpoint: str) -> str:

@@ -189,7 +189,7 @@ def test_an_endpoint_that_is_taken_or_cannot_be_bound_is_one_clear_line(
     code, output = around.ended(around.start("ingress"))
     assert (code, output.count("\n")) == (EXIT_MISCONFIGURED, 1)
     assert "taken by another process" in output
-    with Neighbourhood(ingress="tcp://192.0.2.1:5") as elsewhere:
+    with Neighbourhood(ingress="tcp://192.0.2.1:5", insecure=True) as elsewhere:
         code, output = elsewhere.ended(elsewhere.start("ingress"))
     assert (code, output.count("\n")) == (EXIT_MISCONFIGURED, 1)
     assert "tcp://192.0.2.1:5 cannot be bound" in output

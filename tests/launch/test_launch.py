@@ -110,6 +110,8 @@ def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
     assert "--device" in refused("--device", "abacus", *private)
     small = ("--kvcache-block-size", "16", "--num-kvcache-blocks", "8", *SIM)
     assert "not enough memory for one sequence" in refused(*small, *private)
+    line = refused(*SIM, *private, "--ingress", "tcp://*:5560")
+    assert "--insecure" in line
     line = refused(*SIM, *private, "--ingress", "nowhere")
     assert "--ingress nowhere: must be tcp://HOST:PORT" in line
     no_tokenizer = config(tmp_path)
@@ -137,7 +139,8 @@ def test_a_taken_endpoint_and_a_taken_runtime_dir_are_named(
 def test_every_interface_is_announced_as_it_is_reached() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    with Pipeline("", *SIM, "--ingress", f"tcp://*:{port}") as pipeline:
+    with Pipeline("", *SIM, "--ingress", f"tcp://*:{port}", "--insecure") as pipeline:
+        assert f"whoever reaches tcp://*:{port} may use the pipeline" in pipeline.transcript
         line = pipeline.wait_for("try: ", END_TIMEOUT_S)
         endpoint = line.rpartition("--endpoint ")[2]
         with Client(endpoint, timeout=END_TIMEOUT_S) as client:

@@ -123,9 +123,24 @@ def test_the_ingress_binds_each_endpoint_once() -> None:
         local: [local],
         "tcp://*:5560": ["tcp://*:5560", local],
     }.items():
-        assert Settings(runtime_dir="/run/x", ingress=ingress).client_endpoints == bound
+        settings = Settings(runtime_dir="/run/x", ingress=ingress, insecure=True)
+        assert settings.client_endpoints == bound
 
 
 def test_a_runtime_dir_too_long_for_a_socket_is_refused() -> None:
     with pytest.raises(SettingsError, match="--runtime-dir is too long"):
         _ = Settings(runtime_dir="/tmp/" + "x" * 100).scheduler_endpoint
+
+
+@pytest.mark.parametrize("host", ["*", "0.0.0.0", "10.0.0.1", "node", "127.example", "128.0.0.1"])
+def test_an_ingress_beyond_loopback_needs_insecure(host: str) -> None:
+    endpoint = f"tcp://{host}:5560"
+    with pytest.raises(click.UsageError, match=r"--ingress .* beyond loopback.*--insecure"):
+        parse("--ingress", endpoint)
+    assert parse("--ingress", endpoint, "--insecure").ingress == endpoint
+
+
+@pytest.mark.parametrize("ingress", ["", "tcp://127.0.0.1:5", "tcp://127.9.0.1:5", "ipc:///x"])
+def test_an_ingress_on_this_machine_needs_nothing(ingress: str) -> None:
+    assert parse("--ingress", ingress, "--runtime-dir", "/run/x").ingress == ingress
+    assert Settings(ingress="tcp://localhost:5").ingress
