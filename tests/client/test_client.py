@@ -127,10 +127,13 @@ def test_leaving_a_stream_early_aborts_it(how: str) -> None:
     with ingress(some_then_silence) as double, Client(double.endpoint) as client:
         stream = client.generate("hello", stream=True)
         if how == "interrupt":
-            ctrl_c = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-            ctrl_c.start()
-            with pytest.raises(KeyboardInterrupt):
+
+            def be_interrupted() -> None:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
                 stream.result()
+
+            with pytest.raises(KeyboardInterrupt):
+                be_interrupted()
         elif how == "with":
             with stream:
                 assert next(stream).text == "a"

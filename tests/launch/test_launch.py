@@ -15,7 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.support.pipeline import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
+from benchmarks.support.pipeline import (
+    END_TIMEOUT_S,
+    LOOK_AGAIN_S,
+    READY_TIMEOUT_S,
+    Pipeline,
+)
 from nanovllm import Client
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 
@@ -173,6 +178,7 @@ def test_ctrl_c_while_it_starts_ends_it_too() -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while not (running := psutil.Process(process.pid).children()):
         assert time.monotonic() < deadline
+        time.sleep(LOOK_AGAIN_S)
     process.send_signal(signal.SIGINT)
     assert process.wait(END_TIMEOUT_S) == 0
     assert gone(running, 0)
