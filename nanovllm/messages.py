@@ -3,10 +3,11 @@
 They are `array_like`: the fields travel as an array, in the order written here. Token ids and
 other arrays travel as raw little-endian int32 (`pack`, `unpack`). A link carries lists of these.
 
-A request is known inside by its `uid` (the ingress's incarnation in the upper 32 bits, a counter
-in the lower) and its `attempt`: the ingress submits a request again, with the next attempt, when a
-service died that held it. A newer attempt replaces an older one everywhere; of an older one
-nothing is believed. Offsets count from the first output token, so that what arrives twice is cut.
+A request is known inside by its `uid` and its `attempt`. Uids are 63-bit numbers: an ingress counts
+on from its incarnation in the upper 32 bits, which a uid does not show any more once the count has
+carried over. The ingress submits a request again, with the next attempt, when a service died that
+held it. A newer attempt replaces an older one everywhere; of an older one nothing is believed.
+Offsets count from the first output token, so that what arrives twice is cut.
 """
 
 from __future__ import annotations

@@ -14,19 +14,21 @@ from nanovllm.services.ingress.sessions import Session
 
 # Bytes of all unfinished requests together, which are held whole.
 MAX_REQUEST_BYTES = 1 << 30
+MAX_UID = (1 << 63) - 1  # an int64
 
 
 class PendingRequests:
     """All unfinished requests.
 
     Args:
-        incarnation: this process's; uids begin with it.
+        incarnation: this process's; its uids count on from there, in the upper 32 bits.
         max_pending_requests: how many requests are held at most.
         draw_seed: draws the seed of a request that brings none.
 
     Attributes:
         by_uid: the requests.
         finished: how many requests were forgotten so far.
+        last_uid: the latest request's.
     """
 
     def __init__(
@@ -34,10 +36,9 @@ class PendingRequests:
     ) -> None:
         self.by_uid: dict[int, Request] = {}
         self.finished = 0
-        self._incarnation = incarnation
+        self.last_uid = incarnation << 32
         self._max_pending_requests = max_pending_requests
         self._draw_seed = draw_seed
-        self._begun = 0
         self._bytes = 0
 
     def overload(self, session: Session, size: int) -> str | None:
@@ -58,8 +59,7 @@ class PendingRequests:
     def begin(self, session: Session, ask: Generate, size: int) -> Request:
         """Holds a client's request, whose message had `size` bytes."""
         self._hold(session, size)
-        self._begun += 1
-        uid = self._incarnation << 32 | self._begun
+        uid = self.last_uid = (self.last_uid + 1) & MAX_UID
         seed = self._draw_seed() if ask.sampling.seed is None else ask.sampling.seed
         sampling = msgspec.structs.replace(ask.sampling, seed=seed)
         resumed = pack(ask.resume_token_ids)

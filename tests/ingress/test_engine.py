@@ -7,13 +7,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.messages import End, Held, Submit, pack, unpack
-from nanovllm.protocol import Accepted
-from nanovllm.services.ingress.engine import WAITING_BUDGETS, WAITING_REQUESTS
+from nanovllm.messages import (
+    End,
+    Held,
+    Submit,
+    Tokenized,
+    pack,
+    pack_int64,
+    unpack,
+    unpack_int64,
+)
+from nanovllm.protocol import Accepted, Generate
+from nanovllm.services.ingress.engine import WAITING_BUDGETS, WAITING_REQUESTS, Engine
+from nanovllm.services.ingress.pending import PendingRequests
+from nanovllm.services.ingress.sessions import Session
 from nanovllm.transport.links import FRAME_BYTES, Peer
 from tests.ingress.harness import (
     BUDGET,
     DETOKENIZER,
+    INCARNATION,
     NOT_READY,
     PROMPT,
     READY,
@@ -167,6 +179,35 @@ def test_missing_submits_again_what_it_names_in_that_attempt() -> None:
     (again,) = world.submits()
     assert (again.uid, again.attempt) == (lost.uid, 2)
     assert unpack(again.output).tolist() == [11]
+
+
+@pytest.mark.parametrize("incarnation", [INCARNATION, 2**31 - 1], ids=["some", "the highest"])
+def test_the_number_of_requests_has_no_end(incarnation: int) -> None:
+    """After 2**32 requests of one ingress the next are known apart, and served as ever, also when
+    the scheduler's link is made anew."""
+    sessions = [Session(bytes([n]), str(n)) for n in range(3)]
+    pending = PendingRequests(incarnation, 100, draw_seed=lambda: 1)
+    ask = Generate(id="a", prompt="x")
+    first = pending.begin(sessions[0], ask, 1)
+    pending.last_uid += 2**32 - 2
+    last, beyond = (pending.begin(session, ask, 1) for session in sessions[1:])
+    assert len({first.uid, last.uid, beyond.uid}) == 3
+    uids = pack_int64(request.uid for request in (first, last, beyond))
+    assert unpack_int64(uids) == [first.uid, last.uid, beyond.uid]
+    engine = Engine(BUDGET)
+    engine.up(SCHEDULER)
+    engine.state(READY)
+    for request in (first, last, beyond):
+        answer = Tokenized(request.uid, pack(PROMPT), request.sampling)
+        pending.tokenized(request, answer)
+        engine.give(request)
+    engine.sent(engine.frame())
+    engine.down()
+    assert engine.up(SCHEDULER) == []
+    (held,) = engine.frame()
+    assert isinstance(held, Held)
+    assert held.uids == uids
+    assert engine.missing(missing(dict.fromkeys(unpack_int64(uids), 1))) == 3
 
 
 # Ends ---------------------------------------------------------------------------------------------
