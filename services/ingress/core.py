@@ -230,7 +230,8 @@ class Core:
         if decoded.ending is not None:
             request.finish(decoded.ending.reason, decoded.ending.usage)
             self._over(request)
-        self.quarantine.moved(request)
+        else:
+            self.quarantine.moved(request)
         self.sessions.has_news(request, size_of(decoded))
 
     def submit(self) -> None:
@@ -291,7 +292,8 @@ class Core:
     def _over(self, request: Request) -> None:
         """The request has its outcome, or its client has gone: no service goes on with it."""
         request.over = True
-        self.tokenizers.discard(request)
+        if request.ask is not None:
+            self.tokenizers.discard(request)
         self._queue.discard(request)
         self.engine.end(request)
         self.quarantine.moved(request)

@@ -19,8 +19,9 @@ WINDOW = 64
 
 
 class _Tokenizer:
-    """What one tokenizer was given and has not answered, and what of that it was not sent yet.
-    A request that is over stays in hand until the answer comes: the tokenizer works on it."""
+    """The requests that one tokenizer has in hand, and those of them that were not sent yet. A
+    request that is over stays in hand until the tokenizer answers, since the tokenizer works on it.
+    """
 
     def __init__(self) -> None:
         self.in_hand: dict[int, Request] = {}
@@ -28,11 +29,12 @@ class _Tokenizer:
 
 
 class Tokenizers:
-    """Gives requests to tokenizers, in turns, each to the one with the least in hand.
+    """Gives requests to tokenizers, in turns. A request goes to the tokenizer with the fewest
+    requests in hand.
 
     Attributes:
-        suspects: of deaths of tokenizers. A suspect that must be alone is given to a tokenizer
-            that has nothing else in hand, which gets nothing else until it has answered.
+        suspects: the suspects of deaths of tokenizers. A suspect that must be alone goes to a
+            tokenizer with nothing in hand. That tokenizer gets no other request until it answers.
     """
 
     def __init__(self) -> None:
@@ -52,12 +54,12 @@ class Tokenizers:
         self._hand_out()
 
     def discard(self, request: Request) -> None:
-        """The request is over. A tokenizer that has been sent it does it in vain."""
+        """The request is over. A tokenizer that was sent the request still answers it."""
         self._withdraw(request.uid)
         self._hand_out()
 
     def answered(self, peer: Peer, uid: int) -> None:
-        """The tokenizer has answered; the request may be over, or have its answer already."""
+        """The tokenizer has answered. The request may be over, or answered before."""
         self._withdraw(uid)
         if peer in self._tokenizers:
             self._tokenizers[peer].in_hand.pop(uid, None)
@@ -68,7 +70,7 @@ class Tokenizers:
         self._hand_out()
 
     def down(self, peer: Peer) -> None:
-        """Others are given what the tokenizer had in hand."""
+        """The tokenizer is gone. Other tokenizers get the requests that it had in hand."""
         in_hand = self._tokenizers.pop(peer).in_hand
         self._waiting.put_back(r for r in in_hand.values() if r.ask is not None and not r.over)
         self._hand_out()
@@ -80,7 +82,8 @@ class Tokenizers:
         return InHand(uids, alone=len(uids) == 1)
 
     def frames(self) -> Iterator[tuple[Peer, list[Tokenize]]]:
-        """The next frame for each tokenizer that is to be sent something; `sent` was."""
+        """The next frame for each tokenizer that has unsent requests. Call `sent` for each frame
+        that was sent."""
         for peer, tokenizer in self._tokenizers.items():
             if tokenizer.unsent:
                 unsent = tokenizer.unsent.values()
@@ -91,7 +94,7 @@ class Tokenizers:
             del self._tokenizers[peer].unsent[tokenize.uid]
 
     def _withdraw(self, uid: int) -> None:
-        """Nobody is to be sent the request any more."""
+        """Sends the request to no tokenizer any more."""
         self._waiting.discard(uid)
         for tokenizer in self._tokenizers.values():
             if tokenizer.unsent.pop(uid, None) is not None:
@@ -109,7 +112,7 @@ class Tokenizers:
                 return
             tokenizer = self._tokenizers[peer]
             if tokenizer.in_hand and self.suspects.must_be_alone(request.uid):
-                return  # until a tokenizer has nothing in hand; no other request overtakes
+                return  # wait for a tokenizer with nothing in hand; no other request overtakes
             self._waiting.take(request)
             tokenizer.in_hand[request.uid] = tokenizer.unsent[request.uid] = request
 
