@@ -1,4 +1,4 @@
-"""Output that waits for nobody: what its reader does not take in time is lost, and counted."""
+"""Output that never blocks: lines that the reader does not take in time are lost, and counted."""
 
 from __future__ import annotations
 

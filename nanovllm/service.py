@@ -51,6 +51,8 @@ REASON_PREFIX = "CRITICAL cannot start: "
 # Exit code of a service that ends because another has ended.
 EXIT_FOLLOWED = 3
 OFF_STEP_PATH_NICENESS = 10
+# How soon a service tries again to send messages that a peer did not take.
+RETRY_S = 0.01
 GREETING_S = 2.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"

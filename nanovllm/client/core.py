@@ -6,7 +6,7 @@ for a new connection, and submits everything again there: each stream resumes wh
 
 After each wake-up the owner of the socket gives what has arrived to `receive`, tells of a
 disconnection (`disconnected`), calls `advance`, opens a new connection if `advance` says so
-(`renewed`), sends the `frames`, and hands what has `changed` to whoever waits.
+(`renewed`), sends the `frames`, and hands what has `changed` to the waiting calls.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class ClientCore:
         return self._send(PendingPing(Ping(id=self.new_id())))
 
     def abandon(self, pending: Pending) -> None:
-        """Nobody waits for `pending` any more: a request is aborted, later answers are dropped."""
+        """No call waits for `pending` any more. A request is aborted; later answers are dropped."""
         if self._pending.pop(str(pending.message.id), None) is None:
             return
         if isinstance(pending, PendingRequest):
@@ -254,7 +254,7 @@ class ClientCore:
         for pending in list(self._pending.values()):
             self._fail(pending, PipelineUnavailable(message))
         self._refused.clear()
-        self._lost = True  # nobody waits for what still comes over this connection
+        self._lost = True  # no call waits for what still comes over this connection
 
     def _no_answer(self) -> str:
         if self._heard_ever:

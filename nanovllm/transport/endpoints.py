@@ -48,7 +48,7 @@ def parse(endpoint: str) -> str | tuple[str, int]:
 
 
 def is_local(endpoint: str) -> bool:
-    """Whether nobody but this machine reaches the endpoint. Raises like `parse`."""
+    """Whether only this machine reaches the endpoint. Raises like `parse`."""
     address = parse(endpoint)
     if isinstance(address, str):
         return True

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import NoReturn
 
 from nanovllm.messages import SchedulerToDetokenizer
-from nanovllm.service import Service, service_command
+from nanovllm.service import RETRY_S, Service, service_command
 from nanovllm.services.detokenizer.core import Detokenizer
 from nanovllm.transport.links import Event, Received, Up
 from nanovllm.vocabulary import Vocabulary
-
-# How soon to try again when the ingress does not keep up.
-RETRY_S = 0.01
 
 
 class DetokenizerLoop:

@@ -11,13 +11,11 @@ from typing import NoReturn
 
 from nanovllm.control import WorkerStats
 from nanovllm.messages import GroupReady, Message, Reset, SchedulerToWorker, StepPlan, StepResult
-from nanovllm.service import Service
+from nanovllm.service import RETRY_S, Service
 from nanovllm.services.gpu_worker.dialogue import Dialogue, DialoguePhase
 from nanovllm.services.gpu_worker.runner import GroupBroken, Listening, Loaded, Progress, Runner
 from nanovllm.transport.links import HEARTBEAT_S, BoundLink, Down, Event, Peer, Received, Up
 
-# How long to wait before results are offered again to a scheduler whose queue was full.
-RETRY_S = 0.01
 # How often an OpenMP thread looks for work before it sleeps. Takes about 50 µs, as long as the gaps
 # between the operations of a step.
 SPINS = 3000

@@ -27,7 +27,7 @@ RECEIVE_HIGH_WATER_MARK = 0
 # end the connection by it, and libzmq abort its process in connecting anew.
 ZMTP_HEARTBEAT_MS = 400
 ZMTP_TIMEOUT_MS = 1200
-# A longer frame closes its connection, so that nobody makes ZeroMQ hold it.
+# A longer frame closes its connection, so that no client makes ZeroMQ hold it.
 CLOSING_FACTOR = 8
 
 
@@ -45,7 +45,7 @@ class FromClient(NamedTuple):
 
 
 class ClientSocket:
-    """A ROUTER that neither blocks nor loses sight of who is connected.
+    """A ROUTER that does not block, and that knows which clients are connected.
 
     Raises:
         EndpointTaken, EndpointUnusable: see `endpoints.bind`.

@@ -18,7 +18,7 @@ from nanovllm.messages import (
     SchedulerToIngress,
     TokenizerToIngress,
 )
-from nanovllm.service import Service
+from nanovllm.service import RETRY_S, Service
 from nanovllm.services.ingress.clients import ClientSocket, Sent
 from nanovllm.services.ingress.core import About, Core
 from nanovllm.services.ingress.frames import Limits
@@ -27,8 +27,6 @@ from nanovllm.transport.links import Down, Event, Peer, Received, Up
 
 FromServices = TokenizerToIngress | SchedulerToIngress | DetokenizerToIngress
 
-# How soon to send again to a socket that was full.
-RETRY_S = 0.01
 # Drawn seeds are told to clients, some of whose languages have no integers but doubles.
 SEED_BITS = 53
 

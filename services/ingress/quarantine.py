@@ -80,7 +80,7 @@ class Quarantine:
             self.suspects.forget(request.uid)
         elif not self.suspects.got_to(request.uid, request.output.num_tokens):
             return
-        if request is self._queue.only:  # of any other, nothing follows for whoever runs alone
+        if request is self._queue.only:  # any other changes nothing for the one that runs alone
             self._isolate()
 
     def _suspect(self, peer: Peer, in_hand: InHand) -> None:

@@ -7,7 +7,7 @@ over, is cleared. So a guilty request costs a bounded number of deaths, however 
 there are. And no request is found guilty for another: a death counts as alone only if the service
 certainly had no other request in hand.
 
-Two messages tell of a death, in any order. Whoever gave the requests to the service says which were
+Two messages tell of a death, in any order. The service that gave out the requests says which were
 in hand. The supervisor, which alone sees how a process ends, says that the service died by itself.
 Without the second message, as after a kill from outside, no request is suspected.
 """

@@ -1,7 +1,7 @@
 """Which tokenizer has which request.
 
 A tokenizer is a function of the request: a request whose tokenizer dies is given to another, and
-the first answer counts, whoever sends it.
+the first answer counts, from whichever tokenizer.
 """
 
 from __future__ import annotations

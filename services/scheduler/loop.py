@@ -10,12 +10,9 @@ from nanovllm.messages import (
     StepResult,
     WorkerToScheduler,
 )
-from nanovllm.service import Service
+from nanovllm.service import RETRY_S, Service
 from nanovllm.services.scheduler.core import Scheduler
 from nanovllm.transport.links import Down, Event, Peer, Received, Up
-
-# How soon to try again when a peer does not keep up.
-RETRY_S = 0.01
 
 
 class SchedulerLoop:

@@ -6,15 +6,13 @@ import time
 from typing import NoReturn
 
 from nanovllm.messages import IngressToTokenizer
-from nanovllm.service import Service, service_command
+from nanovllm.service import RETRY_S, Service, service_command
 from nanovllm.services.tokenizer.core import TokenizeQueue
 from nanovllm.services.tokenizer.prompts import PromptEncoder
 from nanovllm.transport.links import Event, Received, Up
 
 # Tokenizing goes on for this long before the links are looked at again.
 WORK_S = 0.005
-# How soon to try again when a peer does not keep up.
-RETRY_S = 0.01
 
 
 class TokenizerLoop:

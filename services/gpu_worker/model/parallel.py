@@ -1,4 +1,4 @@
-"""Tensor parallelism: how the ranks find one another, their collectives, and who has which heads.
+"""Tensor parallelism: how the ranks find one another, their collectives, and the heads of each.
 
 All ranks are on one machine. Rank 0 listens at a free port and tells the others which (see `loop`).
 """
@@ -35,7 +35,7 @@ _all_gather = getattr(dist, _NEW_NAME if hasattr(dist, _NEW_NAME) else "all_gath
 
 def listen_for_ranks() -> TCPStore:
     """Rank 0's store, at a free port (its `port`). Does not wait for the other ranks."""
-    # The store's own socket would listen on every interface, and a store trusts whoever connects.
+    # The store's own socket would listen on every interface, and a store trusts every process.
     listener = socket.create_server((HOST, 0))
     port = listener.getsockname()[1]
     return TCPStore(
