@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.kernels import DIM, NUM, NUM_KV
 from benchmarks.support.bandwidth import copy_bandwidth
+from benchmarks.support.help import help_of
 from benchmarks.support.timing import ROTATED_BYTES, TOLERANCE, random, seconds_per_call
 from nanovllm.kernels.attention.interface import (
     AttentionBackend,
@@ -128,7 +129,7 @@ class Candidate(NamedTuple):
     make: Callable[[], AttentionBackend]
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.option("--sweep", is_flag=True, help="Try many tunings, not only the one in use.")
 def main(sweep: bool) -> None:
     bandwidth = copy_bandwidth()

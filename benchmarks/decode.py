@@ -25,6 +25,7 @@ from safetensors import safe_open
 
 from benchmarks.support.bandwidth import copy_bandwidth
 from benchmarks.support.burst import Burst
+from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline, Reported
 from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm.checkpoint import ModelConfig
@@ -35,7 +36,7 @@ from nanovllm.settings import Settings
 BYTES_PER_VALUE = 2
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.argument("model", default="")
 @random_weights_option
 @click.option(

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import click
 
 from benchmarks.support.closed_loop import ClosedLoop
+from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline
 from nanovllm.control import IngressStats, SchedulerStats, Status, WorkerStats
 
@@ -38,7 +39,7 @@ class Load(NamedTuple):
 LOADS = (Load(256, 2.0), Load(1, 0.5))
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.option("--seconds", default=12.0, show_default=True, help="Length of each measurement.")
 @click.option("--depth", "depths", type=int, multiple=True, default=(3, 1), show_default=True)
 @click.option("--sequences", type=int, help="Only the load with so many sequences.")

@@ -26,6 +26,7 @@ from transformers import Qwen3Config
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.kernels import EPS
+from benchmarks.support.help import help_of
 from benchmarks.support.timing import ROTATED_BYTES, is_wrong, random, seconds_per_call
 from nanovllm.kernels.layers import gemv
 from nanovllm.kernels.layers.fused import FusedOps
@@ -68,7 +69,7 @@ def gemms(config: Qwen3Config) -> list[Gemm]:
     ]
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.option(
     "--shape",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

@@ -16,6 +16,7 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.support.help import help_of
 from benchmarks.support.timing import is_wrong, random, seconds_per_call
 from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.layers.fused import FusedOps
@@ -26,7 +27,7 @@ EPS = 1e-6
 TOKENS = (1, 8, 64, 256, 512, 16384)
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 def main() -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("it needs a GPU")

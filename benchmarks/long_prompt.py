@@ -20,6 +20,7 @@ import click
 
 from benchmarks.decode import random_prompts
 from benchmarks.support.burst import Burst
+from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline
 from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm.checkpoint import ModelConfig
@@ -29,7 +30,7 @@ OTHERS_PROMPT = 256
 BEFORE_S = 1.0
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.argument("model", default="")
 @random_weights_option
 @click.option("--others", default=128, show_default=True, help="Sequences that decode.")

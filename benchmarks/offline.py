@@ -13,13 +13,14 @@ from pathlib import Path
 
 import click
 
+from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline, Reported
 from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import ModelConfig
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.argument("model", default="")
 @random_weights_option
 @click.option("--num-seqs", default=256, show_default=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.support.bandwidth import copy_bandwidth
+from benchmarks.support.help import help_of
 from nanovllm.kernels.sampling import fused, fused_shortlists, reference
 from nanovllm.kernels.sampling.reference import SamplingTensors
 
@@ -39,7 +40,7 @@ SHARDS = 4
 BY_SHORTLISTS = ("greedy", "temperature", "top-k 20, top-p 0.95")
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 def main() -> None:
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copying at {bandwidth / 1e12:.2f} TB/s\n")

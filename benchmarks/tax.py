@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import msgspec
 
+from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline
 from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm import LLM, SamplingParams
@@ -72,7 +73,7 @@ class Round(NamedTuple):
     busy_s: float
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.argument("model", default="")
 @random_weights_option
 @click.option("--num-seqs", type=click.IntRange(1, 512), default=64, show_default=True)

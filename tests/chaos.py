@@ -34,6 +34,7 @@ import click
 import psutil
 from tqdm import tqdm
 
+from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.recovery.streams import (
@@ -76,7 +77,7 @@ class Blow(NamedTuple):
     stop_s: float | None = None
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.option("--kills", type=click.IntRange(1), default=30, show_default=True)
 @click.option("--streams", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--device", type=click.Choice(list(DEVICES)), default="cpu", show_default=True)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline
 from nanovllm.control import SchedulerStats
 from nanovllm.protocol import Error
@@ -50,7 +51,7 @@ class Case(NamedTuple):
     how: signal.Signals
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.option("--times", default=1, show_default=True, help="How often each case is measured.")
 def main(times: int) -> None:
     tcp = free_tcp_endpoint()

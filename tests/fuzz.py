@@ -30,6 +30,7 @@ import click
 import psutil
 from tqdm import tqdm
 
+from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline
 from tests.hostile import Hostile
 from tests.pipeline.leftovers import wait_until_nothing_is_left
@@ -43,7 +44,7 @@ VALID: dict[str, Any] = {"prompt_token_ids": [7, 8], "sampling": {"max_tokens": 
 SWITCH_INTERVAL_S = 0.0005
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.option("--frames", type=click.IntRange(CLIENTS), default=1_000_000, show_default=True)
 @click.option("--seed", type=int, help="Of all that is sent; drawn, and printed, if not given.")
 def main(frames: int, seed: int | None) -> None:

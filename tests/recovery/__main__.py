@@ -24,6 +24,7 @@ from typing import NamedTuple
 import click
 from tqdm import tqdm
 
+from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline
 from nanovllm import SamplingParams
 from nanovllm.launch.groups import STABLE_S
@@ -53,7 +54,7 @@ class Pause(NamedTuple):
     all_go_on: float
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.option("--streams", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--kills", type=click.IntRange(1), default=10, show_default=True, help="Of each.")
 @click.option(
