@@ -173,6 +173,10 @@ SchedulerToIngress = Missing | EngineState | Lost
 # scheduler -> detokenizer -----------------------------------------------------------------------
 
 
+EndReason = Literal[FinishReason, "error"]
+"""Why an output ended; "error": the logits of its next token are not finite."""
+
+
 class Begin(Message, tag="begin"):
     """The whole of an attempt as the scheduler has it: what a detokenizer starts from.
 
@@ -215,7 +219,7 @@ class Finished(Message, tag="finished"):
 
     uid: int
     attempt: int
-    reason: FinishReason
+    reason: EndReason
     completion_tokens: int
 
 
@@ -226,7 +230,7 @@ SchedulerToDetokenizer = Begin | NewTokens | Finished | End
 
 
 class Ending(Message):
-    reason: FinishReason
+    reason: EndReason
     usage: Usage
 
 
@@ -314,7 +318,8 @@ class RowLogprobs(Message):
 
 
 class StepResult(Message, tag="step_result"):
-    """What step `number` sampled: int32[rows]. `logprobs` for the rows that asked.
+    """What step `number` sampled: int32[rows], negative for a row whose logits are not finite.
+    `logprobs` for the rows that asked.
 
     `busy_us` is the time since the group's start for which the device had work, and `at_us` the
     time since the group's start, when this step ended; their differences give the device's load.

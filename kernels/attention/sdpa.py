@@ -77,22 +77,25 @@ class _SdpaBatch(AttentionBatch):
 
     def _prefill_of(self, row: int, end: int, metadata: AttentionMetadata) -> _Prefill:
         context = int(metadata.context_lens[row])
+        lengths = metadata.cache_seqlens[row : row + 1]
         return _Prefill(
             start=end - int(metadata.query_lens[row]),
             end=end,
             context=context,
-            kv_indices=self._kv_indices(metadata.block_tables[row : row + 1], context),
+            kv_indices=self._kv_indices(metadata.block_tables[row : row + 1], lengths, context),
         )
 
-    def _kv_indices(self, block_tables: Tensor, context: int) -> Tensor:
+    def _kv_indices(self, block_tables: Tensor, lengths: Tensor, context: int) -> Tensor:
         """The indices in the cache of the first `context` tokens of each row of `block_tables`
-        int32 [g, max_blocks]: int64 [g * context].
+        int32 [g, max_blocks]: int64 [g * context]. Rows whose `lengths` int32 [g] are less repeat
+        their last token: values of others, though masked, may be NaN, and 0 * NaN is NaN.
 
         Tokens are gathered, not blocks, since most of a large block may be unused.
         """
         size = self.shape.block_size
         positions = torch.arange(context, device=block_tables.device)
-        return (block_tables[:, positions // size] * size + positions % size).view(-1)
+        positions = torch.minimum(positions, lengths[:, None].long() - 1)
+        return (block_tables.gather(1, positions // size) * size + positions % size).view(-1)
 
     def _group(self, rows: NDArray[np.int64], metadata: AttentionMetadata) -> _Decodes:
         lengths = metadata.context_lens[rows]
@@ -103,7 +106,9 @@ class _SdpaBatch(AttentionBatch):
             positions = torch.arange(context, dtype=torch.int32, device=row_ids.device)
             mask = (positions < metadata.cache_seqlens[row_ids, None])[:, None, None]
         tables = metadata.block_tables.index_select(0, row_ids)
-        return _Decodes(row_ids, self._kv_indices(tables, context), mask)
+        return _Decodes(
+            row_ids, self._kv_indices(tables, metadata.cache_seqlens[row_ids], context), mask
+        )
 
     def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
         for group in self.decodes:

@@ -48,7 +48,7 @@ def kth_lower_bound(maxima, peak, k):
 
 @triton.jit
 def best_of_chunks(best_ptr, best_ids_ptr, row, chunks, CHUNKS: tl.constexpr):
-    """The highest value of the row's chunks, and its token."""
+    """The highest value of the row's chunks, and its token; (inf, NOT_FINITE) if a chunk is."""
     parts = tl.arange(0, CHUNKS)
     present = parts < chunks
     values = tl.load(best_ptr + row * chunks + parts, mask=present, other=float("-inf"))

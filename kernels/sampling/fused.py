@@ -45,7 +45,7 @@ from nanovllm.kernels.sampling.filters import (
     rank_and_mass,
 )
 from nanovllm.kernels.sampling.random_stream_triton import row_key
-from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.kernels.sampling.reference import NOT_FINITE, SamplingTensors
 from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, SamplingTuning, scale_of, scan
 
 
@@ -102,6 +102,9 @@ def sample(
     return sampled
 
 
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
+
+
 @triton.jit(do_not_specialize=["chunks"])
 def _choose(
     logits_ptr,
@@ -140,9 +143,10 @@ def _choose(
     top_k = tl.where(top_k < vocab, top_k, 0)
     bounded = (top_k > 0) | (min_p > 0)
 
-    _, token = best_of_chunks(best_ptr, best_ids_ptr, row, chunks, CHUNKS)
+    best, token = best_of_chunks(best_ptr, best_ids_ptr, row, chunks, CHUNKS)
+    token = tl.where(best > float("-inf"), token, _NOT_FINITE)
 
-    if (temperature > 0) & (bounded | (top_p < 1)):
+    if (token >= 0) & (temperature > 0) & (bounded | (top_p < 1)):
         scale = scale_of(temperature)
         low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
         logits = logits_ptr + row.to(tl.int64) * stride
@@ -217,7 +221,7 @@ def _choose(
                     searching = 0
                 else:
                     drawn = draw_before(tokens, cut, score, drawn, low, high, PAGE, GROUP)
-                    # There is one, unless logits are NaN.
+                    # There is one, but for what rounding may do.
                     searching = tl.where(drawn < LAST, 1, 0)
                     score = tl.load(logits + tl.where(drawn < LAST, drawn, 0)).to(tl.float32)
                     score = score * scale

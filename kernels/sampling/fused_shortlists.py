@@ -31,7 +31,7 @@ from nanovllm.kernels.sampling.filters import (
     rank_candidates,
 )
 from nanovllm.kernels.sampling.random_stream_triton import row_key
-from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.kernels.sampling.reference import NOT_FINITE, SamplingTensors
 from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, SamplingTuning, scale_of, scan
 
 
@@ -114,6 +114,9 @@ def sample_shortlists(
     return sampled
 
 
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
+
+
 @triton.jit(do_not_specialize=["first", "chunks"])
 def _shortlist(
     logits_ptr,  # [n, shard]
@@ -148,7 +151,8 @@ def _shortlist(
     top_k = tl.load(top_k_ptr + row)
     out = row * (2 * SHORTLIST)
     entries = tl.arange(0, SHORTLIST)
-    if (temperature > 0) & (top_k > 0) & (top_k <= SHORTLIST):
+    best, token = best_of_chunks(best_ptr, best_ids_ptr, row, chunks, CHUNKS)
+    if (token >= 0) & (temperature > 0) & (top_k > 0) & (top_k <= SHORTLIST):
         scale = scale_of(temperature)
         logits = logits_ptr + row.to(tl.int64) * stride
         num_groups = tl.cdiv(shard, GROUP)
@@ -184,7 +188,6 @@ def _shortlist(
         tl.store(scores_ptr + out + entries, float("-inf"), mask=none)
         tl.store(ids_ptr + out + SHORTLIST + entries, LAST, mask=none)
     else:
-        best, token = best_of_chunks(best_ptr, best_ids_ptr, row, chunks, CHUNKS)
         tl.store(scores_ptr + out + entries, tl.where(entries == 0, best, float("-inf")))
         tl.store(ids_ptr + out + SHORTLIST + entries, tl.where(entries == 0, token, LAST))
 
@@ -216,7 +219,8 @@ def _choose(
     scores, ids = load_candidates(scores_of, ids_of, tl.arange(0, COLUMNS), ENTRIES, SHORTLIST)
     peak = tl.max(scores, 0)
     token = tl.min(tl.where(scores == peak, ids, LAST), 0)
-    if (temperature > 0) & (top_k > 0) & (top_k <= SHORTLIST):
+    token = tl.where(peak > float("-inf"), token, _NOT_FINITE)
+    if (token >= 0) & (temperature > 0) & (top_k > 0) & (top_k <= SHORTLIST):
         low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
         token = draw_candidate(
             scores_of,
@@ -232,5 +236,4 @@ def _choose(
             SHORTLIST,
             PAIRS,
         )
-    # There is a token, unless all logits are -inf.
-    tl.store(sampled_ptr + row, tl.where(token < LAST, token, 0).to(tl.int64))
+    tl.store(sampled_ptr + row, token.to(tl.int64))

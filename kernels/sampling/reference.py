@@ -37,6 +37,8 @@ MIN_TEMPERATURE = 1e-6
 CHUNK_ELEMENTS = 1 << 20
 # The token id of an unused entry of a shortlist.
 NO_TOKEN = 0x7FFFFFFF
+# What a row has in place of a token if its logits are not finite: any is NaN or inf, or all -inf.
+NOT_FINITE = -1
 
 
 class SamplingTensors(NamedTuple):
@@ -67,12 +69,13 @@ def sample(logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor
         positions: int64 [n], the index in its sequence that the sampled token will have.
 
     Returns:
-        int64 [n].
+        int64 [n]; NOT_FINITE where the row's logits are.
     """
     filtered = filters(params)
     keys = stream_keys(params.seed, positions)
     if not filtered.any():
-        return noisy_best(logits, params.temperature, keys)[1]
+        best, where = noisy_best(logits, params.temperature, keys)
+        return where.masked_fill_(~best.isfinite(), NOT_FINITE)
     rows, vocab = logits.shape
     sampled = torch.empty(rows, dtype=torch.int64, device=logits.device)
     for part in _parts(rows, vocab):
@@ -84,7 +87,8 @@ def sample(logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor
             params.min_p[part, None],
         )
         left = logits[part].masked_fill(~kept, -torch.inf)
-        sampled[part] = noisy_best(left, temperature, keys[part])[1]
+        best, where = noisy_best(left, temperature, keys[part])
+        sampled[part] = where.masked_fill_(~best.isfinite(), NOT_FINITE)
     return sampled
 
 
@@ -169,7 +173,7 @@ def shortlist(logits: Tensor, params: SamplingTensors, positions: Tensor, first:
         int32 [n, 2 * SHORTLIST_SIZE]: the bits of float32 scores, then token ids. A row with a
         top-k has its likeliest tokens, in the order (score descending, id ascending). Any other row
         has its best token, with its score + noise, or at temperature 0 its logit. Unused entries
-        are (-inf, NO_TOKEN).
+        are (-inf, NO_TOKEN). The first entry of a row with NaN or inf is (inf, NOT_FINITE).
     """
     rows, shard = logits.shape
     scores = torch.full((rows, SHORTLIST_SIZE), -torch.inf, device=logits.device)
@@ -187,6 +191,9 @@ def shortlist(logits: Tensor, params: SamplingTensors, positions: Tensor, first:
         left = ~in_top_k | (likeliest == -torch.inf)
         scores[part, :count] = likeliest.masked_fill_(left, -torch.inf)
         ids[part, :count] = (columns + first).int().masked_fill_(left, NO_TOKEN)
+    bad = ~(scores[:, 0] < torch.inf)
+    scores[:, 0].masked_fill_(bad, torch.inf)
+    ids[:, 0].masked_fill_(bad, NOT_FINITE)
     return torch.cat((scores.view(torch.int32), ids), dim=-1)
 
 
@@ -197,7 +204,7 @@ def sample_shortlists(shortlists: Tensor, params: SamplingTensors, positions: Te
         shortlists: int32 [n, shards * 2 * SHORTLIST_SIZE], of all shards side by side.
 
     Returns:
-        int64 [n].
+        int64 [n]; NOT_FINITE where the row's logits are.
     """
     rows = len(shortlists)
     shards = shortlists.shape[1] // (2 * SHORTLIST_SIZE)
@@ -212,8 +219,9 @@ def sample_shortlists(shortlists: Tensor, params: SamplingTensors, positions: Te
         noise = exponential_noise_of(stream_keys(params.seed, positions), ids)
         drawn = (scores - noise.log_()).masked_fill_(~kept, -torch.inf)
         scores = torch.where(filtered[:, None], drawn, scores)
-    tokens = ids.gather(1, scores.argmax(dim=-1, keepdim=True))[:, 0].long()
-    return tokens.masked_fill_(tokens == NO_TOKEN, 0)  # all logits are -inf
+    best, where = scores.max(dim=-1, keepdim=True)
+    tokens = ids.gather(1, where).long()
+    return tokens.masked_fill_((ids[:, :1] < 0) | (best == -torch.inf), NOT_FINITE)[:, 0]
 
 
 def _has_small_top_k(params: SamplingTensors) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 from nanovllm.kernels.sampling.filters import update_best
 from nanovllm.kernels.sampling.random_stream_triton import row_key
-from nanovllm.kernels.sampling.reference import MIN_TEMPERATURE, SamplingTensors
+from nanovllm.kernels.sampling.reference import MIN_TEMPERATURE, NOT_FINITE, SamplingTensors
 
 
 class SamplingTuning(NamedTuple):
@@ -48,7 +48,8 @@ class Scanned(NamedTuple):
     Attributes:
         best: float32 [n, chunks], the highest score + noise of each chunk, or its highest logit if
             the row is greedy or has a top-k or min-p.
-        best_ids: int32 [n, chunks], the token of `best`.
+        best_ids: int32 [n, chunks], the token of `best`. A chunk with NaN or inf has (inf,
+            NOT_FINITE).
         maxima: float32 [n, groups], the highest score of each group; of filtered rows only.
         max_chunks: the most chunks that there can be, for any n.
     """
@@ -105,6 +106,7 @@ def scan(
 
 
 _MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
 
 
 @triton.jit(do_not_specialize=["first", "tiles_each"])
@@ -152,13 +154,18 @@ def _scan(
     first_tile = chunk * tiles_each
     best = float("-inf")
     best_id = first + first_tile * (TILE * GROUP)
+    bad = tl.zeros((TILE, GROUP), tl.int1)
     for tile in range(first_tile, first_tile + tiles_each):
         at = tile * (TILE * GROUP) + within
         values = tl.load(logits + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+        bad |= (values < float("inf")) == 0  # NaN is not below either
         if filtered:
             groups = tile * TILE + tile_groups
             tl.store(maxima + groups, tl.max(values, 1) * scale, mask=groups < num_groups)
         best, best_id = update_best(values, scale, first + at, best, best_id, noisy, low, high)
+    if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
+        best = float("inf")
+        best_id = _NOT_FINITE
     out = row * tl.num_programs(1) + chunk
     tl.store(best_ptr + out, best)
     tl.store(best_ids_ptr + out, best_id)

@@ -129,6 +129,6 @@ def _advance(
     token = tl.load(token_ids_ptr + row)
     tl.store(sampled_ptr + row, token.to(tl.int32))
     advances = slot != padding_slot
-    tl.store(last_tokens_ptr + slot, token, mask=advances)
+    tl.store(last_tokens_ptr + slot, tl.maximum(token, 0), mask=advances)
     length = tl.load(num_tokens_ptr + slot)
     tl.store(num_tokens_ptr + slot, length + 1, mask=advances)

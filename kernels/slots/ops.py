@@ -72,16 +72,17 @@ class SlotOps:
         )
 
     def advance(self, state: SlotState, slots: Tensor, token_ids: Tensor) -> Tensor:
-        """Appends a sampled token to each slot.
+        """Appends a sampled token to each slot: token 0 for one that is NOT_FINITE (see
+        `kernels.sampling.reference`), since the next step computes it before the host knows.
 
         Args:
             slots: int64 [n]; only the padding slot may occur more than once.
             token_ids: int64 [n].
 
         Returns:
-            The tokens as int32 [n].
+            The sampled tokens as int32 [n].
         """
-        state.last_tokens[slots] = token_ids
+        state.last_tokens[slots] = token_ids.clamp_min(0)
         state.num_tokens[slots] += 1
         state.num_tokens[-1:] = 1
         return token_ids.int()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nanovllm.messages import Begin, Decoded, Ending, TokenLogprobs, unpack
-from nanovllm.protocol import FinishReason, Usage
+from nanovllm.messages import Begin, Decoded, Ending, EndReason, TokenLogprobs, unpack
+from nanovllm.protocol import Usage
 from nanovllm.services.detokenizer.text import StopFinder, TextDecoder
 from nanovllm.vocabulary import Vocabulary
 
@@ -28,8 +28,8 @@ class Decoding:
         # Logprobs of the tokens from `_logprobs_from` on. An earlier attempt has sent the others.
         self._logprobs: list[TokenLogprobs] = []
         self._logprobs_from = 0
-        self._reason: FinishReason | None = None
-        self._finish: tuple[FinishReason, int] | None = None
+        self._reason: EndReason | None = None
+        self._finish: tuple[EndReason, int] | None = None
 
         resumed = min(begin.resumed, len(begin.output) // TOKEN_BYTES)
         known = begin.output[: resumed * TOKEN_BYTES]
@@ -93,7 +93,7 @@ class Decoding:
         if text:
             self._pieces.append(text)
 
-    def finish(self, reason: FinishReason, completion_tokens: int) -> None:
+    def finish(self, reason: EndReason, completion_tokens: int) -> None:
         """The output ends with its `completion_tokens`-th token, unless a stop string ended it."""
         self._finish = (reason, completion_tokens)
         self._end_if_complete()

@@ -171,7 +171,7 @@ class Steps:
             self._shard,
         )
         output.token_ids[rows_to_draw] = token_ids.int()
-        held.last_tokens[slots_to_draw] = token_ids
+        held.last_tokens[slots_to_draw] = token_ids.clamp_min(0)
 
     def warm_up(self) -> None:
         """Compiles what `sample_whole` launches, and lets its collectives connect."""

@@ -227,8 +227,12 @@ class Core:
                 request.output.num_tokens,
             )
             return
-        if decoded.ending is not None:
-            request.finish(decoded.ending.reason, decoded.ending.usage)
+        if (ending := decoded.ending) is not None:
+            if ending.reason == "error":
+                message = "the model's logits are not finite (NaN or inf)"
+                request.outcome = Error(id=request.id, code="internal", message=message)
+            else:
+                request.finish(ending.reason, ending.usage)
             self._over(request)
         else:
             self.quarantine.moved(request)

@@ -203,6 +203,11 @@ class Scheduler:
             self._planner.register_full_blocks()
             self._filling = False
 
+    @property
+    def failed(self) -> int:
+        """How many outputs ended because their logits were not finite."""
+        return self._planner.failed
+
     # Detokenizers -------------------------------------------------------------------------------
 
     def detokenizer_up(self, peer: Peer) -> None:

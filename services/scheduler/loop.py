@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NoReturn
 
 from nanovllm.messages import (
@@ -13,6 +14,12 @@ from nanovllm.messages import (
 from nanovllm.service import RETRY_S, Service
 from nanovllm.services.scheduler.core import Scheduler
 from nanovllm.transport.links import Down, Event, Peer, Received, Up
+from nanovllm.wording import counted
+
+log = logging.getLogger(__name__)
+
+# How often at most the log tells of outputs that ended with an error.
+TELL_FAILURES_S = 60.0
 
 
 class SchedulerLoop:
@@ -21,6 +28,8 @@ class SchedulerLoop:
     def __init__(self, service: Service, core: Scheduler) -> None:
         self._core = core
         self._retry_at = 0.0
+        self._failures_told = 0
+        self._tell_failures_at = 0.0
         settings = service.settings
         self._link = service.bind(
             settings.scheduler_endpoint, list[WorkerToScheduler], self._on_event
@@ -31,6 +40,14 @@ class SchedulerLoop:
 
     def step(self, now: float) -> float | None:
         """Makes plans, and sends all that is new."""
+        if self._core.failed > self._failures_told and now >= self._tell_failures_at:
+            log.error(
+                "%s ended with an error: the model's logits are not finite (NaN or inf); are the"
+                " weights sound?",
+                counted(self._core.failed - self._failures_told, "output"),
+            )
+            self._failures_told = self._core.failed
+            self._tell_failures_at = now + TELL_FAILURES_S
         all_sent = self._launch()
         if self._ingress.peer is not None and (messages := self._core.for_ingress()):
             if self._ingress.send(messages):

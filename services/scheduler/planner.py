@@ -48,6 +48,8 @@ class StepPlanner:
         # The sequences that finished since the core emptied this list.
         self.ended: list[Ended] = []
         self.preemptions = 0
+        # Outputs that ended because their logits were not finite.
+        self.failed = 0
         # Of all sequences admitted so far.
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -144,6 +146,11 @@ class StepPlanner:
         slots = self.slots
         self._committed = step.plan.number
         result_rows = (slots.epoch[step.rows] == step.epochs).nonzero()[0]
+        failed = result_rows[token_ids[result_rows] < 0]
+        if len(failed):
+            for slot in step.rows[failed].tolist():
+                self._fail(slots.occupant(slot))
+            result_rows = result_rows[token_ids[result_rows] >= 0]
         rows = step.rows
         if len(result_rows) < len(rows):
             rows, token_ids = rows[result_rows], token_ids[result_rows]
@@ -308,6 +315,12 @@ class StepPlanner:
         self.ended.append(Ended(sequence, self.slots.detokenizer_of(sequence)))
         self.remove(sequence)
         sequence.end(finish)
+
+    def _fail(self, sequence: Sequence) -> None:
+        """The logits of the sequence's next token are not finite."""
+        self.failed += 1
+        count = int(self.slots.known[sequence.slot]) - sequence.prompt_tokens
+        self._end(sequence, OutputEnd("error", count))
 
     def _vacate(self, sequence: Sequence) -> None:
         """Takes a sequence out of its slot. Its blocks are free once its last row has come back."""

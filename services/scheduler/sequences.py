@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from nanovllm.messages import Submit, TokenLogprobs, unpack
-from nanovllm.protocol import FinishReason
+from nanovllm.messages import EndReason, Submit, TokenLogprobs, unpack
 from nanovllm.services.scheduler.blocks import TOKEN_BYTES, Prefix, root
 
 NO_SLOT = -1
@@ -17,7 +16,7 @@ NO_SLOT = -1
 class OutputEnd(NamedTuple):
     """The output ends with its `completion_tokens`-th token."""
 
-    reason: FinishReason
+    reason: EndReason
     completion_tokens: int
 
 

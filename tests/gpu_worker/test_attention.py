@@ -42,6 +42,12 @@ def test_it_equals_the_formula(
     torch.testing.assert_close(out, ragged.expected(), rtol=1e-4, atol=1e-5)
 
 
+def test_nan_outside_a_context_stays_there() -> None:
+    shape = AttentionShape(4, 2, 8, 16)
+    ragged = Ragged(shape, [1, 1, 1, 20], [50, 30, 33, 45], outside=torch.nan)
+    torch.testing.assert_close(ragged.run(SdpaBackend(shape)), ragged.expected())
+
+
 def test_groups_and_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = AttentionShape(4, 2, 8, 16)
     lengths, contexts = [1, 1, 1, 1, 1, 40, 33], [50, 3, 100, 49, 64, 77, 33]

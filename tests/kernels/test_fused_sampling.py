@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanovllm.kernels.sampling import fused
-from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.kernels.sampling import fused, reference
+from nanovllm.kernels.sampling.reference import NOT_FINITE, SamplingTensors
 from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, SamplingTuning
 from tests.kernels.drawn import KINDS, Row, count_other, fill_with, row_tensors
 
@@ -53,6 +55,23 @@ def test_ties_and_infinities(fill: str) -> None:
     fill_with(logits, fill, finite=77)
     # Sums of equal weights may well come to the very edge, see `check`.
     check(logits, of_rows(list(KINDS.values())))
+
+
+@pytest.mark.parametrize(("value", "column"), [(torch.nan, 77), (torch.inf, 200)])
+def test_rows_that_are_not_finite(value: float, column: int) -> None:
+    logits = random_logits(len(KINDS), 201)
+    params = of_rows(list(KINDS.values()))
+    positions = torch.arange(len(KINDS), device=DEVICE)
+    for sample in (partial(fused.sample, tuning=SMALL), reference.sample):
+        expected = sample(logits, params, positions)
+        assert (expected >= 0).all()
+        for bad in (0, 1):
+            damaged = logits.clone()
+            damaged[bad::2, column] = value
+            found = sample(damaged, params, positions)
+            assert (found[bad::2] == NOT_FINITE).all()
+            assert found[1 - bad :: 2].tolist() == expected[1 - bad :: 2].tolist()
+        assert (sample(logits * 0 - torch.inf, params, positions) == NOT_FINITE).all()
 
 
 def test_a_row_is_the_same_alone_and_in_any_batch() -> None:

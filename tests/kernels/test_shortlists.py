@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nanovllm.kernels.sampling import SHORTLIST_SIZE, fused, fused_shortlists, reference
-from nanovllm.kernels.sampling.reference import SamplingOps, SamplingTensors
+from nanovllm.kernels.sampling.reference import NOT_FINITE, SamplingOps, SamplingTensors
 from nanovllm.kernels.sampling.scan import DEFAULT_TUNING, SamplingTuning
 from tests.kernels.drawn import BY_SHORTLISTS, Row, count_other, fill_with, row_tensors
 
@@ -90,6 +90,28 @@ def test_ties_and_infinities(ops: SamplingOps, fill: str) -> None:
         logits.clamp_(max=0)
     # Sums of equal weights may well come to the very edge of top-p.
     check(ops, logits, row_tensors(ROWS, 0, DEVICE), 2)
+
+
+@BOTH
+@pytest.mark.parametrize(("value", "column"), [(torch.nan, 77), (torch.inf, 300)])
+def test_rows_that_are_not_finite(ops: SamplingOps, value: float, column: int) -> None:
+    logits = random_logits(len(ROWS), 301)
+    params = row_tensors(ROWS, 0, DEVICE)
+    positions = torch.arange(len(ROWS), device=DEVICE)
+
+    def sample(of: Tensor) -> Tensor:
+        sent = torch.cat(shortlists(ops, of, params, positions, 3), dim=-1)
+        return ops.sample_shortlists(sent, params, positions)
+
+    expected = sample(logits)
+    assert (expected >= 0).all()
+    for bad in (0, 1):
+        damaged = logits.clone()
+        damaged[bad::2, column] = value
+        found = sample(damaged)
+        assert (found[bad::2] == NOT_FINITE).all()
+        assert found[1 - bad :: 2].tolist() == expected[1 - bad :: 2].tolist()
+    assert (sample(logits * 0 - torch.inf) == NOT_FINITE).all()
 
 
 @settings(max_examples=25, deadline=None)

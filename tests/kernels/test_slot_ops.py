@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.kernels.sampling.reference import NOT_FINITE, SamplingTensors
 from nanovllm.kernels.slots.fused import FusedSlotOps
 from nanovllm.kernels.slots.ops import SlotOps, SlotState
 
@@ -50,8 +50,10 @@ def test_equal_the_reference(columns: int, block_size: int) -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=0)
         fused.num_tokens[padding_slot] = plain.num_tokens[padding_slot] = 1
         drawn = torch.arange(100, 100 + len(slots), device=DEVICE)
+        drawn[0] = NOT_FINITE
         assert FusedSlotOps().advance(fused, rows, drawn).tolist() == drawn.tolist()
         assert SlotOps().advance(plain, rows, drawn).tolist() == drawn.tolist()
         used = [slot for slot in range(SLOTS) if slot != padding_slot]
         assert fused.num_tokens.tolist() == plain.num_tokens.tolist()
+        assert fused.last_tokens[slots[0]] == 0, "an id that the embedding has"
         assert fused.last_tokens[used].tolist() == plain.last_tokens[used].tolist()
