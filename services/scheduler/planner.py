@@ -235,6 +235,9 @@ class StepPlanner:
         draft.chunks.append((slot, start, length))
         slots.context[slot] += length
         slots.last_plan[slot] = draft.number
+        # At once: a step stores all its keys and values before it reads any (in each layer), so
+        # that of sequences that come together with one prompt only the first computes its blocks.
+        self._register(sequence, (start + length) // self.blocks.block_size)
         if length == rest:
             draft.sampling.append(slot)
             slots.decode_limit[slot] = slots.limit[slot] - 1

@@ -82,6 +82,21 @@ def test_the_seed_that_was_drawn_repeats_the_output(wire: Wire) -> None:
     assert [a.seed for a in again] == [a.seed for a in drawn]
 
 
+def test_requests_of_one_prompt_compute_its_full_blocks_once(wire: Wire) -> None:
+    """However they fall into steps: the first to be computed is ahead of all others."""
+    prompt = [300 + (7 * i) % 400 for i in range(600)]
+
+    def ask(salt: str) -> dict[str, Any]:
+        sampling = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+        return {"prompt_token_ids": prompt, "cache_salt": salt, "sampling": sampling}
+
+    (alone,) = wire.run(ask("alone"))
+    together = wire.run(*[ask("together")] * 6)
+    assert {tuple(answer.token_ids) for answer in together} == {tuple(alone.token_ids)}
+    cached = sorted(answer.finish.usage.cached_tokens for answer in together)
+    assert cached == [0, *[512] * 5]
+
+
 def test_logprobs_are_those_of_transformers(wire: Wire, model: Any) -> None:
     count = 20
     requests: list[dict[str, Any]] = [

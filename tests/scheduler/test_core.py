@@ -126,6 +126,18 @@ def test_when_nothing_is_in_flight_a_plan_releases_the_slots() -> None:
 # Blocks -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("budget", [6, 64])
+def test_prompts_that_arrive_together_are_computed_once(budget: int) -> None:
+    """Whether one step is too small for the prompt that they share, or holds all of them."""
+    world = World(depth=2, max_num_seqs=4, max_num_batched_tokens=budget)
+    shared = list(range(1, 18))
+    for last in range(4):
+        world.submit([*shared, last])
+    world.run()
+    assert world.core.stats().cached_tokens == 3 * 16
+    world.check_all_delivered()
+
+
 def test_the_next_plan_hits_what_this_one_fills() -> None:
     world = World(depth=2)
     world.submit([1, 2, 3, 4, 5, 6, 7, 8, 9])
