@@ -21,7 +21,7 @@ from nanovllm.client.results import Completion, PendingRequest, RequestError
 from nanovllm.control import SchedulerStats
 from nanovllm.plain import plain
 from nanovllm.progress import GenerationBar, LoadingBar
-from nanovllm.protocol import ChatMessage, Generate, Logprobs
+from nanovllm.protocol import Generate, Logprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings, with_fitting_defaults
 from nanovllm.wording import counted, key_and_reason
@@ -162,7 +162,7 @@ class LLM:
             try:
                 messages.append(generate_message(request_id, prompt, sampling, stream=False))
             except (TypeError, ValueError) as error:
-                part = isinstance(prompt, Integral | Mapping | ChatMessage)
+                part = isinstance(prompt, Integral | Mapping)
                 hint = "; one prompt alone goes into a list, too: [prompt]" * part
                 raise type(error)(f"prompts[{index}]: {error}{hint}") from None
         return messages

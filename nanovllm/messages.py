@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.protocol import ChatMessage, FinishReason, Sampling, Usage
+from nanovllm.protocol import FinishReason, Reasoning, Sampling, Usage
 
 
 def pack(values: Iterable[int] | NDArray[np.int32]) -> bytes:
@@ -61,27 +61,39 @@ class TokenLogprobs(Message):
 # ingress <-> tokenizer --------------------------------------------------------------------------
 
 
+class Chat(Message):
+    """What a chat template makes a prompt of."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    template_kwargs: dict[str, Any]
+    continue_final_message: bool
+
+
 class Tokenize(Message, tag="tokenize"):
     """A request as its client sent it. Exactly one of `prompt`, `prompt_token_ids` (int32) and
-    `messages` is given; the client brings `resumed` output tokens."""
+    `chat` is given; the client brings `resumed` output tokens. `chat` is a `Chat` in MessagePack:
+    decoded maps take up to 64 times their bytes."""
 
     uid: int
     prompt: str | None
     prompt_token_ids: bytes | None
-    messages: list[ChatMessage] | None
-    chat_template_kwargs: dict[str, Any]
+    chat: bytes | None
     sampling: Sampling
     resumed: int
+    reasoning: Reasoning | None = None
 
 
 class Tokenized(Message, tag="tokenized"):
     """The prompt in token ids (int32), and the request's sampling as it is to be run:
     `stop_token_ids` hold the end-of-sequence ids too, unless the request ignores them, and
-    `max_tokens` is clipped so that prompt plus output fits `max_model_len`."""
+    `max_tokens` is clipped so that prompt plus output fits `max_model_len`. `reasons`: the prompt
+    ends inside reasoning, which the output goes on with."""
 
     uid: int
     prompt: bytes
     sampling: Sampling
+    reasons: bool = False
 
 
 class Refused(Message, tag="refused"):
@@ -107,9 +119,19 @@ class Held(Message, tag="held"):
     attempts: bytes
 
 
+class AnswerMarks(Message):
+    """Where the answer begins in the output: behind the token `close`, if the prompt ends inside
+    reasoning (`reasons`) or the first output token that is not white space is `open`; else at the
+    start."""
+
+    open: int
+    close: int
+    reasons: bool
+
+
 class Submit(Message, tag="submit"):
     """A request in token ids: `prompt` and the `output` so far are int32, and the first `resumed`
-    output tokens came from the client."""
+    output tokens came from the client. Without `answer_marks` the answer is all output."""
 
     uid: int
     attempt: int
@@ -118,6 +140,7 @@ class Submit(Message, tag="submit"):
     resumed: int
     sampling: Sampling
     cache_salt: str
+    answer_marks: AnswerMarks | None = None
 
 
 class End(Message, tag="end"):
@@ -196,6 +219,7 @@ class Begin(Message, tag="begin"):
     prompt_tokens: int
     cached_tokens: int
     token_logprobs: list[TokenLogprobs]
+    answer_marks: AnswerMarks | None = None
 
 
 class NewTokens(Message, tag="new_tokens"):
@@ -238,6 +262,8 @@ class Decoded(Message, tag="decoded"):
     """Output from `token_offset` (tokens) and `text_offset` (characters of the released text).
 
     `logprobs` is empty unless asked for, else one entry a token. `ending` is there on the last.
+    `answer_at` is the number of characters of the released text before the answer, from the message
+    on in which the answer begins; there only if the request has `answer_marks`.
     """
 
     uid: int
@@ -248,6 +274,7 @@ class Decoded(Message, tag="decoded"):
     text: str
     logprobs: list[TokenLogprobs]
     ending: Ending | None
+    answer_at: int | None = None
 
 
 DetokenizerToIngress = Decoded

@@ -22,6 +22,7 @@ ErrorCode = Literal[
     "context_length_exceeded",
     "duplicate_id",
     "overloaded",
+    "shutting_down",
     "poisoned",
     "internal",
 ]
@@ -37,9 +38,11 @@ class Public(msgspec.Struct, kw_only=True, tag_field="type", omit_defaults=True)
 # Client to ingress ------------------------------------------------------------------------------
 
 
-class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
-    role: str
-    content: str
+class Reasoning(msgspec.Struct, forbid_unknown_fields=True):
+    """The tokens between which the model reasons before it answers: `<think>` and `</think>`."""
+
+    open: TokenId
+    close: TokenId
 
 
 class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -59,8 +62,11 @@ class Generate(Public, tag="generate", forbid_unknown_fields=True):
     id: NonEmptyStr  # at most 128 bytes of UTF-8: checked by the ingress
     prompt: NonEmptyStr | None = None
     prompt_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool = False
+    reasoning: Reasoning | None = None
     sampling: Sampling = msgspec.field(default_factory=Sampling)
     stream: bool = True
     resume_token_ids: list[TokenId] = []
@@ -93,6 +99,7 @@ class Delta(Public, tag="delta", omit_defaults=False):
     offset: int
     token_ids: list[int]
     text: str
+    answer_at: int | msgspec.UnsetType = msgspec.UNSET
     logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -110,6 +117,7 @@ class Finish(Public, tag="finish", omit_defaults=False):
     usage: Usage
     text: str | msgspec.UnsetType = msgspec.UNSET
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    answer_at: int | msgspec.UnsetType = msgspec.UNSET
     logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
 

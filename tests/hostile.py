@@ -28,7 +28,8 @@ WRONG_VALUES: list[Any] = [
 ]  # fmt: skip
 KEYS = [
     "type", "id", "prompt", "prompt_token_ids", "messages", "chat_template_kwargs", "sampling",
-    "stream", "resume_token_ids", "cache_salt", "unknown", "ids",
+    "tools", "continue_final_message", "reasoning", "client", "stream", "resume_token_ids",
+    "cache_salt", "unknown", "ids",
 ]  # fmt: skip
 SAMPLING_KEYS = [
     "temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "stop_token_ids", "ignore_eos",
@@ -47,7 +48,10 @@ def full_ask() -> dict[str, Any]:
     return {
         "type": "generate",
         "id": "a",
-        "messages": [{"role": "user", "content": "hé"}],
+        "messages": [{"role": "user", "content": "hé", "name": None}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        "continue_final_message": False,
+        "reasoning": {"open": 4, "close": 5},
         "chat_template_kwargs": {"enable_thinking": False, "deep": [{"a": 1.5}]},
         "sampling": {
             "temperature": 0,

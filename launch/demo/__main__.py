@@ -12,7 +12,6 @@ from nanovllm.client.control import Control
 from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.control import Status, WorkerStats
 from nanovllm.progress import LoadingBar
-from nanovllm.protocol import ChatMessage
 from nanovllm.settings import Settings
 
 STORY = "Once upon a time"
@@ -63,7 +62,7 @@ def _answer(client: Client) -> None:
         _write(delta.text)
     for question in QUESTIONS:
         click.secho(f"\n\n> {question}", bold=True)
-        for delta in client.chat([ChatMessage("user", question)], sampling, stream=True):
+        for delta in client.chat(question, sampling, stream=True):
             _write(delta.text)
     click.echo()
 

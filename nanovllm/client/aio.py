@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from nanovllm.client.connection import Connection
@@ -41,6 +41,16 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
         stream = AsyncStream(self, self._connection.core.submit(message))
         self._pump()
         return stream if message.stream else stream.result()
+
+    def submit(self, message: Generate) -> AsyncStream:
+        """The stream of a request as the protocol has it; its `id` is from `new_id`."""
+        message.stream = True
+        stream = AsyncStream(self, self._connection.core.submit(message))
+        self._pump()
+        return stream
+
+    def new_id(self) -> str:
+        return self._connection.core.new_id()
 
     async def ping(self) -> Pong:
         """As Client's."""
@@ -128,13 +138,24 @@ class AsyncStream(AsyncIterator[Delta]):
         self._client = client
         self._request = request
 
+    async def accepted(self) -> None:
+        """Waits until the pipeline has accepted the request.
+
+        Raises:
+            RequestError: the pipeline refused it.
+            PipelineUnavailable: the pipeline is gone.
+        """
+        await self._until(lambda request: request.accepted or bool(request.deltas))
+        if self._request.failure is not None:
+            raise self._request.failure
+
     async def __anext__(self) -> Delta:
         """
         Raises:
             RequestError: the pipeline refused it or gave it up.
             PipelineUnavailable: the pipeline is gone.
         """
-        await self._wait(until_end=False)
+        await self._until(lambda request: bool(request.deltas))
         if self._request.deltas:
             return self._request.deltas.popleft()
         self._request.result()
@@ -142,7 +163,7 @@ class AsyncStream(AsyncIterator[Delta]):
 
     async def result(self) -> Completion:
         """Waits for the end; the whole output, including the Deltas that were iterated over."""
-        await self._wait(until_end=True)
+        await self._until(lambda request: request.ended)
         return self._request.result()
 
     def close(self) -> None:
@@ -162,9 +183,10 @@ class AsyncStream(AsyncIterator[Delta]):
         if not self._request.ended and not self._client._loop.is_closed():
             self._client._loop.call_soon_threadsafe(self._client._abandon, self._request)
 
-    async def _wait(self, until_end: bool) -> None:
+    async def _until(self, condition: Callable[[PendingRequest], bool]) -> None:
+        """Waits until the request is so, or has ended."""
         try:
-            while not self._request.ended and (until_end or not self._request.deltas):
+            while not self._request.ended and not condition(self._request):
                 await self._client._changed(self._request)
         except BaseException:
             self.close()

@@ -17,7 +17,7 @@ from nanovllm.client.control import Control
 from nanovllm.client.results import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client, Stream
 from nanovllm.control import ROLES, SCALABLE_ROLES, Restart, Scale
-from nanovllm.protocol import ChatMessage, Pong
+from nanovllm.protocol import Pong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import DEFAULT_INGRESS, MAX_SERVICES, SettingsError, default_runtime_dir
 from nanovllm.wording import counted
@@ -132,15 +132,15 @@ def chat(
     with _told_in_one_line():
         params = SamplingParams(**sampling)
         kwargs = None if thinking is None else {"enable_thinking": thinking}
-        history = [ChatMessage(role="system", content=system)] if system else []
+        history = [{"role": "system", "content": system}] if system else []
         with Client(endpoint) as client:
             pong = _answering(client, endpoint)
 
             def answer(said: str) -> None:
-                history.append(ChatMessage(role="user", content=said))
+                history.append({"role": "user", "content": said})
                 stream = client.chat(history, params, stream=True, chat_template_kwargs=kwargs)
                 text = _print(stream, stoppable=message is None)
-                history.append(ChatMessage(role="assistant", content=text))
+                history.append({"role": "assistant", "content": text})
 
             if message is not None:
                 answer(message)

@@ -212,6 +212,7 @@ class ClientCore:
     def _answer(self, request: PendingRequest, message: ServerMessage) -> None:
         if isinstance(message, Accepted):
             request.accept(message.seed)
+            self._changed.append(request)
         elif isinstance(message, Delta):
             if request.extend(message):
                 self._changed.append(request)
@@ -222,7 +223,7 @@ class ClientCore:
             request.finish(message)
             self._end(request)
         elif isinstance(message, Error):
-            if message.code == "overloaded" and request.waits_for_room:
+            if message.code in ("overloaded", "shutting_down") and request.waits_for_room:
                 self._refused.append(request)
             else:
                 self._fail(request, RequestError(message.code, message.message))

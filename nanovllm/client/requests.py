@@ -10,11 +10,11 @@ import msgspec
 
 from nanovllm.client.connection import Connection
 from nanovllm.plain import plain
-from nanovllm.protocol import ChatMessage, Generate
+from nanovllm.protocol import Generate
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.wording import mistake
 
-Messages = Sequence[Mapping[str, str] | ChatMessage]
+Messages = Sequence[Mapping[str, Any]]
 # Text, token ids, or chat messages.
 Prompt = str | Sequence[int] | Messages
 
@@ -119,7 +119,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
     ) -> WholeT | StreamT:
         """`generate` from chat messages; a str is one message of the user's."""
         if isinstance(messages, str):
-            messages = [ChatMessage(role="user", content=messages)]
+            messages = [{"role": "user", "content": messages}]
         kwargs = chat_template_kwargs
         if stream:
             return self.generate(

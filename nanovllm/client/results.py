@@ -21,7 +21,7 @@ class RequestError(Exception):
 
     Attributes:
         code: one of the protocol's: `invalid_request`, `context_length_exceeded`, `duplicate_id`,
-            `overloaded`, `poisoned`, `internal`.
+            `overloaded`, `shutting_down`, `poisoned`, `internal`.
         message: what was wrong, in words.
     """
 
@@ -46,11 +46,14 @@ class Delta:
         text: may be empty while a character is incomplete.
         token_ids: the new output tokens; the last delta may have text and no token.
         logprobs: if asked for, an entry a token: `[(token_id, logprob), …]`, the chosen one first.
+        answer_at: in the delta in which the answer begins, the characters of `text` before it;
+            None in the others, and where the request says nothing of reasoning.
     """
 
     text: str
     token_ids: list[int]
     logprobs: Logprobs | None
+    answer_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Completion:
         usage: token counts.
         logprobs: as in `Delta`; None unless asked for.
         seed: with it, the same request gives the same output.
+        answer_at: the characters of `text` before the answer; None if the output ended before the
+            answer began, or the request says nothing of reasoning.
     """
 
     text: str
@@ -72,6 +77,7 @@ class Completion:
     usage: Usage
     logprobs: Logprobs | None
     seed: int | None
+    answer_at: int | None = None
 
 
 class _Pending(Generic[AnswerT]):
@@ -115,12 +121,14 @@ class PendingRequest(_Pending[Completion]):
         super().__init__()
         self.message = message
         self.deltas: deque[Delta] = deque()  # received, and not yet taken by the reader
+        self.accepted = False
         self.unanswered_bytes = 0  # the size of the request; 0 once the ingress has answered it
         self.waits_for_room = patient  # whether `overloaded` means later
         self._token_ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: Logprobs = []
         self._seed: int | None = message.sampling.seed
+        self._answer_at: int | None = None
 
     def encoded(self) -> bytes:
         """The request as it is to be submitted now. A stream resumes after the tokens received so
@@ -134,6 +142,7 @@ class PendingRequest(_Pending[Completion]):
         return raw
 
     def accept(self, seed: int) -> None:
+        self.accepted = True
         self.unanswered_bytes = 0
         self.waits_for_room = True  # an accepted request that is submitted again does not fail
         if self._seed is None:
@@ -145,10 +154,13 @@ class PendingRequest(_Pending[Completion]):
             return False
         self.unanswered_bytes = 0
         logprobs = delta.logprobs or []
+        answer_at = None if delta.answer_at is msgspec.UNSET else delta.answer_at
+        if answer_at is not None and self._answer_at is None:
+            self._answer_at = sum(map(len, self._texts)) + answer_at
         self._token_ids += delta.token_ids
         self._texts.append(delta.text)
         self._logprobs += logprobs
-        self.deltas.append(Delta(delta.text, delta.token_ids, self._if_asked(logprobs)))
+        self.deltas.append(Delta(delta.text, delta.token_ids, self._if_asked(logprobs), answer_at))
         return True
 
     def finish(self, finish: Finish) -> None:
@@ -157,6 +169,7 @@ class PendingRequest(_Pending[Completion]):
             self._token_ids = finish.token_ids or []
             self._logprobs = finish.logprobs or []
             self._seed = self._seed if finish.seed is msgspec.UNSET else finish.seed
+            self._answer_at = None if finish.answer_at is msgspec.UNSET else finish.answer_at
         self.answer = Completion(
             text="".join(self._texts),
             token_ids=self._token_ids,
@@ -164,6 +177,7 @@ class PendingRequest(_Pending[Completion]):
             usage=finish.usage,
             logprobs=self._if_asked(self._logprobs),
             seed=self._seed,
+            answer_at=self._answer_at,
         )
 
     def _if_asked(self, logprobs: Logprobs) -> Logprobs | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nanovllm.messages import Begin, Decoded, Ending, EndReason, TokenLogprobs, unpack
 from nanovllm.protocol import Usage
-from nanovllm.services.detokenizer.text import StopFinder, TextDecoder
+from nanovllm.services.detokenizer.text import AnswerFinder, StopFinder, TextDecoder
 from nanovllm.vocabulary import Vocabulary
 
 TOKEN_BYTES = 4  # an int32
@@ -22,9 +22,13 @@ class Decoding:
         self.attempt = begin.attempt
         self._decoder = TextDecoder(vocabulary.text)
         self._stops = StopFinder(begin.stop) if begin.stop else None
+        # Until the answer begins.
+        self._finder = AnswerFinder(begin.answer_marks) if begin.answer_marks else None
+        self._answer_at: int | None = None
         self._tokens = bytearray()
         self.count = 0  # tokens in `_tokens`
         self._pieces: list[str] = []
+        self._chars = 0  # of all pieces so far, those of resumed tokens too
         # Logprobs of the tokens from `_logprobs_from` on. An earlier attempt has sent the others.
         self._logprobs: list[TokenLogprobs] = []
         self._logprobs_from = 0
@@ -40,7 +44,7 @@ class Decoding:
         self._tokens[:] = known
         self.count = resumed
         self._resumed = resumed
-        self._resumed_chars = sum(map(len, self._pieces))
+        self._resumed_chars = self._chars
         self._pieces.clear()
         self.rewind()
         self.update(begin)
@@ -86,12 +90,12 @@ class Decoding:
         self._tokens += raw
         self.count += 1
         text = self._decoder.step(token_id)
-        if self._stops is not None:
-            text = self._stops.feed(text)
-            if self._stops.found:
-                self._reason = "stop"
-        if text:
-            self._pieces.append(text)
+        if self._finder is not None:
+            self._release(self._finder.reasoning(token_id, text))
+            if not self._finder.found:
+                return
+            text = self._begin_answer(self._finder)
+        self._answer(text)
 
     def finish(self, reason: EndReason, completion_tokens: int) -> None:
         """The output ends with its `completion_tokens`-th token, unless a stop string ended it."""
@@ -114,6 +118,7 @@ class Decoding:
             "".join(self._pieces[self._sent_pieces :]),
             logprobs,
             None if self._reason is None else Ending(self._reason, self._usage()),
+            self._answer_at,
         )
 
     def sent(self, decoded: Decoded) -> None:
@@ -136,14 +141,33 @@ class Decoding:
             return  # the missing tokens come with the next `Begin`
         self._reason = reason
         rest = self._decoder.rest()
+        if self._finder is not None:
+            if self._finder.reasons:
+                self._release(rest)
+                return
+            rest = self._begin_answer(self._finder) + rest
+        self._answer(rest)
+        if self._stops is not None and not self._stops.found:
+            self._release(self._stops.rest())
+
+    def _begin_answer(self, finder: AnswerFinder) -> str:
+        """The answer begins here; returns the text of it that was held."""
+        self._answer_at = self._chars
+        self._finder = None
+        return finder.held
+
+    def _answer(self, text: str) -> None:
+        """Releases text of the answer, but for what may become a stop string."""
         if self._stops is not None:
-            rest = self._stops.feed(rest)
+            text = self._stops.feed(text)
             if self._stops.found:
                 self._reason = "stop"
-            else:
-                rest += self._stops.rest()
-        if rest:
-            self._pieces.append(rest)
+        self._release(text)
+
+    def _release(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+            self._chars += len(text)
 
     def _usage(self) -> Usage:
         return Usage(self._prompt_tokens, self.count, self._cached_tokens)

@@ -1,7 +1,7 @@
 """Text of one output, token by token: whole characters, and nothing of a stop string.
 
-What is released after k tokens is a function of those tokens and the stop strings alone, so that
-a replay of the tokens releases the same pieces.
+What is released after k tokens is a function of those tokens and the request's text options (stop
+strings, answer marks) alone, so that a replay of the tokens releases the same pieces.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from array import array
 from codecs import utf_8_decode
 from typing import Final
+
+from nanovllm.messages import AnswerMarks
 
 
 class TextDecoder:
@@ -40,6 +42,42 @@ class TextDecoder:
         piece, _ = utf_8_decode(self._pending, "replace", True)
         self._pending = b""
         return piece
+
+
+class AnswerFinder:
+    """Tells reasoning from the answer that comes after it, as `AnswerMarks` says.
+
+    White space that comes first is held, until the token after it tells which of both it belongs
+    to. So no text of an answer is released before the answer has begun.
+
+    Attributes:
+        found: whether the answer has begun; then no more tokens are to be given.
+        reasons: whether reasoning has begun, and the answer has not.
+        held: text of the answer that was held.
+    """
+
+    __slots__ = ("_marks", "found", "held", "reasons")
+
+    def __init__(self, marks: AnswerMarks) -> None:
+        self._marks: Final = marks
+        self.found = False
+        self.reasons = marks.reasons
+        self.held = ""
+
+    def reasoning(self, token_id: int, text: str) -> str:
+        """The text of reasoning that this token releases, markers included; `text` is what the
+        token adds to the text."""
+        if self.reasons:
+            self.found = token_id == self._marks.close
+            self.reasons = not self.found
+            return text
+        self.held += text
+        if token_id == self._marks.open:
+            self.reasons = True
+            text, self.held = self.held, ""
+            return text
+        self.found = bool(self.held) and not self.held.isspace()
+        return ""
 
 
 class StopFinder:

@@ -100,7 +100,7 @@ class Core:
         return IngressStats(len(self.sessions), len(self._pending.by_uid), self._pending.finished)
 
     def drain(self) -> None:
-        """From now on new requests are refused as `overloaded`, except requests that resume."""
+        """From now on new requests are refused as `shutting_down`, except requests that resume."""
         self._draining = True
 
     @property
@@ -194,7 +194,7 @@ class Core:
     def from_tokenizer(self, peer: Peer, message: TokenizerToIngress) -> None:
         self.tokenizers.answered(peer, message.uid)
         request = self._pending.by_uid.get(message.uid)
-        if request is None or request.over or request.ask is None:
+        if request is None or request.over or request.tokenize is None:
             return
         if isinstance(message, Refused):
             self._refuse(request, message.code, message.message)
@@ -258,6 +258,7 @@ class Core:
             code = "duplicate_id"
             reason = "id: an unfinished request of this session has it"
         elif self._draining and not ask.resume_token_ids:
+            code = "shutting_down"
             reason = "the pipeline is shutting down; try later"
         elif (overload := self._pending.overload(session, size)) is not None:
             reason = overload
@@ -296,7 +297,7 @@ class Core:
     def _over(self, request: Request) -> None:
         """The request has its outcome, or its client has gone: no service goes on with it."""
         request.over = True
-        if request.ask is not None:
+        if request.tokenize is not None:
             self.tokenizers.discard(request)
         self._queue.discard(request)
         self.engine.end(request)

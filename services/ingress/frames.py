@@ -15,9 +15,10 @@ from nanovllm.protocol import ClientMessage, Error, ErrorCode, Generate
 T = TypeVar("T")
 
 MAX_ID_BYTES = 128
-# Decoded, a byte can become an object of 64: kept small, and shallow enough to be encoded again.
-MAX_KWARGS_BYTES = 65536
-MAX_KWARGS_DEPTH = 16
+MAX_KWARGS_BYTES = 64 << 10
+MAX_TOOLS_BYTES = 1 << 20
+# Shallow enough to be encoded again.
+MAX_DEPTH = 32
 # An error says what is wrong without giving all of it back.
 MAX_REASON_CHARS = 300
 # The first byte of a MessagePack map: fixmap, map 16, map 32.
@@ -37,6 +38,7 @@ class _Outline(msgspec.Struct):
     """What is looked at before a message is decoded in full."""
 
     id: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = msgspec.Raw()
     chat_template_kwargs: msgspec.Raw = msgspec.Raw()
 
 
@@ -70,9 +72,12 @@ def parse(frame: bytes | None, limits: Limits) -> ClientMessage | Error:
     outline = _decode(_outline, frame)
     if isinstance(outline, str):
         return _invalid(None, outline)
-    if memoryview(outline.chat_template_kwargs).nbytes > MAX_KWARGS_BYTES:
-        reason = f"chat_template_kwargs: longer than {MAX_KWARGS_BYTES} bytes"
-        return _invalid(_readable_id(outline), reason)
+    for key, raw, most in (
+        ("tools", outline.tools, MAX_TOOLS_BYTES),
+        ("chat_template_kwargs", outline.chat_template_kwargs, MAX_KWARGS_BYTES),
+    ):
+        if memoryview(raw).nbytes > most:
+            return _invalid(_readable_id(outline), f"{key}: longer than {most} bytes")
     message = _decode(_message, frame)
     if isinstance(message, str):
         return _invalid(_readable_id(outline), message)
@@ -146,13 +151,7 @@ def _checked(ask: Generate, limits: Limits) -> Generate | Error:
         return _invalid(
             ask.id, "exactly one of prompt, prompt_token_ids and messages must be given"
         )
-    if ask.chat_template_kwargs is not None and ask.messages is None:
-        return _invalid(ask.id, "chat_template_kwargs: go with messages only")
-    if ask.chat_template_kwargs is not None and not _is_plain(ask.chat_template_kwargs):
-        reason = (
-            "chat_template_kwargs: only maps with string keys, lists, strings, numbers, booleans"
-            f" and nil, at most {MAX_KWARGS_DEPTH} deep"
-        )
+    if (reason := _wrong_in_chat(ask)) is not None:
         return _invalid(ask.id, reason)
     prompt_length = len(ask.prompt_token_ids or ())
     longest = limits.max_model_len
@@ -173,6 +172,7 @@ def _checked(ask: Generate, limits: Limits) -> Generate | Error:
         ("prompt_token_ids", ask.prompt_token_ids),
         ("resume_token_ids", ask.resume_token_ids),
         ("sampling.stop_token_ids", ask.sampling.stop_token_ids),
+        ("reasoning", ask.reasoning and [ask.reasoning.open, ask.reasoning.close]),
     ):
         if ids and max(ids) >= limits.vocab_size:
             reason = f"{key}: {max(ids)} is not below the vocabulary size ({limits.vocab_size})"
@@ -180,9 +180,31 @@ def _checked(ask: Generate, limits: Limits) -> Generate | Error:
     return ask
 
 
+def _wrong_in_chat(ask: Generate) -> str | None:
+    """What is wrong with what goes through the chat template, if anything is."""
+    for key, value in (
+        ("messages", ask.messages),
+        ("tools", ask.tools),
+        ("chat_template_kwargs", ask.chat_template_kwargs),
+        ("continue_final_message", ask.continue_final_message or None),
+    ):
+        if value is not None and ask.messages is None:
+            return f"{key}: goes with messages only"
+        if value is not None and not _is_plain(value):
+            return (
+                f"{key}: only maps with string keys, lists, strings, numbers, booleans and nil, at"
+                f" most {MAX_DEPTH} deep"
+            )
+    for index, message in enumerate(ask.messages or ()):
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            return f"messages[{index}].role: {'a string' if 'role' in message else 'missing'}"
+    return None
+
+
 def _is_plain(value: Any, depth: int = 0) -> bool:
     """Whether it is what JSON could say: no extension types, no bytes, no keys but strings."""
-    if depth > MAX_KWARGS_DEPTH:
+    if depth > MAX_DEPTH:
         return False
     if isinstance(value, dict):
         return all(isinstance(k, str) and _is_plain(v, depth + 1) for k, v in value.items())

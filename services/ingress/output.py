@@ -25,7 +25,17 @@ class Output:
         tokens: int32, all output tokens known, the resumed ones first.
     """
 
-    __slots__ = ("_logprobs", "_resumed", "_sent", "_text", "_text_end", "_with_logprobs", "tokens")
+    __slots__ = (
+        "_answer_at",
+        "_answer_told",
+        "_logprobs",
+        "_resumed",
+        "_sent",
+        "_text",
+        "_text_end",
+        "_with_logprobs",
+        "tokens",
+    )
 
     def __init__(self, resumed: bytes, with_logprobs: bool) -> None:
         self.tokens = bytearray(resumed)
@@ -35,6 +45,9 @@ class Output:
         # detokenizer knows the text of resumed tokens. The first message tells.
         self._text_end = None if resumed else 0
         self._with_logprobs = with_logprobs
+        # The characters of the text before the answer, once the answer has begun.
+        self._answer_at: int | None = None
+        self._answer_told = False
         # Text and logprobs that `take` has not returned yet.
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -59,6 +72,8 @@ class Output:
         self._text_end = text_end + len(text)
         if text:
             self._text.append(text)
+        if decoded.answer_at is not None and not self._answer_told:
+            self._answer_at = decoded.answer_at
         if self._with_logprobs and tokens:
             self._logprobs += decoded.logprobs[-(len(tokens) // 4) :]
         return True
@@ -74,6 +89,7 @@ class Output:
             id=request_id,
             offset=offset,
             token_ids=tokens,
+            answer_at=self._take_answer_at(),
             text=self._take_text(),
             logprobs=self._take_logprobs(),
         )
@@ -93,6 +109,15 @@ class Output:
         if count == 1:
             return list(_TOKEN.unpack_from(self.tokens, 4 * offset))
         return list(struct.unpack_from(f"<{count}i", self.tokens, 4 * offset))
+
+    def _take_answer_at(self) -> int | msgspec.UnsetType:
+        """How many characters of the text that `_take_text` returns next come before the answer;
+        UNSET if the answer has not begun, or was told."""
+        if self._answer_at is None or self._answer_told:
+            return msgspec.UNSET
+        self._answer_told = True
+        taken = (self._text_end or 0) - sum(map(len, self._text))
+        return max(0, self._answer_at - taken)
 
     def _take_text(self) -> str:
         text = "".join(self._text)

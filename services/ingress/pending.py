@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from nanovllm.messages import Tokenized, pack
-from nanovllm.protocol import Generate
+from nanovllm.messages import Chat, Tokenize, Tokenized, pack
+from nanovllm.protocol import Generate, Sampling
 from nanovllm.services.ingress.output import Output
 from nanovllm.services.ingress.requests import Request
 from nanovllm.services.ingress.sessions import Session
@@ -15,6 +15,8 @@ from nanovllm.services.ingress.sessions import Session
 # Bytes of all unfinished requests together, which are held whole.
 MAX_REQUEST_BYTES = 1 << 30
 MAX_UID = (1 << 63) - 1  # an int64
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class PendingRequests:
@@ -75,12 +77,12 @@ class PendingRequests:
             sampling=sampling,
             output=Output(resumed, with_logprobs=sampling.logprobs is not None),
             size=size,
-            ask=ask,
+            tokenize=_tokenize(uid, ask, sampling),
         )
         return request
 
     def tokenized(self, request: Request, answer: Tokenized) -> None:
-        """Keeps a tokenizer's answer in place of the client's message."""
+        """Keeps a tokenizer's answer in place of the message for it."""
         before = request.size
         request.tokenized(answer)
         self._hold(request.session, request.size - before)
@@ -95,6 +97,25 @@ class PendingRequests:
         """So many bytes more count in the bounds."""
         session.request_bytes += size
         self._bytes += size
+
+
+def _tokenize(uid: int, ask: Generate, sampling: Sampling) -> Tokenize:
+    chat = None
+    if ask.messages is not None:
+        chat = _encode(
+            Chat(
+                ask.messages, ask.tools, ask.chat_template_kwargs or {}, ask.continue_final_message
+            )
+        )
+    return Tokenize(
+        uid=uid,
+        prompt=ask.prompt,
+        prompt_token_ids=None if ask.prompt_token_ids is None else pack(ask.prompt_token_ids),
+        chat=chat,
+        sampling=sampling,
+        resumed=len(ask.resume_token_ids),
+        reasoning=ask.reasoning,
+    )
 
 
 def _has_room(held: int, more: int, by_all: int, bound: int) -> bool:

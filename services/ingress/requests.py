@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanovllm.messages import Submit, Tokenize, Tokenized, pack
+from nanovllm.messages import AnswerMarks, Submit, Tokenize, Tokenized
 from nanovllm.protocol import (
     Accepted,
     Error,
     Finish,
     FinishReason,
-    Generate,
     Sampling,
     ServerMessage,
     Usage,
@@ -38,8 +37,9 @@ class Request:
     sampling: Sampling  # the client's; once a tokenizer has answered, the tokenizer's
     output: Output
     size: int  # bytes that count in the bound of all requests held
-    ask: Generate | None  # the client's message, until a tokenizer has answered
+    tokenize: Tokenize | None  # the message for a tokenizer, until one has answered
     prompt: bytes = b""  # int32, once a tokenizer has answered
+    answer_marks: AnswerMarks | None = None
     attempt: int = 0
     over: bool = False
     outcome: Finish | Error | None = None  # the last message for the client
@@ -48,28 +48,14 @@ class Request:
     @property
     def prompt_tokens(self) -> int:
         """The prompt's length; 0 while a text is not tokenized."""
-        if self.ask is not None:
-            return len(self.ask.prompt_token_ids or ())
-        return len(self.prompt) // 4
-
-    def tokenize(self) -> Tokenize:
-        """The message for a tokenizer. Raises ValueError once a tokenizer has answered."""
-        ask = self.ask
-        if ask is None:
-            raise ValueError(f"request {self.uid:x} is tokenized")
-        return Tokenize(
-            uid=self.uid,
-            prompt=ask.prompt,
-            prompt_token_ids=None if ask.prompt_token_ids is None else pack(ask.prompt_token_ids),
-            messages=ask.messages,
-            chat_template_kwargs=ask.chat_template_kwargs or {},
-            sampling=self.sampling,
-            resumed=self.resumed,
-        )
+        prompt = self.prompt if self.tokenize is None else self.tokenize.prompt_token_ids
+        return len(prompt or b"") // 4
 
     def tokenized(self, answer: Tokenized) -> None:
-        """Keeps a tokenizer's answer in place of the client's message."""
-        self.ask = None
+        """Keeps a tokenizer's answer in place of the message for it."""
+        if self.tokenize is not None and (marks := self.tokenize.reasoning) is not None:
+            self.answer_marks = AnswerMarks(marks.open, marks.close, answer.reasons)
+        self.tokenize = None
         self.prompt = answer.prompt
         self.sampling = answer.sampling
         self.size = len(self.prompt) + 4 * self.resumed
@@ -88,6 +74,7 @@ class Request:
             resumed=self.resumed,
             sampling=self.sampling,
             cache_salt=self.cache_salt,
+            answer_marks=self.answer_marks,
         )
 
     def finish(self, reason: FinishReason, usage: Usage) -> None:
@@ -97,6 +84,7 @@ class Request:
             everything = self.output.take_all(self.id)
             self.outcome.text = everything.text
             self.outcome.token_ids = everything.token_ids
+            self.outcome.answer_at = everything.answer_at
             self.outcome.logprobs = everything.logprobs
             self.outcome.seed = self.seed
 

@@ -72,7 +72,7 @@ class Tokenizers:
     def down(self, peer: Peer) -> None:
         """The tokenizer is gone. Other tokenizers get the requests that it had in hand."""
         in_hand = self._tokenizers.pop(peer).in_hand
-        self._waiting.put_back(r for r in in_hand.values() if r.ask is not None and not r.over)
+        self._waiting.put_back(r for r in in_hand.values() if r.tokenize and not r.over)
         self._hand_out()
 
     def in_hand(self, peer: Peer) -> InHand:
@@ -86,8 +86,8 @@ class Tokenizers:
         that was sent."""
         for peer, tokenizer in self._tokenizers.items():
             if tokenizer.unsent:
-                unsent = tokenizer.unsent.values()
-                yield peer, [r.tokenize() for r in one_frame(unsent, lambda r: r.size)]
+                unsent = one_frame(tokenizer.unsent.values(), lambda request: request.size)
+                yield peer, [request.tokenize for request in unsent if request.tokenize]
 
     def sent(self, peer: Peer, frame: list[Tokenize]) -> None:
         for tokenize in frame:

@@ -237,6 +237,7 @@ class Detokenizers:
             prompt_tokens=sequence.prompt_tokens,
             cached_tokens=sequence.cached_tokens or 0,
             token_logprobs=list(sequence.logprobs),
+            answer_marks=submit.answer_marks,
         )
 
 

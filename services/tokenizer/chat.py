@@ -6,9 +6,9 @@ from typing import Any, Final
 
 import msgspec
 
-from nanovllm.protocol import ChatMessage
+from nanovllm.messages import Chat
 
-# What steers the rendering itself, and is not the client's to set.
+# What steers the rendering itself, and is not for chat_template_kwargs to set.
 RESERVED: Final = frozenset(
     {
         "add_generation_prompt",
@@ -19,6 +19,7 @@ RESERVED: Final = frozenset(
         "messages",
         "return_assistant_tokens_mask",
         "tokenize",
+        "tools",
     }
 )
 LONGEST_REASON: Final = 500
@@ -40,31 +41,77 @@ class ChatTemplate:
         self._source = source
         self._special_tokens = special_tokens
 
-    def render(self, messages: list[ChatMessage], arguments: dict[str, Any]) -> str:
-        """The prompt's text, the generation prompt included.
-
-        Args:
-            messages: one or more.
-            arguments: the request's variables for the template.
+    def render(self, chat: Chat) -> str:
+        """The prompt's text. It ends with the generation prompt, or inside the last message if that
+        is to be continued.
 
         Raises:
             ChatTemplateError: whatever goes wrong in the template.
         """
-        if reserved := sorted(RESERVED.intersection(arguments)):
+        if reserved := sorted(RESERVED.intersection(chat.template_kwargs)):
             raise ChatTemplateError(f"chat_template_kwargs may not hold {', '.join(reserved)}")
+        conversation = [_message(message, i) for i, message in enumerate(chat.messages)]
+        if chat.continue_final_message and not _can_continue(conversation[-1]):
+            raise ChatTemplateError(
+                "continue_final_message: the last message must be the assistant's, with text"
+            )
         # Two thirds of a tokenizer's start, which those who send texts do not wait for.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        conversation = [msgspec.structs.asdict(message) for message in messages]
         try:
             rendered, _ = render_jinja_template(
                 conversations=[conversation],
+                tools=chat.tools,
                 chat_template=self._source,
-                add_generation_prompt=True,
-                **{**self._special_tokens, **arguments},
+                add_generation_prompt=not chat.continue_final_message,
+                continue_final_message=chat.continue_final_message,
+                **{**self._special_tokens, **chat.template_kwargs},
             )
             text: str = rendered[0]
         except Exception as error:  # a template may raise anything; it concerns this request alone
             reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
             raise ChatTemplateError(f"the chat template failed: {reason}") from error
         return text
+
+
+def _can_continue(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and bool(message.get("content"))
+
+
+def _message(message: dict[str, Any], index: int) -> dict[str, Any]:
+    """The message as chat templates take it: null is absent, the text parts of `content` are one
+    text, a line each, and the `arguments` of a tool call are a map.
+
+    Raises ChatTemplateError on a part that is not text, and on arguments that are not JSON.
+    """
+    where = f"messages[{index}]"
+    plain = {key: value for key, value in message.items() if value is not None}
+    if isinstance(content := plain.get("content"), list):
+        plain["content"] = "\n".join(
+            _text(part, f"{where}.content[{i}]") for i, part in enumerate(content)
+        )
+    if isinstance(calls := plain.get("tool_calls"), list):
+        plain.setdefault("content", "")
+        plain["tool_calls"] = [
+            _tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)
+        ]
+    return plain
+
+
+def _text(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise ChatTemplateError(f"{where}: only parts of type 'text' are served, not {kind!r}")
+    text: str = part["text"]
+    return text
+
+
+def _tool_call(call: Any, where: str) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = msgspec.json.decode(function["arguments"] or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ChatTemplateError(f"{where}.function.arguments: not a JSON object: {error}") from None
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.checkpoint.generation import check_eos
 from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
-from nanovllm.messages import Refused, Tokenize, Tokenized, pack, unpack
+from nanovllm.messages import Chat, Refused, Tokenize, Tokenized, pack, unpack
+from nanovllm.protocol import Reasoning
 from nanovllm.services.tokenizer.chat import ChatTemplate, ChatTemplateError
 from nanovllm.services.tokenizer.files import load_tokenizer, read_chat_template
 from nanovllm.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
+
+_chat = msgspec.msgpack.Decoder(Chat)
 
 
 class _Refusal(Exception):
@@ -129,7 +134,15 @@ class PromptEncoder:
             max_tokens=min(asked.max_tokens, room),
             stop_token_ids=sorted({*asked.stop_token_ids, *eos}),
         )
-        return Tokenized(request.uid, prompt, sampling)
+        return Tokenized(request.uid, prompt, sampling, self._reasons(ids, request.reasoning))
+
+    def _reasons(self, prompt: NDArray[np.int32], reasoning: Reasoning | None) -> bool:
+        """Whether the prompt's last message ends inside reasoning. An end-of-sequence token ends
+        each message before, where a user may have written `<think>`."""
+        if reasoning is None:
+            return False
+        marks = prompt[np.isin(prompt, [reasoning.open, reasoning.close, *self._eos])]
+        return bool(len(marks)) and int(marks[-1]) == reasoning.open
 
     def _prompt(self, request: Tokenize) -> bytes:
         """The prompt's token ids, as int32."""
@@ -137,12 +150,12 @@ class PromptEncoder:
             return request.prompt_token_ids
         if request.prompt is not None:
             return self._tokenize(request.prompt, add_special_tokens=True)
-        if request.messages is None:
+        if request.chat is None:
             raise _Refusal("invalid_request", "the request has no prompt")
         if self._chat_template is None:
             raise _Refusal("invalid_request", "messages: this model has no chat template")
         try:
-            text = self._chat_template.render(request.messages, request.chat_template_kwargs)
+            text = self._chat_template.render(_chat.decode(request.chat))
         except ChatTemplateError as error:
             log.debug("request %x refused: %s", request.uid, error)
             raise _Refusal("invalid_request", str(error)) from None

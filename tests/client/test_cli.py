@@ -125,7 +125,10 @@ def test_chat_in_one_shot() -> None:
         (sent,) = double.generates
     assert (ran.exit_code, ran.output) == (0, "<0><1>\n")
     assert sent.messages is not None
-    assert [(m.role, m.content) for m in sent.messages] == [("system", "S"), ("user", "hello")]
+    assert [(m["role"], m["content"]) for m in sent.messages] == [
+        ("system", "S"),
+        ("user", "hello"),
+    ]
     assert sent.chat_template_kwargs == {"enable_thinking": False}
 
 
@@ -137,7 +140,7 @@ def test_chat_remembers_what_was_said() -> None:
     assert ran.exit_code == 0
     assert "double at tcp://" in ran.output
     assert last.messages is not None
-    assert [m.content for m in last.messages] == ["hello", "<0>", "and then?"]
+    assert [m["content"] for m in last.messages] == ["hello", "<0>", "and then?"]
 
 
 def test_a_line_that_is_no_text_does_not_end_the_chat() -> None:
@@ -153,7 +156,7 @@ def test_a_line_that_is_no_text_does_not_end_the_chat() -> None:
     assert (ran.returncode, len(ran.stderr.splitlines())) == (0, 1)
     assert b"not valid Unicode" in ran.stderr
     assert sent.messages is not None
-    assert [m.content for m in sent.messages] == ["hello"]
+    assert [m["content"] for m in sent.messages] == ["hello"]
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat() -> None:
@@ -188,7 +191,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat() -> None:
         os.close(terminal)
         messages = double.generates[-1].messages
         assert messages is not None
-        assert [m.content for m in messages] == ["hello", "a", "go on"]
+        assert [m["content"] for m in messages] == ["hello", "a", "go on"]
 
 
 class Screen:

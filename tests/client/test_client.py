@@ -63,8 +63,8 @@ def test_chat_takes_a_string_or_messages() -> None:
         first, second = double.generates
         assert first.messages is not None
         assert second.messages is not None
-        assert [m.role for m in first.messages] == ["user"]
-        assert [m.role for m in second.messages] == ["system", "user"]
+        assert [m["role"] for m in first.messages] == ["user"]
+        assert [m["role"] for m in second.messages] == ["system", "user"]
         assert first.chat_template_kwargs == {"enable_thinking": False}
 
 

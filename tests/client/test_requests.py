@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from nanovllm.client.requests import generate_message
-from nanovllm.protocol import ChatMessage, Generate
+from nanovllm.protocol import Generate
 from nanovllm.sampling_params import SamplingParams
+
+HI = {"role": "user", "content": "hi"}
 
 
 class Role(enum.StrEnum):
@@ -28,7 +30,7 @@ def test_text_token_ids_and_chat_messages() -> None:
         stream=False,
         chat_template_kwargs={"enable_thinking": False},
     )
-    assert chat.messages == [ChatMessage(role="user", content="hi")]
+    assert chat.messages == [{"role": "user", "content": "hi"}]
     assert chat.chat_template_kwargs == {"enable_thinking": False}
     assert (chat.stream, chat.sampling.max_tokens) == (False, 3)
 
@@ -40,9 +42,8 @@ def test_text_token_ids_and_chat_messages() -> None:
         (np.array("hello"), "hello"),
         (np.array([3, 4]), [3, 4]),
         ([np.int64(3), np.int8(4)], [3, 4]),
-        ([{"role": Role.USER, "content": np.str_("hi")}], [ChatMessage("user", "hi")]),
-        ([ChatMessage(Role.USER, np.str_("hi"))], [ChatMessage("user", "hi")]),
-        ((UserDict(role="user", content="hi"),), [ChatMessage("user", "hi")]),
+        ([{"role": Role.USER, "content": np.str_("hi")}], [HI]),
+        ((UserDict(role="user", content="hi"),), [HI]),
     ],
 )
 def test_a_prompt_is_taken_for_what_it_is(prompt: Any, meant: Any) -> None:
@@ -80,8 +81,6 @@ def test_other_arguments_are_taken_for_what_they_are() -> None:
         (None, TypeError, "NoneType"),
         (b"bytes", TypeError, "bytes"),
         ({"role": "user", "content": "x"}, TypeError, "dict"),
-        ([{"role": "user"}], ValueError, "content"),
-        ([{"role": "user", "content": "x", "name": "y"}], ValueError, "name"),
         ("caf\udce9", ValueError, "not valid Unicode"),
         ([{"role": "user", "content": "caf\udce9"}], ValueError, "not valid Unicode"),
     ],

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.messages import (
+    AnswerMarks,
     Begin,
     Decoded,
     End,
@@ -41,9 +42,18 @@ def begin(
     stop: Iterable[str] = (),
     cached_tokens: int = 0,
     logprobs: Iterable[TokenLogprobs] = (),
+    answer_marks: AnswerMarks | None = None,
 ) -> Begin:
     return Begin(
-        uid, attempt, pack(output or []), resumed, list(stop), 10, cached_tokens, list(logprobs)
+        uid,
+        attempt,
+        pack(output or []),
+        resumed,
+        list(stop),
+        10,
+        cached_tokens,
+        list(logprobs),
+        answer_marks,
     )
 
 
@@ -72,6 +82,7 @@ class Ingress:
         self.text = ""
         self.logprobs: list[TokenLogprobs] = []
         self.ending: Ending | None = None
+        self.answer_at: int | None = None
 
     def take(self, decoded: Decoded) -> None:
         tokens = unpack(decoded.token_ids).tolist()
@@ -84,6 +95,9 @@ class Ingress:
         assert decoded.text_offset <= have
         self.text += decoded.text[have - decoded.text_offset :]
         self.ending = decoded.ending
+        assert self.answer_at in (None, decoded.answer_at)
+        self.answer_at = decoded.answer_at
+        assert self.answer_at is None or self.answer_at <= self.first_char + len(self.text)
 
 
 def flush(core: Detokenizer) -> list[Decoded]:
@@ -184,6 +198,59 @@ def test_resuming_anywhere_goes_on_exactly(
     assert before + rest.text == client.text
     assert rest.tokens == token_ids[resumed:count]
     assert rest.ending == client.ending == ended(reason, count)
+
+
+OPEN, CLOSE = "<think>", "</think>"
+PIECES = [OPEN, CLOSE, " ", "\n", "dog", "E", "END"]
+
+
+def answer_begins(pieces: list[str], reasons: bool) -> int | None:
+    """Before which piece the answer begins; None if it does not."""
+    if not reasons and next((piece for piece in pieces if not piece.isspace()), "") != OPEN:
+        return 0
+    return pieces.index(CLOSE) + 1 if CLOSE in pieces else None
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=12),
+    st.booleans(),
+    st.lists(st.sampled_from(["END", "D", "<", " ", "\nE"]), max_size=2),
+    st.data(),
+)
+def test_the_answer_begins_where_the_marks_say(
+    pieces: list[str], reasons: bool, stops: list[str], data: st.DataObject
+) -> None:
+    parts = [tokenizer.encode(piece).ids for piece in pieces]
+    token_ids = [token_id for part in parts for token_id in part]
+    expected: tuple[str, int | None] = "".join(pieces), None
+    if (first := answer_begins(pieces, reasons)) is not None:
+        before = "".join(pieces[:first])
+        answer, _, _ = reference([i for part in parts[first:] for i in part], stops)
+        expected = before + answer, len(before)
+
+    opening, closing = tokenizer.encode(OPEN + CLOSE).ids
+    marks = AnswerMarks(opening, closing, reasons)
+    core, ingress = Detokenizer(VOCABULARY), Ingress()
+    core.take(begin(stop=stops, answer_marks=marks))
+    texts = []
+    for offset, token_id in enumerate(token_ids):
+        core.take(rows((UID, 1, offset, token_id)))
+        for decoded in flush(core):
+            ingress.take(decoded)
+        texts.append(ingress.text)
+    core.take(Finished(UID, 1, "length", len(token_ids)))
+    for decoded in flush(core):
+        ingress.take(decoded)
+    assert (ingress.text, ingress.answer_at) == expected
+
+    resumed = data.draw(st.integers(0, len(ingress.tokens)))
+    had = texts[resumed - 1] if resumed else ""
+    again, rest = Detokenizer(VOCABULARY), Ingress(resumed, len(had))
+    again.take(begin(token_ids, resumed=resumed, stop=stops, answer_marks=marks))
+    again.take(Finished(UID, 1, "length", len(token_ids)))
+    rest.take(only(again))
+    assert (had + rest.text, rest.answer_at) == expected
+    assert rest.ending == ingress.ending
 
 
 def test_resumed_tokens_beyond_a_stop_string_all_count() -> None:

@@ -33,7 +33,7 @@ def test_a_stream_from_request_to_finish() -> None:
     world.generate("a", sampling={"max_tokens": 10**18, "stop_token_ids": [5, 3]}, cache_salt="s")
     (tokenize,) = world.tokenizes()
     assert tokenize.uid == INCARNATION << 32 | 1
-    assert (tokenize.prompt, tokenize.prompt_token_ids, tokenize.messages) == ("x", None, None)
+    assert (tokenize.prompt, tokenize.prompt_token_ids, tokenize.chat) == ("x", None, None)
     assert (tokenize.sampling.seed, tokenize.sampling.max_tokens) == (4242, 10**18)
     assert world.heard() == [], "not accepted before the tokenizer has answered"
     tokenize.sampling.max_tokens = 61
@@ -125,7 +125,7 @@ def test_a_drain_refuses_what_is_new_and_takes_what_goes_on() -> None:
     world.generate("old", resume_token_ids=[7, 8])
     (error,) = world.heard()
     assert isinstance(error, Error)
-    assert (error.id, error.code) == ("new", "overloaded")
+    assert (error.id, error.code) == ("new", "shutting_down")
     world.tokenized(*world.tokenizes())
     (submit,) = world.submits()
     assert unpack(submit.output).tolist() == [7, 8]

@@ -16,8 +16,9 @@ from nanovllm.services.ingress import frames
 from nanovllm.services.ingress.frames import FRAMING, Limits
 from tests.hostile import full_ask
 
-LIMITS = Limits(vocab_size=1000, max_model_len=64, max_message_bytes=1 << 20)
+LIMITS = Limits(vocab_size=1000, max_model_len=64, max_message_bytes=2 << 20)
 encode = msgspec.msgpack.encode
+CHAT = {"prompt": None, "messages": [{"role": "user", "content": "x"}]}
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
@@ -27,6 +28,7 @@ PLAIN = st.recursive(
 KEYS = st.sampled_from(
     [
         *["type", "id", "prompt", "prompt_token_ids", "messages", "sampling", "stream", "seed"],
+        *["tools", "continue_final_message", "reasoning", "open", "close"],
         *["resume_token_ids", "chat_template_kwargs", "temperature", "stop", "cache_salt"],
     ]
 )
@@ -39,6 +41,13 @@ def read(frame: bytes) -> ClientMessage | Error:
 
 def read_message(message: Any) -> ClientMessage | Error:
     return read(encode(message))
+
+
+def deep(levels: int) -> Any:
+    value: Any = None
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 def ask(**keys: Any) -> dict[str, Any]:
@@ -137,10 +146,20 @@ def test_a_map_of_any_size_is_known_as_one(keys: int) -> None:
         ({"prompt": None, "prompt_token_ids": [1, 1000]}, "prompt_token_ids"),
         ({"prompt": None, "prompt_token_ids": [1, -1]}, "prompt_token_ids"),
         ({"prompt": None, "prompt_token_ids": [1, "a"]}, r"prompt_token_ids\[1\]"),
-        ({"prompt": None, "messages": [{"role": "user"}]}, "content"),
-        ({"prompt": None, "messages": [{"role": "u", "content": 1}]}, r"messages\[0\].content"),
-        ({"prompt": None, "messages": [{"role": "u", "content": "", "x": 1}]}, "x"),
-        ({"chat_template_kwargs": {}}, "chat_template_kwargs: go with messages only"),
+        ({"prompt": None, "messages": []}, "messages"),
+        ({"prompt": None, "messages": [{"role": "u"}, {}]}, r"messages\[1\].role: missing"),
+        ({"prompt": None, "messages": [{"role": 5}]}, r"messages\[0\].role: a string"),
+        ({"prompt": None, "messages": [{"role": ""}]}, r"messages\[0\].role"),
+        ({"prompt": None, "messages": [{"role": "u", "content": b"x"}]}, "messages: only maps"),
+        ({"prompt": None, "messages": [{"role": "u", "x": deep(32)}]}, "messages: .*32 deep"),
+        ({"tools": []}, "tools: goes with messages only"),
+        ({"continue_final_message": True}, "continue_final_message: goes with messages only"),
+        ({**CHAT, "tools": [5]}, r"tools\[0\]"),
+        ({**CHAT, "tools": [{"a": {1: 2}}]}, "tools: only maps"),
+        ({**CHAT, "tools": [{"a": "x" * (1 << 20)}]}, "tools: longer than 1048576 bytes"),
+        ({"reasoning": {"open": 5}}, "close"),
+        ({"reasoning": {"open": 5, "close": 1000}}, "reasoning: 1000 is not below"),
+        ({"chat_template_kwargs": {}}, "chat_template_kwargs: goes with messages only"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": {1: 2}}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": b"bytes"}}, "chat_template_kwargs"),
@@ -241,7 +260,7 @@ ASK_WITH = b"\x83\xa4type\xa8generate\xa2id\xa1a"
         ASK_WITH + b"\x05\x01",
         b"\x82\xa4type\xa4ping\xa2id\xa2\xff\xfe",
         encode({"type": "ping"}) + b"\x00",
-        encode({"type": "ping", "id": "x" * (1 << 20)}),
+        encode({"type": "ping", "id": "x" * (2 << 20)}),
     ],
     ids=range(21),
 )

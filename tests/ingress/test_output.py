@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +75,31 @@ def test_exactly_once_and_contiguous(data: st.DataObject, truth: Truth) -> None:
     assert "".join(delta.text for delta in received) == "".join(truth.texts[delivered])
     entries = [e for d in received for e in (d.logprobs if isinstance(d.logprobs, list) else [])]
     assert entries == [[(t, -0.5), (7, -1.5)] for t in truth.tokens[delivered]]
+
+
+@given(st.data(), truths(), st.integers(0, 40))
+def test_the_answer_s_place_is_told_once(data: st.DataObject, truth: Truth, answer_at: int) -> None:
+    """`answer_at` counts in the text of the delta in which the answer begins."""
+    output = Output(pack(truth.tokens[: truth.resumed]), with_logprobs=False)
+    whole = "".join(truth.texts)
+    answer_at = min(answer_at, len(whole))
+    text_before = len("".join(truth.texts[: truth.resumed]))
+    told = []
+    while output.num_tokens < len(truth.tokens):
+        end = data.draw(st.integers(output.num_tokens + 1, len(truth.tokens)))
+        decoded = truth.decoded(truth.resumed, end)
+        if decoded.text_offset + len(decoded.text) >= answer_at:
+            decoded.answer_at = answer_at
+        assert output.add(decoded)
+        if data.draw(st.booleans()) and (delta := output.take("a")) is not None:
+            told.append((text_before, delta))
+            text_before += len(delta.text)
+    told.append((text_before, output.take_all("a")))
+    found = [(at, delta) for at, delta in told if delta.answer_at is not msgspec.UNSET]
+    if truth.resumed < len(truth.tokens):
+        ((at, delta),) = found
+        assert delta.answer_at == max(0, answer_at - at)
+        assert max(0, answer_at - at) <= len(delta.text)
 
 
 def test_text_that_comes_without_a_token() -> None:

@@ -65,6 +65,31 @@ def test_special_tokens_are_counted_but_not_in_the_text(wire: Wire) -> None:
     assert story.finish.usage.completion_tokens == len(story.token_ids)
 
 
+def test_where_the_answer_begins_is_told(wire: Wire) -> None:
+    """Any two tokens serve as marks of reasoning."""
+    (story,) = wire.run(STORY)
+    tokens, text = story.token_ids, story.text
+    close = tokens[20]
+    begins = len(decode(tokens[: tokens.index(close) + 1]))
+    opened = {**STORY, "reasoning": {"open": tokens[0], "close": close}}
+    unopened = {**STORY, "reasoning": {"open": close, "close": tokens[-1]}}
+    never = {**STORY, "reasoning": {"open": tokens[0], "close": 5}}
+    stop = text[:3]
+    answers = wire.run(opened, {**opened, "stream": False}, unopened, never)
+    assert [answer.answer_at for answer in answers] == [begins, begins, 0, None]
+    assert {answer.text for answer in answers} == {text}
+    (stopped,) = wire.run(with_stops(opened, stop))
+    assert stopped.answer_at == begins
+    assert stopped.text == text[:begins] + text[begins:].split(stop)[0], "the answer alone stops"
+    later = tokens.index(close) + 3
+    resumed, just_before = wire.run(
+        {**opened, "resume_token_ids": tokens[:later]},
+        {**opened, "resume_token_ids": tokens[: later - 4]},
+    )
+    assert resumed.answer_at == 0
+    assert just_before.text[just_before.answer_at or 0 :] == text[begins:]
+
+
 def test_stop_strings_wherever_they_begin_and_end(wire: Wire) -> None:
     (story,) = wire.run(STORY)
     text, tokens = story.text, story.token_ids

@@ -21,6 +21,7 @@ class Answer:
     Attributes:
         accepted: None where `stream` is false, and until it comes.
         start: the first offset; None while there is no output.
+        answer_at: the characters of `text` before the answer, once that is told.
         deltas: how many came.
         end: its last message.
     """
@@ -31,6 +32,7 @@ class Answer:
     start: int | None = None
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    answer_at: int | None = None
     logprobs: Logprobs = field(default_factory=list)
     deltas: int = 0
     end: Finish | Error | None = None
@@ -70,12 +72,18 @@ class Answer:
                 assert isinstance(message.token_ids, list)
                 self.text, self.token_ids = message.text, message.token_ids
                 self.logprobs = message.logprobs or []
+                if isinstance(message.answer_at, int):
+                    self.answer_at = message.answer_at
 
     def _add(self, delta: Delta) -> None:
         if self.start is None:
             self.start = delta.offset
         assert delta.offset == self.start + len(self.token_ids), "a gap or a repeat"
         assert delta.token_ids or delta.text
+        if isinstance(delta.answer_at, int):
+            assert self.answer_at is None, "told twice"
+            assert 0 <= delta.answer_at <= len(delta.text)
+            self.answer_at = len(self.text) + delta.answer_at
         self.token_ids += delta.token_ids
         self.text += delta.text
         self.deltas += 1

@@ -86,7 +86,7 @@ def test_the_first_signal_drains(own: Pipeline) -> None:
             pass
         with pytest.raises(RequestError, match="shutting down") as refused:
             late.generate("Once", LONG)
-        assert refused.value.code == "overloaded"
+        assert refused.value.code == "shutting_down"
         assert stream.result().token_ids == whole.token_ids
         assert own.process.wait(END_TIMEOUT_S) == 0
 

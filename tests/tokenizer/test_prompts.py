@@ -17,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
-from nanovllm.messages import Refused, Tokenize, Tokenized, pack, unpack
-from nanovllm.protocol import ChatMessage, Sampling
+from nanovllm.messages import Chat, Refused, Tokenize, Tokenized, pack, unpack
+from nanovllm.protocol import Reasoning, Sampling
 from nanovllm.services.tokenizer.chat import RESERVED
 from nanovllm.services.tokenizer.prompts import PromptEncoder
 from nanovllm.vocabulary import Vocabulary
@@ -29,13 +29,24 @@ LONGEST_ENTRY = 13
 UID = 7 << 32 | 1
 
 
-def request(**fields: Any) -> Tokenize:
+def request(
+    *,
+    messages: list[dict[str, Any]] | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    continue_final_message: bool = False,
+    **fields: Any,
+) -> Tokenize:
+    chat = None
+    if messages is not None:
+        chat = msgspec.msgpack.encode(
+            Chat(messages, tools, chat_template_kwargs or {}, continue_final_message)
+        )
     values: dict[str, Any] = {
         "uid": UID,
         "prompt": None,
         "prompt_token_ids": None,
-        "messages": None,
-        "chat_template_kwargs": {},
+        "chat": chat,
         "sampling": Sampling(max_tokens=16),
         "resumed": 0,
         **fields,
@@ -48,8 +59,8 @@ def encoder_of(directory: Path, max_model_len: int = MAX_MODEL_LEN) -> PromptEnc
     return PromptEncoder.from_checkpoint(directory, model, max_model_len)
 
 
-def chat(*turns: tuple[str, str]) -> list[ChatMessage]:
-    return [ChatMessage(role, content) for role, content in turns]
+def chat(*turns: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +205,7 @@ def test_tokens_around_the_text(tmp_path: Path) -> None:
     [
         {},
         {"enable_thinking": False},
-        {"tools": [{"name": "é", "parameters": {}}]},
+        {"tools": [{"name": "é", "parameters": {}}], "enable_thinking": True},
         {"eos_token": "!", "unused": [1, None, {"a": 2.5}]},
     ],
 )
@@ -204,8 +215,102 @@ def test_chat_is_rendered_as_transformers_does(
     turns = [("system", "be <|im_end|> kind"), ("user", "{{ 7 * 7 }} 日本")]
     messages = [{"role": role, "content": content} for role, content in turns]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, **arguments)
-    result = tokenized(encoder, messages=chat(*turns), chat_template_kwargs=arguments)
+    kwargs = dict(arguments)
+    tools = kwargs.pop("tools", None)
+    result = tokenized(encoder, messages=messages, tools=tools, chat_template_kwargs=kwargs)
     assert prompt_of(result) == expected["input_ids"]
+
+
+def test_messages_have_one_form_for_the_template(tmp_path: Path) -> None:
+    write_checkpoint_files(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages | tojson }}")
+    encoder = encoder_of(tmp_path, 400)
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": t} for t in "ab"], "name": None},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "1", "function": {"name": "f", "arguments": '{"x": [1, null]}'}},
+                {"id": "2", "function": {"name": "g", "arguments": {"y": 2}}},
+                {"id": "3", "function": {"name": "h", "arguments": ""}},
+            ],
+        },
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    prompt = prompt_of(tokenized(encoder, messages=messages))
+    text = tiny_tokenizer().decode(prompt, skip_special_tokens=False)
+    calls = [("1", "f", {"x": [1, None]}), ("2", "g", {"y": 2}), ("3", "h", {})]
+    assert msgspec.json.decode(text) == [
+        {"role": "user", "content": "a\nb"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {"id": call, "function": {"name": name, "arguments": arguments}}
+                for call, name, arguments in calls
+            ],
+        },
+        messages[2],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ({"content": [{"type": "image_url", "image_url": {}}]}, "content[0]: only parts of type"),
+        ({"content": ["text"]}, "content[0]: "),
+        ({"content": [{"type": "text", "text": 5}]}, "content[0]: "),
+        (
+            {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            "tool_calls[0].function.arguments: not a JSON object",
+        ),
+        (
+            {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
+            "tool_calls[0].function.arguments: not a JSON object",
+        ),
+    ],
+)
+def test_a_message_that_no_template_takes_is_named(
+    refused: Callable[..., tuple[str, str]], message: dict[str, Any], named: str
+) -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", **message}]
+    code, reason = refused(messages=messages)
+    assert code == "invalid_request"
+    assert reason.startswith(f"messages[1].{named}")
+
+
+def test_the_last_message_can_be_continued(
+    encoder: PromptEncoder, theirs: Any, refused: Callable[..., tuple[str, str]]
+) -> None:
+    turns = chat(("user", "the dog"), ("assistant", "the quick"))
+    expected = theirs.apply_chat_template(turns, continue_final_message=True)["input_ids"]
+    assert prompt_of(tokenized(encoder, messages=turns, continue_final_message=True)) == expected
+    for other in (chat(("user", "the dog")), [{"role": "assistant", "content": None}]):
+        code, reason = refused(messages=other, continue_final_message=True)
+        assert code == "invalid_request"
+        assert reason.startswith("continue_final_message: ")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reasons"),
+    [
+        ("the dog", False),
+        ("the <think>", True),
+        ("the <think>dog", True),
+        ("the <think></think>dog", False),
+        ("<think>dog</think> <think>", True),
+        (f"user: <think>{EOS}assistant: ", False),
+        (f"user: </think>{EOS}assistant: <think>", True),
+    ],
+)
+def test_whether_a_prompt_ends_inside_reasoning(
+    encoder: PromptEncoder, prompt: str, reasons: bool
+) -> None:
+    opening, closing = tiny_tokenizer().encode("<think></think>").ids
+    marks = Reasoning(opening, closing)
+    assert tokenized(encoder, prompt=prompt, reasoning=marks).reasons is reasons
+    assert tokenized(encoder, prompt=prompt).reasons is False
 
 
 def test_a_template_in_its_own_file_comes_first(directory: Path, tmp_path: Path) -> None:
@@ -233,21 +338,6 @@ def test_a_template_that_refuses_gives_its_reason(
     assert code == "invalid_request"
     assert "no critics here" in message
     assert not caplog.records, "no client fills the log"
-
-
-def _nested(depth: int) -> list[Any]:
-    nested: list[Any] = []
-    for _ in range(depth):
-        nested = [nested]
-    return nested
-
-
-@pytest.mark.parametrize("tools", ["text", 5, [5], [{"a": _nested(3000)}]])
-def test_arguments_that_a_template_cannot_take(
-    refused: Callable[..., tuple[str, str]], tools: Any
-) -> None:
-    code, _ = refused(messages=chat(("user", "x")), chat_template_kwargs={"tools": tools})
-    assert code == "invalid_request"
 
 
 @pytest.mark.parametrize(

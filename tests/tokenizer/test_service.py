@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanovllm.messages import Refused, Tokenized, TokenizerToIngress, unpack
-from nanovllm.protocol import ChatMessage
 from nanovllm.service import EXIT_MISCONFIGURED, REASON_PREFIX
 from tests.bpe import tiny_tokenizer
 from tests.peer import Neighbourhood, imported_modules
@@ -24,7 +23,7 @@ def test_each_ingress_is_answered_what_it_asked() -> None:
     with Neighbourhood(max_model_len=64) as here:
         here.start("tokenizer")
         ingress = here.binds("ingress", here.settings.services_endpoint, list[TokenizerToIngress])
-        critic = [ChatMessage("critic", "boo")]
+        critic = [{"role": "critic", "content": "boo"}]
         ingress.send(request(uid=1, prompt=text), request(uid=2, messages=critic))
         tokenized, refused = ingress.expect(Tokenized), ingress.expect(Refused)
         assert (tokenized.uid, unpack(tokenized.prompt).tolist()) == (1, token_ids)
