@@ -196,8 +196,23 @@ SchedulerToIngress = Missing | EngineState | Lost
 # scheduler -> detokenizer -----------------------------------------------------------------------
 
 
-EndReason = Literal[FinishReason, "error"]
-"""Why an output ended; "error": the logits of its next token are not finite."""
+EndReason = Literal[FinishReason, "not_finite", "no_token"]
+"""Why an output ended; "not_finite": the logits of its next token are not; "no_token": the request
+rules out every token that could come next."""
+
+
+class TextOptions(Message):
+    """Beside the tokens, all that the text of an output depends on.
+
+    Stop strings are looked for in the text of the tokens after the first `min_tokens`. Without
+    `answer_marks` the answer is all output.
+    """
+
+    stop: list[str] = []
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: int = 0
+    answer_marks: AnswerMarks | None = None
 
 
 class Begin(Message, tag="begin"):
@@ -215,11 +230,10 @@ class Begin(Message, tag="begin"):
     attempt: int
     output: bytes
     resumed: int
-    stop: list[str]
+    text: TextOptions
     prompt_tokens: int
     cached_tokens: int
     token_logprobs: list[TokenLogprobs]
-    answer_marks: AnswerMarks | None = None
 
 
 class NewTokens(Message, tag="new_tokens"):
@@ -344,8 +358,12 @@ class RowLogprobs(Message):
     logprobs: TokenLogprobs
 
 
+NO_TOKEN_LEFT = -2
+
+
 class StepResult(Message, tag="step_result"):
-    """What step `number` sampled: int32[rows], negative for a row whose logits are not finite.
+    """What step `number` sampled: int32[rows]; -1 for a row whose logits are not finite,
+    NO_TOKEN_LEFT for one whose request rules out every token.
     `logprobs` for the rows that asked.
 
     `busy_us` is the time since the group's start for which the device had work, and `at_us` the

@@ -15,6 +15,12 @@ from msgspec import Meta
 NonEmptyStr = Annotated[str, Meta(min_length=1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+# Of `Sampling`: the device has room for so many.
+MAX_LOGIT_BIAS = 300
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_TOKENS = 16
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 ErrorCode = Literal[
@@ -56,6 +62,20 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_de
     ignore_eos: bool = False
     seed: Int64 | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)
+    ] = {}
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    bad_words: Annotated[
+        list[NonEmptyStr | Annotated[TokenIds, Meta(max_length=MAX_BAD_WORD_TOKENS)]],
+        Meta(max_length=MAX_BAD_WORDS),
+    ] = []
+    allowed_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
 
 class Generate(Public, tag="generate", forbid_unknown_fields=True):

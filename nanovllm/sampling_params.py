@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import msgspec
@@ -33,6 +33,19 @@ class SamplingParams:
         seed: makes the output repeatable; None draws one.
         logprobs: how many of the likeliest tokens to report beside each chosen one, 0 to 20;
             None reports nothing.
+        repetition_penalty: above 0 to 10; logits of tokens in prompt or output are divided by it
+            if they are positive, else multiplied. 1 is off.
+        frequency_penalty: -2 to 2; subtracted from the logit of a token for each time that the
+            token is in the output.
+        presence_penalty: -2 to 2; subtracted from the logits of tokens that are in the output.
+        logit_bias: of up to 300 token ids, what is added to their logits: -100 to 100.
+        min_tokens: the output ends by no end-of-sequence token, stop token or stop string among so
+            many tokens.
+        bad_words: up to 64 words, or lists of up to 16 token ids, that do not come in the output.
+            A text stands for two: as at a line's begin, and as after a space.
+        allowed_token_ids: no other tokens come.
+        include_stop_str_in_output: the text ends behind the stop string, not before it.
+        skip_special_tokens: special tokens add nothing to the text.
 
     Raises:
         ValueError: a value of the wrong type or out of range; the message names it.
@@ -48,6 +61,15 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = ()
     seed: int | None = None
     logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    min_tokens: int = 0
+    bad_words: Sequence[str | Sequence[int]] | None = ()
+    allowed_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         self.to_wire()
@@ -60,13 +82,13 @@ class SamplingParams:
         """
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         values = {name: plain(value) for name, value in given.items()}
-        for name in ("max_tokens", "stop", "stop_token_ids"):
+        for name in ("max_tokens", "stop", "stop_token_ids", "logit_bias", "bad_words"):
             if values[name] is None:
                 del values[name]
         if isinstance(stop := values.get("stop"), str):
             values["stop"] = [stop]
-        for name in ("temperature", "top_p", "min_p"):
-            if isinstance(values[name], float) and math.isnan(values[name]):
+        for name, value in values.items():
+            if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"{name} is not a number")
         if type(max_tokens := values.get("max_tokens")) is int:
             # The pipeline cuts `max_tokens` to the model's length; no model is as long as this.

@@ -7,6 +7,8 @@ decode, and reading it so takes a tenth of the time that building the tokenizer 
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +24,7 @@ class Vocabulary(msgspec.Struct, frozen=True):
     Attributes:
         text: of each token id the bytes that it adds to the decoded text; none of special tokens,
             which add nothing, as does an id that the vocabulary does not have.
+        special: of each special token id the bytes of its name.
         longest_entry: the bytes of the longest token, special ones included.
         size: one more than the highest token id, special tokens included.
     """
@@ -29,6 +32,12 @@ class Vocabulary(msgspec.Struct, frozen=True):
     text: dict[int, bytes]
     longest_entry: int
     size: int
+    special: dict[int, bytes] = {}
+
+    @property
+    def whole_text(self) -> Mapping[int, bytes]:
+        """`text` and `special` together."""
+        return ChainMap(self.special, self.text)
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> Vocabulary:
@@ -52,11 +61,10 @@ class Vocabulary(msgspec.Struct, frozen=True):
         tokens.update((added.id, added.content) for added in file.added_tokens)
         text = {token_id: token_bytes(token) for token_id, token in tokens.items()}
         longest = max(map(len, text.values()), default=0)
-        special = {added.content for added in file.added_tokens if added.special}
-        for token_id, token in tokens.items():
-            if token in special:
-                del text[token_id]
-        return cls(text=text, longest_entry=longest, size=max(tokens, default=-1) + 1)
+        names = {added.content for added in file.added_tokens if added.special}
+        special = {i: text.pop(i) for i, token in tokens.items() if token in names}
+        size = max(tokens, default=-1) + 1
+        return cls(text=text, longest_entry=longest, size=size, special=special)
 
 
 def token_bytes(token: str) -> bytes:

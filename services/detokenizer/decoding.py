@@ -20,10 +20,14 @@ class Decoding:
     def __init__(self, begin: Begin, vocabulary: Vocabulary) -> None:
         self._uid = begin.uid
         self.attempt = begin.attempt
-        self._decoder = TextDecoder(vocabulary.text)
-        self._stops = StopFinder(begin.stop) if begin.stop else None
+        options = begin.text
+        self._decoder = TextDecoder(
+            vocabulary.text if options.skip_special_tokens else vocabulary.whole_text
+        )
+        self._stops = StopFinder(options.stop, options.include_stop) if options.stop else None
+        self._min_tokens = options.min_tokens
         # Until the answer begins.
-        self._finder = AnswerFinder(begin.answer_marks) if begin.answer_marks else None
+        self._finder = AnswerFinder(options.answer_marks) if options.answer_marks else None
         self._answer_at: int | None = None
         self._tokens = bytearray()
         self.count = 0  # tokens in `_tokens`
@@ -158,7 +162,7 @@ class Decoding:
 
     def _answer(self, text: str) -> None:
         """Releases text of the answer, but for what may become a stop string."""
-        if self._stops is not None:
+        if self._stops is not None and self.count > self._min_tokens:
             text = self._stops.feed(text)
             if self._stops.found:
                 self._reason = "stop"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from array import array
 from codecs import utf_8_decode
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 from nanovllm.messages import AnswerMarks
 
@@ -26,7 +27,7 @@ class TextDecoder:
 
     __slots__ = ("_pending", "_text")
 
-    def __init__(self, text: dict[int, bytes]) -> None:
+    def __init__(self, text: Mapping[int, bytes]) -> None:
         self._text: Final = text
         self._pending = b""
 
@@ -81,18 +82,20 @@ class AnswerFinder:
 
 
 class StopFinder:
-    """Holds back text that may become a stop string, and cuts before the one that comes.
+    """Holds back text that may become a stop string, and cuts at the one that comes.
 
     Attributes:
         found: whether a stop string has come; what follows it is not to be fed.
 
     Args:
         stops: non-empty strings.
+        include: whether the stop string that comes is released, too.
     """
 
-    __slots__ = ("_first_characters", "_held", "_state", "_stops", "found")
+    __slots__ = ("_first_characters", "_held", "_include", "_state", "_stops", "found")
 
-    def __init__(self, stops: list[str]) -> None:
+    def __init__(self, stops: list[str], include: bool = False) -> None:
+        self._include: Final = include
         self._stops: Final = _Automaton(stops)
         self._first_characters: Final = frozenset(stop[0] for stop in stops)
         self._state = 0
@@ -107,13 +110,13 @@ class StopFinder:
         """
         if not self._held and self._first_characters.isdisjoint(text):
             return text
-        self._state, start = self._stops.read(self._state, text)
+        self._state, match = self._stops.read(self._state, text)
         known = len(self._held)
         text = self._held + text
-        if start is not None:
+        if match is not None:
             self.found = True
             self._held = ""
-            return text[: known + start]
+            return text[: known + (match.end if self._include else match.start)]
         cut = len(text) - self._stops.depth[self._state]
         self._held = text[cut:]
         return text[:cut]
@@ -122,6 +125,13 @@ class StopFinder:
         """What is held, now that no more text comes."""
         held, self._held = self._held, ""
         return held
+
+
+class _Match(NamedTuple):
+    """Where in a text a stop string stands: it may begin before the text, at a negative index."""
+
+    start: int
+    end: int
 
 
 class _Automaton:
@@ -164,16 +174,16 @@ class _Automaton:
                 self._fallback[state], _ = self.read(self._fallback[before], char)
             self._match[state] = self._match[state] or self._match[self._fallback[state]]
 
-    def read(self, state: int, text: str) -> tuple[int, int | None]:
-        """The state after `text`, and where in `text` the first stop string begins that has ended
-        in it: negative if that is before `text`, None if none has."""
+    def read(self, state: int, text: str) -> tuple[int, _Match | None]:
+        """The state after `text`, and of the stop strings that end in `text` the one that begins
+        first; None if none does."""
         branches, following, fallback, match = (
             self._branches,
             self._next,
             self._fallback,
             self._match,
         )
-        first: int | None = None
+        first: _Match | None = None
         for end, char in enumerate(text, 1):
             while following[state] != char:
                 branch = branches.get((state, char))
@@ -183,8 +193,8 @@ class _Automaton:
                 state = fallback[state]
             else:
                 state += 1
-            if (length := match[state]) and (first is None or end - length < first):
-                first = end - length
+            if (length := match[state]) and (first is None or end - length < first.start):
+                first = _Match(end - length, end)
         return state, first
 
     def _add(self, before: int, char: str) -> int:

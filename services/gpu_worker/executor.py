@@ -16,6 +16,7 @@ from torch import Tensor
 from nanovllm.kernels.attention.interface import AttentionBackend, LayerCache
 from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, pack
 from nanovllm.services.gpu_worker.graphs import Capture, Sizes, StepGraphs
+from nanovllm.services.gpu_worker.logits import LogitsProcessors
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence
 from nanovllm.services.gpu_worker.model.registry import Model
 from nanovllm.services.gpu_worker.sampling import logprobs
@@ -89,6 +90,13 @@ class Executor:
         spare_block = len(kv_cache[0].k) - 1
         max_blocks = blocks_per_sequence(settings)
         self._state = DeviceState(settings.max_num_seqs, max_blocks, spare_block, device)
+        self.processors = LogitsProcessors(
+            settings.max_num_seqs + 1,
+            model.config.vocab_size,
+            self._ids,
+            len(self._logits_like),
+            device,
+        )
         self._steps = Steps(model, backend, kv_cache, self._state, settings, device)
         self._graphs: StepGraphs | None = None
 
@@ -129,6 +137,7 @@ class Executor:
         batch = self.slots.apply(plan)
         started = _event(self._device)
         self._state.update(batch)
+        self.processors.admit(batch.admitted)
         if not len(batch.query_lens):
             return self._pending(plan.number, self._steps.no_tokens, None, started)
         output = None if self._graphs is None else self._graphs.replay(batch)
@@ -138,8 +147,20 @@ class Executor:
             lengths = Lengths(batch.query_lens, batch.context_lens)
             output = self._steps.mixed(flat, layout, lengths)
         self._steps.sample_whole(output, batch.whole_rows, batch.sampling_slots[batch.whole_rows])
+        if len(batch.processed_rows):
+            self._draw_processed(output, batch)
         found = self._logprobs(batch, output.logits, output.token_ids)
         return self._pending(plan.number, output.token_ids, found, started)
+
+    def _draw_processed(self, output: StepOutput, batch: Batch) -> None:
+        """Samples again the rows whose logits are processed; overwrites their token ids."""
+        rows, ranks = batch.processed_rows, self._ids.tp.size
+        # All ranks draw equally many rows, so some rows are drawn twice.
+        drawn = rows[np.arange(-(-len(rows) // ranks) * ranks) % len(rows)]
+        both = np.stack((drawn, batch.sampling_slots[drawn])).astype(np.int64)
+        self._steps.draw_processed(
+            output, to_device(both, self._device), len(rows), self.processors
+        )
 
     def _pending(
         self,

@@ -16,10 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
-from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, pack
+from nanovllm.messages import (
+    NO_TOKEN_LEFT,
+    Admission,
+    RowLogprobs,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+    pack,
+)
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence, check_room_for_one
 from nanovllm.services.gpu_worker.runner import Loaded, Report
-from nanovllm.services.gpu_worker.slots import Batch, SlotTable
+from nanovllm.services.gpu_worker.slots import Batch, SlotTable, processes_logits
 from nanovllm.settings import Settings
 from nanovllm.timer import Timer
 from nanovllm.vocabulary import Vocabulary
@@ -47,6 +55,7 @@ class SimRunner:
         self._slots = SlotTable(settings.max_num_seqs)
         self._seeds = np.zeros(settings.max_num_seqs, dtype=np.int64)
         self._vocabulary = vocabulary
+        self._choices: dict[int, Choice] = {}  # of the slots whose requests rule tokens out
         self._start = time.monotonic()
         self._device = SimDevice(settings.sim_step_ms / 1000, self._start)
         self._timer = Timer()
@@ -73,14 +82,20 @@ class SimRunner:
             if (seed := admission.sampling.seed) is None:
                 raise ValueError(f"the admission to slot {admission.slot} has no seed")
             self._seeds[admission.slot] = seed
+            if processes_logits(admission.sampling):
+                self._choices[admission.slot] = Choice.of(admission, self._vocabulary)
         indices = draw(
             self._seeds[batch.sampling_slots],
             batch.sampled_positions,
             len(self._vocabulary),
         )
+        token_ids = self._vocabulary[indices]
+        for row in batch.processed_rows.tolist():
+            slot, position = batch.sampling_slots[row], batch.sampled_positions[row]
+            token_ids[row] = self._choices[int(slot)].draw(self._seeds[slot], position)
         result = StepResult(
             number=plan.number,
-            token_ids=pack(self._vocabulary[indices]),
+            token_ids=pack(token_ids),
             logprobs=self._logprobs(batch, indices, step.end),
             busy_us=round(step.busy * 1e6),
             at_us=round((step.end - self._start) * 1e6),
@@ -119,6 +134,37 @@ class SimRunner:
             values = np.concatenate(([stamp], (ranks + 1) * -np.log(2))).astype("<f4")
             found.append(RowLogprobs(row, TokenLogprobs(pack(tokens), values.tobytes())))
         return found
+
+
+class Choice(NamedTuple):
+    """What a sequence draws from. There are no logits, so that penalties and bias, and bad words of
+    several tokens, change nothing.
+
+    Attributes:
+        early, later: int32, the tokens for positions before `min_length`, and from there on.
+    """
+
+    early: NDArray[np.int32]
+    later: NDArray[np.int32]
+    min_length: int
+
+    @classmethod
+    def of(cls, admission: Admission, vocabulary: NDArray[np.int32]) -> Choice:
+        sampling = admission.sampling
+        later = vocabulary
+        if sampling.allowed_token_ids is not None:
+            later = np.array(sorted({*sampling.allowed_token_ids}), dtype=np.int32)
+        bad = [word[0] for word in sampling.bad_words if len(word) == 1]
+        later = np.setdiff1d(later, np.array(bad, dtype=np.int32))
+        stops = np.array(sampling.stop_token_ids, dtype=np.int32)
+        min_length = admission.prompt_tokens + sampling.min_tokens
+        return cls(np.setdiff1d(later, stops), later, min_length)
+
+    def draw(self, seed: np.int64, position: np.int32) -> int:
+        tokens = self.early if position < self.min_length else self.later
+        if not len(tokens):
+            return NO_TOKEN_LEFT
+        return int(tokens[draw(np.array([seed]), np.array([position]), len(tokens))[0]])
 
 
 class SimStep(NamedTuple):

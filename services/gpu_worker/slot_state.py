@@ -1,9 +1,10 @@
 """What the device holds of each slot: the one place where that grows.
 
-A sampling parameter is a field of `protocol.Sampling` and, under the same name, a column of
-`SamplingTensors`, which the kernels read. `DeviceState` makes the columns, and fills them when a
-sequence takes a slot; nothing else in the worker lists the parameters. So a further parameter is a
-field, a column made here, and a kernel's matter.
+A parameter of how tokens are drawn is a field of `protocol.Sampling` and, under the same name, a
+column of `SamplingTensors`, which the kernels read. `DeviceState` makes the columns, and fills them
+when a sequence takes a slot; nothing else in the worker lists the parameters. So a further
+parameter is a field, a column made here, and a kernel's matter. What changes logits before tokens
+are drawn stands in `logits.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nanovllm.messages import Admission
 from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.slots import Batch
 
-COSTLIEST = Sampling(top_p=0.5, top_k=1000, min_p=0.01, seed=0, logprobs=20)
+COSTLIEST = Sampling(top_p=0.5, top_k=1000, min_p=0.01, seed=0, logprobs=20, presence_penalty=1.0)
 """Takes the most memory to sample with."""
 
 

@@ -39,7 +39,9 @@ class Batch(NamedTuple):
     sampling_slots: Int32s  # [s], the slots of `sampling_rows`, each at most once
     sampled_positions: Int32s  # [s], each sampled token's index in its sequence
     # [w], which of the s rows need whole logits: they draw from more than SHORTLIST_SIZE tokens.
+    # Rows whose logits are processed are not among them.
     whole_rows: Int32s
+    processed_rows: Int32s  # which of the s rows have their logits processed
     logprobs: Int32s  # [s], how many likeliest tokens to report, or NO_LOGPROBS
 
     @property
@@ -60,6 +62,7 @@ class SlotTable:
         self._num_blocks = [0] * max_num_seqs
         self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
         self._needs_whole_logits = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._processes_logits = np.zeros(max_num_seqs, dtype=np.bool_)
         self._indices = np.arange(max_num_seqs, dtype=np.int32)
         self._ones = np.ones(max_num_seqs, dtype=np.int32)
         # Tokens of sequences whose prefill is not complete.
@@ -102,6 +105,7 @@ class SlotTable:
             sampling_slots = np.concatenate((decode_slots, chunks.slots[chunks.complete]))
         sampled_positions = self._num_tokens[sampling_slots]
         self._num_tokens[sampling_slots] = sampled_positions + 1
+        samples = self._indices[: len(sampling_slots)]
         return Batch(
             admitted=plan.admit,
             block_updates=np.array(updates, dtype=np.int32).reshape(-1, 3),
@@ -114,9 +118,8 @@ class SlotTable:
             sampling_rows=sampling_rows,
             sampling_slots=sampling_slots,
             sampled_positions=sampled_positions,
-            whole_rows=self._indices[: len(sampling_slots)][
-                self._needs_whole_logits[sampling_slots]
-            ],
+            whole_rows=samples[self._needs_whole_logits[sampling_slots]],
+            processed_rows=samples[self._processes_logits[sampling_slots]],
             logprobs=self._logprobs[sampling_slots],
         )
 
@@ -128,7 +131,9 @@ class SlotTable:
         self._num_tokens[slot] = len(tokens)
         self._num_blocks[slot] = 0
         self._logprobs[slot] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
-        self._needs_whole_logits[slot] = _needs_whole_logits(sampling)
+        processes = processes_logits(sampling)
+        self._processes_logits[slot] = processes
+        self._needs_whole_logits[slot] = not processes and _needs_whole_logits(sampling)
 
     def _append(self, slot: int, blocks: list[int], updates: list[tuple[int, int, int]]) -> None:
         first = self._num_blocks[slot]
@@ -148,6 +153,19 @@ class SlotTable:
         return _Chunks(
             slots, lengths, ends, np.concatenate(tokens), np.concatenate(positions), complete
         )
+
+
+def processes_logits(sampling: Sampling) -> bool:
+    """Whether the request asks for a logits processor."""
+    return bool(
+        sampling.repetition_penalty != 1
+        or sampling.frequency_penalty
+        or sampling.presence_penalty
+        or sampling.logit_bias
+        or sampling.min_tokens
+        or sampling.bad_words
+        or sampling.allowed_token_ids is not None
+    )
 
 
 def _needs_whole_logits(sampling: Sampling) -> bool:

@@ -136,7 +136,8 @@ def load(
         ) from None
     described = f"{device.type}, {str(dtype).removeprefix('torch.')}, {attention} attention"
     blocks = f"{counted(num_blocks, 'block')} of {settings.kvcache_block_size} tokens"
-    return loaded, Loaded(num_blocks, f"{described}, {blocks}")
+    processors = f"{loaded.processors.bytes >> 20} MiB for logits processors"
+    return loaded, Loaded(num_blocks, f"{described}, {blocks}, {processors}")
 
 
 def attention_shape(config: ModelConfig, tp: TensorParallel, block_size: int) -> AttentionShape:

@@ -19,6 +19,8 @@ from nanovllm.kernels.attention.interface import (
     LayerCache,
 )
 from nanovllm.kernels.slots.ops import choose_slot_ops
+from nanovllm.messages import NO_TOKEN_LEFT
+from nanovllm.services.gpu_worker.logits import LogitsProcessors
 from nanovllm.services.gpu_worker.model.registry import Model
 from nanovllm.services.gpu_worker.sampling import sample, sample_whole
 from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
@@ -172,6 +174,34 @@ class Steps:
         )
         output.token_ids[rows_to_draw] = token_ids.int()
         held.last_tokens[slots_to_draw] = token_ids.clamp_min(0)
+
+    def draw_processed(
+        self, output: StepOutput, drawn: Tensor, count: int, processors: LogitsProcessors
+    ) -> None:
+        """Samples rows again, from logits that are processed.
+
+        Args:
+            output: the step's result. The token ids of the rows are overwritten; NO_TOKEN_LEFT
+                where the processors leave a row no token.
+            drawn: int64 [2, ranks * k], the rows' indices into `output`, and their slots. Those
+                from `count` on are repeated.
+        """
+        rows, slots = drawn
+        held, tp = self._state.held, self._shard.tp
+        logits = output.logits[rows].float()
+        positions = held.num_tokens[slots] - 1  # the length includes the sampled token
+        processors.process(logits, slots, positions)
+        if tp.size == 1:
+            token_ids = sample(logits, self._state.sampling(slots), positions, self._shard)
+        else:
+            own = slots.view(tp.size, -1)[tp.rank]
+            own_positions = held.num_tokens[own] - 1
+            token_ids = sample_whole(logits, self._state.sampling(own), own_positions, self._shard)
+        finite = output.token_ids[rows] >= 0
+        token_ids.masked_fill_(finite & (token_ids < 0), NO_TOKEN_LEFT)
+        output.token_ids[rows] = token_ids.int()
+        held.last_tokens[slots] = token_ids.clamp_min(0)
+        processors.advance(slots[:count], token_ids[:count].clamp_min(0))
 
     def warm_up(self) -> None:
         """Compiles what `sample_whole` launches, and lets its collectives connect."""

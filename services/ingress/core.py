@@ -228,9 +228,15 @@ class Core:
             )
             return
         if (ending := decoded.ending) is not None:
-            if ending.reason == "error":
+            if ending.reason == "not_finite":
                 message = "the model's logits are not finite (NaN or inf)"
                 request.outcome = Error(id=request.id, code="internal", message=message)
+            elif ending.reason == "no_token":
+                message = (
+                    f"sampling: after {request.output.num_tokens} output tokens, the parameters"
+                    " (logit_bias, min_tokens, bad_words, allowed_token_ids) leave no token"
+                )
+                request.outcome = Error(id=request.id, code="invalid_request", message=message)
             else:
                 request.finish(ending.reason, ending.usage)
             self._over(request)

@@ -151,8 +151,11 @@ def _checked(ask: Generate, limits: Limits) -> Generate | Error:
         return _invalid(
             ask.id, "exactly one of prompt, prompt_token_ids and messages must be given"
         )
-    if (reason := _wrong_in_chat(ask)) is not None:
-        return _invalid(ask.id, reason)
+    if ask.sampling.min_tokens > ask.sampling.max_tokens:
+        most = ask.sampling.max_tokens
+        return _invalid(ask.id, f"sampling.min_tokens: more than max_tokens ({most})")
+    if wrong := _wrong_in_chat(ask):
+        return _invalid(ask.id, wrong)
     prompt_length = len(ask.prompt_token_ids or ())
     longest = limits.max_model_len
     if prompt_length >= longest:
@@ -172,6 +175,12 @@ def _checked(ask: Generate, limits: Limits) -> Generate | Error:
         ("prompt_token_ids", ask.prompt_token_ids),
         ("resume_token_ids", ask.resume_token_ids),
         ("sampling.stop_token_ids", ask.sampling.stop_token_ids),
+        ("sampling.logit_bias", ask.sampling.logit_bias),
+        ("sampling.allowed_token_ids", ask.sampling.allowed_token_ids),
+        (
+            "sampling.bad_words",
+            [i for w in ask.sampling.bad_words if isinstance(w, list) for i in w],
+        ),
         ("reasoning", ask.reasoning and [ask.reasoning.open, ask.reasoning.close]),
     ):
         if ids and max(ids) >= limits.vocab_size:

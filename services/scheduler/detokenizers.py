@@ -20,6 +20,7 @@ from nanovllm.messages import (
     NewTokens,
     RowLogprobs,
     SchedulerToDetokenizer,
+    TextOptions,
     pack,
     pack_int64,
     unpack_int64,
@@ -227,17 +228,22 @@ class Detokenizers:
         return DetokenizerFrame(outbox.peer, messages, begun)
 
     def _begin(self, sequence: Sequence) -> Begin:
-        submit = sequence.submit
+        submit, sampling = sequence.submit, sequence.submit.sampling
         return Begin(
             submit.uid,
             submit.attempt,
             output=self._slots.output(sequence),
             resumed=submit.resumed,
-            stop=submit.sampling.stop,
+            text=TextOptions(
+                sampling.stop,
+                sampling.include_stop_str_in_output,
+                sampling.skip_special_tokens,
+                sampling.min_tokens,
+                submit.answer_marks,
+            ),
             prompt_tokens=sequence.prompt_tokens,
             cached_tokens=sequence.cached_tokens or 0,
             token_logprobs=list(sequence.logprobs),
-            answer_marks=submit.answer_marks,
         )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanovllm.messages import Admission, InHand, pack, unpack
+from nanovllm.messages import NO_TOKEN_LEFT, Admission, InHand, pack, unpack
 from nanovllm.services.scheduler.blocks import TOKEN_BYTES, BlockManager, root
 from nanovllm.services.scheduler.sequences import NO_SLOT, OutputEnd, Sequence
 from nanovllm.services.scheduler.slots import Indices, Ints, Slots
@@ -148,8 +148,8 @@ class StepPlanner:
         result_rows = (slots.epoch[step.rows] == step.epochs).nonzero()[0]
         failed = result_rows[token_ids[result_rows] < 0]
         if len(failed):
-            for slot in step.rows[failed].tolist():
-                self._fail(slots.occupant(slot))
+            for row in failed.tolist():
+                self._fail(slots.occupant(int(step.rows[row])), int(token_ids[row]))
             result_rows = result_rows[token_ids[result_rows] >= 0]
         rows = step.rows
         if len(result_rows) < len(rows):
@@ -319,11 +319,14 @@ class StepPlanner:
         self.remove(sequence)
         sequence.end(finish)
 
-    def _fail(self, sequence: Sequence) -> None:
-        """The logits of the sequence's next token are not finite."""
-        self.failed += 1
+    def _fail(self, sequence: Sequence, result: int) -> None:
+        """There is no next token; `result` stands in its place."""
         count = int(self.slots.known[sequence.slot]) - sequence.prompt_tokens
-        self._end(sequence, OutputEnd("error", count))
+        if result == NO_TOKEN_LEFT:
+            self._end(sequence, OutputEnd("no_token", count))
+        else:
+            self.failed += 1
+            self._end(sequence, OutputEnd("not_finite", count))
 
     def _vacate(self, sequence: Sequence) -> None:
         """Takes a sequence out of its slot. Its blocks are free once its last row has come back."""

@@ -15,7 +15,7 @@ from nanovllm.checkpoint import ModelConfig
 from nanovllm.checkpoint.generation import check_eos
 from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
 from nanovllm.messages import Chat, Refused, Tokenize, Tokenized, pack, unpack
-from nanovllm.protocol import Reasoning
+from nanovllm.protocol import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, Reasoning
 from nanovllm.services.tokenizer.chat import ChatTemplate, ChatTemplateError
 from nanovllm.services.tokenizer.files import load_tokenizer, read_chat_template
 from nanovllm.vocabulary import Vocabulary
@@ -133,8 +133,33 @@ class PromptEncoder:
             asked,
             max_tokens=min(asked.max_tokens, room),
             stop_token_ids=sorted({*asked.stop_token_ids, *eos}),
+            bad_words=self._bad_words(asked.bad_words),
         )
         return Tokenized(request.uid, prompt, sampling, self._reasons(ids, request.reasoning))
+
+    def _bad_words(self, words: list[str | list[int]]) -> list[str | list[int]]:
+        """The words in token ids: a text as it stands at a line's begin, and as after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            if isinstance(word, str):
+                for text in (word, " " + word.lstrip()):
+                    ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+                    if len(ids) > MAX_BAD_WORD_TOKENS:
+                        raise _Refusal(
+                            "invalid_request",
+                            f"sampling.bad_words: {word[:40]!r} has {len(ids)} tokens, and a bad"
+                            f" word at most {MAX_BAD_WORD_TOKENS}",
+                        )
+                    found[ids] = None
+            else:
+                found[tuple(word)] = None
+        if len(found) > MAX_BAD_WORDS:
+            raise _Refusal(
+                "invalid_request",
+                f"sampling.bad_words: {len(found)} sequences of tokens, and at most {MAX_BAD_WORDS}"
+                " are possible; a text can be two, at a line's begin and after a space",
+            )
+        return [list(ids) for ids in found if ids]
 
     def _reasons(self, prompt: NDArray[np.int32], reasoning: Reasoning | None) -> bool:
         """Whether the prompt's last message ends inside reasoning. An end-of-sequence token ends

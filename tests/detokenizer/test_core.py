@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -17,6 +18,7 @@ from nanovllm.messages import (
     Ending,
     Finished,
     NewTokens,
+    TextOptions,
     TokenLogprobs,
     pack,
     pack_int64,
@@ -24,6 +26,7 @@ from nanovllm.messages import (
 )
 from nanovllm.protocol import FinishReason, Usage
 from nanovllm.services.detokenizer.core import OUTPUTS_A_FRAME, Detokenizer
+from nanovllm.services.detokenizer.text import TextDecoder
 from nanovllm.vocabulary import Vocabulary
 from tests.bpe import tiny_tokenizer
 from tests.detokenizer.test_text import TEXT, ids_of_bytes, token_lists
@@ -42,18 +45,17 @@ def begin(
     stop: Iterable[str] = (),
     cached_tokens: int = 0,
     logprobs: Iterable[TokenLogprobs] = (),
-    answer_marks: AnswerMarks | None = None,
+    **options: Any,
 ) -> Begin:
     return Begin(
         uid,
         attempt,
         pack(output or []),
         resumed,
-        list(stop),
+        TextOptions(list(stop), **options),
         10,
         cached_tokens,
         list(logprobs),
-        answer_marks,
     )
 
 
@@ -198,6 +200,41 @@ def test_resuming_anywhere_goes_on_exactly(
     assert before + rest.text == client.text
     assert rest.tokens == token_ids[resumed:count]
     assert rest.ending == client.ending == ended(reason, count)
+
+
+@given(outputs_and_stops(), st.integers(0, 6))
+def test_a_stop_string_may_stay_in_the_text_and_comes_after_min_tokens(
+    given_output: tuple[list[int], list[str]], min_tokens: int
+) -> None:
+    token_ids, stops = given_output
+    stops = stops[:1]  # of several, which one is included is for another test to say
+    core, ingress = Detokenizer(VOCABULARY), Ingress()
+    core.take(begin(stop=stops, include_stop=True, min_tokens=min_tokens))
+    # The text of whole characters, as it is released token by token.
+    decoder = TextDecoder(VOCABULARY.text)
+    pieces = [decoder.step(token_id) for token_id in token_ids] + [decoder.rest()]
+    early = "".join(pieces[:min_tokens])
+    rest = "".join(pieces[min_tokens:])
+    for offset, token_id in enumerate(token_ids):
+        core.take(rows((UID, 1, offset, token_id)))
+        for decoded in flush(core):
+            ingress.take(decoded)
+    core.take(Finished(UID, 1, "length", len(token_ids)))
+    for decoded in flush(core):
+        ingress.take(decoded)
+    found = rest.find(stops[0]) if stops else -1
+    expected = early + (rest if found < 0 else rest[: found + len(stops[0])])
+    assert ingress.text == expected
+    assert ingress.ending is not None
+    assert ingress.ending.reason == ("length" if found < 0 else "stop")
+
+
+def test_special_tokens_can_be_in_the_text() -> None:
+    vocabulary = Vocabulary({1: b"a", 2: b"b"}, 5, 9, special={7: b"<eos>"})
+    for skip, text in ((True, "ab"), (False, "a<eos>b")):
+        core = Detokenizer(vocabulary)
+        core.take(begin([1, 7, 2], skip_special_tokens=skip))
+        assert only(core).text == text
 
 
 OPEN, CLOSE = "<think>", "</think>"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanovllm.messages import Begin, Decoded, Ending, Finished, pack
+from nanovllm.messages import Begin, Decoded, Ending, Finished, TextOptions, pack
 from nanovllm.protocol import Usage
 from tests.bpe import tiny_tokenizer
 from tests.detokenizer.test_core import begin, rows
@@ -24,7 +24,7 @@ def test_text_from_tokens_whoever_comes_and_goes() -> None:
         here.start("detokenizer")
         scheduler = here.binds("scheduler", here.settings.scheduler_endpoint, list[None])
         ingress = here.binds("ingress", here.settings.services_endpoint, list[Decoded], INCARNATION)
-        scheduler.send(Begin(UID, 1, b"", 0, [], 3, 0, []))
+        scheduler.send(Begin(UID, 1, b"", 0, TextOptions(), 3, 0, []))
         for offset, token_id in enumerate(token_ids):
             scheduler.send(rows((UID, 1, offset, token_id)))
         scheduler.send(Finished(UID, 1, "length", len(token_ids)))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
-from nanovllm.messages import Admission, StepResult, pack, unpack
+from nanovllm.messages import NO_TOKEN_LEFT, Admission, StepResult, pack, unpack
 from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.runner import Loaded, Runner
 from nanovllm.services.gpu_worker.sim import SimDevice, SimRunner, draw, ordinary_tokens
@@ -43,6 +43,32 @@ def results(runner: Runner, count: int) -> list[StepResult]:
         assert readable, f"{len(found)} of {count} results in 30 s"
         found += [report for report in runner.reports() if isinstance(report, StepResult)]
     return found
+
+
+def test_tokens_that_are_ruled_out_do_not_come() -> None:
+    runner = SimRunner(SETTINGS, VOCABULARY)
+    asked = Sampling(
+        seed=1,
+        allowed_token_ids=[100, 101, 102, 5],
+        bad_words=[[101]],
+        stop_token_ids=[5, 102],
+        min_tokens=3,
+    )
+    nothing = Sampling(seed=2, allowed_token_ids=[7], bad_words=[[7]])
+    drawn: list[list[int]] = []
+    schedule = step_plan(
+        0,
+        admit=[Admission(i, pack([1]), 1, pack([i]), 0, s) for i, s in enumerate((asked, nothing))],
+        prefill=[(0, 0, 1), (1, 0, 1)],
+    )
+    runner.launch(schedule)
+    for number in range(1, 20):
+        runner.launch(step_plan(number, decode=[0, 1]))
+    drawn = [unpack(result.token_ids).tolist() for result in results(runner, 20)]
+    first, second = zip(*drawn, strict=True)
+    assert set(first[:3]) == {100}
+    assert set(first[3:]) == {100, 102, 5}
+    assert set(second) == {NO_TOKEN_LEFT}
 
 
 @given(st.lists(st.floats(0, 10, allow_nan=False), min_size=1), st.floats(0.001, 5))

@@ -1,0 +1,182 @@
+"""The rows whose requests ask for logits processors: penalties, bias, tokens ruled out.
+
+Few rows of few requests ask for any, and a captured step has no room for them. So their tokens are
+drawn again, beside the graph: from a copy of their logits, since log-probabilities are of the raw
+ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanovllm.kernels.logits.processors import (
+    IN_PROMPT,
+    MOST_COUNTED,
+    WORD_BITS,
+    ProcessorState,
+    choose_process,
+)
+from nanovllm.messages import Admission, unpack
+from nanovllm.protocol import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS
+from nanovllm.services.gpu_worker.model.parallel import VocabShard
+from nanovllm.services.gpu_worker.slot_state import to_device
+from nanovllm.services.gpu_worker.slots import processes_logits
+
+NO_TOKEN = -1  # in `LogitsProcessors._words` and `_tail`
+
+
+class LogitsProcessors:
+    """What the processors keep of each slot, on the device: rebuilt from a sequence's tokens when
+    the sequence takes a slot, and advanced by each token that is sampled.
+
+    Args:
+        num_slots: slots, the padding slot included.
+        vocab_size: token ids of all ranks.
+        shard_size: how many of them this rank has logits of, from `shard.first` on.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        vocab_size: int,
+        shard: VocabShard,
+        shard_size: int,
+        device: torch.device,
+    ) -> None:
+        def zeros(dtype: torch.dtype, *more: int) -> Tensor:
+            return torch.zeros((num_slots, *more), dtype=dtype, device=device)
+
+        self._device = device
+        self._vocab_size = vocab_size
+        self._first = shard.first
+        self._shard_size = shard_size
+        self._process = choose_process(device)
+        self._words_of_sets = -(-vocab_size // WORD_BITS)
+        self._held = ProcessorState(
+            repetition=zeros(torch.float32),
+            frequency=zeros(torch.float32),
+            presence=zeros(torch.float32),
+            min_length=zeros(torch.int64),
+            seen=zeros(torch.int16, shard_size),
+            allowed=zeros(torch.int32, self._words_of_sets),
+            held_off=zeros(torch.int32, self._words_of_sets),
+        )
+        # Columns of this shard, and what is added to their logits. Unused entries add 0.
+        self._bias_columns = zeros(torch.int64, MAX_LOGIT_BIAS)
+        self._bias = zeros(torch.float32, MAX_LOGIT_BIAS)
+        # Of each bad word of several tokens, all but its last, to the right of NO_TOKEN; and its
+        # last. And the end of the sequence, as long as the longest beginning of a bad word.
+        self._beginnings = zeros(torch.int32, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS - 1)
+        self._lasts = zeros(torch.int64, MAX_BAD_WORDS)
+        self._tail = zeros(torch.int32, MAX_BAD_WORD_TOKENS - 1)
+
+    @property
+    def bytes(self) -> int:
+        """How much memory the state takes."""
+        tensors = (*self._held, self._bias_columns, self._bias, self._beginnings, self._lasts)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def admit(self, admissions: Iterable[Admission]) -> None:
+        """Fills the slots of the sequences that ask for processors."""
+        for admission in admissions:
+            if processes_logits(admission.sampling):
+                self._admit(admission)
+
+    def process(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Applies the processors in place.
+
+        Args:
+            logits: float32 [n, shard].
+            slots: int64 [n], of sequences that ask for processors.
+            positions: int64 [n], the index in its sequence that the sampled token will have.
+        """
+        logits.scatter_add_(1, self._bias_columns[slots], self._bias[slots])
+        self._process(logits, self._held, slots, positions, self._first)
+        beginnings = self._beginnings[slots]
+        said = (beginnings == self._tail[slots, None]) | (beginnings == NO_TOKEN)
+        columns = self._lasts[slots] - self._first
+        ruled_out = said.all(dim=-1) & (columns >= 0) & (columns < self._shard_size)
+        # A word that is not said rules out nothing: what it would write is what stands there.
+        columns = columns.clamp(0, self._shard_size - 1)
+        penalty = torch.zeros_like(columns, dtype=torch.float32).masked_fill_(ruled_out, -torch.inf)
+        logits.scatter_add_(1, columns, penalty)
+
+    def advance(self, slots: Tensor, token_ids: Tensor) -> None:
+        """Each slot of int64 [n] has got a token of int64 [n]."""
+        columns = token_ids - self._first
+        inside = (columns >= 0) & (columns < self._shard_size)
+        columns = columns.clamp(0, self._shard_size - 1)
+        seen = self._held.seen[slots, columns]
+        more = inside & ((seen & MOST_COUNTED) < MOST_COUNTED)
+        self._held.seen[slots, columns] = seen + more
+        self._tail[slots] = torch.cat((self._tail[slots, 1:], token_ids[:, None].int()), dim=-1)
+
+    def _admit(self, admission: Admission) -> None:
+        slot, sampling, held = admission.slot, admission.sampling, self._held
+        tokens = unpack(admission.tokens)
+        held.repetition[slot] = sampling.repetition_penalty
+        held.frequency[slot] = sampling.frequency_penalty
+        held.presence[slot] = sampling.presence_penalty
+        held.min_length[slot] = admission.prompt_tokens + sampling.min_tokens
+        held.seen[slot].zero_()
+        self._count(slot, tokens[: admission.prompt_tokens], tokens[admission.prompt_tokens :])
+        words = [word for word in sampling.bad_words if not isinstance(word, str)]
+        single = [word[0] for word in words if len(word) == 1]
+        allowed = sampling.allowed_token_ids
+        held.allowed[slot] = self._set_of(allowed, single)
+        held.held_off[slot] = self._set_of(sampling.stop_token_ids)
+        self._set_bias(slot, sampling.logit_bias)
+        self._set_words(slot, [word for word in words if len(word) > 1])
+        tail = np.full(MAX_BAD_WORD_TOKENS - 1, NO_TOKEN, dtype=np.int32)
+        last = tokens[-len(tail) :]
+        tail[len(tail) - len(last) :] = last
+        self._tail[slot] = self._on_device(tail)
+
+    def _count(self, slot: int, prompt: NDArray[np.int32], output: NDArray[np.int32]) -> None:
+        ids, counts = np.unique(output, return_counts=True)
+        seen = np.zeros(self._shard_size, dtype=np.int16)
+        inside, columns = self._columns(ids)
+        seen[columns] = np.minimum(counts[inside], MOST_COUNTED)
+        seen[self._columns(prompt)[1]] |= np.int16(IN_PROMPT)
+        used = seen.nonzero()[0]
+        self._held.seen[slot, self._on_device(used)] = self._on_device(seen[used])
+
+    def _set_of(self, token_ids: list[int] | None, without: Sequence[int] = ()) -> Tensor:
+        """A set as `ProcessorState` has it; all token ids if None is given."""
+        members = np.full(self._words_of_sets * WORD_BITS, token_ids is None, dtype=np.uint8)
+        members[np.array(token_ids or (), dtype=np.int64)] = 1
+        members[np.array(without, dtype=np.int64)] = 0
+        return self._on_device(np.packbits(members, bitorder="little").view("<i4"))
+
+    def _set_bias(self, slot: int, bias: dict[int, float]) -> None:
+        columns = np.zeros(MAX_LOGIT_BIAS, dtype=np.int64)
+        values = np.zeros(MAX_LOGIT_BIAS, dtype=np.float32)
+        inside, own = self._columns(np.fromiter(bias.keys(), dtype=np.int64))
+        columns[: len(own)] = own
+        values[: len(own)] = np.fromiter(bias.values(), dtype=np.float32)[inside]
+        self._bias_columns[slot] = self._on_device(columns)
+        self._bias[slot] = self._on_device(values)
+
+    def _set_words(self, slot: int, words: Sequence[Sequence[int]]) -> None:
+        beginnings = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS - 1), NO_TOKEN, dtype=np.int32)
+        lasts = np.full(MAX_BAD_WORDS, NO_TOKEN, dtype=np.int64)
+        for i, word in enumerate(words):
+            beginnings[i, 1 - len(word) :] = word[:-1]
+            lasts[i] = word[-1]
+        self._beginnings[slot] = self._on_device(beginnings)
+        self._lasts[slot] = self._on_device(lasts)
+
+    def _columns(self, token_ids: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+        """Which of the token ids are in this shard, and the columns of those."""
+        columns = token_ids - self._first
+        inside = (columns >= 0) & (columns < self._shard_size)
+        return inside, columns[inside]
+
+    def _on_device(self, array: NDArray[np.generic]) -> Tensor:
+        return to_device(array, self._device)

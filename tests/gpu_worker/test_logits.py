@@ -1,0 +1,103 @@
+"""Logits processors of sequences: against transformers' own, wherever a sequence was admitted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
+
+from nanovllm.messages import Admission, pack
+from nanovllm.protocol import Sampling
+from nanovllm.services.gpu_worker.logits import LogitsProcessors
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VOCAB = 70
+SLOTS = 3
+ids = st.integers(0, VOCAB - 1)
+penalties = st.sampled_from([0.0, 0.0, 0.5, 1.75, -1.25])
+samplings = st.builds(
+    Sampling,
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.6]),
+    frequency_penalty=penalties,
+    presence_penalty=penalties,
+    logit_bias=st.dictionaries(ids, st.sampled_from([-100.0, -1.5, 3.25, 100.0]), max_size=4),
+    min_tokens=st.integers(0, 6),
+    stop_token_ids=st.lists(ids, max_size=3),
+    bad_words=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), max_size=4),
+    allowed_token_ids=st.none() | st.lists(ids, min_size=1, max_size=60),
+)
+
+
+def expected(logits: Tensor, sampling: Sampling, prompt: list[int], output: list[int]) -> Tensor:
+    """By transformers' processors, and by hand for what it lacks: float32 [VOCAB]."""
+    sequence = torch.tensor([prompt + output])
+    row: Tensor = logits[None].clone()
+    before, after = LogitsProcessorList(), LogitsProcessorList()
+    if sampling.logit_bias:
+        bias = [[[token], value] for token, value in sampling.logit_bias.items()]
+        before.append(SequenceBiasLogitsProcessor(bias))
+    before.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    row = before(sequence, row)
+    for token in set(output):
+        row[0, token] -= sampling.frequency_penalty * output.count(token)
+        row[0, token] -= sampling.presence_penalty
+    words = [word for word in sampling.bad_words if not isinstance(word, str)]
+    if words:
+        after.append(NoBadWordsLogitsProcessor(words))
+    if sampling.stop_token_ids:
+        eos: Any = sampling.stop_token_ids
+        after.append(MinNewTokensLengthLogitsProcessor(len(prompt), sampling.min_tokens, eos))
+    row = after(sequence, row)
+    if sampling.allowed_token_ids is not None:
+        ruled_out = torch.ones_like(logits, dtype=torch.bool)
+        ruled_out[sampling.allowed_token_ids] = False
+        row.masked_fill_(ruled_out, -torch.inf)
+    result: Tensor = row[0]
+    return result
+
+
+@given(
+    samplings,
+    st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    st.lists(st.integers(0, 9), max_size=12),
+    st.data(),
+)
+def test_every_row_is_processed_as_transformers_does(
+    sampling: Sampling, prompt: list[int], output: list[int], data: st.DataObject
+) -> None:
+    """On one rank and on two; a sequence that was admitted with some of its output already."""
+    had = data.draw(st.integers(0, len(output)))
+    first = data.draw(st.sampled_from([VOCAB, 33]))
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(len(output))) * 3
+    slots = torch.tensor([1], device=DEVICE)
+    found = []
+    for start, end in ((0, first), (first, VOCAB)):
+        if start == end:
+            continue
+        shard = VocabShard(TensorParallel(), start)
+        processors = LogitsProcessors(SLOTS, VOCAB, shard, end - start, DEVICE)
+        # Another sequence had the slot before.
+        processors.admit([Admission(1, pack([1, 2, 3]), 1, b"", 0, Sampling(min_tokens=9))])
+        tokens = pack(prompt + output[:had])
+        processors.admit([Admission(1, tokens, len(prompt), b"", 0, sampling)])
+        for token in output[had:]:
+            processors.advance(slots, torch.tensor([token], device=DEVICE))
+        row = logits[None, start:end].clone().to(DEVICE)
+        position = torch.tensor([len(prompt) + len(output)], device=DEVICE)
+        processors.process(row, slots, position)
+        found.append(row[0].cpu())
+    np.testing.assert_allclose(
+        torch.cat(found).numpy(), expected(logits, sampling, prompt, output).numpy(), rtol=1e-6
+    )

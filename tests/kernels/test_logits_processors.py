@@ -1,0 +1,108 @@
+"""Logits processors: the reference against transformers' own, the kernel against the reference (on
+a CPU in Triton's interpreter)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+from nanovllm.kernels.logits import fused, processors
+from nanovllm.kernels.logits.processors import IN_PROMPT, MOST_COUNTED, WORD_BITS, ProcessorState
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SLOTS = 6
+
+
+def bits(token_ids: list[int], vocab: int) -> Tensor:
+    """A set of token ids as `ProcessorState` has it."""
+    sets = torch.zeros(-(-vocab // WORD_BITS) * WORD_BITS, dtype=torch.int64)
+    sets[token_ids] = 1
+    shifted = sets.view(-1, WORD_BITS) << torch.arange(WORD_BITS)
+    return shifted.sum(dim=-1).to(torch.int32)
+
+
+def random_state(vocab: int, first: int, shard: int) -> ProcessorState:
+    generator = torch.Generator().manual_seed(vocab + first)
+    seen = torch.randint(-3, 3, (SLOTS, shard), generator=generator).clamp_min(0)
+    seen[torch.rand(SLOTS, shard, generator=generator) < 0.2] |= IN_PROMPT
+    seen[0, :3] = torch.tensor([MOST_COUNTED, MOST_COUNTED | IN_PROMPT, IN_PROMPT])
+    random = torch.rand(SLOTS, vocab, generator=generator)
+    state = ProcessorState(
+        repetition=torch.tensor([1.0, 1.0, 1.0, 1.3, 0.7, 1.1]),
+        frequency=torch.tensor([0.0, 0.5, 0.0, 0.0, -0.3, 0.7]),
+        presence=torch.tensor([0.0, 0.0, 1.5, 0.0, 0.2, -2.0]),
+        min_length=torch.tensor([0, 0, 9, 9, 9, 100]),
+        seen=seen.to(torch.int16),
+        allowed=torch.stack(
+            [bits((row < 0.8).nonzero().flatten().tolist(), vocab) for row in random]
+        ),
+        held_off=torch.stack(
+            [bits((row < 0.1).nonzero().flatten().tolist(), vocab) for row in random]
+        ),
+    )
+    return ProcessorState(*(tensor.to(DEVICE) for tensor in state))
+
+
+@pytest.mark.parametrize(
+    ("vocab", "first", "shard"), [(100, 0, 100), (5000, 0, 5000), (4103, 2051, 2052)]
+)
+def test_the_kernel_equals_the_reference(vocab: int, first: int, shard: int) -> None:
+    state = random_state(vocab, first, shard)
+    slots = torch.tensor([5, 0, 1, 4, 3, 2], device=DEVICE)
+    positions = torch.tensor([99, 9, 9, 8, 9, 3], device=DEVICE)
+    logits = torch.randn(SLOTS, shard, generator=torch.Generator().manual_seed(1)) * 5
+    logits[1, 5:7] = torch.tensor([torch.nan, -torch.inf])
+    logits[2, :2] = 0
+    found, expected = logits.clone().to(DEVICE), logits.clone().to(DEVICE)
+    fused.process(found, state, slots, positions, first)
+    processors.process(expected, state, slots, positions, first)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(expected[0].cpu(), logits[0])
+
+
+def test_equal_to_transformers() -> None:
+    vocab, prompt, eos = 50, [3, 7, 7, 20], [1, 2]
+    forbidden = [5, 9]
+    output = [8, 8, 7]
+    ids = torch.tensor([prompt + output])
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(2)) * 4
+    theirs = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.4),
+            NoBadWordsLogitsProcessor([[token] for token in forbidden]),
+            MinNewTokensLengthLogitsProcessor(len(prompt), 4, eos),
+        ]
+    )
+    expected = theirs(ids, logits.clone())
+    seen = torch.zeros(1, vocab, dtype=torch.int16)
+    seen[0, prompt] = IN_PROMPT
+    for token in output:
+        seen[0, token] += 1
+    state = ProcessorState(
+        repetition=torch.tensor([1.4]),
+        frequency=torch.zeros(1),
+        presence=torch.zeros(1),
+        min_length=torch.tensor([len(prompt) + 4]),
+        seen=seen,
+        allowed=bits([t for t in range(vocab) if t not in forbidden], vocab)[None],
+        held_off=bits(eos, vocab)[None],
+    )
+    found = logits.clone()
+    processors.process(found, state, torch.tensor([0]), torch.tensor([len(ids[0])]), 0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    processors.process(found, state, torch.tensor([0]), torch.tensor([len(ids[0]) + 1]), 0)
+    counted = logits.clone()
+    state = state._replace(
+        repetition=torch.ones(1), frequency=torch.tensor([0.5]), presence=torch.tensor([0.25])
+    )
+    processors.process(counted, state, torch.tensor([0]), torch.tensor([99]), 0)
+    difference = (logits - counted)[0]
+    assert difference[[8, 7, 3, 4]].tolist() == pytest.approx([1.25, 0.75, 0, 0], abs=1e-6)
+    assert counted[0, eos].isfinite().all(), "long enough to end"
