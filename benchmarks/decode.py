@@ -51,6 +51,7 @@ BYTES_PER_VALUE = 2
 @click.option("--temperature", default=0.6, show_default=True)
 @click.option("--top-k", default=0, show_default=True)
 @click.option("--top-p", default=1.0, show_default=True)
+@click.option("--penalties", is_flag=True, help="All three penalties for every sequence.")
 @click.option("--tp", "tensor_parallel_size", default=1, show_default=True)
 @click.option("--seconds", default=1.0, show_default=True, help="Length of each measurement.")
 @click.option("--attention", default="auto", show_default=True)
@@ -62,6 +63,7 @@ def main(
     temperature: float,
     top_k: int,
     top_p: float,
+    penalties: bool,
     tensor_parallel_size: int,
     seconds: float,
     attention: str,
@@ -75,6 +77,9 @@ def main(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            presence_penalty=0.1 * penalties,
+            frequency_penalty=0.1 * penalties,
+            repetition_penalty=1 + 0.1 * penalties,
             ignore_eos=True,
             max_tokens=Settings().max_model_len,
         )
