@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +270,34 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such model"):
         resolve_model(str(tmp_path / "nothing"))
     assert resolve_model(str(tmp_path)) == tmp_path.resolve()
+
+
+def test_what_is_no_checkpoint_is_named_as_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.gguf"
+    for name in (str(file), "owner/model.gguf"):
+        with pytest.raises(CheckpointError, match=r"model\.gguf is a GGUF file.*not served"):
+            resolve_model(name)
+    file.touch()
+    with pytest.raises(CheckpointError, match=f"^{tmp_path} has only GGUF files"):
+        resolve_model(str(tmp_path))
+    weights = tmp_path / "model.safetensors"
+    weights.touch()
+    with pytest.raises(CheckpointError, match="is a file: name the directory"):
+        resolve_model(str(weights))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"^owner/m-GGUF has no config\.json.*GGUF"):
+        resolve_model("owner/m-GGUF")
+
+
+def test_without_a_way_to_the_hub_the_error_says_what_to_do(tmp_path: Path) -> None:
+    ask = "from nanovllm.checkpoint import resolve_model; resolve_model('owner/name')"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", ask], env={**os.environ, **offline}, capture_output=True, text=True
+    )
+    assert "`hf download owner/name --local-dir DIRECTORY`" in ran.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
