@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ import click
 
 from nanovllm import __version__
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
+from nanovllm.hints import LAUNCH_HINTS, HintingCommand
 from nanovllm.launch.console import passed_on
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.options import settings_from, settings_options
 from nanovllm.service import LIFELINE_VARIABLE, settled
-from nanovllm.settings import DEFAULT_INGRESS, Settings, SettingsError
+from nanovllm.settings import DEFAULT_INGRESS, Settings, SettingsError, default_runtime_dir
 from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectable, is_local
 
 log = logging.getLogger(__name__)
 
 
 @click.command(
+    cls=HintingCommand,
+    hints=LAUNCH_HINTS,
     help="""Serve a Qwen3 or Qwen2.5 model: ingress, tokenizers, scheduler, GPU workers and
     detokenizers, each a process of its own.
 
@@ -37,6 +41,7 @@ log = logging.getLogger(__name__)
     \b
     Examples:
       nanovllm-launch
+      nanovllm serve                            (the same command)
       nanovllm-launch Qwen/Qwen3-0.6B --tp 2
       nanovllm-launch ./checkpoint --device cpu --max-model-len 2048
     """,
@@ -86,10 +91,31 @@ def _check_free(settings: Settings) -> None:
 def _announce(settings: Settings, name: str) -> None:
     bound = settings.client_endpoints[0]
     endpoint = connectable(bound)
-    where = "" if endpoint == DEFAULT_INGRESS else f" --endpoint {shlex.quote(endpoint)}"
+    where = ""
+    if settings.runtime_dir != default_runtime_dir() or not settings.ingress:
+        where = f" --runtime-dir {shlex.quote(os.path.abspath(settings.runtime_dir))}"
+    elif endpoint != DEFAULT_INGRESS:
+        where = f" --endpoint {shlex.quote(endpoint)}"
+    nanovllm = _command()
     click.echo(f"nanovllm serves {name} at {bound}")
-    click.echo(f"try:  nanovllm generate 'Once upon a time'{where}")
+    click.echo(f"try:  {nanovllm} generate 'Once upon a time'{where}")
+    click.echo(f"      {nanovllm} chat{where}")
+    click.echo(f"      {nanovllm} status{where}")
+    click.echo("Ctrl-C stops the pipeline.")
     sys.stdout.flush()
+
+
+def _command() -> str:
+    """How a shell in this directory calls this installation's `nanovllm`."""
+    python = Path(sys.executable)
+    script = python.with_name("nanovllm")
+    found = shutil.which("nanovllm")
+    if found is not None and (found == str(script) or not script.exists()):
+        return "nanovllm"
+    if script.exists():
+        here = Path.cwd()
+        return shlex.quote(str(script.relative_to(here) if here in script.parents else script))
+    return f"{shlex.quote(str(python))} -m nanovllm"
 
 
 if __name__ == "__main__":

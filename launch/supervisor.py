@@ -14,8 +14,6 @@ from collections.abc import Callable
 import zmq
 
 from nanovllm.control import (
-    ROLES,
-    SCALABLE_ROLES,
     Crashed,
     Done,
     Drain,
@@ -46,7 +44,7 @@ from nanovllm.launch.groups import (
 from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.progress import LoadingBar
-from nanovllm.settings import MAX_SERVICES, Settings
+from nanovllm.settings import MAX_SERVICES, ROLES, SCALABLE_ROLES, Settings
 from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.wording import counted
 
@@ -201,6 +199,7 @@ class Supervisor:
             return
         self._drain_until = now + self._settings.drain_timeout
         if self._owner is None:  # there is a person to tell
+            self._bar.write("supervisor | stopping")
             self._drain_unannounced_since = now
         if self._ingress is not None:  # otherwise the ingress is told when it connects
             self._control.send(self._ingress, [Drain(0.0)])

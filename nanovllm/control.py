@@ -6,9 +6,6 @@ from typing import Literal
 
 from nanovllm.messages import Message
 
-ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer")
-SCALABLE_ROLES = ("tokenizer", "detokenizer")
-
 LoadingStage = Literal["loading weights", "measuring memory", "capturing graphs"]
 
 

@@ -10,7 +10,7 @@ import msgspec
 from click.core import ParameterSource
 from msgspec import inspect
 
-from nanovllm.settings import Settings, flag, with_fitting_defaults
+from nanovllm.settings import RUNTIME_DIR_VARIABLE, Settings, flag, with_fitting_defaults
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -81,9 +81,16 @@ def _option(field: inspect.Field) -> Callable[[Command], Command]:
         above = described.gt is not None
         low = described.gt if above else described.ge
         kind = click.FloatRange(low, described.le, min_open=above)
-    shown = default != ""
+    variable = RUNTIME_DIR_VARIABLE if field.name == "runtime_dir" else None
     return click.option(
-        *names, field.name, type=kind, default=default, show_default=shown, help=help_text
+        *names,
+        field.name,
+        type=kind,
+        default=default,
+        show_default=default != "",
+        envvar=variable,
+        show_envvar=variable is not None,
+        help=help_text,
     )
 
 

@@ -17,9 +17,14 @@ from msgspec import Meta
 from nanovllm.transport.endpoints import LONGEST_IPC_PATH, is_local
 
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
+# What a terminal's commands use where no option says which pipeline.
+ENDPOINT_VARIABLE = "NANOVLLM_ENDPOINT"
+RUNTIME_DIR_VARIABLE = "NANOVLLM_RUNTIME_DIR"
 # The sockets in the runtime directory.
 SocketName = Literal["ingress", "services", "scheduler", "workers", "control"]
-# At most so many tokenizers, and so many detokenizers.
+ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer")
+SCALABLE_ROLES = ("tokenizer", "detokenizer")
+# At most so many of each.
 MAX_SERVICES = 64
 
 
@@ -168,6 +173,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                     f"--ingress {self.ingress} is beyond loopback, and whoever reaches it may use"
                     " the pipeline: bind 127.0.0.1, or allow it with --insecure"
                 )
+        if self.num_kvcache_blocks == 0:
+            raise SettingsError("--num-kvcache-blocks is 0: give 1 or more, or -1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise SettingsError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least"

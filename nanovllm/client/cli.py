@@ -7,20 +7,26 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import click
 
 from nanovllm import __version__
-from nanovllm.client import status as status_view
-from nanovllm.client.control import Control
+from nanovllm.__main__ import EXIT_INTERRUPTED
+from nanovllm.client.answers import cut, note, show
+from nanovllm.client.chat import Chat
 from nanovllm.client.results import PipelineUnavailable, RequestError
-from nanovllm.client.sync import Client, Stream
-from nanovllm.control import ROLES, SCALABLE_ROLES, Restart, Scale
+from nanovllm.client.sync import Client
+from nanovllm.client.where import Where, pipeline_options
+from nanovllm.hints import REQUEST_HINTS, HintingCommand
 from nanovllm.protocol import Pong
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.settings import DEFAULT_INGRESS, MAX_SERVICES, SettingsError, default_runtime_dir
+from nanovllm.settings import MAX_SERVICES, ROLES, SCALABLE_ROLES, SettingsError
 from nanovllm.wording import counted
+
+if TYPE_CHECKING:
+    from nanovllm.client.control import Control
+    from nanovllm.control import Restart, Scale
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -28,9 +34,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PATIENCE_S: Final = 1.0
 
 _REQUEST_OPTIONS = [
-    click.option(
-        "--endpoint", default=DEFAULT_INGRESS, show_default=True, help="Where the pipeline serves."
-    ),
     click.option("--max-tokens", default=512, show_default=True, help="Output tokens at most."),
     click.option("--temperature", default=0.6, show_default=True, help="0 is greedy."),
     click.option(
@@ -59,19 +62,12 @@ def _request_options(command: Command) -> Command:
     return command
 
 
-_runtime_dir_option = click.option(
-    "--runtime-dir",
-    default=default_runtime_dir,
-    show_default=default_runtime_dir(),
-    help="The pipeline's runtime directory (nanovllm-launch --runtime-dir).",
-)
-
-
 @click.group(
-    help="""Talk to a running pipeline (nanovllm-launch starts one).
+    help="""Serve a model, and talk to a pipeline that serves one.
 
     \b
     Examples:
+      nanovllm serve Qwen/Qwen3-0.6B
       nanovllm generate "Once upon a time"
       nanovllm chat
       nanovllm status
@@ -86,6 +82,20 @@ def main() -> None:
 
 
 @main.command(
+    context_settings={"ignore_unknown_options": True},
+    add_help_option=False,
+    short_help="Serve a model: the same as nanovllm-launch.",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(arguments: tuple[str, ...]) -> None:
+    from nanovllm.launch.cli import main as launch
+
+    launch(list(arguments), prog_name="nanovllm serve")
+
+
+@main.command(
+    cls=HintingCommand,
+    hints=REQUEST_HINTS,
     help="""Continue PROMPT, streaming to stdout; "-" reads it from stdin.
 
     \b
@@ -97,26 +107,34 @@ def main() -> None:
 )
 @click.argument("prompt")
 @_request_options
-def generate(endpoint: str, prompt: str, **sampling: Any) -> None:
+@pipeline_options
+def generate(where: Where, prompt: str, **sampling: Any) -> None:
     with _told_in_one_line():
         text = sys.stdin.read() if prompt == "-" else prompt
         params = SamplingParams(**sampling)
-        with Client(endpoint) as client, client.generate(text, params, stream=True) as stream:
-            _answering(client, endpoint)
-            _print(stream)
+        with Client(where.ingress) as client:
+            _answering(client, where.ingress)
+            shown = show(client.generate(text, params, stream=True))
+        if shown.completion is None:
+            _interrupted()
+        if why := cut(shown.completion, params.max_tokens):
+            note(why)
 
 
 @main.command(
+    cls=HintingCommand,
+    hints=REQUEST_HINTS,
     help="""Chat with the model. With MESSAGE: one answer, and done.
 
-    Ctrl-C stops an answer; Ctrl-D ends the chat.
+    Ctrl-C stops an answer; Ctrl-D ends the chat; /help lists the chat's commands. The messages
+    typed are kept for the arrow keys, in ~/.local/state/nanovllm.
 
     \b
     Examples:
       nanovllm chat
       nanovllm chat "Tell me a story about a fox." --no-thinking
       nanovllm chat --system "You answer in rhymes."
-    """
+    """,
 )
 @click.argument("message", required=False)
 @click.option("--system", help="A system message in front of the chat.")
@@ -126,32 +144,25 @@ def generate(endpoint: str, prompt: str, **sampling: Any) -> None:
     help="Passed to the chat template as enable_thinking.",
 )
 @_request_options
+@pipeline_options
 def chat(
-    endpoint: str, message: str | None, system: str | None, thinking: bool | None, **sampling: Any
+    where: Where, message: str | None, system: str | None, thinking: bool | None, **sampling: Any
 ) -> None:
     with _told_in_one_line():
         params = SamplingParams(**sampling)
-        kwargs = None if thinking is None else {"enable_thinking": thinking}
-        history = [{"role": "system", "content": system}] if system else []
-        with Client(endpoint) as client:
-            pong = _answering(client, endpoint)
-
-            def answer(said: str) -> None:
-                history.append({"role": "user", "content": said})
-                stream = client.chat(history, params, stream=True, chat_template_kwargs=kwargs)
-                text = _print(stream, stoppable=message is None)
-                history.append({"role": "assistant", "content": text})
-
+        template = None if thinking is None else {"enable_thinking": thinking}
+        with Client(where.ingress) as client:
+            pong = _answering(client, where.ingress)
+            talk = Chat(client, params, template, system)
             if message is not None:
-                answer(message)
+                if not talk.say(message):
+                    _interrupted()
                 return
-            click.echo(f"{pong.model} at {endpoint}. Ctrl-C stops an answer, Ctrl-D ends the chat.")
-            for line in _lines():
-                try:
-                    answer(line)
-                except (RequestError, ValueError) as error:
-                    del history[-1]
-                    click.echo(f"Error: {error}", err=True)
+            tiny = " The demo model is tiny, and wanders after a turn or two." * (
+                pong.model == "demo"
+            )
+            click.echo(f"{pong.model} at {where.ingress}.{tiny} Ctrl-D ends the chat; /help.")
+            talk.run()
 
 
 @main.command(
@@ -166,10 +177,12 @@ def chat(
     """,
     short_help="Show the services of a running pipeline.",
 )
-@_runtime_dir_option
+@pipeline_options
 @click.option("--json", "as_json", is_flag=True, help="Counters for machines, as they are now.")
-def status(runtime_dir: str, as_json: bool) -> None:
-    with _told_in_one_line(), Control(runtime_dir) as control:
+def status(where: Where, as_json: bool) -> None:
+    from nanovllm.client import status as status_view
+
+    with _told_in_one_line(), where.control() as control:
         if as_json:
             click.echo(status_view.to_json(control.status()))
         else:
@@ -191,12 +204,14 @@ def status(runtime_dir: str, as_json: bool) -> None:
 )
 @click.argument("role", type=click.Choice(SCALABLE_ROLES), metavar="ROLE")
 @click.argument("count", type=click.IntRange(1, MAX_SERVICES))
-@_runtime_dir_option
-def scale(runtime_dir: str, role: str, count: int) -> None:
-    with _told_in_one_line(), Control(runtime_dir) as control:
+@pipeline_options
+def scale(where: Where, role: str, count: int) -> None:
+    from nanovllm.control import Scale
+
+    with _told_in_one_line(), where.control() as control:
         services = counted(count, role)
         click.echo(f"scaling to {services} …", err=True)
-        control.command(Scale(role, count))
+        _command(control, Scale(role, count))
         click.echo(f"{services} running")
 
 
@@ -219,13 +234,30 @@ def scale(runtime_dir: str, role: str, count: int) -> None:
     type=click.Choice([*ROLES, "all"]),
     metavar="ROLE",
 )
-@_runtime_dir_option
-def restart(runtime_dir: str, role: str) -> None:
-    with _told_in_one_line(), Control(runtime_dir) as control:
+@pipeline_options
+def restart(where: Where, role: str) -> None:
+    from nanovllm.control import Restart
+
+    with _told_in_one_line(), where.control() as control:
         services = "all services" if role == "all" else role
         click.echo(f"restarting {services} …", err=True)
-        control.command(Restart(role))
+        _command(control, Restart(role))
         click.echo(f"restarted {services}")
+
+
+def _command(control: Control, command: Scale | Restart) -> None:
+    """Returns when the command is done; Ctrl-C ends the waiting alone."""
+    try:
+        control.command(command)
+    except KeyboardInterrupt:
+        if control.asked:
+            click.echo("\nnot waited for; it goes on all the same: see `nanovllm status`", err=True)
+        raise
+
+
+def _interrupted() -> NoReturn:
+    """Ends like a program that Ctrl-C has ended."""
+    sys.exit(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager
@@ -233,6 +265,8 @@ def _told_in_one_line() -> Iterator[None]:
     """Turns the errors that a person can mend into one line, without a traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        _interrupted()
     except UnicodeDecodeError as error:
         raise click.ClickException(f"the input is not valid UTF-8: {error}") from None
     except (RequestError, PipelineUnavailable, SettingsError, ValueError) as error:
@@ -256,35 +290,6 @@ def _answering(client: Client, endpoint: str) -> Pong:
         return client.ping()
     finally:
         notice.cancel()
-
-
-def _print(stream: Stream, *, stoppable: bool = False) -> str:
-    """Prints the answer as it comes, and returns it. If `stoppable`, Ctrl-C ends the answer and not
-    the program."""
-    texts: list[str] = []
-    with stream, contextlib.suppress(*[KeyboardInterrupt] * stoppable):
-        for delta in stream:
-            texts.append(delta.text)
-            click.echo(delta.text, nl=False)
-    click.echo()
-    return "".join(texts)
-
-
-def _lines() -> Iterator[str]:
-    """The lines that the person types, until the end of input; Ctrl-C discards a line."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (gives `input` its line editing)
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            click.echo()
-            return
-        except KeyboardInterrupt:
-            click.echo()
-            continue
-        if line.strip():
-            yield line
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class Control:
 
     def __init__(self, runtime_dir: str) -> None:
         self._runtime_dir = runtime_dir
+        self.asked = False  # whether the supervisor has the latest question
         endpoint = Settings(runtime_dir=runtime_dir).control_endpoint
         if not os.path.exists(endpoint.removeprefix("ipc://")):
             raise self._nothing_runs()
@@ -57,24 +58,28 @@ class Control:
         """The answer. A status comes within `TIMEOUT_S`; the answer to a command comes when the
         command is done, so wait for it as long as the supervisor is connected."""
         deadline = time.monotonic() + TIMEOUT_S
-        asked = self._link.send([question])
+        self._send(question)
         poller = zmq.Poller()
         for socket in self._link.sockets:
             poller.register(socket, zmq.POLLIN)
         while True:
-            patient = asked and not isinstance(question, StatusRequest)
+            patient = self.asked and not isinstance(question, StatusRequest)
             left = deadline - time.monotonic()
             if left <= 0 and not patient:
                 raise self._nothing_runs()
             poller.poll(None if patient else int(left * 1000) + 1)
             for event in self._link.receive():
-                if isinstance(event, Up) and not asked:
-                    asked = self._link.send([question])
+                if isinstance(event, Up) and not self.asked:
+                    self._send(question)
                 elif isinstance(event, Down) and patient:
                     raise PipelineUnavailable("the pipeline ended before it was done")
                 elif isinstance(event, Received):
                     answer: FromSupervisor = event.message
                     return answer
+
+    def _send(self, question: StatusRequest | Scale | Restart) -> None:
+        self.asked = True  # Ctrl-C may come between the sending and its result
+        self.asked = self._link.send([question])
 
     def two_reports(self) -> tuple[Status, Status]:
         """The status twice, a second apart: the difference gives rates."""

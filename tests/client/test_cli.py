@@ -8,13 +8,11 @@ import functools
 import itertools
 import json
 import os
-import pty
 import re
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +37,12 @@ from nanovllm.control import (
     ToSupervisor,
     WorkerStats,
 )
-from nanovllm.protocol import Error, Generate
+from nanovllm.hints import LAUNCH_HINTS, REQUEST_HINTS
+from nanovllm.launch.cli import main as launch
+from nanovllm.protocol import Error
 from tests.client.double import Answer, answer_in_full, ingress
-from tests.client.test_client import has_abort, some_then_silence
 from tests.peer import Neighbourhood
+from tests.terminal import CTRL_C, TIMEOUT_S, terminal
 
 
 def run(*arguments: str, stdin: str | None = None) -> Any:
@@ -159,54 +159,6 @@ def test_a_line_that_is_no_text_does_not_end_the_chat() -> None:
     assert [m["content"] for m in sent.messages] == ["hello"]
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_chat() -> None:
-    def script(message: Any, session: str) -> Iterator[Answer]:
-        if isinstance(message, Generate) and len(message.messages or []) == 1:
-            yield from some_then_silence(message, session)
-        else:
-            yield from answer_in_full(message, session)
-
-    with ingress(script) as double:
-        terminal, inside = pty.openpty()
-        command = [sys.executable, "-m", "nanovllm.client.cli", "chat"]
-        chat = subprocess.Popen(
-            [*command, "--endpoint", double.endpoint, "--max-tokens", "2"],
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
-        )
-        os.close(inside)
-        screen = Screen(terminal)
-        screen.wait_for(b"> ")
-        os.write(terminal, b"hello\n")
-        screen.wait_for(b"a")
-        chat.send_signal(signal.SIGINT)
-        double.wait_for(has_abort)
-        screen.wait_for(b"> ")
-        os.write(terminal, b"go on\n")
-        screen.wait_for(b"<0><1>")
-        screen.wait_for(b"> ")
-        os.write(terminal, b"\x04")
-        assert chat.wait(30) == 0
-        os.close(terminal)
-        messages = double.generates[-1].messages
-        assert messages is not None
-        assert [m["content"] for m in messages] == ["hello", "a", "go on"]
-
-
-class Screen:
-    """What a program writes to a terminal, searched in order. pytest's timeout ends a wait."""
-
-    def __init__(self, terminal: int) -> None:
-        self._terminal = terminal
-        self._unread = b""
-
-    def wait_for(self, text: bytes) -> None:
-        while text not in self._unread:
-            self._unread += os.read(self._terminal, 4096)
-        self._unread = self._unread.partition(text)[2]
-
-
 # status -----------------------------------------------------------------------------------------
 
 
@@ -277,15 +229,16 @@ def test_a_reborn_service_has_no_rates_yet() -> None:
 
 
 @contextlib.contextmanager
-def supervisor() -> Iterator[str]:
-    """A supervisor that answers with `a_status`, in a thread; its runtime directory."""
+def supervisor(done: Callable[[], Done | None] = lambda: Done(None)) -> Iterator[str]:
+    """A supervisor that answers with `a_status`, in a thread; its runtime directory. A command's
+    answer is what `done` returns."""
     asked = itertools.count(1)
 
     def answer(message: Any) -> Status | Done | None:
         if isinstance(message, StatusRequest):
             number = next(asked)
             return a_status(number, 0.5 * number, 0.9 * number)
-        return Done(None) if isinstance(message, Restart | Scale) else None
+        return done() if isinstance(message, Restart | Scale) else None
 
     def serve() -> None:
         while not stopping.is_set():
@@ -319,6 +272,70 @@ def test_commands_tell_what_is_going_on_and_what_was_done() -> None:
         assert (ran.stderr, ran.stdout) == ("restarting gpu_worker …\n", "restarted gpu_worker\n")
         ran = run("scale", "tokenizer", "1", "--runtime-dir", runtime_dir)
         assert (ran.stderr, ran.stdout) == ("scaling to 1 tokenizer …\n", "1 tokenizer running\n")
+
+
+def test_ctrl_c_ends_the_waiting_and_says_that_the_command_goes_on() -> None:
+    asked = threading.Event()
+    with supervisor(asked.set) as runtime_dir:
+        command = (sys.executable, "-m", "nanovllm", "restart", "all")
+        with terminal(command, NANOVLLM_RUNTIME_DIR=runtime_dir) as shown:
+            assert asked.wait(TIMEOUT_S)
+            shown.press(CTRL_C)
+            assert shown.wait() == 130
+            *_, last = shown.shown.splitlines()
+            assert last == "not waited for; it goes on all the same: see `nanovllm status`"
+
+
+def test_options_and_the_environment_say_which_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    with supervisor() as runtime_dir:
+        monkeypatch.setattr("nanovllm.client.where.default_runtime_dir", lambda: runtime_dir)
+        served = ("--endpoint", "tcp://127.0.0.1:5555")
+        for options in ((), served, ("--endpoint", f"ipc://{runtime_dir}/ingress.sock")):
+            assert "the demo model" in run("status", *options).output
+        ran = run("scale", "tokenizer", "2", "--endpoint", "tcp://127.0.0.1:6666")
+        assert f"pipeline in {runtime_dir} serves at tcp://127.0.0.1:5555, not at" in ran.output
+        monkeypatch.setenv("NANOVLLM_RUNTIME_DIR", "/nowhere")
+        assert "no pipeline runs in /nowhere" in run("status").output
+        assert "the demo model" in run("status", *served).output
+    with ingress(answer_in_full) as double:
+        for variable, value in (("ENDPOINT", double.endpoint), ("RUNTIME_DIR", "/nowhere")):
+            monkeypatch.setenv(f"NANOVLLM_{variable}", value)
+        assert run("generate", "x", "--max-tokens", "1").output == "<1>\n"
+        monkeypatch.setenv("NANOVLLM_ENDPOINT", "nowhere")
+        here = ("--endpoint", double.endpoint)
+        assert run("generate", "x", "--max-tokens", "1", *here).output == "<1>\n"
+        ran = run("generate", "x", "--runtime-dir", "/" + "x" * 200)
+        assert "--runtime-dir is too long" in ran.output
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "status", "scale", "restart"])
+def test_help_names_the_variables(command: str) -> None:
+    shown = run(command, "--help").output
+    assert "NANOVLLM_ENDPOINT" in shown
+    assert "NANOVLLM_RUNTIME_DIR" in shown
+
+
+def test_options_of_others_get_a_hint() -> None:
+    ran = run("generate", "x", "--port", "8000")
+    assert ran.exit_code == 2
+    assert "No such option: --port; nanovllm has --endpoint tcp://HOST:PORT" in ran.output
+    assert "Did you mean --seed" in run("generate", "x", "--sed", "1").output.replace("'", "")
+    assert "nanovllm has --ingress" in run("serve", "--host", "x").output
+    launch_options = {name for option in launch.params for name in option.opts}
+    request_options = {"--endpoint", "--max-tokens", "--system"}
+    for hints, options in ((LAUNCH_HINTS, launch_options), (REQUEST_HINTS, request_options)):
+        named = {word for hint in hints.values() for word in re.findall(r"--[a-z-]+", hint)}
+        assert named <= options
+        assert not hints.keys() & options
+
+
+def test_serve_is_the_launcher() -> None:
+    helped = CliRunner().invoke(launch, ["--help"], prog_name="nanovllm serve")
+    assert run("serve", "--help").output == helped.output
+    command = (sys.executable, "-m", "nanovllm", "serve", "./nothing")
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "no such model: ./nothing" in ran.stderr
 
 
 @pytest.mark.parametrize("leftover", [False, True])

@@ -27,3 +27,14 @@ def test_messages_import_no_client_and_clients_neither_torch_nor_the_launcher() 
         "assert not [name for name in sys.modules if name.startswith('nanovllm.launch')]\n"
     )
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "prompt_toolkit", "rich", "numpy", "nanovllm.launch")
+    check = (
+        "import sys\n"
+        "from nanovllm.client.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        f"assert not set({heavy!r}) & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)

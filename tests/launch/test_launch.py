@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,8 @@ from benchmarks.support.pipeline import (
     READY_TIMEOUT_S,
     Pipeline,
 )
-from nanovllm import Client
 from nanovllm.checkpoint import DEMO_CHECKPOINT
+from nanovllm.settings import default_runtime_dir
 
 SIM = ("--device", "sim", "--sim-step-ms", "1")
 ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer")
@@ -54,6 +55,7 @@ def test_a_signal_ends_everything_and_leaves_nothing(sim: Pipeline, number: sign
     assert sorted(role_of(process) for process in running) == sorted(ROLES)
     sim.process.send_signal(number)
     assert sim.process.wait(END_TIMEOUT_S) == 0
+    sim.wait_for("stopping", END_TIMEOUT_S)
     assert gone(running, 0)
     assert not sim.runtime_dir.exists()
     assert "draining" not in sim.transcript, "nothing was unfinished"
@@ -112,6 +114,7 @@ def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
     llama = config(tmp_path, model_type="llama")
     assert "only dense 'qwen2' and 'qwen3' are served" in refused(str(llama), *private)
     assert "--tp 3 does not divide" in refused("--tp", "3", *private)
+    assert "--num-kvcache-blocks is 0" in refused("--num-kvcache-blocks", "0", *private)
     assert "--device" in refused("--device", "abacus", *private)
     small = ("--kvcache-block-size", "16", "--num-kvcache-blocks", "8", *SIM)
     assert "not enough memory for one sequence" in refused(*small, *private)
@@ -141,15 +144,43 @@ def test_a_taken_endpoint_and_a_taken_runtime_dir_are_named(
         assert not os.path.exists(other)
 
 
-def test_every_interface_is_announced_as_it_is_reached() -> None:
+def tried(pipeline: Pipeline, **environment: str) -> None:
+    """Runs the commands that the launcher proposes, except for the chat."""
+    said = [line.removeprefix("try:").strip() for line in pipeline.output if "nanovllm " in line]
+    (generate,) = [line for line in said if " generate " in line]
+    (status,) = [line for line in said if " status" in line]
+    for command in (f"{generate} --max-tokens 3", status):
+        ran = subprocess.run(
+            command,
+            shell=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        assert (ran.returncode, ran.stderr) == (0, ""), command
+
+
+@pytest.fixture
+def no_nanovllm_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+
+@pytest.mark.usefixtures("no_nanovllm_on_path")
+def test_what_the_launcher_proposes_works_as_it_stands(sim: Pipeline) -> None:
+    tried(sim)
+
+
+def test_every_interface_is_announced_as_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    with Pipeline("", *SIM, "--ingress", f"tcp://*:{port}", "--insecure") as pipeline:
-        assert f"whoever reaches tcp://*:{port} may use the pipeline" in pipeline.transcript
-        line = pipeline.wait_for("try: ", END_TIMEOUT_S)
-        endpoint = line.rpartition("--endpoint ")[2]
-        with Client(endpoint, timeout=END_TIMEOUT_S) as client:
-            assert client.ping().model == "demo"
+    with tempfile.TemporaryDirectory(prefix="nv-") as base:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", base)
+        arguments = ("--ingress", f"tcp://*:{port}", "--insecure", "--runtime-dir")
+        with Pipeline("", *SIM, *arguments, default_runtime_dir()) as pipeline:
+            assert f"whoever reaches tcp://*:{port} may use the pipeline" in pipeline.transcript
+            line = pipeline.wait_for(" status", END_TIMEOUT_S)
+            assert line.endswith(f" status --endpoint tcp://127.0.0.1:{port}")
+            tried(pipeline)
 
 
 def test_every_service_can_be_started_alone_and_explains_itself() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.client.cli import main
 from nanovllm.launch.groups import MAX_FAILED_STARTS
 from tests.recovery.streams import Streams, check, mixed_cases, services, undisturbed
+from tests.terminal import ENTER, terminal
 
 SIM = ("--device", "sim", "--sim-step-ms", "4", "--kvcache-block-size", "16")
 LONG = SamplingParams(max_tokens=300, ignore_eos=True, seed=1)
@@ -54,6 +56,25 @@ def test_scaling_and_restarts_while_streams_run(sim: Pipeline) -> None:
     restarts = {service.role: service.restarts for service in sim.status().services}
     assert restarts == {role: 1 + (role == "scheduler") for role, _ in before}
     assert "RESTARTS" in command(sim, "status").output
+
+
+def test_a_chat_goes_on_while_services_are_killed(sim: Pipeline, tmp_path: Path) -> None:
+    chat = [sys.executable, "-m", "nanovllm", "chat", "--runtime-dir", str(sim.runtime_dir)]
+    roles = sorted(role for role, _ in services(sim))
+    with terminal([*chat, "--max-tokens", "300"], XDG_STATE_HOME=str(tmp_path)) as shown:
+        shown.wait_for("\n>")
+        for role in roles:
+            shown.press("Tell me more." + ENTER)
+            shown.wait_for("\n")
+            shown.wait_for(" ")
+            services(sim)[role, 0].kill()
+            sim.wait_for(f"{role} 0 was killed by SIGKILL", END_TIMEOUT_S)
+            shown.wait_for("[300 tokens, ")
+            shown.wait_for("\n>")
+            sim.status()  # once all are there again
+            services(sim)[role, 0].kill()
+        shown.press("/exit" + ENTER)
+        assert shown.wait() == 0
 
 
 def test_commands_explain_mistakes(sim: Pipeline, tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""The commands of a terminal: Ctrl-C ends them quietly at any time, also while they import."""
+
+from __future__ import annotations
+
+import sys
+
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    try:
+        from nanovllm.client.cli import main
+
+        main(prog_name="nanovllm")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def launch() -> None:
+    try:
+        from nanovllm.launch.cli import main
+
+        main(prog_name="nanovllm-launch")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
