@@ -13,12 +13,15 @@ from typing import Any
 import click
 
 from nanovllm import __version__
+from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
 from nanovllm.hints import LAUNCH_HINTS, HintingCommand
 from nanovllm.launch.console import passed_on
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
+from nanovllm.log import EventFormatter
 from nanovllm.options import settings_from, settings_options
+from nanovllm.progress import LoadingBar
 from nanovllm.service import LIFELINE_VARIABLE, settled
 from nanovllm.settings import DEFAULT_INGRESS, Settings, SettingsError, default_runtime_dir
 from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectable, is_local
@@ -53,17 +56,33 @@ log = logging.getLogger(__name__)
 def main(model: str, **options: Any) -> None:
     settings = settings_from({"model": model, **options})
     lifeline = os.environ.pop(LIFELINE_VARIABLE, None)
-    try:
-        with passed_on():
-            level = settings.log_level.upper()
-            logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-            _launch(settings, None if lifeline is None else int(lifeline))
-    except (CheckpointError, SettingsError, ServiceFailed, OSError) as error:
-        click.echo(f"nanovllm-launch: {error}", err=True)
-        sys.exit(1)
+    with passed_on():
+        bar = LoadingBar()
+        handler = _AboveTheBar(bar)
+        handler.setFormatter(EventFormatter("supervisor", settings.log_format))
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+        try:
+            _launch(settings, bar, None if lifeline is None else int(lifeline))
+        except (CheckpointError, SettingsError, ServiceFailed, OSError) as error:
+            if settings.log_format == "text":
+                click.echo(f"nanovllm-launch: {error}", err=True)
+            else:
+                log.critical("%s", error)
+            sys.exit(1)
+        except KeyboardInterrupt:  # before the supervisor took over
+            sys.exit(EXIT_INTERRUPTED)
 
 
-def _launch(settings: Settings, lifeline: int | None) -> None:
+class _AboveTheBar(logging.Handler):
+    def __init__(self, bar: LoadingBar) -> None:
+        super().__init__()
+        self._bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._bar.write(self.format(record))
+
+
+def _launch(settings: Settings, bar: LoadingBar, lifeline: int | None) -> None:
     directory = resolve_model(settings.model)
     config = ModelConfig.from_checkpoint(directory)
     if settings.device != "sim":
@@ -77,7 +96,7 @@ def _launch(settings: Settings, lifeline: int | None) -> None:
         )
     with runtime_dir(Path(settings.runtime_dir)):
         _check_free(settings)
-        Supervisor(settings, name, lambda: _announce(settings, name), lifeline).run()
+        Supervisor(settings, name, bar, lambda: _announce(settings, name), lifeline).run()
 
 
 def _check_free(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from nanovllm.control import Loading, Ready, Report, ServiceState, ServiceStatus
 from nanovllm.launch.groups import ServiceId
+from nanovllm.log import Event, event_of
 from nanovllm.options import settings_argv
 from nanovllm.output import PIPE_BYTES, output_pipe
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED, LIFELINE_VARIABLE, REASON_PREFIX
@@ -74,10 +75,10 @@ class ServiceProcess:
         else:
             self._report = said
 
-    def lines(self) -> list[str]:
-        """The complete lines that it has written since the last call, or the first of these; at its
-        end all, and an incomplete one. The line with its `reason` is left out: `how_it_ended` tells
-        the reason."""
+    def events(self) -> list[Event]:
+        """What it has logged and written, a complete line an event, since the last call, or the
+        first of these; at its end all, and an incomplete one. The event with its `reason` is left
+        out: `how_it_ended` tells the reason."""
         ended = self.process.poll() is not None
         # A process of its own that it has left behind may write without end, too.
         written = self._read(PIPE_BYTES if ended else READ_BYTES)
@@ -156,14 +157,14 @@ class ServiceProcess:
         except BlockingIOError:
             return b""
 
-    def _kept(self, lines: list[bytes]) -> Iterator[str]:
+    def _kept(self, lines: list[bytes]) -> Iterator[Event]:
         for line in lines:
-            text = line.decode(errors="replace").rstrip()
-            if text.startswith(REASON_PREFIX):
-                self.reason = text.removeprefix(REASON_PREFIX)
+            event = event_of(line.decode(errors="replace").rstrip(), str(self.id))
+            if event.level == "critical" and event.message.startswith(REASON_PREFIX):
+                self.reason = event.message.removeprefix(REASON_PREFIX)
             else:
-                self.last_lines.append(text)
-                yield text
+                self.last_lines += event.lines
+                yield event
 
 
 def end_all(services: list[ServiceProcess], grace_s: float) -> None:

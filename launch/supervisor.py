@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -43,10 +44,13 @@ from nanovllm.launch.groups import (
 )
 from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
+from nanovllm.log import render
 from nanovllm.progress import LoadingBar
 from nanovllm.settings import MAX_SERVICES, ROLES, SCALABLE_ROLES, Settings
 from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.wording import counted
+
+log = logging.getLogger(__name__)
 
 INGRESS = ServiceId("ingress", 0)
 # How long an ingress that starts during a drain takes requests, so that the clients of the ingress
@@ -67,6 +71,7 @@ class Supervisor:
     Args:
         settings: as `service.settled` returns them.
         model: the model's name, for people.
+        bar: shows the start.
         announce: called once, when every service is ready.
         lifeline: a descriptor that becomes readable when the program that owns the pipeline ends;
             None if a person started the pipeline.
@@ -76,14 +81,19 @@ class Supervisor:
     """
 
     def __init__(
-        self, settings: Settings, model: str, announce: Callable[[], None], lifeline: int | None
+        self,
+        settings: Settings,
+        model: str,
+        bar: LoadingBar,
+        announce: Callable[[], None],
+        lifeline: int | None,
     ) -> None:
         self._settings = settings
         self._model = model
         self._announce = announce
         self._announced = False
         self._owner = lifeline
-        self._bar = LoadingBar()
+        self._bar = bar
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._control = BoundLink(
             self._context,
@@ -135,7 +145,7 @@ class Supervisor:
                 self._do(action)
             self._show()
             if self._drain_until is not None and now >= self._drain_until:
-                self._bar.write("supervisor | requests that are unfinished end here")
+                log.warning("requests that are unfinished end here")
                 self._over = True
             self._over = self._over or self._owner in readable
             wait_s = self._policy.wait_s(now)
@@ -199,7 +209,7 @@ class Supervisor:
             return
         self._drain_until = now + self._settings.drain_timeout
         if self._owner is None:  # there is a person to tell
-            self._bar.write("supervisor | stopping")
+            log.info("stopping")
             self._drain_unannounced_since = now
         if self._ingress is not None:  # otherwise the ingress is told when it connects
             self._control.send(self._ingress, [Drain(0.0)])
@@ -211,9 +221,10 @@ class Supervisor:
             return
         if stats.requests:
             self._drain_unannounced_since = math.inf
-            self._bar.write(
-                f"supervisor | draining: {counted(stats.requests, 'request')} unfinished,"
-                f" {self._settings.drain_timeout:g} s at most; Ctrl-C again ends at once"
+            log.info(
+                "draining: %s unfinished, %g s at most; Ctrl-C again ends at once",
+                counted(stats.requests, "request"),
+                self._settings.drain_timeout,
             )
 
     def _look_after_processes(self, now: float) -> None:
@@ -224,8 +235,9 @@ class Supervisor:
             # Polled again, so that no service is seen before another whose end was the cause.
             ended = [service for service in alive if service.process.poll() is not None]
         for service in alive:
-            if lines := service.lines():
-                self._bar.write("\n".join(f"{service.id} | {line}" for line in lines))
+            if events := service.events():
+                log_format = self._settings.log_format
+                self._bar.write("\n".join(render(event, log_format) for event in events))
         for service in sorted(ended, key=ServiceProcess.distance_from_the_cause):
             self._poller.unregister(service.output)
             service.close()
@@ -233,7 +245,7 @@ class Supervisor:
                 group.ended(service.id, service.process.returncode, now)
             # If the policy gives up, `ServiceFailed` says how the service ended.
             if service.stopping is None and not self._policy.gives_up:
-                self._bar.write(f"supervisor | {service.id} {service.how_it_ended()}")
+                log.warning("%s %s", service.id, service.how_it_ended())
 
     # What to do ---------------------------------------------------------------------------------
 
@@ -247,7 +259,7 @@ class Supervisor:
                 self._services[service_id].stop(signal.SIGTERM)
             case Kill(service=service_id, why=why):
                 if why:
-                    self._bar.write(f"supervisor | {service_id} is killed: {why}")
+                    log.warning("%s is killed: %s", service_id, why)
                     if not self._services[service_id].stopped:
                         self._blame(service_id)
                 self._services[service_id].stop(signal.SIGKILL)

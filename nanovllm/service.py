@@ -25,6 +25,7 @@ import zmq
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, resolve_model
 from nanovllm.control import Drained, FromSupervisor, Loading, LoadingStage, Ready, Report, Stats
+from nanovllm.log import log_to_stderr
 from nanovllm.options import settings_from, settings_options
 from nanovllm.output import lossy
 from nanovllm.settings import Settings, SettingsError
@@ -46,8 +47,8 @@ M = TypeVar("M")
 
 # Exit code of a service that its options keep from running: a restart would not help.
 EXIT_MISCONFIGURED = 2
-# Begins the line of output that tells why.
-REASON_PREFIX = "CRITICAL cannot start: "
+# Begins the critical event that tells why.
+REASON_PREFIX = "cannot start: "
 # Exit code of a service that ends because another has ended.
 EXIT_FOLLOWED = 3
 OFF_STEP_PATH_NICENESS = 10
@@ -240,11 +241,8 @@ def service_command(
         settings = settings_from(options)
         # A pipe to the supervisor, which may be stopped.
         sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            format="%(levelname)s %(message)s",
-            stream=sys.stderr,
-        )
+        log_format = "json" if LIFELINE_VARIABLE in os.environ else settings.log_format
+        log_to_stderr(f"{role} {index}", log_format, settings.log_level)
         _end_with_the_launcher()
         if not on_step_path:
             os.nice(OFF_STEP_PATH_NICENESS)
@@ -252,7 +250,7 @@ def service_command(
             service = Service(role, index, settings)
             serve(service)
         except (CheckpointError, SettingsError, EndpointUnusable) as error:
-            log.critical("cannot start: %s", error)
+            log.critical("%s%s", REASON_PREFIX, error)
             sys.exit(EXIT_MISCONFIGURED)
 
     return command

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from nanovllm.log import LogFormat
 from nanovllm.transport.endpoints import LONGEST_IPC_PATH, is_local
 
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
@@ -157,8 +158,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 30.0
 
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], _option("What the services log.")
+        Literal["debug", "info", "warning", "error"], _option("The least that is logged.")
     ] = "info"
+    log_format: Annotated[LogFormat, _option("Lines of text, or a JSON object for each event.")] = (
+        "text"
+    )
 
     def __post_init__(self) -> None:
         if not self.runtime_dir:

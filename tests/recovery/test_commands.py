@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import os
 import shutil
 import signal
 import sys
@@ -176,3 +179,32 @@ def test_a_service_that_cannot_start_is_given_up(
     assert "detokenizer 0 ended with code 1 before it was ready, 5 times in a row" in line
     assert "the shelf is empty" in line
     assert not pipeline.runtime_dir.exists()
+
+
+def test_in_json_a_line_is_an_event_and_a_traceback_is_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'nanovllm.services.detokenizer' in sys.orig_argv:\n"
+        "    print('no event')\n"
+        "    from nanovllm.service import Service\n"
+        "    Service.run = lambda self, *_: int('the shelf is empty')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    pipeline = Pipeline("", *SIM, "--log-format", "json")
+    assert pipeline.launch().wait(READY_TIMEOUT_S) == 1
+    with pytest.raises(RuntimeError, match="the launcher ended"):
+        pipeline.wait_for("no such line", END_TIMEOUT_S)
+    events = [json.loads(line) for line in pipeline.output]
+    said = {(event["service"], event["level"], event["message"]) for event in events}
+    assert ("detokenizer 0", None, "no event") in said
+    assert ("supervisor", "warning", "detokenizer 0 ended with code 1") in said
+    (first, *_) = [event for event in events if "traceback" in event]
+    assert (first["service"], first["level"]) == ("detokenizer 0", "critical")
+    *_, last = first["traceback"].splitlines()
+    assert "the shelf is empty" in last
+    assert events[-1]["level"] == "critical"
+    assert last in events[-1]["message"]
+    times = [datetime.datetime.fromisoformat(event["time"]) for event in events]
+    assert all(time.tzinfo is not None for time in times)

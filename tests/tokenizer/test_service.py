@@ -40,5 +40,5 @@ def test_a_model_without_tokenizer_gets_one_clear_line() -> None:
         (Path(here.settings.model) / "tokenizer.json").unlink()
         code, output = here.ended(here.start("tokenizer"))
     assert code == EXIT_MISCONFIGURED
-    assert output.startswith(f"{REASON_PREFIX}")
+    assert f" CRITICAL tokenizer 0 | {REASON_PREFIX}" in output
     assert output.count("\n") == 1
