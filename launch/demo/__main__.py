@@ -24,6 +24,7 @@ BAR = 30
 
 @click.command(help=__doc__)
 def main() -> None:
+    click.echo("The demo model is tiny: its stories wander, and a chat does after a turn or two.")
     click.echo("Launching ingress, tokenizer, scheduler, gpu_worker and detokenizer …")
     pipeline = PrivatePipeline(Settings(ingress="", log_level="warning"))
     try:
