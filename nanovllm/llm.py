@@ -5,19 +5,23 @@ Behind an LLM is a pipeline of its own, or a pipeline that runs already.
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any, Final, NotRequired, TypedDict, get_args, get_type_hints
 
 import msgspec
 
 from nanovllm.checkpoint import ModelConfig, resolve_model
-from nanovllm.client.connection import Connection
 from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.client.requests import Prompt, generate_message
-from nanovllm.client.results import Completion, PendingRequest, RequestError
+from nanovllm.client.results import Completion, PendingPing, PendingRequest, RequestError
+from nanovllm.client.thread import ConnectionThread
 from nanovllm.control import SchedulerStats
 from nanovllm.plain import plain
 from nanovllm.progress import GenerationBar, LoadingBar
@@ -48,7 +52,7 @@ class LLM:
     """Generates for many prompts at once.
 
     An LLM launches a pipeline of its own, which ends with the LLM and with its program, or uses a
-    running pipeline. An LLM belongs to one thread.
+    running pipeline. Any number of threads may use an LLM; a forked process makes one of its own.
 
     Args:
         model: checkpoint directory or hub id (downloaded, unless it is in the cache); "" is the
@@ -71,15 +75,15 @@ class LLM:
                 raise TypeError(f"a running pipeline (endpoint) has its own options; drop {given}")
             self._pipeline = None
             self._window = WINDOW
-            self._connection = Connection(endpoint, CONNECT_TIMEOUT_S)
+            self._thread = ConnectionThread(endpoint, CONNECT_TIMEOUT_S)
         else:
             settings = _settings(model, options)
             self._pipeline = PrivatePipeline(settings)
             room = max(1, settings.max_pending_requests // 2)  # of one session
             self._window = min(WINDOW + settings.max_num_seqs, room)
-            self._connection = Connection(self._pipeline.endpoint, PRIVATE_TIMEOUT_S)
+            self._thread = ConnectionThread(self._pipeline.endpoint, PRIVATE_TIMEOUT_S)
         self._tokens = 0  # in the outputs of all earlier calls
-        self._closing = weakref.finalize(self, _close, self._connection, self._pipeline)
+        self._closing = weakref.finalize(self, _close, self._thread, self._pipeline)
         try:
             self._wait_until_it_serves()
         except BaseException:
@@ -110,25 +114,26 @@ class LLM:
         """
         if not self._closing.alive:
             raise RuntimeError("the LLM is closed")
-        waiting = self._messages(_as_list(prompts), sampling_params)
-        index_of = {message.id: index for index, message in enumerate(waiting)}
+        self._thread.connection.check_process()
+        changed: queue.SimpleQueue[int] = queue.SimpleQueue()
+        waiting = deque(
+            PendingRequest(message, partial(changed.put, index), patient=True)
+            for index, message in enumerate(_messages(_as_list(prompts), sampling_params))
+        )
         outputs: list[LLMOutput | None] = [None] * len(waiting)
-        outstanding: set[PendingRequest] = set()
+        outstanding: dict[int, PendingRequest] = {}
         with GenerationBar(len(waiting), self._generated, self._tokens, shown=use_tqdm) as progress:
             try:
                 while waiting or outstanding:
-                    self._submit(waiting, outstanding)
-                    for request in self._ended(outstanding):
-                        index = index_of[request.message.id]
-                        completion = _result(request, index)
-                        outputs[index] = _output(completion)
-                        progress.done(len(completion.token_ids))
+                    self._submit(waiting, outstanding, len(outputs))
+                    for index in self._next(changed):
+                        if index in outstanding and outstanding[index].ended:
+                            completion = _result(outstanding.pop(index), index)
+                            outputs[index] = _output(completion)
+                            progress.done(len(completion.token_ids))
                     progress.tick()
             finally:
-                for request in outstanding:
-                    self._connection.core.abandon(request)
-                if self._closing.alive and outstanding:
-                    self._connection.pump()
+                self._thread.abandon(*outstanding.values())
         self._tokens += progress.tokens
         return [output for output in outputs if output is not None]
 
@@ -146,39 +151,27 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.exit()
 
-    def _messages(self, prompts: Sequence[Prompt], sampling_params: Any) -> deque[Generate]:
-        if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
-            params: Sequence[SamplingParams | None] = sampling_params
-            if len(params) != len(prompts):
-                raise ValueError(
-                    f"{counted(len(prompts), 'prompt')} but {len(params)} sampling_params: give one"
-                    " for each, or a single one for all"
-                )
-        else:
-            params = [sampling_params] * len(prompts)
-        messages: deque[Generate] = deque()
-        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-            request_id = self._connection.core.new_id()
-            try:
-                messages.append(generate_message(request_id, prompt, sampling, stream=False))
-            except (TypeError, ValueError) as error:
-                part = isinstance(prompt, Integral | Mapping)
-                hint = "; one prompt alone goes into a list, too: [prompt]" * part
-                raise type(error)(f"prompts[{index}]: {error}{hint}") from None
-        return messages
-
-    def _submit(self, waiting: deque[Generate], outstanding: set[PendingRequest]) -> None:
+    def _submit(
+        self, waiting: deque[PendingRequest], outstanding: dict[int, PendingRequest], total: int
+    ) -> None:
+        new: list[PendingRequest] = []
         while waiting and len(outstanding) < self._window:
-            outstanding.add(self._connection.core.submit(waiting.popleft(), patient=True))
+            outstanding[total - len(waiting)] = waiting[0]
+            new.append(waiting.popleft())
+        if new:
+            self._thread.submit(*new)
 
-    def _ended(self, outstanding: set[PendingRequest]) -> list[PendingRequest]:
-        """Waits for a while; takes the requests that have ended out of `outstanding`."""
-        changed = self._connection.wait(CHECK_PERIOD_S)
-        if not changed and self._pipeline is not None:
-            self._pipeline.check()
-        ended = [p for p in changed if isinstance(p, PendingRequest) and p.ended]
-        outstanding.difference_update(ended)
-        return ended
+    def _next(self, changed: queue.SimpleQueue[int]) -> list[int]:
+        """The next indices in `changed`; none if there is none for a while."""
+        try:
+            indices = [changed.get(timeout=CHECK_PERIOD_S)]
+        except queue.Empty:
+            if self._pipeline is not None:
+                self._pipeline.check()
+            return []
+        while not changed.empty():
+            indices.append(changed.get())
+        return indices
 
     def _generated(self) -> int:
         """The tokens that its own pipeline has generated, as of the latest report; 0 if it uses a
@@ -191,9 +184,11 @@ class LLM:
         """Returns when its own pipeline is ready, or a running one has answered."""
         with LoadingBar() as bar:
             while True:
-                ping = self._connection.core.ping()
+                answered = threading.Event()
+                ping = PendingPing(answered.set)
+                self._thread.submit(ping)
                 while not ping.ended:
-                    self._connection.wait(CHECK_PERIOD_S)
+                    answered.wait(CHECK_PERIOD_S)
                     if self._pipeline is not None:
                         self._pipeline.check(launching=True)
                         bar.show(self._pipeline.services())
@@ -203,7 +198,7 @@ class LLM:
                 # Its own pipeline may be silent for as long as the launcher lets it start.
                 if ping.answer is not None and ping.answer.ready:
                     return
-                self._connection.wait(READY_PERIOD_S)
+                time.sleep(READY_PERIOD_S)
 
 
 def _as_list(prompts: str | Sequence[Prompt]) -> Sequence[Prompt]:
@@ -212,6 +207,27 @@ def _as_list(prompts: str | Sequence[Prompt]) -> Sequence[Prompt]:
     if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
         raise TypeError(f"prompts is a list of prompts, or one text, not {type(prompts).__name__}")
     return list(prompts)
+
+
+def _messages(prompts: Sequence[Prompt], sampling_params: Any) -> list[Generate]:
+    if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
+        params: Sequence[SamplingParams | None] = sampling_params
+        if len(params) != len(prompts):
+            raise ValueError(
+                f"{counted(len(prompts), 'prompt')} but {len(params)} sampling_params: give one"
+                " for each, or a single one for all"
+            )
+    else:
+        params = [sampling_params] * len(prompts)
+    messages: list[Generate] = []
+    for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+        try:
+            messages.append(generate_message(prompt, sampling, stream=False))
+        except (TypeError, ValueError) as error:
+            part = isinstance(prompt, Integral | Mapping)
+            hint = "; one prompt alone goes into a list, too: [prompt]" * part
+            raise type(error)(f"prompts[{index}]: {error}{hint}") from None
+    return messages
 
 
 def _settings(model: str, options: dict[str, Any]) -> Settings:
@@ -247,7 +263,7 @@ def _output(completion: Completion) -> LLMOutput:
     return output
 
 
-def _close(connection: Connection, pipeline: PrivatePipeline | None) -> None:
-    connection.close()
+def _close(thread: ConnectionThread, pipeline: PrivatePipeline | None) -> None:
+    thread.close()
     if pipeline is not None:
         pipeline.close()

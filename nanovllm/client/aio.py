@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from nanovllm.client.connection import Connection
 from nanovllm.client.requests import GenerateCalls
-from nanovllm.client.results import Completion, Delta, Pending, PendingRequest
+from nanovllm.client.results import Completion, Delta, PendingPing, PendingRequest, new_id
 from nanovllm.protocol import Generate, Pong
 from nanovllm.settings import DEFAULT_INGRESS
 
@@ -31,46 +31,34 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
 
     def __init__(self, endpoint: str = DEFAULT_INGRESS, timeout: float = 10.0) -> None:
         self._loop = asyncio.get_running_loop()
-        self._watched: Sequence[int] = ()
-        self._timer: asyncio.TimerHandle | None = None
-        self._waiting: dict[Pending, asyncio.Event] = {}
-        self._closed = False
-        self._connection = Connection(endpoint, timeout, self._watch)
+        self._connection = Connection(endpoint, timeout, self._loop)
 
     def _start(self, message: Generate) -> Coroutine[Any, Any, Completion] | AsyncStream:
-        stream = AsyncStream(self, self._connection.core.submit(message))
-        self._pump()
+        stream = AsyncStream(self, message)
         return stream if message.stream else stream.result()
 
     def submit(self, message: Generate) -> AsyncStream:
         """The stream of a request as the protocol has it; its `id` is from `new_id`."""
         message.stream = True
-        stream = AsyncStream(self, self._connection.core.submit(message))
-        self._pump()
-        return stream
+        return AsyncStream(self, message)
 
     def new_id(self) -> str:
-        return self._connection.core.new_id()
+        return new_id()
 
     async def ping(self) -> Pong:
         """As Client's."""
-        ping = self._connection.core.ping()
-        self._pump()
+        ended = asyncio.Event()
+        ping = PendingPing(ended.set)
+        self._connection.submit(ping)
         try:
-            while not ping.ended:
-                await self._changed(ping)
+            await ended.wait()
         finally:
-            self._abandon(ping)
+            self._connection.abandon(ping)
+        self._retrieve_if_closed()
         return ping.result()
 
     async def close(self) -> None:
         """Disconnects and aborts what is unfinished; tasks that wait for it get a RuntimeError."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._wake(*self._waiting)
         self._connection.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -79,52 +67,11 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _changed(self, pending: Pending) -> None:
-        """Waits until `pending` has changed.
-
-        Raises RuntimeError if the client is closed first.
-        """
-        if not self._closed:
-            await self._waiting.setdefault(pending, asyncio.Event()).wait()
-        if self._closed and not pending.ended:
-            if (task := asyncio.current_task()) is not None:
-                task.add_done_callback(_retrieve)
-            raise RuntimeError("the client is closed")
-
-    def _wake(self, *pendings: Pending) -> None:
-        for pending in pendings:
-            if (changed := self._waiting.pop(pending, None)) is not None:
-                changed.set()
-
-    def _abandon(self, pending: Pending) -> None:
-        """Aborts a request, or drops a ping."""
-        self._wake(pending)
-        if not self._closed:
-            self._connection.core.abandon(pending)
-            self._pump()
-
-    def _pump(self) -> None:
-        self._wake(*self._connection.pump())
-        if self._timer is not None:
-            self._timer.cancel()
-        wait = self._connection.core.wait_s(time.monotonic())
-        if self._connection.readable:
-            wait = 0.0
-        self._timer = None if wait is None else self._loop.call_later(wait, self._pump)
-
-    def _watch(self, descriptors: Sequence[int]) -> None:
-        for descriptor in self._watched:
-            self._loop.remove_reader(descriptor)
-        for descriptor in descriptors:
-            self._loop.add_reader(descriptor, self._pump)
-        self._watched = descriptors
-
-
-def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Retrieves the exception of a task that `close` has ended, so that asyncio does not complain
-    if nobody awaits the task."""
-    if not task.cancelled():
-        task.exception()
+    def _retrieve_if_closed(self) -> None:
+        """Retrieves the exception of a task that `close` ends, so that asyncio does not complain if
+        nobody awaits the task."""
+        if self._connection.closed and (task := asyncio.current_task()) is not None:
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
 class AsyncStream(AsyncIterator[Delta]):
@@ -134,9 +81,12 @@ class AsyncStream(AsyncIterator[Delta]):
     that waits for it.
     """
 
-    def __init__(self, client: AsyncClient, request: PendingRequest) -> None:
+    def __init__(self, client: AsyncClient, message: Generate) -> None:
         self._client = client
-        self._request = request
+        self._waiters: list[asyncio.Future[None]] = []
+        # Without a reference to the stream, so that a stream can be dropped.
+        self._request = PendingRequest(message, partial(_wake, self._waiters))
+        self._client._connection.submit(self._request)
 
     async def accepted(self) -> None:
         """Waits until the pipeline has accepted the request.
@@ -170,7 +120,7 @@ class AsyncStream(AsyncIterator[Delta]):
         """Aborts the request, unless it has ended."""
         if not self._request.ended:
             self._request.failure = RuntimeError("the stream is closed")
-            self._client._abandon(self._request)
+            self._client._connection.abandon(self._request)
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -180,14 +130,23 @@ class AsyncStream(AsyncIterator[Delta]):
 
     def __del__(self) -> None:
         # A destructor may run in any thread, and in the middle of the client's work.
-        if not self._request.ended and not self._client._loop.is_closed():
-            self._client._loop.call_soon_threadsafe(self._client._abandon, self._request)
+        client = self._client
+        if not (self._request.ended or client._loop.is_closed() or client._connection.inherited):
+            client._loop.call_soon_threadsafe(client._connection.abandon, self._request)
 
     async def _until(self, condition: Callable[[PendingRequest], bool]) -> None:
         """Waits until the request is so, or has ended."""
         try:
             while not self._request.ended and not condition(self._request):
-                await self._client._changed(self._request)
+                self._waiters.append(self._client._loop.create_future())
+                await self._waiters[-1]
         except BaseException:
             self.close()
             raise
+        self._client._retrieve_if_closed()
+
+
+def _wake(waiters: list[asyncio.Future[None]]) -> None:
+    while waiters:
+        if not (waiter := waiters.pop()).done():
+            waiter.set_result(None)

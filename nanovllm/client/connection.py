@@ -1,26 +1,37 @@
-"""A core and its socket, for the synchronous and the asynchronous client."""
+"""A core and its socket, run by an asyncio loop: what every client is made of."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 import time
-from collections.abc import Callable, Sequence
 from typing import Final
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from nanovllm.client.core import ClientCore
 from nanovllm.client.results import Pending
 from nanovllm.transport.router_monitor import readable
+
+log = logging.getLogger(__name__)
 
 # Frames that one wake-up reads at most, so that an event loop gets its turn.
 BATCH: Final = 256
 # How long until a pipeline that is stopped, or whose machine is gone, is noticed.
 ZMTP_HEARTBEAT_MS: Final = 1000
 ZMTP_TIMEOUT_MS: Final = 3000
+# What each event of the socket's monitor tells the core.
+_TELL: Final = {
+    zmq.EVENT_CONNECTED: ClientCore.reached,
+    zmq.EVENT_CONNECT_RETRIED: ClientCore.unreachable,
+    zmq.EVENT_DISCONNECTED: ClientCore.disconnected,
+}
 
 
 class Connection:
-    """A client's connection.
+    """A client's connection. Its methods are called in the thread of `loop`.
 
     Each session has a socket of its own, and there is one socket at a time: what was meant for an
     earlier incarnation of the ingress never reaches a later one.
@@ -28,24 +39,20 @@ class Connection:
     Args:
         endpoint: the ingress.
         timeout: see `ClientCore`.
-        watch: called with the file descriptors that tell when to `pump`, whenever the descriptors
-            change; called with none before the former descriptors are closed.
+        loop: the event loop that wakes the connection.
 
     Raises:
         ValueError: `endpoint` is not an endpoint.
     """
 
-    def __init__(
-        self,
-        endpoint: str,
-        timeout: float,
-        watch: Callable[[Sequence[int]], None] = lambda descriptors: None,
-    ) -> None:
+    def __init__(self, endpoint: str, timeout: float, loop: asyncio.AbstractEventLoop) -> None:
         self.core = ClientCore(endpoint, timeout)
+        self.closed = False
         self._endpoint = endpoint
-        self._watch = watch
-        self._pumping = False
-        self._abandoned: list[Pending] = []  # by destructors, during a `pump`
+        self._loop = loop
+        self._process = os.getpid()
+        self._watched: list[int] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             self._open()
@@ -53,76 +60,81 @@ class Connection:
             self._context.destroy(linger=0)
             raise
 
-    def pump(self) -> list[Pending]:
-        """Reads and sends what there is, without blocking; returns what has changed.
+    @property
+    def inherited(self) -> bool:
+        """Whether this process is a fork of the one that connected: it has no part in the
+        connection. Any thread may ask."""
+        return os.getpid() != self._process
 
-        The descriptors are edge-triggered (ZMQ_FD): while `readable`, call `pump` again at once.
+    def check_process(self) -> None:
+        """Raises RuntimeError if the connection is `inherited`. Any thread may call this."""
+        if self.inherited:
+            raise RuntimeError(
+                f"made in process {self._process}, which this process was forked from: a fork"
+                " cannot use a Client, an AsyncClient or an LLM that it inherits; make a new one"
+            )
 
-        Raises:
-            RuntimeError: the connection has been closed.
-        """
-        if self._context.closed:
-            raise RuntimeError("the client is closed")
-        self._pumping = True
-        try:
-            return self._pump()
-        finally:
-            self._pumping = False
+    def submit(self, *pendings: Pending) -> None:
+        """Sends requests or pings. They fail if the connection is closed."""
+        self.check_process()
+        for pending in pendings:
+            self.core.submit(pending)
+        self._pump()
 
-    def _pump(self) -> list[Pending]:
+    def abandon(self, *pendings: Pending) -> None:
+        """Aborts requests, or drops pings."""
+        for pending in pendings:
+            self.core.abandon(pending)
+        self._pump()
+
+    def close(self, reason: str = "the client is closed") -> None:
+        """Disconnects. What is unfinished fails; the ingress aborts it."""
+        if self.closed or self.inherited:
+            return
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._watch()
+        self._context.destroy(linger=0)
+        self.core.close(reason)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Reads and sends what there is, without blocking, and tells what has changed."""
+        if not self.closed:
+            try:
+                self._exchange()
+                self._wake_later()
+            except Exception as error:
+                log.exception("the client's connection has failed")
+                self.close(f"the client is closed, because its connection has failed: {error}")
+        for pending in self.core.changed():
+            pending.on_change()
+
+    def _exchange(self) -> None:
         for _ in range(BATCH):
             if not readable(self._socket):
                 break
             self.core.receive(self._socket.recv())
         while readable(self._monitor):
-            self._monitor.recv_multipart()
-            self.core.disconnected()
-        while self._abandoned:
-            self.core.abandon(self._abandoned.pop())
+            event = parse_monitor_message(self._monitor.recv_multipart())["event"]
+            _TELL[zmq.Event(event)](self.core)
         now = time.monotonic()
         if self.core.advance(now):
-            self._close()
+            self._close_sockets()
             self._open()
             self.core.renewed(now)
         for frame in self.core.frames():
             self._socket.send(frame, zmq.DONTWAIT)
-        return self.core.changed()
 
-    def wait(self, timeout: float | None = None) -> list[Pending]:
-        """Runs until something has changed, or for `timeout` seconds; returns what has changed."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not (changed := self.pump()):
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                break
-            if not self.readable:
-                left = None if deadline is None else deadline - now
-                waits = (self.core.wait_s(now), left)
-                self._poll(min((wait for wait in waits if wait is not None), default=None))
-        return changed
-
-    def abandon(self, pending: Pending) -> None:
-        """Aborts a request, or drops a ping. A destructor may call this, whenever it runs."""
-        self._abandoned.append(pending)
-        if not self._pumping and not self._context.closed:
-            self.pump()
-
-    @property
-    def readable(self) -> bool:
-        """Whether `pump` has something to read."""
-        return readable(self._socket) or readable(self._monitor)
-
-    def close(self) -> None:
-        """Disconnects; the ingress then aborts what is unfinished."""
-        if not self._context.closed:
-            self._close()
-            self._context.destroy(linger=0)
-
-    def _poll(self, seconds: float | None) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
-        poller.poll(None if seconds is None else int(seconds * 1000) + 1)
+    def _wake_later(self) -> None:
+        """The descriptors are edge-triggered (ZMQ_FD): what is readable is read before waiting."""
+        if self._timer is not None:
+            self._timer.cancel()
+        wait = self.core.wait_s(time.monotonic())
+        if readable(self._socket) or readable(self._monitor):
+            wait = 0.0
+        self._timer = None if wait is None else self._loop.call_later(wait, self._pump)
 
     def _open(self) -> None:
         self._socket = self._context.socket(zmq.DEALER)
@@ -132,7 +144,7 @@ class Connection:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, ZMTP_HEARTBEAT_MS)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, ZMTP_TIMEOUT_MS)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(sum(_TELL))
         try:
             self._socket.connect(self._endpoint)
         except zmq.ZMQError as error:
@@ -140,10 +152,18 @@ class Connection:
                 f"cannot connect to {self._endpoint!r}: {error.strerror};"
                 " an endpoint is tcp://HOST:PORT or ipc://PATH"
             ) from None
-        self._watch([self._socket.FD, self._monitor.FD])
+        self._watch(self._socket.FD, self._monitor.FD)
 
-    def _close(self) -> None:
-        self._watch([])
+    def _close_sockets(self) -> None:
+        self._watch()
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
+
+    def _watch(self, *descriptors: int) -> None:
+        """Has the loop call `_pump` for these descriptors, and no others."""
+        for descriptor in self._watched:
+            self._loop.remove_reader(descriptor)
+        for descriptor in descriptors:
+            self._loop.add_reader(descriptor, self._pump)
+        self._watched = list(descriptors)

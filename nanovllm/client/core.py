@@ -4,16 +4,16 @@ The core keeps every unfinished request with the output received so far. A conne
 its socket says so, when the session changed, or when nothing was heard for long. The core then asks
 for a new connection, and submits everything again there: each stream resumes where it stood.
 
-After each wake-up the owner of the socket gives what has arrived to `receive`, tells of a
-disconnection (`disconnected`), calls `advance`, opens a new connection if `advance` says so
-(`renewed`), sends the `frames`, and hands what has `changed` to the waiting calls.
+After each wake-up the owner of the socket gives what has arrived to `receive`, tells what became
+of the connection (`reached`, `unreachable`, `disconnected`), calls `advance`, opens a new
+connection if `advance` says so (`renewed`), sends the `frames`, and tells whoever waits for what
+has `changed`.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 
@@ -30,7 +30,6 @@ from nanovllm.protocol import (
     Delta,
     Error,
     Finish,
-    Generate,
     Ping,
     Pong,
     ServerMessage,
@@ -42,8 +41,9 @@ log = logging.getLogger(__name__)
 PING_PERIOD_S: Final = 1.0
 # Before an overloaded ingress, or a connection on which nothing was heard, is tried again.
 RETRY_S: Final = 0.5
-
-_PendingT = TypeVar("_PendingT", PendingRequest, PendingPing)
+# How long a client that never reached anything waits where nothing listens: longer than an ingress
+# takes to start again.
+UNREACHABLE_TIMEOUT_S: Final = 1.0
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -54,22 +54,25 @@ class ClientCore:
     Args:
         endpoint: where the client connects; for messages to people.
         timeout: seconds without an answer after which the pipeline is taken to be gone, and
-            everything pending fails. After half of `timeout`, a new connection is tried.
+            everything pending fails. After half of `timeout`, a new connection is tried. Where
+            nothing listens, a client that never reached anything waits UNREACHABLE_TIMEOUT_S.
     """
 
     def __init__(self, endpoint: str, timeout: float) -> None:
         self._endpoint = endpoint
         self._timeout = timeout
-        self._ids = itertools.count()
         self._decoder = msgspec.msgpack.Decoder(list[ServerMessage])
         self._pending: dict[str, Pending] = {}
         self._changed: list[Pending] = []
         self._outgoing: list[bytes] = []
+        self._closed: str | None = None  # why, once the client is closed
         # The current connection.
         self._session: str | None = None
         self._lost = False
         self._heard_here = False
         self._opened_at = 0.0
+        self._unreachable = False
+        self._reached_ever = False  # over any connection
         # Silence counts only while a ping is unanswered and `advance` is called, so that a program
         # that does other things between two deltas does not take the pipeline for dead.
         self._now: float | None = None
@@ -85,25 +88,28 @@ class ClientCore:
 
     # What the program wants ---------------------------------------------------------------------
 
-    def new_id(self) -> str:
-        return str(next(self._ids))
-
-    def submit(self, message: Generate, *, patient: bool = False) -> PendingRequest:
-        """A new request; its id is from `new_id`. A `patient` request is submitted again when the
-        ingress is overloaded, instead of failing."""
-        return self._send(PendingRequest(message, patient))
-
-    def ping(self) -> PendingPing:
-        return self._send(PendingPing(Ping(id=self.new_id())))
+    def submit(self, pending: Pending) -> None:
+        """A new request or ping; it fails if the client is closed."""
+        if self._closed is not None:
+            self._fail(pending, RuntimeError(self._closed))
+            return
+        self._outgoing.append(pending.encoded())
+        self._pending[str(pending.message.id)] = pending
 
     def abandon(self, pending: Pending) -> None:
         """No call waits for `pending` any more. A request is aborted; later answers are dropped."""
         if self._pending.pop(str(pending.message.id), None) is None:
             return
+        self._changed.append(pending)
         if isinstance(pending, PendingRequest):
             self._outgoing.append(_encode(Abort(id=pending.message.id)))
             if pending in self._refused:
                 self._refused.remove(pending)
+
+    def close(self, reason: str) -> None:
+        """The client is closed: everything pending fails."""
+        self._closed = reason
+        self._fail_all(RuntimeError, reason)
 
     # What the owner of the socket tells ---------------------------------------------------------
 
@@ -112,12 +118,21 @@ class ClientCore:
             messages = self._decoder.decode(frame)
         except (msgspec.DecodeError, RecursionError) as error:
             self._fail_all(
-                f"what answers at {self._endpoint} does not speak this client's protocol: {error}"
+                PipelineUnavailable,
+                f"what answers at {self._endpoint} does not speak this client's protocol: {error}",
             )
             return
         self._heard = self._heard_here = self._heard_ever = True
         for message in messages:
             self._take(message)
+
+    def reached(self) -> None:
+        """Something listens at the endpoint."""
+        self._reached_ever = True
+
+    def unreachable(self) -> None:
+        """Nothing listens at the endpoint; the socket goes on trying."""
+        self._unreachable = True
 
     def disconnected(self) -> None:
         """The connection has ended, and the session with it."""
@@ -134,8 +149,8 @@ class ClientCore:
             self._renew_when_silent_s = self._timeout / 2
         elif before is not None and self._pinged:
             self._silent_s += min(now - before, PING_PERIOD_S)
-            if self._silent_s >= self._timeout:
-                self._fail_all(self._no_answer())
+            if self._silent_s >= self._patience_s:
+                self._fail_all(PipelineUnavailable, self._no_answer())
             elif self._silent_s >= self._renew_when_silent_s:
                 self._lost = True
         if self._pending and now >= self._ping_at:
@@ -160,6 +175,7 @@ class ClientCore:
                 if isinstance(pending, PendingRequest):
                     pending.waits_for_room = True
         self._session, self._lost, self._heard_here = None, False, False
+        self._unreachable = False
         self._opened_at = now
         self._renew_when_silent_s = self._silent_s + self._timeout / 2
         self._refused.clear()
@@ -183,8 +199,8 @@ class ClientCore:
         if self._pending:
             due.append(self._ping_at)
         if self._pinged:
-            limit = self._timeout if self._lost else self._renew_when_silent_s
-            due.append(now + min(limit, self._timeout) - self._silent_s)
+            limit = self._patience_s if self._lost else self._renew_when_silent_s
+            due.append(now + min(limit, self._patience_s) - self._silent_s)
         if self._retry_at is not None:
             due.append(self._retry_at)
         if self._lost:
@@ -238,11 +254,6 @@ class ClientCore:
         else:
             self._fail(largest, RequestError(error.code, error.message))
 
-    def _send(self, pending: _PendingT) -> _PendingT:
-        self._outgoing.append(pending.encoded())
-        self._pending[str(pending.message.id)] = pending
-        return pending
-
     def _end(self, pending: Pending) -> None:
         self._pending.pop(str(pending.message.id), None)
         self._changed.append(pending)
@@ -251,11 +262,19 @@ class ClientCore:
         pending.failure = failure
         self._end(pending)
 
-    def _fail_all(self, message: str) -> None:
+    def _fail_all(self, error: type[Exception], message: str) -> None:
         for pending in list(self._pending.values()):
-            self._fail(pending, PipelineUnavailable(message))
+            self._fail(pending, error(message))
         self._refused.clear()
         self._lost = True  # no call waits for what still comes over this connection
+
+    @property
+    def _nothing_listens(self) -> bool:
+        return self._unreachable and not self._reached_ever
+
+    @property
+    def _patience_s(self) -> float:
+        return min(self._timeout, UNREACHABLE_TIMEOUT_S) if self._nothing_listens else self._timeout
 
     def _no_answer(self) -> str:
         if self._heard_ever:
@@ -263,7 +282,8 @@ class ClientCore:
                 f"the pipeline at {self._endpoint} is gone: it has not answered for"
                 f" {self._timeout:g} s"
             )
+        why = "nothing listens there" if self._nothing_listens else f"waited {self._timeout:g} s"
         return (
-            f"no pipeline answers at {self._endpoint} (waited {self._timeout:g} s);"
+            f"no pipeline answers at {self._endpoint} ({why});"
             " start one with `nanovllm-launch`, or name another endpoint"
         )

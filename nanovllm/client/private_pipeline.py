@@ -29,13 +29,16 @@ END_TIMEOUT_S: Final = 10.0
 LAST_LINES: Final = 20
 # Begins the launcher's last line, which goes into the exception.
 _LAST_WORD: Final = "nanovllm-launch: "
+# The write ends that this process holds.
+_lifelines: set[int] = set()
 
 
 class PrivatePipeline:
     """A launched pipeline in a private directory, without a TCP port.
 
     The launcher holds the read end of a pipe whose write end this process alone holds. When this
-    process ends, for whatever reason, the pipe breaks, and the launcher ends every service.
+    process ends, for whatever reason, the pipe breaks, and the launcher ends every service. A fork
+    of this process closes its copy of the write end, and has no part in the pipeline.
 
     Args:
         settings: the pipeline's settings; `runtime_dir` is replaced.
@@ -49,6 +52,7 @@ class PrivatePipeline:
         self.endpoint = settings.in_runtime_dir("ingress")
         self._last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         read_end, self._lifeline = os.pipe()
+        _lifelines.add(self._lifeline)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "nanovllm.launch.cli", *_launch_arguments(settings)],
@@ -62,7 +66,7 @@ class PrivatePipeline:
                 process_group=0,  # the terminal's Ctrl-C is for this program
             )
         except BaseException:
-            os.close(self._lifeline)
+            _cut(self._lifeline)
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
         finally:
@@ -72,22 +76,30 @@ class PrivatePipeline:
         )
         self._reader.start()
         self._control: Control | None = None
+        self._control_lock = threading.Lock()
 
     def services(self) -> list[ServiceStatus]:
-        """The status of its services; empty before the first has started, and after the end."""
-        try:
-            self._control = self._control or Control(self.runtime_dir)
-            return self._control.status().services
-        except PipelineUnavailable:
-            return []
+        """The status of its services; empty before the first has started, and after the end. Any
+        thread may ask."""
+        with self._control_lock:
+            if self._lifeline < 0:
+                return []
+            try:
+                self._control = self._control or Control(self.runtime_dir)
+                return self._control.status().services
+            except PipelineUnavailable:
+                return []
 
     def wait_until_ready(self, client: Client) -> None:
         """Returns when the pipeline can start requests; `client` is a client of it.
 
         Raises RuntimeError if the pipeline ends before.
         """
-        while not client.ping().ready:
+        while True:
             self.check(launching=True)
+            with contextlib.suppress(PipelineUnavailable):  # its ingress has not bound yet
+                if client.ping().ready:
+                    return
 
     def check(self, *, launching: bool = False) -> None:
         """Raises RuntimeError, with the launcher's last words, if the pipeline has ended. With
@@ -105,9 +117,10 @@ class PrivatePipeline:
         """Ends the pipeline, and waits until it has ended."""
         if self._lifeline < 0 or os.getpid() != self._owner:  # a forked child is not the owner
             return
-        lifeline, self._lifeline = self._lifeline, -1
-        if self._control is not None:
-            self._control.close()
+        with self._control_lock:
+            lifeline, self._lifeline = self._lifeline, -1
+            if self._control is not None:
+                self._control.close()
         try:
             self._process.terminate()
             self._process.wait(END_TIMEOUT_S)
@@ -115,9 +128,22 @@ class PrivatePipeline:
             self._process.kill()
             self._process.wait()
         finally:
-            os.close(lifeline)
+            _cut(lifeline)
             self._reader.join(timeout=1.0)
             shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _cut(lifeline: int) -> None:
+    _lifelines.discard(lifeline)
+    os.close(lifeline)
+
+
+def _cut_all() -> None:
+    for lifeline in list(_lifelines):
+        _cut(lifeline)
+
+
+os.register_at_fork(after_in_child=_cut_all)
 
 
 def _launch_arguments(settings: Settings) -> list[str]:

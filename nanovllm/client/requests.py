@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 
 import msgspec
 
-from nanovllm.client.connection import Connection
+from nanovllm.client.results import new_id
 from nanovllm.plain import plain
 from nanovllm.protocol import Generate
 from nanovllm.sampling_params import SamplingParams
@@ -27,8 +27,6 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
 
     They return a `WholeT`, or with `stream=True` a `StreamT`.
     """
-
-    _connection: Connection
 
     @abstractmethod
     def _start(self, message: Generate) -> WholeT | StreamT:
@@ -80,7 +78,6 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
             PipelineUnavailable: no pipeline answers.
         """
         message = generate_message(
-            self._connection.core.new_id(),
             prompt,
             sampling_params,
             stream=stream,
@@ -129,7 +126,6 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
 
 
 def generate_message(
-    request_id: str,
     prompt: Prompt,
     sampling_params: SamplingParams | None = None,
     *,
@@ -156,7 +152,7 @@ def generate_message(
     if cache_salt is not None:
         values["cache_salt"] = plain(cache_salt)
     try:
-        message = msgspec.convert({"type": "generate", "id": request_id, **values}, Generate)
+        message = msgspec.convert({"type": "generate", "id": new_id(), **values}, Generate)
     except msgspec.ValidationError as error:
         raise ValueError(mistake(error)) from None
     message.stream = stream

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import msgspec
 
 from nanovllm.protocol import Delta as WireDelta
-from nanovllm.protocol import ErrorCode, Finish, FinishReason, Generate, Logprobs, Ping, Pong, Usage
+from nanovllm.protocol import ErrorCode, Finish, FinishReason, Generate, Logprobs, Ping, Pong
 
 AnswerT = TypeVar("AnswerT")
 
 _encode = msgspec.msgpack.Encoder().encode
+_ids = itertools.count()
+
+
+def new_id() -> str:
+    """An id that no other message of this process has."""
+    return str(next(_ids))
 
 
 class RequestError(Exception):
@@ -57,8 +65,18 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """How many tokens a request had: prompt and output, and those of the prompt whose keys and
+    values were in the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """The whole output of one request.
+    """The whole output of one request. `dataclasses.asdict` of it is ready for JSON.
 
     Attributes:
         text: without special tokens, cut before the stop string if one ended it.
@@ -81,9 +99,15 @@ class Completion:
 
 
 class _Pending(Generic[AnswerT]):
-    """A message to the ingress, until its answer has come or has failed to come."""
+    """A message to the ingress, until its answer has come or has failed to come.
 
-    def __init__(self) -> None:
+    Args:
+        on_change: called in the connection's thread when there is output, an answer or a failure,
+            perhaps more than once.
+    """
+
+    def __init__(self, on_change: Callable[[], object]) -> None:
+        self.on_change = on_change
         self.answer: AnswerT | None = None
         self.failure: Exception | None = None
 
@@ -101,9 +125,9 @@ class _Pending(Generic[AnswerT]):
 
 
 class PendingPing(_Pending[Pong]):
-    def __init__(self, message: Ping) -> None:
-        super().__init__()
-        self.message = message
+    def __init__(self, on_change: Callable[[], object]) -> None:
+        super().__init__(on_change)
+        self.message = Ping(id=new_id())
 
     def encoded(self) -> bytes:
         return _encode(self.message)
@@ -114,11 +138,14 @@ class PendingRequest(_Pending[Completion]):
 
     Args:
         message: the request.
+        on_change: see above.
         patient: whether the request waits when the ingress is overloaded, instead of failing.
     """
 
-    def __init__(self, message: Generate, patient: bool) -> None:
-        super().__init__()
+    def __init__(
+        self, message: Generate, on_change: Callable[[], object], *, patient: bool = False
+    ) -> None:
+        super().__init__(on_change)
         self.message = message
         self.deltas: deque[Delta] = deque()  # received, and not yet taken by the reader
         self.accepted = False
@@ -174,7 +201,7 @@ class PendingRequest(_Pending[Completion]):
             text="".join(self._texts),
             token_ids=self._token_ids,
             finish_reason=finish.finish_reason,
-            usage=finish.usage,
+            usage=Usage(**msgspec.structs.asdict(finish.usage)),
             logprobs=self._if_asked(self._logprobs),
             seed=self._seed,
             answer_at=self._answer_at,

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 
-from nanovllm.client.connection import Connection
 from nanovllm.client.requests import GenerateCalls
-from nanovllm.client.results import Completion, Delta, PendingRequest
+from nanovllm.client.results import Completion, Delta, PendingPing, PendingRequest
+from nanovllm.client.thread import ConnectionThread
 from nanovllm.protocol import Generate, Pong
 from nanovllm.settings import DEFAULT_INGRESS
 
 
 class Client(GenerateCalls[Completion, "Stream"]):
-    """A client of a running pipeline.
+    """A client of a running pipeline, for any number of threads.
 
     A client survives disconnections and restarts of the pipeline: streams go on where they stood.
-    Several streams may be open at the same time. A client belongs to one thread.
+    Several streams may be open at the same time. A forked process makes a client of its own.
 
     Args:
         endpoint: where the pipeline serves.
         timeout: seconds without any sign of life from the pipeline after which calls raise
-            PipelineUnavailable. An answer may take longer.
+            PipelineUnavailable. An answer may take longer. If nothing listens at `endpoint` when
+            the client is first used, calls raise it after a second.
 
     Raises:
         ValueError: `endpoint` is not an endpoint.
     """
 
     def __init__(self, endpoint: str = DEFAULT_INGRESS, timeout: float = 10.0) -> None:
-        self._connection = Connection(endpoint, timeout)
-        self._closing = weakref.finalize(self, self._connection.close)
+        self._thread = ConnectionThread(endpoint, timeout)
+        self._closing = weakref.finalize(self, self._thread.close)
 
     def _start(self, message: Generate) -> Completion | Stream:
-        stream = Stream(self._connection, self._connection.core.submit(message))
-        self._connection.pump()
+        stream = Stream(self, message)
         return stream if message.stream else stream.result()
 
     def ping(self) -> Pong:
@@ -42,12 +44,13 @@ class Client(GenerateCalls[Completion, "Stream"]):
         Raises:
             PipelineUnavailable: no pipeline answers.
         """
-        ping = self._connection.core.ping()
+        ended = threading.Event()
+        ping = PendingPing(ended.set)
         try:
-            while not ping.ended:
-                self._connection.wait()
+            self._thread.submit(ping)
+            ended.wait()
         finally:
-            self._connection.core.abandon(ping)
+            self._thread.abandon(ping)
         return ping.result()
 
     def close(self) -> None:
@@ -68,9 +71,12 @@ class Stream(Iterator[Delta]):
     request.
     """
 
-    def __init__(self, connection: Connection, request: PendingRequest) -> None:
-        self._connection = connection
-        self._request = request
+    def __init__(self, client: Client, message: Generate) -> None:
+        self._client = client
+        self._changed = threading.Condition()
+        # Without a reference to the stream, so that a stream can be dropped.
+        self._request = PendingRequest(message, partial(_notify, self._changed))
+        self._client._thread.submit(self._request)
 
     def __next__(self) -> Delta:
         """
@@ -78,11 +84,12 @@ class Stream(Iterator[Delta]):
             RequestError: the pipeline refused it or gave it up.
             PipelineUnavailable: the pipeline is gone.
         """
-        while not self._request.deltas and not self._request.ended:
-            self._connection.wait()
-        if self._request.deltas:
-            return self._request.deltas.popleft()
-        self._request.result()
+        request = self._request
+        with self._changed:
+            self._changed.wait_for(lambda: request.deltas or request.ended)
+            if request.deltas:
+                return request.deltas.popleft()
+        request.result()
         raise StopIteration
 
     def result(self) -> Completion:
@@ -91,8 +98,8 @@ class Stream(Iterator[Delta]):
         Raises what iterating raises. An interruption (Ctrl-C) aborts the request.
         """
         try:
-            while not self._request.ended:
-                self._connection.wait()
+            with self._changed:
+                self._changed.wait_for(lambda: self._request.ended)
         finally:
             self.close()
         return self._request.result()
@@ -101,7 +108,7 @@ class Stream(Iterator[Delta]):
         """Aborts the request, unless it has ended."""
         if not self._request.ended:
             self._request.failure = RuntimeError("the stream is closed")
-            self._connection.abandon(self._request)
+            self._client._thread.abandon(self._request)
 
     def __enter__(self) -> Stream:
         return self
@@ -111,3 +118,8 @@ class Stream(Iterator[Delta]):
 
     def __del__(self) -> None:
         self.close()
+
+
+def _notify(changed: threading.Condition) -> None:
+    with changed:
+        changed.notify_all()

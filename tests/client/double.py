@@ -41,17 +41,17 @@ Script = Callable[[Any, str], Iterator[Answer]]
 
 
 class IngressDouble:
-    """Serves on a TCP port until the test ends."""
+    """Serves on a TCP port, a free one unless `endpoint` names it, until the test ends."""
 
-    def __init__(self, script: Script, on_ping: Script) -> None:
+    def __init__(self, script: Script, on_ping: Script, endpoint: str | None) -> None:
         self.received: list[ClientMessage] = []  # from all clients, in order
         self._script = script
         self._on_ping = on_ping
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.setsockopt(zmq.SNDHWM, 0)  # above its limit a ROUTER drops messages
         self._router = self._context.socket(zmq.ROUTER)
-        port = self._router.bind_to_random_port("tcp://127.0.0.1")
-        self.endpoint = f"tcp://127.0.0.1:{port}"
+        self._router.bind(endpoint or "tcp://127.0.0.1:*")
+        self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._incarnation = secrets.token_hex(4)
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
@@ -123,8 +123,10 @@ def say_nothing(message: Any, session: str) -> Iterator[Answer]:
 
 
 @contextlib.contextmanager
-def ingress(script: Script, on_ping: Script = answer_ping) -> Iterator[IngressDouble]:
-    double = IngressDouble(script, on_ping)
+def ingress(
+    script: Script, on_ping: Script = answer_ping, endpoint: str | None = None
+) -> Iterator[IngressDouble]:
+    double = IngressDouble(script, on_ping, endpoint)
     try:
         yield double
     finally:

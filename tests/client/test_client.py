@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,12 +182,43 @@ def test_an_error_in_mid_stream_comes_after_what_arrived() -> None:
             next(stream)
 
 
-def test_nobody_there_is_a_clear_error() -> None:
-    with Client("tcp://127.0.0.1:1", timeout=0.4) as client:
-        with pytest.raises(PipelineUnavailable, match=r"tcp://127.0.0.1:1 .*nanovllm-launch"):
+@pytest.mark.parametrize("where", ["no port", "no file", "a stale file"])
+def test_where_nothing_listens_a_client_does_not_wait_for_its_timeout(
+    where: str, tmp_path: Path
+) -> None:
+    """Its timeout is longer than a test may take."""
+    stale = socket.socket(socket.AF_UNIX)
+    with stale:
+        stale.bind(str(tmp_path / "stale"))
+    endpoint = {
+        "no port": "tcp://127.0.0.1:1",
+        "no file": f"ipc://{tmp_path}/none",
+        "a stale file": f"ipc://{tmp_path}/stale",
+    }[where]
+    with Client(endpoint, timeout=600.0) as client:
+        with pytest.raises(PipelineUnavailable, match=f"{endpoint} .*nanovllm-launch"):
             client.generate("hello")
-        with pytest.raises(PipelineUnavailable):
+        with pytest.raises(PipelineUnavailable, match="nothing listens there"):
             client.ping()
+
+
+def test_a_client_may_be_used_a_moment_before_its_pipeline_listens() -> None:
+    with ingress(answer_in_full) as earlier:
+        pass
+    # The first attempt to connect is refused, and the connection is kept.
+    with Client(earlier.endpoint, timeout=600.0) as client:
+        stream = client.generate("hello", SamplingParams(max_tokens=2), stream=True)
+        with ingress(answer_in_full, endpoint=earlier.endpoint):
+            assert stream.result().token_ids == [5, 6]
+
+
+def test_a_timeout_that_is_shorter_holds() -> None:
+    with (
+        ingress(some_then_silence, on_ping=say_nothing) as double,
+        Client(double.endpoint, timeout=0.4) as client,
+        pytest.raises(PipelineUnavailable, match=r"waited 0\.4 s"),
+    ):
+        client.ping()
 
 
 def test_an_ingress_that_falls_silent_is_given_up() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.client.core import PING_PERIOD_S, RETRY_S, ClientCore
+from nanovllm.client.core import PING_PERIOD_S, RETRY_S, UNREACHABLE_TIMEOUT_S, ClientCore
 from nanovllm.client.requests import generate_message
 from nanovllm.client.results import PendingRequest, PipelineUnavailable, RequestError
 from nanovllm.protocol import (
@@ -41,10 +41,12 @@ class Harness:
         self.renewals = 0
 
     def submit(self, prompt: str = "abc", *, stream: bool = True, **params: Any) -> PendingRequest:
-        message = generate_message(
-            self.core.new_id(), prompt, SamplingParams(**params), stream=stream
-        )
-        return self.core.submit(message)
+        message = generate_message(prompt, SamplingParams(**params), stream=stream)
+        return self.take(PendingRequest(message, lambda: None))
+
+    def take(self, request: PendingRequest) -> PendingRequest:
+        self.core.submit(request)
+        return request
 
     def step(self, seconds: float = 0.0, *answers: Any) -> list[Any]:
         """Time passes, answers arrive, and the shell runs once; what it sends."""
@@ -161,6 +163,51 @@ def test_silence_brings_a_new_connection_and_then_an_error_that_helps() -> None:
     assert harness.step() == [], "what nobody waits for is not sent any more"
 
 
+def pass_seconds(harness: Harness, seconds: float) -> None:
+    for _ in range(round(seconds / 0.1)):
+        harness.step(0.1)
+
+
+def test_where_nothing_listens_a_first_request_soon_fails() -> None:
+    harness = Harness()
+    for _ in range(2):
+        request = harness.submit()
+        harness.step()
+        harness.core.unreachable()
+        pass_seconds(harness, UNREACHABLE_TIMEOUT_S - 0.2)
+        assert not request.ended, "an ingress that starts again takes a moment"
+        pass_seconds(harness, 0.3)
+        with pytest.raises(PipelineUnavailable, match=r"nothing listens there.*nanovllm-launch"):
+            request.result()
+        harness.step()
+
+
+def test_what_listens_in_time_has_the_whole_timeout_for_its_answer() -> None:
+    harness = Harness()
+    request = harness.submit()
+    harness.step()
+    harness.core.unreachable()
+    harness.step(UNREACHABLE_TIMEOUT_S / 2)
+    harness.core.reached()
+    pass_seconds(harness, TIMEOUT_S - 1)
+    assert not request.ended
+    pass_seconds(harness, 2)
+    with pytest.raises(PipelineUnavailable, match=r"no pipeline answers .*\(waited 10 s\)"):
+        request.result()
+
+
+def test_where_something_listened_a_request_waits_for_its_return() -> None:
+    harness = Harness()
+    request = harness.submit()
+    harness.core.reached()
+    harness.step(0.1, accepted(request))
+    harness.core.disconnected()
+    harness.step(0.1)
+    harness.core.unreachable()
+    pass_seconds(harness, TIMEOUT_S - 1)
+    assert not request.ended
+
+
 def test_a_pipeline_that_was_there_is_said_to_be_gone() -> None:
     harness = Harness()
     request = harness.submit()
@@ -226,8 +273,8 @@ def test_overloaded_is_the_end_of_a_new_request() -> None:
 
 def test_overloaded_means_later_for_a_patient_request() -> None:
     harness = Harness()
-    message = generate_message(harness.core.new_id(), "abc", stream=False)
-    request = harness.core.submit(message, patient=True)
+    message = generate_message("abc", stream=False)
+    request = harness.take(PendingRequest(message, lambda: None, patient=True))
     harness.step()
     assert not harness.sent(Generate, 0.1, error(request, "overloaded"))
     assert harness.sent(Generate, RETRY_S) == [message]

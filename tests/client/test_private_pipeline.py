@@ -82,6 +82,35 @@ def test_it_ends_with_its_program(how: str, own_tmp: Path) -> None:
         assert sum("Traceback" in line for line in lines) == 1
 
 
+def test_it_ends_with_its_program_though_a_fork_lives_on(own_tmp: Path) -> None:
+    fork = "import os\nif os.fork() == 0:\n    sys.stdin.read()\n    os._exit(0)\n"
+    program, descendants = start(f"import sys\n{fork}print('forked', flush=True)\n{WORK}")
+    assert program.stdout is not None
+    assert program.stdout.readline() == "forked\n"
+    program.kill()
+    assert all_ended(descendants)
+    program.communicate()  # the fork ends with its input
+
+
+FORKS = """
+import os
+for use in (lambda: llm.generate("x", use_tqdm=False), llm.exit):
+    if os.fork() == 0:
+        use()
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+assert llm.generate("Once", SamplingParams(0.0, 4), use_tqdm=False)[0]["token_ids"]
+"""
+
+
+def test_a_fork_can_neither_use_nor_end_it(own_tmp: Path) -> None:
+    program, descendants = start(f"import sys\n{FORKS}")
+    stdout, stderr = program.communicate(timeout=TIMEOUT_S)
+    assert (program.returncode, stdout.split()) == (0, ["1", "0"]), stderr
+    assert re.search("RuntimeError: made in process .*make a new one", stderr)
+    assert all_ended(descendants)
+
+
 def test_it_generates_and_can_be_left_and_made_again(own_tmp: Path) -> None:
     for _ in range(2):
         with LLM("", max_num_seqs=4) as llm:

@@ -18,13 +18,12 @@ class Role(enum.StrEnum):
 
 
 def test_text_token_ids_and_chat_messages() -> None:
-    assert generate_message("1", "hello", stream=True).prompt == "hello"
-    assert generate_message("1", [1, 2], stream=True).prompt_token_ids == [1, 2]
-    assert generate_message("1", (1, 2), stream=True).prompt_token_ids == [1, 2]
+    assert generate_message("hello", stream=True).prompt == "hello"
+    assert generate_message([1, 2], stream=True).prompt_token_ids == [1, 2]
+    assert generate_message((1, 2), stream=True).prompt_token_ids == [1, 2]
     array: Any = np.array([3, 4])
-    assert generate_message("1", array, stream=True).prompt_token_ids == [3, 4]
+    assert generate_message(array, stream=True).prompt_token_ids == [3, 4]
     chat = generate_message(
-        "1",
         [{"role": "user", "content": "hi"}],
         SamplingParams(max_tokens=3),
         stream=False,
@@ -47,14 +46,13 @@ def test_text_token_ids_and_chat_messages() -> None:
     ],
 )
 def test_a_prompt_is_taken_for_what_it_is(prompt: Any, meant: Any) -> None:
-    message = generate_message("1", prompt, stream=True)
+    message = generate_message(prompt, stream=True)
     sent = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=Generate)
     assert meant in (sent.prompt, sent.prompt_token_ids, sent.messages)
 
 
 def test_other_arguments_are_taken_for_what_they_are() -> None:
     message = generate_message(
-        "1",
         [{"role": "user", "content": "hi"}],
         stream=True,
         chat_template_kwargs={"enable_thinking": np.False_, "tools": [np.str_("a"), np.int64(1)]},
@@ -89,18 +87,18 @@ def test_what_is_no_prompt_is_refused_and_named(
     prompt: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        generate_message("1", prompt, stream=True)
+        generate_message(prompt, stream=True)
 
 
 def test_template_arguments_need_a_chat() -> None:
     with pytest.raises(ValueError, match="chat_template_kwargs"):
-        generate_message("1", "text", stream=True, chat_template_kwargs={"a": 1})
+        generate_message("text", stream=True, chat_template_kwargs={"a": 1})
 
 
 def test_parameters_are_sampling_params() -> None:
     params: Any = {"temperature": 1}
     with pytest.raises(TypeError, match="SamplingParams, not dict"):
-        generate_message("1", "text", params, stream=True)
+        generate_message("text", params, stream=True)
     params = SamplingParams(stop="\ud800")
     with pytest.raises(ValueError, match="not valid Unicode"):
-        generate_message("1", [1], params, stream=True)
+        generate_message([1], params, stream=True)

@@ -23,7 +23,7 @@ def test_a_stream_that_is_disconnected_again_and_again_is_whole(pipeline: Pipeli
         for number, delta in enumerate(stream):
             deltas.append(delta)
             if number % 10 == 3:
-                client._connection.core.disconnected()
+                client._thread._call(client._thread.connection.core.disconnected)
         assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
         assert "".join(delta.text for delta in deltas) == whole.text
         again = stream.result()
