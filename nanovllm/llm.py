@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
-from typing import Any, Final, NotRequired, TypedDict, get_args, get_type_hints
+from typing import Any, Final, NotRequired, TypedDict, Unpack, get_args, get_type_hints
 
 import msgspec
 
@@ -23,12 +23,13 @@ from nanovllm.client.requests import Prompt, generate_message
 from nanovllm.client.results import Completion, PendingPing, PendingRequest, RequestError
 from nanovllm.client.thread import ConnectionThread
 from nanovllm.control import SchedulerStats
+from nanovllm.llm_options import LLMOptions
 from nanovllm.plain import plain
 from nanovllm.progress import GenerationBar, LoadingBar
 from nanovllm.protocol import Generate, Logprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings, with_fitting_defaults
-from nanovllm.wording import counted, key_and_reason
+from nanovllm.wording import counted, did_you_mean, key_and_reason
 
 # Most unfinished requests besides the running: enough that a free slot always finds a next one.
 WINDOW: Final = 2048
@@ -37,7 +38,6 @@ CONNECT_TIMEOUT_S: Final = 10.0
 PRIVATE_TIMEOUT_S: Final = 120.0
 CHECK_PERIOD_S: Final = 0.5
 READY_PERIOD_S: Final = 0.05
-_NOT_OPTIONS: Final = frozenset({"model", "runtime_dir"})
 
 
 class LLMOutput(TypedDict):
@@ -58,8 +58,7 @@ class LLM:
         model: checkpoint directory or hub id (downloaded, unless it is in the cache); "" is the
             small demo model.
         endpoint: use the pipeline that serves here, instead of launching one.
-        options: of the pipeline to launch, by the names of `Settings`: `tensor_parallel_size`,
-            `max_model_len`, `enforce_eager`, `gpu_memory_utilization`, …
+        options: of the pipeline to launch, see `LLMOptions`.
 
     Raises:
         TypeError: an option that does not exist.
@@ -68,7 +67,9 @@ class LLM:
         PipelineUnavailable: nothing answers at `endpoint`.
     """
 
-    def __init__(self, model: str = "", *, endpoint: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: str = "", *, endpoint: str | None = None, **options: Unpack[LLMOptions]
+    ) -> None:
         if endpoint is not None:
             if model or options:
                 given = ", ".join(["model"] * bool(model) + list(options))
@@ -230,12 +231,12 @@ def _messages(prompts: Sequence[Prompt], sampling_params: Any) -> list[Generate]
     return messages
 
 
-def _settings(model: str, options: dict[str, Any]) -> Settings:
-    known = set(Settings.__struct_fields__) - _NOT_OPTIONS
+def _settings(model: str, options: LLMOptions) -> Settings:
+    known = LLMOptions.__annotations__
     for name in options:
         if name not in known:
-            raise TypeError(f"LLM has no option {name!r}; there are {', '.join(sorted(known))}")
-    values = {"ingress": "", "log_level": "warning", **options, "model": str(model)}
+            raise TypeError(f"LLM has no option {name!r}; {did_you_mean(name, known)}")
+    values: dict[str, Any] = {"ingress": "", "log_level": "warning", **options, "model": str(model)}
     try:
         settings = msgspec.convert(with_fitting_defaults(plain(values)), Settings)
     except msgspec.ValidationError as error:

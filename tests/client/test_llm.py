@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 
 from nanovllm import LLM, PipelineUnavailable, RequestError, SamplingParams
 from nanovllm.llm import WINDOW
+from nanovllm.llm_options import LLMOptions
 from nanovllm.protocol import Abort, Error, Generate
+from nanovllm.settings import Settings
 from tests.client.double import (
     Answer,
     HangUp,
@@ -168,17 +170,27 @@ def test_arguments_of_another_type_are_named() -> None:
 
 
 def test_options_are_checked_before_anything_is_launched() -> None:
-    with pytest.raises(TypeError, match=r"max_sequences.*max_num_seqs"):
-        LLM("", max_sequences=3)
+    with pytest.raises(TypeError, match=r"'max_model_length'; did you mean max_model_len\?$"):
+        LLM("", max_model_length=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"'swap_space'; there are attention, .*max_num_seqs"):
+        LLM("", swap_space=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="'runtime_dir'"):
+        LLM("", runtime_dir="x")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="tensor_parallel_size"):
         LLM("", tensor_parallel_size=0)
     for dtype in ("fp16", 16, None):
         with pytest.raises(ValueError, match=r"^dtype=.*: one of auto, float32, b.*16, float16$"):
-            LLM(dtype=dtype)
+            LLM(dtype=dtype)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^--max-num-batched-tokens \(10\)"):
         LLM("", max_num_seqs=100, max_num_batched_tokens=10)
     with pytest.raises(TypeError, match="dtype"):
         LLM(endpoint="tcp://127.0.0.1:1", dtype="float32")
+
+
+def test_the_options_for_editors_are_those_of_the_settings() -> None:
+    settings = get_type_hints(Settings)
+    del settings["model"], settings["runtime_dir"]
+    assert get_type_hints(LLMOptions) == settings
 
 
 def test_nobody_at_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
