@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nanovllm.control import ServiceStatus
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 REFRESH_S: Final = 0.5
 
@@ -37,29 +38,37 @@ class LoadingBar:
     """
 
     def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._bar: Progress | None = None
         self._stage = ""
+        self._since = (0.0, 0)  # when the stage began, and what was done by then
 
     def show(self, services: Sequence[ServiceStatus]) -> None:
         shown = progress(services)
-        if shown is None:
+        if shown is None or not sys.stderr.isatty():
             self.close()
             return
         if self._bar is None or shown.stage != self._stage:
             self.close()
             self._stage = shown.stage
-            self._bar = _new_bar(shown)
-        if not self._bar.disable:
-            self._bar.total, self._bar.n = shown.total, shown.done
-            self._bar.refresh()
+            self._since = time.perf_counter(), shown.done
+            self._bar = _new_bar(transient=True)
+            self._bar.add_task(shown.stage, told="")
+            self._bar.start()
+        (task,) = self._bar.task_ids
+        self._bar.update(
+            task, completed=shown.done, total=shown.total, told=self._told(shown), refresh=True
+        )
 
     def write(self, line: str) -> None:
         """Writes a line, or several, above the bar."""
-        tqdm.write(f"{line}\n", file=sys.stderr, end="")
+        if self._bar is None:
+            sys.stderr.write(f"{line}\n")
+        else:
+            self._bar.console.out(line, highlight=False)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._bar.stop()
             self._bar = None
 
     def __enter__(self) -> LoadingBar:
@@ -67,6 +76,18 @@ class LoadingBar:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _told(self, shown: Shown) -> str:
+        """The numbers beside the bar, with a rate for bytes only: steps and graphs differ too much
+        in the time they take."""
+        from rich.filesize import decimal
+
+        unit = _UNITS.get(shown.stage)
+        if unit is not None:
+            return f"{shown.done}/{shown.total} {unit}"
+        began, before = self._since
+        rate = (shown.done - before) / max(time.perf_counter() - began, 1e-3)
+        return f"{decimal(shown.done)}/{decimal(shown.total)}, {decimal(int(rate))}/s"
 
 
 def progress(services: Sequence[ServiceStatus]) -> Shown | None:
@@ -80,18 +101,21 @@ def progress(services: Sequence[ServiceStatus]) -> Shown | None:
     return Shown("starting", ready, len(services)) if ready < len(services) else None
 
 
-def _new_bar(shown: Shown) -> tqdm[Any]:
-    """A bar with a rate for bytes only: steps and graphs differ too much in the time they take."""
-    unit = _UNITS.get(shown.stage)
-    return tqdm(
-        desc=shown.stage,
-        total=shown.total,
-        initial=shown.done,
-        unit=unit or "B",
-        unit_scale=unit is None,
-        bar_format=unit and "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]",
-        disable=None,
-        leave=False,
+def _new_bar(*, transient: bool) -> Progress:
+    """A bar on stderr, drawn when it is told to refresh, with what the field `told` says beside
+    it. Other lines that are written to stderr meanwhile appear above it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        auto_refresh=False,
+        transient=transient,
+        redirect_stdout=False,
     )
 
 
@@ -110,42 +134,48 @@ class GenerationBar:
         self, prompts: int, generated: Callable[[], int], before: int, *, shown: bool
     ) -> None:
         self.tokens = 0  # of the prompts that are done
+        self._prompts = prompts
+        self._done = 0
         self._shown = 0
         self._generated = generated
         self._before = max(before, generated()) if shown else before
         self._started = time.perf_counter()
         self._due = self._started + REFRESH_S
-        self._bar: tqdm[Any] = tqdm(total=prompts, desc="Generating", disable=not shown)
+        self._bar = _new_bar(transient=False) if shown else None
 
     def done(self, tokens: int) -> None:
         """One more prompt is done, with `tokens` output tokens."""
+        self._done += 1
         self.tokens += tokens
-        self._raise_to(self.tokens)
-        self._bar.update()
+        self._shown = max(self._shown, self.tokens)
 
     def tick(self) -> None:
-        """Redraws the bar, if it is time."""
-        now = time.perf_counter()
-        if not self._bar.disable and now >= self._due:
-            self._due = now + REFRESH_S
-            self._raise_to(self._generated() - self._before)
-            self._bar.refresh()
+        """Redraws the bar, if it is time. Reports are rarer than redraws, and between two reports
+        the rate must not fall: the tokens shown only grow."""
+        if self._bar is not None and time.perf_counter() >= self._due:
+            self._due = time.perf_counter() + REFRESH_S
+            self._shown = max(self._shown, self._generated() - self._before)
+            self._draw()
 
     def __enter__(self) -> GenerationBar:
+        if self._bar is not None:
+            self._bar.add_task("Generating", total=self._prompts, told="")
+            self._draw()
+            self._bar.start()
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if failure is None:
-            self._show(self.tokens)
-        self._bar.close()
+        if self._bar is not None:
+            if failure is None:
+                self._shown = self.tokens
+            self._draw()
+            self._bar.stop()
 
-    def _raise_to(self, tokens: int) -> None:
-        """Shows `tokens` if they are more than before: reports are rarer than redraws, and between
-        two reports the rate must not fall."""
-        if tokens > self._shown:
-            self._show(tokens)
-
-    def _show(self, tokens: int) -> None:
-        self._shown = tokens
-        rate = tokens / (time.perf_counter() - self._started)
-        self._bar.set_postfix_str(f"{tokens} tokens, {rate:.0f} tokens/s", refresh=False)
+    def _draw(self) -> None:
+        if self._bar is not None:
+            rate = self._shown / (time.perf_counter() - self._started)
+            told = (
+                f"{self._done}/{self._prompts} prompts, {self._shown} tokens, {rate:.0f} tokens/s"
+            )
+            (task,) = self._bar.task_ids
+            self._bar.update(task, completed=self._done, told=told, refresh=True)

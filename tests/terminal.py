@@ -25,6 +25,15 @@ ROWS, COLUMNS = 24, 100
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[=>])")
 
 
+# Lets rich draw a bar where there is no terminal.
+BAR_IS_DRAWN = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}
+
+
+def shown(written: str) -> str:
+    """What was written, without colours and movements of the cursor."""
+    return _ESCAPES.sub("", written)
+
+
 class Terminal:
     """A pseudo-terminal and the program in it.
 
@@ -81,7 +90,7 @@ class Terminal:
 
     @property
     def shown(self) -> str:
-        return _ESCAPES.sub("", self.raw).replace("\r\n", "\n")
+        return shown(self.raw).replace("\r\n", "\n")
 
     def close(self) -> None:
         if self.program.poll() is None:

@@ -16,6 +16,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import DEMO_CHECKPOINT
+from tests.terminal import BAR_IS_DRAWN, shown
 
 TIMEOUT_S = 60
 
@@ -130,14 +131,18 @@ def test_what_the_launcher_refuses_is_the_error(
 
 
 def test_the_bar_shows_the_tokens_of_unfinished_requests(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in BAR_IS_DRAWN.items():
+        monkeypatch.setenv(name, value)
     params = SamplingParams(max_tokens=500, ignore_eos=True)
     with LLM("", device="sim", sim_step_ms=5.0) as llm:
         for _ in range(2):  # what a first call got is not the second's
             llm.generate(["Once"] * 2, params)
-            frames = capsys.readouterr().err.split("\r")
-            told = [int(n) for frame in frames for n in re.findall(r"0/2 .* (\d+) tokens,", frame)]
+            frames = shown(capsys.readouterr().err).split("\r")
+            told = [
+                int(n) for frame in frames for n in re.findall(r"0/2 prompts, (\d+) tokens,", frame)
+            ]
             assert told == sorted(told)
             assert told, frames
             assert 0 < told[-1] < 1000
