@@ -34,3 +34,4 @@ class LLMOptions(TypedDict, total=False):
     max_pending_requests: int
     drain_timeout: float
     log_level: Literal["debug", "info", "warning", "error"]
+    log_format: Literal["text", "json"]
