@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 REFRESH_S: Final = 0.5
+# A start's bar is drawn again this soon, though its numbers may change at any message.
+REDRAW_S: Final = 0.1
 
 
 class Shown(NamedTuple):
@@ -40,6 +42,7 @@ class LoadingBar:
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._stage = ""
+        self._due = 0.0
         self._since = (0.0, 0)  # when the stage began, and what was done by then
 
     def show(self, services: Sequence[ServiceStatus]) -> None:
@@ -52,8 +55,12 @@ class LoadingBar:
             self._stage = shown.stage
             self._since = time.perf_counter(), shown.done
             self._bar = _new_bar(transient=True)
-            self._bar.add_task(shown.stage, told="")
+            self._bar.add_task(shown.stage, total=shown.total, told=self._told(shown))
             self._bar.start()
+            self._due = 0.0
+        if (now := time.perf_counter()) < self._due:
+            return
+        self._due = now + REDRAW_S
         (task,) = self._bar.task_ids
         self._bar.update(
             task, completed=shown.done, total=shown.total, told=self._told(shown), refresh=True

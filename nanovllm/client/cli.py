@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # After so long without an answer, tell the person which pipeline the command waits for.
-PATIENCE_S: Final = 1.0
+PATIENCE_S: Final = 2.0
 
 _REQUEST_OPTIONS = [
     click.option("--max-tokens", default=512, show_default=True, help="Output tokens at most."),
