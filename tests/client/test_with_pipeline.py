@@ -66,3 +66,8 @@ def test_every_way_in_gives_the_same_output(pipeline: Pipeline) -> None:
     texts.append(printed.output.removesuffix("\n"))
     assert texts[0]
     assert texts == texts[:1] * 12
+
+
+def test_a_chat_with_the_demo_model_says_what_to_expect(pipeline: Pipeline) -> None:
+    ran = CliRunner().invoke(main, ["chat", "--runtime-dir", str(pipeline.runtime_dir)], input="")
+    assert "The demo model is tiny" in ran.output
