@@ -5,6 +5,7 @@ Behind an LLM is a pipeline of its own, or a pipeline that runs already.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 import time
@@ -13,20 +14,30 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
-from typing import Any, Final, NotRequired, TypedDict, Unpack, get_args, get_type_hints
+from typing import (
+    Any,
+    Final,
+    Literal,
+    NotRequired,
+    TypedDict,
+    Unpack,
+    get_args,
+    get_type_hints,
+    overload,
+)
 
 import msgspec
 
 from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.client.private_pipeline import PrivatePipeline
 from nanovllm.client.requests import Prompt, generate_message
-from nanovllm.client.results import Completion, PendingPing, PendingRequest, RequestError
+from nanovllm.client.results import PendingPing, PendingRequest, RequestError
 from nanovllm.client.thread import ConnectionThread
 from nanovllm.control import SchedulerStats
 from nanovllm.llm_options import LLMOptions
 from nanovllm.plain import plain
 from nanovllm.progress import GenerationBar, LoadingBar
-from nanovllm.protocol import Generate, Logprobs
+from nanovllm.protocol import FinishReason, Generate, Logprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings, with_fitting_defaults
 from nanovllm.wording import counted, did_you_mean, key_and_reason
@@ -41,10 +52,17 @@ READY_PERIOD_S: Final = 0.05
 
 
 class LLMOutput(TypedDict):
-    """What `LLM.generate` returns for a prompt; `logprobs` is there only if asked for."""
+    """What `LLM.generate` returns for a prompt: a dict, ready for JSON.
+
+    Its keys are `Completion`'s fields, its usage has those of `Usage`. `logprobs` is there only if
+    asked for.
+    """
 
     text: str
     token_ids: list[int]
+    finish_reason: FinishReason
+    usage: dict[str, int]
+    seed: int | None
     logprobs: NotRequired[Logprobs]
 
 
@@ -91,12 +109,34 @@ class LLM:
             self.exit()
             raise
 
+    @overload
     def generate(
         self,
         prompts: str | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-    ) -> list[LLMOutput]:
+        *,
+        return_errors: Literal[False] = False,
+    ) -> list[LLMOutput]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        return_errors: Literal[True],
+    ) -> list[LLMOutput | RequestError]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        return_errors: bool = False,
+    ) -> list[LLMOutput] | list[LLMOutput | RequestError]:
         """Generates for every prompt.
 
         Args:
@@ -104,39 +144,42 @@ class LLM:
                 text.
             sampling_params: for all prompts, or a list with one for each.
             use_tqdm: draw a progress bar.
+            return_errors: whether the RequestError of a prompt stands in the place of its output,
+                instead of being raised; the other prompts then have theirs.
 
         Returns:
             One output a prompt, in their order.
 
         Raises:
             TypeError, ValueError: a prompt or parameter is not valid; nothing was generated.
-            RequestError: the pipeline refused a prompt; its message tells which.
+            RequestError: the pipeline refused a prompt; its message tells which. The rest is
+                aborted.
             PipelineUnavailable, RuntimeError: the pipeline is gone, or was left by `exit`.
         """
         if not self._closing.alive:
             raise RuntimeError("the LLM is closed")
         self._thread.connection.check_process()
-        changed: queue.SimpleQueue[int] = queue.SimpleQueue()
-        waiting = deque(
-            PendingRequest(message, partial(changed.put, index), patient=True)
-            for index, message in enumerate(_messages(_as_list(prompts), sampling_params))
-        )
-        outputs: list[LLMOutput | None] = [None] * len(waiting)
+        waiting = deque(enumerate(_messages(_as_list(prompts), sampling_params)))
+        outputs: dict[int, LLMOutput | RequestError] = {}
         outstanding: dict[int, PendingRequest] = {}
+        changed: queue.SimpleQueue[int] = queue.SimpleQueue()
         with GenerationBar(len(waiting), self._generated, self._tokens, shown=use_tqdm) as progress:
             try:
                 while waiting or outstanding:
-                    self._submit(waiting, outstanding, len(outputs))
-                    for index in self._next(changed):
-                        if index in outstanding and outstanding[index].ended:
-                            completion = _result(outstanding.pop(index), index)
-                            outputs[index] = _output(completion)
-                            progress.done(len(completion.token_ids))
+                    self._submit(waiting, outstanding, changed)
+                    for index in self._ended(outstanding, changed):
+                        outputs[index] = output = _output(outstanding.pop(index), index)
+                        if not isinstance(output, RequestError):
+                            progress.done(len(output["token_ids"]))
+                        elif return_errors:
+                            progress.done(0)
+                        else:
+                            raise output
                     progress.tick()
             finally:
                 self._thread.abandon(*outstanding.values())
         self._tokens += progress.tokens
-        return [output for output in outputs if output is not None]
+        return [outputs[index] for index in range(len(outputs))]
 
     def exit(self) -> None:
         """Ends its own pipeline, or disconnects from a running one."""
@@ -153,26 +196,34 @@ class LLM:
         self.exit()
 
     def _submit(
-        self, waiting: deque[PendingRequest], outstanding: dict[int, PendingRequest], total: int
+        self,
+        waiting: deque[tuple[int, Generate]],
+        outstanding: dict[int, PendingRequest],
+        changed: queue.SimpleQueue[int],
     ) -> None:
+        """Moves requests from `waiting` to `outstanding`; their changes go into `changed`."""
         new: list[PendingRequest] = []
         while waiting and len(outstanding) < self._window:
-            outstanding[total - len(waiting)] = waiting[0]
-            new.append(waiting.popleft())
+            index, message = waiting.popleft()
+            request = PendingRequest(message, partial(changed.put, index), patient=True)
+            outstanding[index] = request
+            new.append(request)
         if new:
             self._thread.submit(*new)
 
-    def _next(self, changed: queue.SimpleQueue[int]) -> list[int]:
-        """The next indices in `changed`; none if there is none for a while."""
+    def _ended(
+        self, outstanding: dict[int, PendingRequest], changed: queue.SimpleQueue[int]
+    ) -> list[int]:
+        """The requests in `outstanding` that have ended; waits for a change, but not for long."""
         try:
-            indices = [changed.get(timeout=CHECK_PERIOD_S)]
+            indices = {changed.get(timeout=CHECK_PERIOD_S)}
         except queue.Empty:
             if self._pipeline is not None:
                 self._pipeline.check()
             return []
         while not changed.empty():
-            indices.append(changed.get())
-        return indices
+            indices.add(changed.get())
+        return [i for i in indices if i in outstanding and outstanding[i].ended]
 
     def _generated(self) -> int:
         """The tokens that its own pipeline has generated, as of the latest report; 0 if it uses a
@@ -250,15 +301,19 @@ def _settings(model: str, options: LLMOptions) -> Settings:
     return msgspec.structs.replace(settings, model=str(directory))
 
 
-def _result(request: PendingRequest, index: int) -> Completion:
+def _output(request: PendingRequest, index: int) -> LLMOutput | RequestError:
+    """What to return for prompt `index`; raises what concerns all prompts."""
     try:
-        return request.result()
+        completion = request.result()
     except RequestError as error:
-        raise RequestError(error.code, f"prompts[{index}]: {error.message}") from None
-
-
-def _output(completion: Completion) -> LLMOutput:
-    output = LLMOutput(text=completion.text, token_ids=completion.token_ids)
+        return RequestError(error.code, f"prompts[{index}]: {error.message}")
+    output = LLMOutput(
+        text=completion.text,
+        token_ids=completion.token_ids,
+        finish_reason=completion.finish_reason,
+        usage=dataclasses.asdict(completion.usage),
+        seed=completion.seed,
+    )
     if completion.logprobs is not None:
         output["logprobs"] = completion.logprobs
     return output

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
 import os
 import signal
 import socket
@@ -48,6 +50,15 @@ def test_generate_returns_the_completion() -> None:
         assert completion.text == "<5><6><7>"
         assert completion.finish_reason == "length"
         assert completion.seed == SEED
+        assert json.loads(json.dumps(dataclasses.asdict(completion))) == {
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": "length",
+            "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0},
+            "logprobs": [[[5, -0.5]], [[6, -0.5]], [[7, -0.5]]],
+            "seed": SEED,
+            "answer_at": None,
+        }
         assert not sent.stream
 
 

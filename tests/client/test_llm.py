@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import threading
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 
-from nanovllm import LLM, PipelineUnavailable, RequestError, SamplingParams
+from nanovllm import LLM, Client, PipelineUnavailable, RequestError, SamplingParams
 from nanovllm.llm import WINDOW
 from nanovllm.llm_options import LLMOptions
 from nanovllm.protocol import Abort, Error, Generate
 from nanovllm.settings import Settings
 from tests.client.double import (
+    SEED,
     Answer,
     HangUp,
     answer_in_full,
@@ -37,9 +41,8 @@ def test_outputs_come_in_the_order_of_the_prompts(capsys: pytest.CaptureFixture[
     with ingress(backwards) as double, LLM(endpoint=double.endpoint) as llm:
         params = [SamplingParams(0.6, 1), SamplingParams(0.6, 2), SamplingParams(0.6, 3)]
         outputs = llm.generate(["a", [7, 7], "ccc"], params)
-        assert outputs == [
-            {"text": text_of(ids), "token_ids": ids} for ids in ([1], [2, 3], [3, 4, 5])
-        ]
+        for output, ids in zip(outputs, ([1], [2, 3], [3, 4, 5]), strict=True):
+            assert (output["text"], output["token_ids"]) == (text_of(ids), ids)
         assert [message.stream for message, _ in held] == [False] * 3
         assert "tokens/s" in capsys.readouterr().err
 
@@ -138,6 +141,54 @@ def test_a_refused_prompt_is_named_and_the_others_are_aborted() -> None:
             llm.generate(["a", "b", "bad", "c"], use_tqdm=False)
         assert caught.value.code == "context_length_exceeded"
         double.wait_for(lambda received: sum(isinstance(m, Abort) for m in received) == 3)
+
+
+def test_an_output_is_a_dict_that_tells_how_it_ended_and_goes_into_json() -> None:
+    with ingress(answer_in_full) as double, LLM(endpoint=double.endpoint) as llm:
+        params = SamplingParams(max_tokens=2, logprobs=0)
+        (output,) = llm.generate(["hello"], params, use_tqdm=False)
+        assert json.loads(json.dumps(output)) == {
+            "text": "<5><6>",
+            "token_ids": [5, 6],
+            "finish_reason": "length",
+            "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0},
+            "seed": SEED,
+            "logprobs": [[[5, -0.5]], [[6, -0.5]]],
+        }
+        with Client(double.endpoint) as client:
+            completion = dataclasses.asdict(client.generate("hello", params))
+        assert output == {key: completion[key] for key in output}
+
+
+def test_a_refused_prompt_may_stand_as_an_error_among_the_others() -> None:
+    def script(message: Any, session: str) -> Iterator[Answer]:
+        if message.prompt == "bad":
+            yield Error(id=message.id, code="context_length_exceeded", message="too long")
+        else:
+            yield from answer_in_full(message, session)
+
+    with ingress(script) as double, LLM(endpoint=double.endpoint) as llm:
+        params = SamplingParams(max_tokens=1)
+        prompts = ["a", "bad", "ccc", "bad"]
+        first, second, third, fourth = llm.generate(prompts, params, return_errors=True)
+        assert isinstance(first, dict)
+        assert isinstance(third, dict)
+        assert (first["token_ids"], third["token_ids"]) == ([1], [3])
+        for index, error in ((1, second), (3, fourth)):
+            assert isinstance(error, RequestError)
+            assert error.code == "context_length_exceeded"
+            assert error.message == f"prompts[{index}]: too long"
+
+
+def test_what_concerns_all_prompts_is_raised_all_the_same() -> None:
+    def script(message: Any, session: str) -> Iterator[Answer]:
+        threading.Thread(target=llm.exit).start()
+        yield from ()
+
+    with ingress(script) as double:
+        llm = LLM(endpoint=double.endpoint)
+        with pytest.raises(RuntimeError, match="closed"):
+            llm.generate("a", return_errors=True, use_tqdm=False)
 
 
 def test_invalid_arguments_are_named_before_anything_is_sent() -> None:

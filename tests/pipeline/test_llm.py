@@ -67,7 +67,8 @@ def test_each_prompt_with_its_own_parameters(
     assert [(o["text"], o["token_ids"]) for o in outputs] == on_the_wire(pipeline, params)
     assert [len(output["token_ids"]) for output in outputs] == [p.max_tokens for p in params]
     for output in outputs:
-        assert output.keys() == {"text", "token_ids"}
+        assert output["finish_reason"] == "length"
+        assert output["usage"]["completion_tokens"] == len(output["token_ids"])
         assert output["text"] == tokenizer.decode(output["token_ids"])
 
 
@@ -81,5 +82,6 @@ def test_one_set_of_parameters_for_all(llm: LLM, capsys: pytest.CaptureFixture[s
     greedy = llm.generate(
         [TEXTS[0], PROMPTS[4]], SamplingParams(temperature=0.0, max_tokens=9), False
     )
-    assert greedy[0] == greedy[1], "a text and its token ids are the same prompt"
+    same = "a text and its token ids are the same prompt"
+    assert greedy[0]["token_ids"] == greedy[1]["token_ids"], same
     assert capsys.readouterr().err == ""
