@@ -58,6 +58,16 @@ class TokenLogprobs(Message):
     values: bytes
 
 
+class PromptPart(Message):
+    """Log-probabilities of prompt tokens from index `first` on, `width` a token: itself first, then
+    the likeliest. int32 and float32 [tokens * width]."""
+
+    first: int
+    width: int
+    token_ids: bytes
+    values: bytes
+
+
 # ingress <-> tokenizer --------------------------------------------------------------------------
 
 
@@ -234,6 +244,7 @@ class Begin(Message, tag="begin"):
     prompt_tokens: int
     cached_tokens: int
     token_logprobs: list[TokenLogprobs]
+    prompt_parts: list[PromptPart] = []
 
 
 class NewTokens(Message, tag="new_tokens"):
@@ -278,6 +289,7 @@ class Decoded(Message, tag="decoded"):
     `logprobs` is empty unless asked for, else one entry a token. `ending` is there on the last.
     `answer_at` is the number of characters of the released text before the answer, from the message
     on in which the answer begins; there only if the request has `answer_marks`.
+    `prompt_parts`, if asked for, come with the output from token 0.
     """
 
     uid: int
@@ -289,6 +301,7 @@ class Decoded(Message, tag="decoded"):
     logprobs: list[TokenLogprobs]
     ending: Ending | None
     answer_at: int | None = None
+    prompt_parts: list[PromptPart] = []
 
 
 DetokenizerToIngress = Decoded
@@ -364,7 +377,8 @@ NO_TOKEN_LEFT = -2
 class StepResult(Message, tag="step_result"):
     """What step `number` sampled: int32[rows]; -1 for a row whose logits are not finite,
     NO_TOKEN_LEFT for one whose request rules out every token.
-    `logprobs` for the rows that asked.
+    `logprobs` for the rows that asked. `prompt_parts`: one for each prefill chunk of a sequence
+    that asks for log-probabilities of its prompt, in the plan's order.
 
     `busy_us` is the time since the group's start for which the device had work, and `at_us` the
     time since the group's start, when this step ended; their differences give the device's load.
@@ -375,6 +389,7 @@ class StepResult(Message, tag="step_result"):
     logprobs: list[RowLogprobs]
     busy_us: int
     at_us: int
+    prompt_parts: list[PromptPart] = []
 
 
 SchedulerToWorker = Reset | StepPlan

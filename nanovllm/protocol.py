@@ -35,6 +35,8 @@ ErrorCode = Literal[
 FinishReason = Literal["stop", "length", "abort"]
 # One entry a token: [[token_id, logprob], …], the chosen token first.
 Logprobs = list[list[tuple[int, float]]]
+# One entry a prompt token; None for the first, which nothing comes before.
+PromptLogprobs = list[list[tuple[int, float]] | None]
 
 
 class Public(msgspec.Struct, kw_only=True, tag_field="type", omit_defaults=True):
@@ -62,6 +64,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_de
     ignore_eos: bool = False
     seed: Int64 | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
@@ -120,6 +123,7 @@ class Delta(Public, tag="delta", omit_defaults=False):
     token_ids: list[int]
     text: str
     answer_at: int | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
     logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -138,6 +142,7 @@ class Finish(Public, tag="finish", omit_defaults=False):
     text: str | msgspec.UnsetType = msgspec.UNSET
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     answer_at: int | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
     logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
 

@@ -33,6 +33,8 @@ class SamplingParams:
         seed: makes the output repeatable; None draws one.
         logprobs: how many of the likeliest tokens to report beside each chosen one, 0 to 20;
             None reports nothing.
+        prompt_logprobs: as many of the likeliest tokens to report beside each prompt token, 0 to
+            20; None reports nothing.
         repetition_penalty: above 0 to 10; logits of tokens in prompt or output are divided by it
             if they are positive, else multiplied. 1 is off.
         frequency_penalty: -2 to 2; subtracted from the logit of a token for each time that the
@@ -61,6 +63,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = ()
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0

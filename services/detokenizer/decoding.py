@@ -64,6 +64,7 @@ class Decoding:
 
     def update(self, begin: Begin) -> None:
         """Adds the tokens that the scheduler has and this output lacks, if there are any."""
+        self._prompt_parts = begin.prompt_parts
         self._prompt_tokens = begin.prompt_tokens
         self._cached_tokens = begin.cached_tokens
         held = self.count
@@ -123,6 +124,7 @@ class Decoding:
             logprobs,
             None if self._reason is None else Ending(self._reason, self._usage()),
             self._answer_at,
+            [] if start else self._prompt_parts,
         )
 
     def sent(self, decoded: Decoded) -> None:

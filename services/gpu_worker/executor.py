@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention.interface import AttentionBackend, LayerCache
-from nanovllm.messages import RowLogprobs, StepPlan, StepResult, TokenLogprobs, pack
+from nanovllm.messages import (
+    PromptPart,
+    RowLogprobs,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+    pack,
+)
 from nanovllm.services.gpu_worker.graphs import Capture, Sizes, StepGraphs
 from nanovllm.services.gpu_worker.logits import LogitsProcessors
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence
@@ -34,6 +41,19 @@ class SampledLogprobs(NamedTuple):
     values: Tensor  # float32 [r, most asked for + 1]
 
 
+class PromptLogprobs(NamedTuple):
+    """Of a prefill chunk's tokens, from index `first` of the prompt on: int32 and float32
+    [t, count + 1]."""
+
+    first: int
+    token_ids: Tensor
+    values: Tensor
+
+    def message(self) -> PromptPart:
+        ids, values = pack(self.token_ids.numpy()), self.values.numpy().astype("<f4", copy=False)
+        return PromptPart(self.first, self.token_ids.shape[1], ids, values.tobytes())
+
+
 class PendingResult(NamedTuple):
     """The host's copy of what an enqueued step samples. The tensors are complete once `wait` has
     returned."""
@@ -43,6 +63,7 @@ class PendingResult(NamedTuple):
     logprobs: SampledLogprobs | None  # None if no row asked
     started: torch.cuda.Event | None  # the step's begin; None on a CPU
     on_host: torch.cuda.Event | None  # the end of the copies to the host; None on a CPU
+    prompt: Sequence[PromptLogprobs] = ()
 
     def wait(self) -> None:
         if self.on_host is not None:
@@ -62,6 +83,7 @@ class PendingResult(NamedTuple):
             logprobs=[] if self.logprobs is None else _rows(self.logprobs),
             busy_us=busy_us,
             at_us=at_us,
+            prompt_parts=[part.message() for part in self.prompt],
         )
 
 
@@ -140,7 +162,9 @@ class Executor:
         self.processors.admit(batch.admitted)
         if not len(batch.query_lens):
             return self._pending(plan.number, self._steps.no_tokens, None, started)
-        output = None if self._graphs is None else self._graphs.replay(batch)
+        output = None
+        if self._graphs is not None and not batch.prompt_spans:
+            output = self._graphs.replay(batch)
         if output is None:
             layout = Layout.of(batch)
             flat = to_device(columns(batch, layout, self._state.padding_slot), self._device)
@@ -150,7 +174,13 @@ class Executor:
         if len(batch.processed_rows):
             self._draw_processed(output, batch)
         found = self._logprobs(batch, output.logits, output.token_ids)
-        return self._pending(plan.number, output.token_ids, found, started)
+        prompt: list[PromptLogprobs] = []
+        for span in batch.prompt_spans:
+            if output.hidden is None:
+                raise ValueError("a captured step keeps no hidden states")
+            ids, values = self._steps.prompt_logprobs(output.hidden, span)
+            prompt.append(PromptLogprobs(span.first, _to_host(ids), _to_host(values)))
+        return self._pending(plan.number, output.token_ids, found, started, prompt)
 
     def _draw_processed(self, output: StepOutput, batch: Batch) -> None:
         """Samples again the rows whose logits are processed; overwrites their token ids."""
@@ -168,13 +198,15 @@ class Executor:
         token_ids: Tensor,
         logprobs: SampledLogprobs | None,
         started: torch.cuda.Event | None,
+        prompt: Sequence[PromptLogprobs] = (),
     ) -> PendingResult:
         """Enqueues the copies to the host of token ids int32 [s] and log-probabilities."""
         if logprobs is not None:
             logprobs = SampledLogprobs(
                 logprobs.rows, _to_host(logprobs.token_ids), _to_host(logprobs.values)
             )
-        return PendingResult(number, _to_host(token_ids), logprobs, started, _event(self._device))
+        tokens = _to_host(token_ids)
+        return PendingResult(number, tokens, logprobs, started, _event(self._device), prompt)
 
     def _logprobs(self, batch: Batch, logits: Tensor, token_ids: Tensor) -> SampledLogprobs | None:
         rows = batch.wants_logprobs

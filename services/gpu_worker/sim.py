@@ -19,6 +19,7 @@ from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.messages import (
     NO_TOKEN_LEFT,
     Admission,
+    PromptPart,
     RowLogprobs,
     StepPlan,
     StepResult,
@@ -27,7 +28,7 @@ from nanovllm.messages import (
 )
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence, check_room_for_one
 from nanovllm.services.gpu_worker.runner import Loaded, Report
-from nanovllm.services.gpu_worker.slots import Batch, SlotTable, processes_logits
+from nanovllm.services.gpu_worker.slots import Batch, PromptSpan, SlotTable, processes_logits
 from nanovllm.settings import Settings
 from nanovllm.timer import Timer
 from nanovllm.vocabulary import Vocabulary
@@ -99,6 +100,7 @@ class SimRunner:
             logprobs=self._logprobs(batch, indices, step.end),
             busy_us=round(step.busy * 1e6),
             at_us=round((step.end - self._start) * 1e6),
+            prompt_parts=[_prompt_part(span) for span in batch.prompt_spans],
         )
         self._coming.append((step.end, result))
         if len(self._coming) == 1:
@@ -134,6 +136,15 @@ class SimRunner:
             values = np.concatenate(([stamp], (ranks + 1) * -np.log(2))).astype("<f4")
             found.append(RowLogprobs(row, TokenLogprobs(pack(tokens), values.tobytes())))
         return found
+
+
+def _prompt_part(span: PromptSpan) -> PromptPart:
+    """Each prompt token as the likeliest of tokens that follow it in the vocabulary, each half as
+    likely as the last."""
+    ranks = np.arange(span.likeliest + 1, dtype=np.int32)
+    ids = span.token_ids[:, None] + np.maximum(ranks - 1, 0)
+    values = np.broadcast_to(-np.maximum(ranks, 1) * np.log(2), ids.shape).astype("<f4")
+    return PromptPart(span.first, len(ranks), pack(ids), values.tobytes())
 
 
 class Choice(NamedTuple):

@@ -22,7 +22,9 @@ from nanovllm.messages import Admission
 from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.slots import Batch
 
-COSTLIEST = Sampling(top_p=0.5, top_k=1000, min_p=0.01, seed=0, logprobs=20, presence_penalty=1.0)
+COSTLIEST = Sampling(
+    top_p=0.5, top_k=1000, min_p=0.01, seed=0, logprobs=20, prompt_logprobs=20, presence_penalty=1.0
+)
 """Takes the most memory to sample with."""
 
 

@@ -23,6 +23,22 @@ Int32s = NDArray[np.int32]
 NO_LOGPROBS = -1
 
 
+class PromptSpan(NamedTuple):
+    """The tokens of a prefill chunk whose log-probabilities are asked for.
+
+    Attributes:
+        first: the first one's index in its prompt.
+        row: the batch's token before the first one; one token a row from there on.
+        likeliest: how many likeliest tokens to report beside each.
+        token_ids: int32 [t], the tokens.
+    """
+
+    first: int
+    row: int
+    likeliest: int
+    token_ids: Int32s
+
+
 class Batch(NamedTuple):
     """What one plan changes and runs. The n rows are d decodes, then p prefill chunks of t tokens
     together; s of the rows sample."""
@@ -43,6 +59,7 @@ class Batch(NamedTuple):
     whole_rows: Int32s
     processed_rows: Int32s  # which of the s rows have their logits processed
     logprobs: Int32s  # [s], how many likeliest tokens to report, or NO_LOGPROBS
+    prompt_spans: Sequence[PromptSpan] = ()
 
     @property
     def wants_logprobs(self) -> list[tuple[int, int]]:
@@ -63,6 +80,9 @@ class SlotTable:
         self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
         self._needs_whole_logits = np.zeros(max_num_seqs, dtype=np.bool_)
         self._processes_logits = np.zeros(max_num_seqs, dtype=np.bool_)
+        # Of the sequences that ask for log-probabilities of their prompts: how many likeliest
+        # tokens, and the prompt's length.
+        self._prompt_logprobs: dict[int, tuple[int, int]] = {}
         self._indices = np.arange(max_num_seqs, dtype=np.int32)
         self._ones = np.ones(max_num_seqs, dtype=np.int32)
         # Tokens of sequences whose prefill is not complete.
@@ -77,6 +97,7 @@ class SlotTable:
     def reset(self) -> None:
         """Empties all slots."""
         self._to_prefill.clear()
+        self._prompt_logprobs.clear()
         self._used.clear()
 
     def apply(self, plan: StepPlan) -> Batch:
@@ -84,6 +105,7 @@ class SlotTable:
         for slot in unpack(plan.release).tolist():
             self._used.remove(slot)
             self._to_prefill.pop(slot, None)
+            self._prompt_logprobs.pop(slot, None)
         updates: list[tuple[int, int, int]] = []
         for admission in plan.admit:
             self._admit(admission)
@@ -96,7 +118,10 @@ class SlotTable:
         context_lens = self._num_tokens[decode_slots]
         sampling_rows = self._indices[: len(decode_slots)]
         chunks = _NO_CHUNKS
+        prompt_spans: list[PromptSpan] = []
         if plan.prefill:
+            if self._prompt_logprobs:
+                prompt_spans = self._spans(plan.prefill, len(decode_slots))
             chunks = self._chunks(unpack(plan.prefill).reshape(-1, 3))
             query_lens = np.concatenate((query_lens, chunks.lengths))
             context_lens = np.concatenate((context_lens, chunks.ends))
@@ -121,6 +146,7 @@ class SlotTable:
             whole_rows=samples[self._needs_whole_logits[sampling_slots]],
             processed_rows=samples[self._processes_logits[sampling_slots]],
             logprobs=self._logprobs[sampling_slots],
+            prompt_spans=prompt_spans,
         )
 
     def _admit(self, admission: Admission) -> None:
@@ -131,6 +157,8 @@ class SlotTable:
         self._num_tokens[slot] = len(tokens)
         self._num_blocks[slot] = 0
         self._logprobs[slot] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
+        if sampling.prompt_logprobs is not None:
+            self._prompt_logprobs[slot] = sampling.prompt_logprobs, admission.prompt_tokens
         processes = processes_logits(sampling)
         self._processes_logits[slot] = processes
         self._needs_whole_logits[slot] = not processes and _needs_whole_logits(sampling)
@@ -139,6 +167,19 @@ class SlotTable:
         first = self._num_blocks[slot]
         updates.extend((slot, column, block) for column, block in enumerate(blocks, first))
         self._num_blocks[slot] = first + len(blocks)
+
+    def _spans(self, prefill: bytes, decodes: int) -> list[PromptSpan]:
+        """One for each chunk of a sequence that asks, perhaps of no token."""
+        spans: list[PromptSpan] = []
+        row = decodes
+        for slot, start, length in unpack(prefill).reshape(-1, 3).tolist():
+            if slot in self._prompt_logprobs:
+                count, prompt_tokens = self._prompt_logprobs[slot]
+                end = min(start + length + 1, prompt_tokens)
+                token_ids = self._to_prefill[slot][start + 1 : end]
+                spans.append(PromptSpan(start + 1, row, count, token_ids))
+            row += length
+        return spans
 
     def _chunks(self, chunks: Int32s) -> _Chunks:
         """The prefill chunks int32 [p, 3] of a plan, with their tokens."""

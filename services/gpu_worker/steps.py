@@ -22,17 +22,21 @@ from nanovllm.kernels.slots.ops import choose_slot_ops
 from nanovllm.messages import NO_TOKEN_LEFT
 from nanovllm.services.gpu_worker.logits import LogitsProcessors
 from nanovllm.services.gpu_worker.model.registry import Model
-from nanovllm.services.gpu_worker.sampling import sample, sample_whole
+from nanovllm.services.gpu_worker.sampling import logprobs, sample, sample_whole
 from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
-from nanovllm.services.gpu_worker.slots import Columns, Int32s, Layout
+from nanovllm.services.gpu_worker.slots import Columns, Int32s, Layout, PromptSpan
 from nanovllm.settings import Settings
+
+PROMPT_ROWS = 256
 
 
 class StepOutput(NamedTuple):
-    """token_ids int32 [n] of n rows, and the logits [n, shard] that the tokens were drawn from."""
+    """token_ids int32 [n] of n rows, and the logits [n, shard] that the tokens were drawn from. Of
+    a mixed step also `hidden` [tokens, hidden size], all of its tokens."""
 
     token_ids: Tensor
     logits: Tensor
+    hidden: Tensor | None = None
 
 
 class Lengths(NamedTuple):
@@ -137,13 +141,26 @@ class Steps:
             self._kv_cache,
         )
         if not layout.samples:
-            return StepOutput(self.no_tokens, hidden[:0])
+            return StepOutput(self.no_tokens, hidden[:0], hidden)
         logits = self._model.logits(hidden[c.sampling_tokens], logits_out)
         # A sequence's length is the index of the token that comes next.
         next_positions = held.num_tokens[c.sampling_slots]
         params = self._state.sampling(c.sampling_slots)
         token_ids = sample(logits, params, next_positions, self._shard)
-        return StepOutput(self._ops.advance(held, c.sampling_slots, token_ids), logits)
+        return StepOutput(self._ops.advance(held, c.sampling_slots, token_ids), logits, hidden)
+
+    def prompt_logprobs(self, hidden: Tensor, span: PromptSpan) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the span's tokens, from `StepOutput.hidden`: ids and values as of
+        `sampling.logprobs`, [t, count + 1]. The logits of PROMPT_ROWS tokens exist at a time."""
+        token_ids = to_device(span.token_ids.astype(np.int64), self._device)
+        hidden = hidden[span.row : span.row + len(token_ids)]
+        ids = self.no_tokens.new_empty(len(token_ids), span.likeliest + 1)
+        values = torch.empty_like(ids, dtype=torch.float32)
+        for start in range(0, len(token_ids), PROMPT_ROWS):
+            part = slice(start, start + PROMPT_ROWS)
+            logits = self._model.logits(hidden[part])
+            ids[part], values[part] = logprobs(logits, token_ids[part], span.likeliest, self._shard)
+        return ids, values
 
     def sample_whole(self, output: StepOutput, rows: Int32s, slots: Int32s) -> None:
         """Samples again the rows that need whole logits, if there is more than one rank.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 
 import msgspec
+import numpy as np
 
-from nanovllm.messages import Decoded, TokenLogprobs, unpack
-from nanovllm.protocol import Delta, Logprobs
+from nanovllm.messages import Decoded, PromptPart, TokenLogprobs, unpack
+from nanovllm.protocol import Delta, Logprobs, PromptLogprobs
 
 _TOKEN = struct.Struct("<i")
 # What the logprobs of a token take beside their bytes, roughly.
@@ -29,6 +30,7 @@ class Output:
         "_answer_at",
         "_answer_told",
         "_logprobs",
+        "_prompt_parts",
         "_resumed",
         "_sent",
         "_text",
@@ -48,6 +50,8 @@ class Output:
         # The characters of the text before the answer, once the answer has begun.
         self._answer_at: int | None = None
         self._answer_told = False
+        # Log-probabilities of the prompt, until `take` has told them.
+        self._prompt_parts: list[PromptPart] = []
         # Text and logprobs that `take` has not returned yet.
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -72,6 +76,8 @@ class Output:
         self._text_end = text_end + len(text)
         if text:
             self._text.append(text)
+        if decoded.prompt_parts and not had_tokens and not self._sent:
+            self._prompt_parts = decoded.prompt_parts
         if decoded.answer_at is not None and not self._answer_told:
             self._answer_at = decoded.answer_at
         if self._with_logprobs and tokens:
@@ -90,6 +96,7 @@ class Output:
             offset=offset,
             token_ids=tokens,
             answer_at=self._take_answer_at(),
+            prompt_logprobs=self._take_prompt_logprobs(),
             text=self._take_text(),
             logprobs=self._take_logprobs(),
         )
@@ -119,6 +126,18 @@ class Output:
         taken = (self._text_end or 0) - sum(map(len, self._text))
         return max(0, self._answer_at - taken)
 
+    def _take_prompt_logprobs(self) -> PromptLogprobs | msgspec.UnsetType:
+        if not self._prompt_parts:
+            return msgspec.UNSET
+        found: PromptLogprobs = [None]
+        for part in self._prompt_parts:
+            values = np.frombuffer(part.values, dtype="<f4").reshape(-1, part.width).tolist()
+            token_ids = unpack(part.token_ids).reshape(-1, part.width).tolist()
+            for ids, row in zip(token_ids, values, strict=True):
+                found.append(list(zip(ids, row, strict=True)))
+        self._prompt_parts = []
+        return found
+
     def _take_text(self) -> str:
         text = "".join(self._text)
         self._text.clear()
@@ -137,6 +156,7 @@ def size_of(decoded: Decoded) -> int:
     size = len(decoded.token_ids) + len(decoded.text)
     if decoded.logprobs:
         size += sum(_LOGPROBS_BYTES + 2 * len(entry.values) for entry in decoded.logprobs)
+    size += sum(4 * len(part.values) for part in decoded.prompt_parts)
     return size
 
 

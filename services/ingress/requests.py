@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from nanovllm.messages import AnswerMarks, Submit, Tokenize, Tokenized
 from nanovllm.protocol import (
     Accepted,
@@ -65,14 +67,21 @@ class Request:
         return Accepted(id=self.id, session=self.session.name, seed=self.seed)
 
     def submit(self) -> Submit:
-        """The message for a scheduler: the latest attempt, with the output so far."""
+        """The message for a scheduler: the latest attempt, with the output so far.
+
+        Log-probabilities of the prompt come with the first output. What is there, is not computed
+        again.
+        """
+        sampling = self.sampling
+        if self.output.tokens and sampling.prompt_logprobs is not None:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         return Submit(
             uid=self.uid,
             attempt=self.attempt,
             prompt=self.prompt,
             output=bytes(self.output.tokens),
             resumed=self.resumed,
-            sampling=self.sampling,
+            sampling=sampling,
             cache_salt=self.cache_salt,
             answer_marks=self.answer_marks,
         )
@@ -85,6 +94,7 @@ class Request:
             self.outcome.text = everything.text
             self.outcome.token_ids = everything.token_ids
             self.outcome.answer_at = everything.answer_at
+            self.outcome.prompt_logprobs = everything.prompt_logprobs
             self.outcome.logprobs = everything.logprobs
             self.outcome.seed = self.seed
 

@@ -168,6 +168,8 @@ class Scheduler:
         """
         if peer != self.group.peer or (step := self.group.commit(result)) is None:
             return
+        for sequence, part in zip(step.prompts, result.prompt_parts, strict=True):
+            sequence.add_prompt_part(part)
         sampled = self._planner.commit(step, unpack(result.token_ids))
         self._steps += 1
         self._generated += len(sampled.token_ids)

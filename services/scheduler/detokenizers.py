@@ -244,6 +244,7 @@ class Detokenizers:
             prompt_tokens=sequence.prompt_tokens,
             cached_tokens=sequence.cached_tokens or 0,
             token_logprobs=list(sequence.logprobs),
+            prompt_parts=list(sequence.prompt_parts),
         )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from nanovllm.messages import NO_TOKEN_LEFT, Admission, InHand, pack, unpack
@@ -127,7 +128,7 @@ class StepPlanner:
         if draft.sampling:
             rows = np.concatenate((decode, np.array(draft.sampling, dtype=np.intp)))
         plan = draft.plan(slots.take_released(), decode)
-        return Step(plan, rows, slots.epoch[rows])
+        return Step(plan, rows, slots.epoch[rows], draft.prompts)
 
     def commit(self, step: Step, token_ids: Ints) -> Sampled:
         """Commits a step: adds its tokens to their sequences. Ends the sequences whose output ends,
@@ -233,6 +234,8 @@ class StepPlanner:
         rest = int(slots.known[slot]) - start
         length = min(rest, budget)
         draft.chunks.append((slot, start, length))
+        if slots.wants_prompt_logprobs[slot]:
+            draft.prompts.append(sequence)
         slots.context[slot] += length
         slots.last_plan[slot] = draft.number
         # At once: a step stores all its keys and values before it reads any (in each layer), so
@@ -281,9 +284,10 @@ class StepPlanner:
         size = self.blocks.block_size
         tokens = sequence.tokens
         # At least one token must be computed, and its block must be the sequence's own.
-        cached, prefix = self.blocks.match(
-            root(sequence.submit.cache_salt), tokens, most=(num_tokens - 1) // size
-        )
+        # A position whose log-probabilities are asked for must be computed, too.
+        wants_prompt = sequence.wants_prompt_logprobs
+        most = 0 if wants_prompt else (num_tokens - 1) // size
+        cached, prefix = self.blocks.match(root(sequence.submit.cache_salt), tokens, most)
         reserve = int(self.blocks.num_blocks * RESERVE) if self.running else 0
         blocks = self.blocks.allocate(cached, -(-num_tokens // size) - len(cached), reserve)
         if blocks is None:
@@ -296,6 +300,10 @@ class StepPlanner:
         computed = len(cached) * size
         slot = self.slots.occupy(sequence, unpack(tokens), computed, limit)
         self.slots.registered[slot] = len(cached)
+        self.slots.wants_prompt_logprobs[slot] = wants_prompt
+        sampling = sequence.submit.sampling
+        if not wants_prompt and sampling.prompt_logprobs is not None:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(computed, sequence.prompt_tokens)
             self.prompt_tokens += sequence.prompt_tokens
@@ -307,7 +315,7 @@ class StepPlanner:
                 sequence.prompt_tokens,
                 pack(blocks),
                 computed,
-                sequence.submit.sampling,
+                sampling,
             )
         )
         return sequence

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from nanovllm.messages import EndReason, Submit, TokenLogprobs, unpack
+from nanovllm.messages import EndReason, PromptPart, Submit, TokenLogprobs, unpack
 from nanovllm.services.scheduler.blocks import TOKEN_BYTES, Prefix, root
 
 NO_SLOT = -1
@@ -35,6 +35,8 @@ class Sequence:
     # Prompt tokens found in the cache at the first admission; None before it.
     cached_tokens: int | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of this attempt's tokens
+    # Log-probabilities of its prompt, in order: all of them once the first token is sampled.
+    prompt_parts: list[PromptPart] = field(default_factory=list)
     finish: OutputEnd | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +57,28 @@ class Sequence:
     def tokens(self) -> bytes:
         """Prompt and output (int32) of a sequence that has no slot and has not finished."""
         return self.submit.prompt + self.output
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt are asked for, and not all there."""
+        asked = self.submit.sampling.prompt_logprobs is not None
+        return asked and self._prompt_end < self.prompt_tokens
+
+    def add_prompt_part(self, part: PromptPart) -> None:
+        """Adds the next log-probabilities of its prompt. The first ones begin anew: the sequence
+        was preempted."""
+        if part.first == 1:
+            self.prompt_parts.clear()
+        if part.first == max(1, self._prompt_end):
+            self.prompt_parts.append(part)
+
+    @property
+    def _prompt_end(self) -> int:
+        """The index in the prompt up to which log-probabilities are there."""
+        if not self.prompt_parts:
+            return 0
+        last = self.prompt_parts[-1]
+        return last.first + len(last.token_ids) // (4 * last.width)
 
     def end(self, finish: OutputEnd) -> None:
         """Marks the sequence as finished. From here on only its output is needed."""

@@ -45,6 +45,7 @@ class Slots:
         self.last_plan = np.zeros(max_num_seqs, dtype=np.int64)
         # How many blocks have a name.
         self.registered = column()
+        self.wants_prompt_logprobs = np.zeros(max_num_seqs, dtype=np.bool_)
         # The index of the detokenizer that has begun the sequence, or NO_DETOKENIZER.
         self.detokenizer = np.full(max_num_seqs, NO_DETOKENIZER, dtype=np.int32)
         # Stop tokens, padded with NO_STOP, and whether the sequence has more of them.

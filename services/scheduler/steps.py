@@ -20,6 +20,8 @@ class Step(NamedTuple):
     plan: StepPlan
     rows: Indices
     epochs: Ints
+    # Whose prompts' log-probabilities the result has, in this order.
+    prompts: list[Sequence]
 
 
 class Sampled(NamedTuple):
@@ -50,6 +52,7 @@ class Draft:
     append: list[tuple[int, int]] = field(default_factory=list)  # slot, block
     chunks: list[tuple[int, int, int]] = field(default_factory=list)  # slot, start, length
     sampling: list[int] = field(default_factory=list)  # the slots of the chunks that sample
+    prompts: list[Sequence] = field(default_factory=list)  # see `Step`
 
     def plan(self, release: list[int], decode: Indices) -> StepPlan:
         """The complete plan as a message."""

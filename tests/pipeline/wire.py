@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.support.raw_client import RawClient
-from nanovllm.protocol import Accepted, Delta, Error, Finish, Logprobs, Pong, ServerMessage
+from nanovllm.protocol import (
+    Accepted,
+    Delta,
+    Error,
+    Finish,
+    Logprobs,
+    Pong,
+    PromptLogprobs,
+    ServerMessage,
+)
 
 TIMEOUT_S = 30.0
 
@@ -34,6 +43,7 @@ class Answer:
     text: str = ""
     answer_at: int | None = None
     logprobs: Logprobs = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
     deltas: int = 0
     end: Finish | Error | None = None
 
@@ -72,6 +82,8 @@ class Answer:
                 assert isinstance(message.token_ids, list)
                 self.text, self.token_ids = message.text, message.token_ids
                 self.logprobs = message.logprobs or []
+                if isinstance(message.prompt_logprobs, list):
+                    self.prompt_logprobs = message.prompt_logprobs
                 if isinstance(message.answer_at, int):
                     self.answer_at = message.answer_at
 
@@ -80,6 +92,9 @@ class Answer:
             self.start = delta.offset
         assert delta.offset == self.start + len(self.token_ids), "a gap or a repeat"
         assert delta.token_ids or delta.text
+        if isinstance(delta.prompt_logprobs, list):
+            assert not self.token_ids, "after the first delta"
+            self.prompt_logprobs = delta.prompt_logprobs
         if isinstance(delta.answer_at, int):
             assert self.answer_at is None, "told twice"
             assert 0 <= delta.answer_at <= len(delta.text)
