@@ -37,7 +37,7 @@ from nanovllm.control import SchedulerStats
 from nanovllm.llm_options import LLMOptions
 from nanovllm.plain import plain
 from nanovllm.progress import GenerationBar, LoadingBar
-from nanovllm.protocol import FinishReason, Generate, Logprobs
+from nanovllm.protocol import FinishReason, Generate, Logprobs, PromptLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings, with_fitting_defaults
 from nanovllm.wording import counted, did_you_mean, key_and_reason
@@ -54,8 +54,8 @@ READY_PERIOD_S: Final = 0.05
 class LLMOutput(TypedDict):
     """What `LLM.generate` returns for a prompt: a dict, ready for JSON.
 
-    Its keys are `Completion`'s fields, its usage has those of `Usage`. `logprobs` is there only if
-    asked for.
+    Its keys are `Completion`'s fields, its usage has those of `Usage`. `logprobs` and
+    `prompt_logprobs` are there only if asked for.
     """
 
     text: str
@@ -64,6 +64,7 @@ class LLMOutput(TypedDict):
     usage: dict[str, int]
     seed: int | None
     logprobs: NotRequired[Logprobs]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class LLM:
@@ -316,6 +317,8 @@ def _output(request: PendingRequest, index: int) -> LLMOutput | RequestError:
     )
     if completion.logprobs is not None:
         output["logprobs"] = completion.logprobs
+    if completion.prompt_logprobs is not None:
+        output["prompt_logprobs"] = completion.prompt_logprobs
     return output
 
 

@@ -11,7 +11,16 @@ from typing import Generic, TypeVar
 import msgspec
 
 from nanovllm.protocol import Delta as WireDelta
-from nanovllm.protocol import ErrorCode, Finish, FinishReason, Generate, Logprobs, Ping, Pong
+from nanovllm.protocol import (
+    ErrorCode,
+    Finish,
+    FinishReason,
+    Generate,
+    Logprobs,
+    Ping,
+    Pong,
+    PromptLogprobs,
+)
 
 AnswerT = TypeVar("AnswerT")
 
@@ -56,12 +65,15 @@ class Delta:
         logprobs: if asked for, an entry a token: `[(token_id, logprob), …]`, the chosen one first.
         answer_at: in the delta in which the answer begins, the characters of `text` before it;
             None in the others, and where the request says nothing of reasoning.
+        prompt_logprobs: in the first delta, if asked for: an entry a prompt token, as `logprobs`;
+            None for the first token.
     """
 
     text: str
     token_ids: list[int]
     logprobs: Logprobs | None
     answer_at: int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +99,7 @@ class Completion:
         seed: with it, the same request gives the same output.
         answer_at: the characters of `text` before the answer; None if the output ended before the
             answer began, or the request says nothing of reasoning.
+        prompt_logprobs: as in `Delta`; None unless asked for.
     """
 
     text: str
@@ -96,6 +109,7 @@ class Completion:
     logprobs: Logprobs | None
     seed: int | None
     answer_at: int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class _Pending(Generic[AnswerT]):
@@ -156,6 +170,7 @@ class PendingRequest(_Pending[Completion]):
         self._logprobs: Logprobs = []
         self._seed: int | None = message.sampling.seed
         self._answer_at: int | None = None
+        self._prompt_logprobs: PromptLogprobs | None = None
 
     def encoded(self) -> bytes:
         """The request as it is to be submitted now. A stream resumes after the tokens received so
@@ -181,13 +196,18 @@ class PendingRequest(_Pending[Completion]):
             return False
         self.unanswered_bytes = 0
         logprobs = delta.logprobs or []
-        answer_at = None if delta.answer_at is msgspec.UNSET else delta.answer_at
-        if answer_at is not None and self._answer_at is None:
+        answer_at: int | None = None
+        if delta.answer_at is not msgspec.UNSET and self._answer_at is None:
+            answer_at = delta.answer_at
             self._answer_at = sum(map(len, self._texts)) + answer_at
+        prompt_logprobs = delta.prompt_logprobs or None
+        self._prompt_logprobs = self._prompt_logprobs or prompt_logprobs
         self._token_ids += delta.token_ids
         self._texts.append(delta.text)
         self._logprobs += logprobs
-        self.deltas.append(Delta(delta.text, delta.token_ids, self._if_asked(logprobs), answer_at))
+        self.deltas.append(
+            Delta(delta.text, delta.token_ids, self._if_asked(logprobs), answer_at, prompt_logprobs)
+        )
         return True
 
     def finish(self, finish: Finish) -> None:
@@ -197,6 +217,7 @@ class PendingRequest(_Pending[Completion]):
             self._logprobs = finish.logprobs or []
             self._seed = self._seed if finish.seed is msgspec.UNSET else finish.seed
             self._answer_at = None if finish.answer_at is msgspec.UNSET else finish.answer_at
+            self._prompt_logprobs = finish.prompt_logprobs or None
         self.answer = Completion(
             text="".join(self._texts),
             token_ids=self._token_ids,
@@ -205,6 +226,7 @@ class PendingRequest(_Pending[Completion]):
             logprobs=self._if_asked(self._logprobs),
             seed=self._seed,
             answer_at=self._answer_at,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
     def _if_asked(self, logprobs: Logprobs) -> Logprobs | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.support.pipeline import Pipeline
+from nanovllm import LLM, Client, SamplingParams
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.protocol import PromptLogprobs
 from tests.checkpoints import read_model
@@ -67,6 +68,18 @@ def test_they_are_not_told_again_to_a_request_that_resumes(wire: Wire) -> None:
     (resumed,) = wire.run(ask(PROMPTS[0], resume_token_ids=whole.token_ids[:5]))
     assert resumed.prompt_logprobs is None
     assert resumed.token_ids == whole.token_ids[5:]
+
+
+def test_the_clients_give_them(pipeline: Pipeline, wire: Wire) -> None:
+    (expected,) = wire.run(ask(PROMPTS[1]))
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=COUNT)
+    with LLM(endpoint=pipeline.endpoint) as llm:
+        (output,) = llm.generate([PROMPTS[1]], params, use_tqdm=False)
+    with Client(pipeline.endpoint) as client:
+        stream = client.generate(PROMPTS[1], params, stream=True)
+        first = next(stream)
+        assert stream.result().prompt_logprobs == first.prompt_logprobs
+    assert output["prompt_logprobs"] == first.prompt_logprobs == expected.prompt_logprobs
 
 
 def test_a_prompt_of_one_token_has_none(wire: Wire) -> None:
