@@ -58,6 +58,7 @@ def test_generate_returns_the_completion() -> None:
             "logprobs": [[[5, -0.5]], [[6, -0.5]], [[7, -0.5]]],
             "seed": SEED,
             "answer_at": None,
+            "prompt_logprobs": None,
         }
         assert not sent.stream
 
