@@ -27,12 +27,14 @@ class Vocabulary(msgspec.Struct, frozen=True):
         special: of each special token id the bytes of its name.
         longest_entry: the bytes of the longest token, special ones included.
         size: one more than the highest token id, special tokens included.
+        added: the ids of the tokens beside the model's own, by their content; special ones too.
     """
 
     text: dict[int, bytes]
     longest_entry: int
     size: int
     special: dict[int, bytes] = {}
+    added: dict[str, int] = {}
 
     @property
     def whole_text(self) -> Mapping[int, bytes]:
@@ -63,8 +65,13 @@ class Vocabulary(msgspec.Struct, frozen=True):
         longest = max(map(len, text.values()), default=0)
         names = {added.content for added in file.added_tokens if added.special}
         special = {i: text.pop(i) for i, token in tokens.items() if token in names}
-        size = max(tokens, default=-1) + 1
-        return cls(text=text, longest_entry=longest, size=size, special=special)
+        return cls(
+            text=text,
+            longest_entry=longest,
+            size=max(tokens, default=-1) + 1,
+            special=special,
+            added={added.content: added.id for added in file.added_tokens},
+        )
 
 
 def token_bytes(token: str) -> bytes:

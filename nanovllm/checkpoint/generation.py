@@ -1,10 +1,12 @@
-"""The end-of-sequence ids."""
+"""The end-of-sequence ids, and how the checkpoint's makers would sample."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from nanovllm.checkpoint.files import CheckpointError, read_json
 
@@ -39,3 +41,24 @@ def check_eos(source: str, token_id: int, vocab_size: int) -> None:
         raise CheckpointError(
             f"{source} {token_id} is not in the vocabulary: vocab_size is {vocab_size}"
         )
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """How to sample where a request does not say: None where the checkpoint does not either."""
+
+    temperature: Annotated[float, Meta(ge=0, le=10)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+
+
+def read_sampling_defaults(directory: Path) -> SamplingDefaults:
+    """generation_config.json's.
+
+    Raises:
+        CheckpointError: for a value out of range.
+    """
+    try:
+        return read_json(directory / "generation_config.json", SamplingDefaults)
+    except FileNotFoundError:
+        return SamplingDefaults()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,10 +37,18 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
         stream = AsyncStream(self, message)
         return stream if message.stream else stream.result()
 
-    def submit(self, message: Generate) -> AsyncStream:
-        """The stream of a request as the protocol has it; its `id` is from `new_id`."""
-        message.stream = True
-        return AsyncStream(self, message)
+    def submit(
+        self, message: Generate, on_change: Callable[[], object] | None = None
+    ) -> AsyncStream:
+        """The stream of a request as the protocol has it; its `id` is from `new_id`.
+
+        Args:
+            message: where its `stream` is false, the stream has no Deltas, only a `result`.
+            on_change: called whenever the request was accepted, has got output or has ended.
+
+        Raises UnicodeEncodeError on text that is not valid Unicode.
+        """
+        return AsyncStream(self, message, on_change)
 
     def new_id(self) -> str:
         return new_id()
@@ -81,11 +89,16 @@ class AsyncStream(AsyncIterator[Delta]):
     that waits for it.
     """
 
-    def __init__(self, client: AsyncClient, message: Generate) -> None:
+    def __init__(
+        self,
+        client: AsyncClient,
+        message: Generate,
+        on_change: Callable[[], object] | None = None,
+    ) -> None:
         self._client = client
         self._waiters: list[asyncio.Future[None]] = []
         # Without a reference to the stream, so that a stream can be dropped.
-        self._request = PendingRequest(message, partial(_wake, self._waiters))
+        self._request = PendingRequest(message, partial(_wake, self._waiters, on_change))
         self._client._connection.submit(self._request)
 
     async def accepted(self) -> None:
@@ -115,6 +128,26 @@ class AsyncStream(AsyncIterator[Delta]):
         """Waits for the end; the whole output, including the Deltas that were iterated over."""
         await self._until(lambda request: request.ended)
         return self._request.result()
+
+    @property
+    def answered(self) -> bool:
+        """Whether the pipeline has accepted the request, or it has ended."""
+        return self._request.accepted or self._request.ended
+
+    @property
+    def ended(self) -> bool:
+        return self._request.ended
+
+    @property
+    def unread(self) -> Sequence[Delta]:
+        """The Deltas that have come and were not taken."""
+        return self._request.deltas
+
+    def take(self) -> list[Delta]:
+        """The Deltas that have come and were not taken, without waiting."""
+        deltas = list(self._request.deltas)
+        self._request.deltas.clear()
+        return deltas
 
     def close(self) -> None:
         """Aborts the request, unless it has ended."""
@@ -146,7 +179,11 @@ class AsyncStream(AsyncIterator[Delta]):
         self._client._retrieve_if_closed()
 
 
-def _wake(waiters: list[asyncio.Future[None]]) -> None:
+def _wake(
+    waiters: list[asyncio.Future[None]], on_change: Callable[[], object] | None
+) -> None:
+    if on_change is not None:
+        on_change()
     while waiters:
         if not (waiter := waiters.pop()).done():
             waiter.set_result(None)

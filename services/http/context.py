@@ -1,0 +1,102 @@
+"""What the application knows: the pipeline, the model that it serves, and who looks on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from nanovllm.checkpoint.generation import SamplingDefaults, read_sampling_defaults
+from nanovllm.client.aio import AsyncClient
+from nanovllm.protocol import Reasoning, Usage
+from nanovllm.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model, as HTTP clients see it.
+
+    Attributes:
+        name: what requests call the model.
+        directory: the checkpoint.
+        max_model_len: tokens that prompt and output may have together.
+        defaults: how to sample where a request does not say.
+        token_text: of each token id its bytes in an output; of a special token, its name's.
+        reasoning: the tokens around reasoning; None where the tokenizer has none.
+    """
+
+    name: str
+    directory: Path
+    max_model_len: int
+    defaults: SamplingDefaults
+    token_text: dict[int, bytes]
+    reasoning: Reasoning | None
+
+    @classmethod
+    def from_checkpoint(
+        cls, directory: Path, name: str, max_model_len: int, *, generation_config: bool = True
+    ) -> ServedModel:
+        """Reads the checkpoint's files.
+
+        Args:
+            generation_config: whether the sampling defaults are generation_config.json's.
+
+        Raises:
+            CheckpointError: a file is malformed.
+        """
+        vocabulary = Vocabulary.from_checkpoint(directory)
+        names = {token_id: content.encode() for content, token_id in vocabulary.added.items()}
+        begin, end = vocabulary.added.get("<think>"), vocabulary.added.get("</think>")
+        return cls(
+            name=name,
+            directory=directory,
+            max_model_len=max_model_len,
+            defaults=read_sampling_defaults(directory) if generation_config else SamplingDefaults(),
+            token_text={**names, **vocabulary.text},
+            reasoning=None if begin is None or end is None else Reasoning(begin, end),
+        )
+
+
+class Observer(Protocol):
+    """Is told what becomes of requests of the pipeline: `n` of them for `n` choices."""
+
+    def began(self) -> None:
+        """A request was submitted."""
+
+    def output(self, seconds: float, tokens: int, first: bool) -> None:
+        """A stream sends output of so many tokens, `seconds` after it last did, or (`first`) after
+        the request came."""
+
+    def ended(self, reason: str, usage: Usage | None, seconds: float) -> None:
+        """A request has ended, `seconds` after it came.
+
+        Args:
+            reason: "stop", "length", "tool_calls", "abort", or the code of an error.
+            usage: None unless the request was finished.
+        """
+
+
+class NoObserver:
+    """Looks away."""
+
+    def began(self) -> None:
+        pass
+
+    def output(self, seconds: float, tokens: int, first: bool) -> None:
+        pass
+
+    def ended(self, reason: str, usage: Usage | None, seconds: float) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class DoorContext:
+    """What `make_app` is given.
+
+    A middleware may put `client_name` into a request's `scope["state"]`: whose request it is, for
+    the turns that clients take. Without, that is the address that the request comes from.
+    """
+
+    client: AsyncClient
+    model: ServedModel
+    observer: Observer = field(default_factory=NoObserver)

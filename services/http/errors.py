@@ -1,0 +1,93 @@
+"""Errors as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm.client.results import PipelineUnavailable, RequestError
+from nanovllm.protocol import ErrorCode
+
+RETRY_AFTER_S: Final = "1"
+
+
+class ErrorBody(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorAnswer(msgspec.Struct):
+    error: ErrorBody
+
+
+class ApiError(Exception):
+    """Ends a request with this status.
+
+    Args:
+        param: the key of the request that is at fault.
+        code: for programs; the pipeline's own codes, `model_not_found` and the like.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = ErrorBody(message, _type(status), param, code)
+
+
+_STATUS_OF: Final[dict[ErrorCode, int]] = {
+    "invalid_request": 400,
+    "context_length_exceeded": 400,
+    "overloaded": 429,
+    "shutting_down": 503,
+    "poisoned": 500,
+    "duplicate_id": 500,  # ids are the client library's: never the HTTP client's fault
+    "internal": 500,
+}
+
+
+def api_error(error: RequestError | PipelineUnavailable) -> ApiError:
+    if isinstance(error, PipelineUnavailable):
+        return ApiError(503, "the pipeline does not answer; try again", code="unavailable")
+    return ApiError(_STATUS_OF[error.code], error.message, code=error.code)
+
+
+def error_response(error: ApiError) -> Response:
+    headers = {"retry-after": RETRY_AFTER_S} if error.status in (429, 503) else None
+    content = msgspec.json.encode(ErrorAnswer(error.body))
+    return Response(content, error.status, headers, "application/json")
+
+
+async def on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, no such method, too large a body."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    message = {
+        404: f"there is no {request.url.path}; /openapi.json lists what there is",
+        405: f"{where}: the method is not allowed here",
+    }.get(error.status_code, error.detail)
+    response = error_response(ApiError(error.status_code, message))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_exception(_: Request, error: Exception) -> Response:
+    """A mistake in the door; Starlette logs the exception."""
+    return error_response(ApiError(500, "the server failed: its log says how", code="internal"))
+
+
+def _type(status: int) -> str:
+    names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    return names.get(status, "invalid_request_error" if status < 500 else "server_error")
