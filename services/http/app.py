@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import time
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from nanovllm import __version__
 from nanovllm.client.results import PipelineUnavailable
+from nanovllm.services.http.calls import ClientGone
+from nanovllm.services.http.chat import chat
+from nanovllm.services.http.completions import complete
 from nanovllm.services.http.context import DoorContext
 from nanovllm.services.http.errors import (
     ApiError,
     api_error,
+    check_model,
+    json_response,
     on_api_error,
+    on_client_gone,
     on_exception,
     on_http_exception,
 )
@@ -54,6 +59,12 @@ def make_app(context: DoorContext) -> Starlette:
         check_model(request.path_params["id"], model.name)
         return json_response(card)
 
+    async def chat_completions(request: Request) -> Response:
+        return await chat(request, context)
+
+    async def completions(request: Request) -> Response:
+        return await complete(request, context)
+
     return Starlette(
         routes=[
             Route("/health", health),
@@ -61,21 +72,14 @@ def make_app(context: DoorContext) -> Starlette:
             Route("/version", version),
             Route("/v1/models", models),
             Route("/v1/models/{id:path}", one_model),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
         ],
         exception_handlers={
             ApiError: on_api_error,
             HTTPException: on_http_exception,
+            ClientGone: on_client_gone,
+            ClientDisconnect: on_client_gone,
             Exception: on_exception,
         },
     )
-
-
-def check_model(asked: str, served: str) -> None:
-    """Raises ApiError unless the model asked for is the one that is served."""
-    if asked != served:
-        message = f"there is no model {asked!r} here; {served!r} is served"
-        raise ApiError(404, message, "model", "model_not_found")
-
-
-def json_response(answer: msgspec.Struct) -> Response:
-    return Response(msgspec.json.encode(answer), media_type="application/json")

@@ -21,7 +21,8 @@ class ServedModel:
         directory: the checkpoint.
         max_model_len: tokens that prompt and output may have together.
         defaults: how to sample where a request does not say.
-        token_text: of each token id its bytes in an output; of a special token, its name's.
+        token_text: of each token id its bytes; of a special token, those of its name.
+        silent: the special tokens: they add nothing to an output's text.
         reasoning: the tokens around reasoning; None where the tokenizer has none.
     """
 
@@ -30,6 +31,7 @@ class ServedModel:
     max_model_len: int
     defaults: SamplingDefaults
     token_text: dict[int, bytes]
+    silent: frozenset[int]
     reasoning: Reasoning | None
 
     @classmethod
@@ -53,6 +55,7 @@ class ServedModel:
             max_model_len=max_model_len,
             defaults=read_sampling_defaults(directory) if generation_config else SamplingDefaults(),
             token_text={**names, **vocabulary.text},
+            silent=frozenset(names) - frozenset(vocabulary.text),
             reasoning=None if begin is None or end is None else Reasoning(begin, end),
         )
 
@@ -64,14 +67,14 @@ class Observer(Protocol):
         """A request was submitted."""
 
     def output(self, seconds: float, tokens: int, first: bool) -> None:
-        """A stream sends output of so many tokens, `seconds` after it last did, or (`first`) after
+        """A stream has output of so many tokens, `seconds` after it last had, or (`first`) after
         the request came."""
 
     def ended(self, reason: str, usage: Usage | None, seconds: float) -> None:
         """A request has ended, `seconds` after it came.
 
         Args:
-            reason: "stop", "length", "tool_calls", "abort", or the code of an error.
+            reason: "stop", "length", "abort" (the client has gone), or the code of an error.
             usage: None unless the request was finished.
         """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import msgspec
@@ -13,6 +14,12 @@ from nanovllm.client.results import PipelineUnavailable, RequestError
 from nanovllm.protocol import ErrorCode
 
 RETRY_AFTER_S: Final = "1"
+
+# The key that a message of the pipeline begins with.
+_KEY: Final = re.compile(
+    r"(messages|tools|chat_template_kwargs|continue_final_message|prompt_token_ids|stop_token_ids)"
+    r"[\w.\[\]]*(?=: )"
+)
 
 
 class ErrorBody(msgspec.Struct):
@@ -56,7 +63,19 @@ _STATUS_OF: Final[dict[ErrorCode, int]] = {
 def api_error(error: RequestError | PipelineUnavailable) -> ApiError:
     if isinstance(error, PipelineUnavailable):
         return ApiError(503, "the pipeline does not answer; try again", code="unavailable")
-    return ApiError(_STATUS_OF[error.code], error.message, code=error.code)
+    key = _KEY.match(error.message)
+    return ApiError(_STATUS_OF[error.code], error.message, key and key[0], error.code)
+
+
+def check_model(asked: str, served: str) -> None:
+    """Raises ApiError unless the model asked for is the one that is served."""
+    if asked != served:
+        message = f"there is no model {asked!r} here; {served!r} is served"
+        raise ApiError(404, message, "model", "model_not_found")
+
+
+def json_response(answer: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 def error_response(error: ApiError) -> Response:
@@ -81,6 +100,11 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     response = error_response(ApiError(error.status_code, message))
     response.headers.update(error.headers or {})
     return response
+
+
+async def on_client_gone(_: Request, __: Exception) -> Response:
+    """The status is for the log alone: nobody reads it."""
+    return Response(status_code=499)
 
 
 async def on_exception(_: Request, error: Exception) -> Response:

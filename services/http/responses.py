@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
+
+from nanovllm.protocol import Usage as PipelineUsage
 
 
 class Model(msgspec.Struct, kw_only=True):
@@ -22,3 +25,150 @@ class ModelList(msgspec.Struct):
 
 class Version(msgspec.Struct):
     version: str
+
+
+class Tokens(msgspec.Struct):
+    """`token_strs`: the tokens' text, if asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(msgspec.Struct):
+    prompt: str
+
+
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+def usage_of(outputs: list[PipelineUsage], choices: int) -> Usage:
+    """The usage of `choices` outputs for each prompt, of which the first counts the prompt."""
+    prompts = outputs[::choices]
+    prompt = sum(output.prompt_tokens for output in prompts)
+    completion = sum(output.completion_tokens for output in outputs)
+    cached = sum(output.cached_tokens for output in prompts)
+    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+
+
+# Chats ------------------------------------------------------------------------------------------
+
+
+class LikelyToken(msgspec.Struct):
+    """`bytes` are the token's own, of which `token` shows what is UTF-8."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(LikelyToken):
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[TokenLogprob]
+
+
+class FunctionCalled(msgspec.Struct):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCalled(msgspec.Struct):
+    """`index` is there in a stream only, where `id` and `type` come once."""
+
+    function: FunctionCalled
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    index: int | UnsetType = UNSET
+
+
+class AssistantMessage(msgspec.Struct, kw_only=True):
+    content: str | None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCalled] | UnsetType = UNSET
+    role: Literal["assistant"] = "assistant"
+
+
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: AssistantMessage
+    finish_reason: ChatFinishReason
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class ChatDelta(msgspec.Struct, kw_only=True):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCalled] | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: ChatDelta
+    finish_reason: ChatFinishReason | None = None
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatChunk(msgspec.Struct, kw_only=True):
+    """`usage` is there if the request includes it: null in all chunks but the last."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+# Completions ------------------------------------------------------------------------------------
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """An entry a token. A token that is not UTF-8 is written as `bytes:\\xf0\\x9f`."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(msgspec.Struct):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: CompletionLogprobs | None = None
+
+
+class TextCompletion(msgspec.Struct, kw_only=True):
+    """A whole completion, or a chunk of a stream."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["text_completion"] = "text_completion"

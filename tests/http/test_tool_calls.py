@@ -25,39 +25,11 @@ values: st.SearchStrategy[Any] = st.recursive(
 arguments = st.dictionaries(st.text(), values, max_size=4)
 calls = st.tuples(st.text(min_size=1), arguments)
 # What a model may write that looks much like a call.
-fragments = st.lists(
-    st.sampled_from(
-        [
-            *(
-                OPEN,
-                CLOSE,
-                "<tool",
-                "_call>",
-                "<",
-                "{",
-                "}",
-                "[",
-                "]",
-                '"',
-                "\\",
-                "\n",
-                " ",
-                "a",
-                ":",
-            ),
-            *(
-                '{"name": "f", "arguments": {}}',
-                '"name"',
-                '"arguments"',
-                ",",
-                WEATHER,
-                "1e",
-                "\x01",
-            ),
-        ]
-    ),
-    max_size=20,
-).map("".join)
+SIGNS = ("<tool", "_call>", "<", "{", "}", "[", "]", '"', "\\", "\n", " ", "a", ":", ",", "\x01")
+NAMED = ('{"name": "f", "arguments": {}}', '"name"', '"arguments"', "1e")
+fragments = st.lists(st.sampled_from([OPEN, CLOSE, WEATHER, *SIGNS, *NAMED]), max_size=20).map(
+    "".join
+)
 
 
 def parse(text: str, cuts: list[int]) -> tuple[str, list[ToolCall]]:

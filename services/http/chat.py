@@ -1,0 +1,195 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm.client.results import Completion, Delta
+from nanovllm.protocol import Generate, Logprobs
+from nanovllm.services.http.answers import AnswerReader, Markers, Piece, Reasoning
+from nanovllm.services.http.calls import Calls, client_name
+from nanovllm.services.http.context import DoorContext, ServedModel
+from nanovllm.services.http.errors import check_model, json_response
+from nanovllm.services.http.logprobs import chat_logprobs
+from nanovllm.services.http.requests import ChatRequest, Message, TemplateKeys, parse
+from nanovllm.services.http.responses import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatFinishReason,
+    FunctionCalled,
+    ToolCalled,
+    usage_of,
+)
+from nanovllm.services.http.sampling import copies, sampling
+from nanovllm.services.http.streams import EventStream
+from nanovllm.services.http.tool_calls import ToolCall
+
+
+async def chat(request: Request, context: DoorContext) -> Response:
+    """Answers a chat, whole or as a stream.
+
+    Raises:
+        ApiError: the request, or the pipeline's answer, is an error.
+        ClientGone.
+    """
+    body = await request.body()
+    ask = parse(body, ChatRequest)
+    model = context.model
+    check_model(ask.model, model.name)
+    uses_tools = bool(ask.tools) and ask.tool_choice != "none"
+    asked_logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
+    messages, tools = template_keys(body)
+    message = Generate(
+        id="",
+        messages=messages,
+        tools=tools if uses_tools else None,
+        chat_template_kwargs=ask.chat_template_kwargs,
+        continue_final_message=_is_continued(ask.messages[-1]),
+        reasoning=model.reasoning,
+        sampling=sampling(ask, model, ask.max_completion_tokens or ask.max_tokens, asked_logprobs),
+        stream=bool(ask.stream),
+        cache_salt=ask.cache_salt,
+        client=client_name(request),
+    )
+    choices = ask.n or 1
+    outputs = [ChatOutput(index, model, tools=uses_tools) for index in range(choices)]
+    answer_id, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+    calls = Calls(context, request, copies(context, [message], choices))
+    if ask.stream:
+        await calls.answered()
+        return EventStream(
+            ChatChunk(id=answer_id, created=created, model=model.name, choices=[]),
+            calls,
+            outputs,
+            context.observer,
+            choices=choices,
+            include_usage=bool(ask.stream_options and ask.stream_options.include_usage),
+        )
+    completions = await calls.results()
+    return json_response(
+        ChatCompletion(
+            id=answer_id,
+            created=created,
+            model=model.name,
+            choices=[o.whole(c) for o, c in zip(outputs, completions, strict=True)],
+            usage=usage_of([completion.usage for completion in completions], choices),
+        )
+    )
+
+
+def template_keys(body: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """The messages and tools as they were sent, for the chat template, which may know more keys
+    than we do. Templates do not know the role `developer`, which is a later word for `system`."""
+    keys = msgspec.json.decode(body, type=TemplateKeys)
+    for message in keys.messages:
+        if message["role"] == "developer":
+            message["role"] = "system"
+    return keys.messages, keys.tools
+
+
+def _is_continued(last: Message) -> bool:
+    """Whether the output goes on with the last message, instead of answering it."""
+    return last.role == "assistant" and bool(last.content) and not last.tool_calls
+
+
+class ChatOutput:
+    """One choice of a chat.
+
+    Args:
+        tools: whether the output may hold tool calls.
+    """
+
+    def __init__(self, index: int, model: ServedModel, *, tools: bool) -> None:
+        self._index = index
+        self._token_text = model.token_text
+        self._reader = AnswerReader(_markers(model), tools=tools)
+        self._tool_calls = 0
+        self._logprobs: Logprobs = []  # of tokens that no chunk was made of yet
+
+    def begin(self) -> list[ChatChunkChoice]:
+        return [ChatChunkChoice(self._index, ChatDelta(role="assistant", content=""))]
+
+    def news(self, delta: Delta) -> list[ChatChunkChoice]:
+        return self._chunks(self._reader.feed(delta.text, delta.answer_at), delta.logprobs)
+
+    def end(self, completion: Completion) -> list[ChatChunkChoice]:
+        chunks = self._chunks(self._reader.rest(), None)
+        last = ChatChunkChoice(self._index, ChatDelta(), self._reason(completion))
+        return self._with_logprobs([*chunks, last])
+
+    def whole(self, completion: Completion) -> ChatChoice:
+        pieces = self._reader.feed(completion.text, completion.answer_at) + self._reader.rest()
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+        calls = [_called(piece) for piece in pieces if isinstance(piece, ToolCall)]
+        self._tool_calls = len(calls)
+        logprobs = completion.logprobs
+        return ChatChoice(
+            self._index,
+            AssistantMessage(
+                content=content if content or not calls else None,
+                reasoning_content=reasoning or UNSET,
+                tool_calls=calls or UNSET,
+            ),
+            self._reason(completion),
+            None if logprobs is None else chat_logprobs(logprobs, self._token_text),
+        )
+
+    def _chunks(self, pieces: list[Piece], logprobs: Logprobs | None) -> list[ChatChunkChoice]:
+        self._logprobs += logprobs or ()
+        deltas: list[ChatDelta] = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                deltas.append(ChatDelta(content=piece))
+            elif isinstance(piece, Reasoning):
+                deltas.append(ChatDelta(reasoning_content=piece.text))
+            else:
+                deltas += self._tool_call(piece)
+        return self._with_logprobs([ChatChunkChoice(self._index, delta) for delta in deltas])
+
+    def _tool_call(self, call: ToolCall) -> list[ChatDelta]:
+        """First the name, then the arguments."""
+        index = self._tool_calls
+        self._tool_calls += 1
+        begin = _called(ToolCall(call.name, ""))
+        begin.index = index
+        arguments = ToolCalled(FunctionCalled(arguments=call.arguments), index=index)
+        return [ChatDelta(tool_calls=[begin]), ChatDelta(tool_calls=[arguments])]
+
+    def _with_logprobs(self, chunks: list[ChatChunkChoice]) -> list[ChatChunkChoice]:
+        if self._logprobs and chunks:
+            chunks[0].logprobs = chat_logprobs(self._logprobs, self._token_text)
+            self._logprobs = []
+        return chunks
+
+    def _reason(self, completion: Completion) -> ChatFinishReason:
+        if completion.finish_reason == "length":
+            return "length"
+        return "tool_calls" if self._tool_calls else "stop"
+
+
+def _called(call: ToolCall) -> ToolCalled:
+    function = FunctionCalled(call.name, call.arguments)
+    return ToolCalled(function, f"call_{secrets.token_hex(12)}", "function")
+
+
+def _markers(model: ServedModel) -> Markers | None:
+    """The texts of the tokens around reasoning in an output."""
+    if model.reasoning is None:
+        return None
+    begin, end = (
+        "" if token in model.silent else model.token_text[token].decode()
+        for token in (model.reasoning.open, model.reasoning.close)
+    )
+    return Markers(begin, end)

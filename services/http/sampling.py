@@ -1,0 +1,62 @@
+"""From what an HTTP client asks to the pipeline's requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import msgspec
+
+from nanovllm.protocol import Generate, Sampling
+from nanovllm.services.http.context import DoorContext, ServedModel
+from nanovllm.services.http.requests import SamplingKeys
+
+T = TypeVar("T")
+
+
+def sampling(
+    ask: SamplingKeys, model: ServedModel, max_tokens: int | None, logprobs: int | None
+) -> Sampling:
+    """How to sample: as the request says, else the model's defaults, else the protocol's.
+
+    Args:
+        max_tokens: None for as many as fit.
+    """
+    defaults, own = model.defaults, Sampling()
+    top_k = None if ask.top_k is None else max(ask.top_k, 0)  # -1 is off, too
+    return Sampling(
+        temperature=_first(ask.temperature, defaults.temperature, own.temperature),
+        top_p=_first(ask.top_p, defaults.top_p, own.top_p),
+        top_k=_first(top_k, defaults.top_k, own.top_k),
+        min_p=_first(ask.min_p, defaults.min_p, own.min_p),
+        max_tokens=max_tokens or model.max_model_len,
+        stop=[ask.stop] if isinstance(ask.stop, str) else ask.stop or [],
+        stop_token_ids=ask.stop_token_ids or [],
+        ignore_eos=bool(ask.ignore_eos),
+        seed=ask.seed,
+        logprobs=logprobs,
+    )
+
+
+def copies(context: DoorContext, messages: Iterable[Generate], count: int) -> list[Generate]:
+    """`count` requests for each message, with ids of their own and seeds seed, seed + 1, …"""
+    return [
+        msgspec.structs.replace(
+            message,
+            id=context.client.new_id(),
+            sampling=msgspec.structs.replace(
+                message.sampling, seed=_following(message.sampling.seed, index)
+            ),
+        )
+        for message in messages
+        for index in range(count)
+    ]
+
+
+def _following(seed: int | None, index: int) -> int | None:
+    """The seed `index` after this one, as an int64."""
+    return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
+
+
+def _first(asked: T | None, default: T | None, own: T) -> T:
+    return asked if asked is not None else default if default is not None else own

@@ -1,0 +1,191 @@
+"""Server-sent events: the chunks of a streamed answer, for fast readers and slow ones."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from nanovllm.client.aio import AsyncStream
+from nanovllm.client.results import Completion, Delta
+from nanovllm.protocol import Usage as PipelineUsage
+from nanovllm.services.http.calls import Calls
+from nanovllm.services.http.context import Observer
+from nanovllm.services.http.errors import ApiError, ErrorAnswer
+from nanovllm.services.http.responses import ChatChunk, TextCompletion, usage_of
+
+# A client for which so much waits is disconnected.
+MAX_WAITING_BYTES: Final = 4 << 20
+# A comment is sent when nothing was for so long, lest something on the way takes the connection
+# for dead.
+COMMENT_S: Final = 15.0
+# How often a stream is looked at.
+LOOK_S: Final = 1.0
+# What an entry of logprobs takes, about.
+ENTRY_BYTES: Final = 64
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Output(Protocol):
+    """One choice's output, as the choices of chunks."""
+
+    def begin(self) -> list[Any]: ...
+
+    def news(self, delta: Delta) -> list[Any]:
+        """What new output gives."""
+
+    def end(self, completion: Completion) -> list[Any]: ...
+
+
+class EventStream(Response):
+    """Streams the output of requests that were accepted.
+
+    All that waits when the client's socket has room is sent in one piece, merged into one chunk a
+    choice. So a slow client holds nothing up but itself.
+
+    Args:
+        chunk: a chunk without choices.
+        calls: the requests; closed with the stream.
+        outputs: what makes chunks of each request's output.
+        choices: how many requests there are for each prompt.
+        include_usage: whether the usage comes in a chunk of its own at the end.
+    """
+
+    def __init__(
+        self,
+        chunk: ChatChunk | TextCompletion,
+        calls: Calls,
+        outputs: Sequence[Output],
+        observer: Observer,
+        *,
+        choices: int,
+        include_usage: bool,
+    ) -> None:
+        super().__init__(
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+            media_type="text/event-stream",
+        )
+        del self.headers["content-length"]
+        self._chunk = chunk
+        if include_usage:
+            chunk.usage = None
+        before, mark, after = _encode(chunk).partition(b'"choices":[')
+        self._head, self._tail = b"data: " + before + mark, after + b"\n\n"
+        self._calls = calls
+        self._running = dict(zip(calls.streams, outputs, strict=True))
+        self._observer = observer
+        self._choices = choices
+        self._include_usage = include_usage
+        self._output_at: dict[AsyncStream, float] = {}  # when a stream last had output
+        self._sending = False
+        self._sent_at = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.create_task(self._watch(scope))
+        with self._calls.closing():
+            try:
+                await self._stream(send)
+            finally:
+                watch.cancel()
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        changed = self._calls.changed
+        changed.set()  # output may have come with the acceptance
+        body = b"".join(map(self._event, (c for o in self._running.values() for c in o.begin())))
+        usages: dict[AsyncStream, PipelineUsage] = {}
+        try:
+            while self._running:
+                if body:
+                    await self._send(send, body)
+                await changed.wait()
+                changed.clear()
+                if self._calls.gone:
+                    return
+                body = await self._news(usages)
+                if not body and self._sent_at + COMMENT_S <= time.monotonic():
+                    body = b": waiting\n\n"
+            if self._include_usage:
+                outputs = [usages[stream] for stream in self._calls.streams]
+                self._chunk.usage = usage_of(outputs, self._choices)
+                body += b"data: " + _encode(self._chunk) + b"\n\n"
+        except ApiError as error:
+            body = b"data: " + _encode(ErrorAnswer(error.body)) + b"\n\n"
+        await self._send(send, body + b"data: [DONE]\n\n", more=False)
+
+    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        """Waits until the socket has room, and gives it the body."""
+        self._sending = True
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._sending = False
+        self._sent_at = time.monotonic()
+
+    async def _news(self, usages: dict[AsyncStream, PipelineUsage]) -> bytes:
+        """The events of all that has come. Forgets the streams that have ended.
+
+        Raises ApiError if the pipeline has given a request up.
+        """
+        events: list[bytes] = []
+        for stream, output in list(self._running.items()):
+            if deltas := stream.take():
+                self._observe(stream, deltas)
+                events += map(self._event, output.news(merged(deltas)))
+            if stream.ended:
+                completion = await self._calls.result(stream)
+                usages[stream] = completion.usage
+                events += map(self._event, output.end(completion))
+                del self._running[stream]
+        return b"".join(events)
+
+    def _observe(self, stream: AsyncStream, deltas: list[Delta]) -> None:
+        now = time.monotonic()
+        before = self._output_at.get(stream)
+        self._output_at[stream] = now
+        tokens = sum(len(delta.token_ids) for delta in deltas)
+        since = self._calls.began_at if before is None else before
+        self._observer.output(now - since, tokens, before is None)
+
+    def _event(self, choice: msgspec.Struct) -> bytes:
+        return self._head + _encode(choice) + self._tail
+
+    async def _watch(self, scope: Scope) -> None:
+        """Sees to comments, and disconnects a client that reads too slowly."""
+        transport = scope.get("extensions", {}).get("transport", {}).get("transport")
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if not self._sending:
+                if self._sent_at + COMMENT_S <= time.monotonic():
+                    self._calls.changed.set()
+            elif transport is not None and self._waiting_bytes() > MAX_WAITING_BYTES:
+                transport.abort()
+
+    def _waiting_bytes(self) -> int:
+        """About what the unread output takes."""
+        return sum(
+            len(delta.text) + ENTRY_BYTES * sum(map(len, delta.logprobs or ()))
+            for stream in self._running
+            for delta in stream.unread
+        )
+
+
+def merged(deltas: list[Delta]) -> Delta:
+    """The deltas as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    answer_at, before = None, 0
+    for delta in deltas:
+        if delta.answer_at is not None:
+            answer_at = before + delta.answer_at
+        before += len(delta.text)
+    return Delta(
+        "".join(delta.text for delta in deltas),
+        [token for delta in deltas for token in delta.token_ids],
+        [entry for delta in deltas for entry in delta.logprobs or ()],
+        answer_at,
+    )
