@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -26,7 +27,9 @@ from nanovllm.services.http.errors import (
     on_exception,
     on_http_exception,
 )
+from nanovllm.services.http.openapi import openapi
 from nanovllm.services.http.responses import Model, ModelList, Version
+from nanovllm.services.http.tokens import PromptTokens
 
 
 def make_app(context: DoorContext) -> Starlette:
@@ -36,6 +39,9 @@ def make_app(context: DoorContext) -> Starlette:
     """
     model = context.model
     card = Model(id=model.name, created=int(time.time()), max_model_len=model.max_model_len)
+
+    tokens = PromptTokens(model)
+    description = msgspec.json.encode(openapi())
 
     async def health(_: Request) -> Response:
         return Response()
@@ -51,6 +57,9 @@ def make_app(context: DoorContext) -> Starlette:
 
     async def version(_: Request) -> Response:
         return json_response(Version(__version__))
+
+    async def described(_: Request) -> Response:
+        return Response(description, media_type="application/json")
 
     async def models(_: Request) -> Response:
         return json_response(ModelList([card]))
@@ -70,10 +79,13 @@ def make_app(context: DoorContext) -> Starlette:
             Route("/health", health),
             Route("/ready", ready),
             Route("/version", version),
+            Route("/openapi.json", described),
             Route("/v1/models", models),
             Route("/v1/models/{id:path}", one_model),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
         ],
         exception_handlers={
             ApiError: on_api_error,

@@ -54,10 +54,6 @@ class Calls:
                 self._observer.began()
                 self.streams.append(stream)
                 self._running.add(stream)
-        except UnicodeEncodeError as error:
-            self.close()
-            found = error.object[error.start]
-            raise ApiError(400, f"a text is not valid Unicode: it holds {found!r}") from None
         except (OverflowError, RecursionError) as error:
             self.close()
             raise ApiError(400, f"a value cannot be sent: {error}") from None

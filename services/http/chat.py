@@ -55,7 +55,7 @@ async def chat(request: Request, context: DoorContext) -> Response:
         messages=messages,
         tools=tools if uses_tools else None,
         chat_template_kwargs=ask.chat_template_kwargs,
-        continue_final_message=_is_continued(ask.messages[-1]),
+        continue_final_message=is_continued(ask.messages[-1]),
         reasoning=model.reasoning,
         sampling=sampling(ask, model, ask.max_completion_tokens or ask.max_tokens, asked_logprobs),
         stream=bool(ask.stream),
@@ -98,7 +98,7 @@ def template_keys(body: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any
     return keys.messages, keys.tools
 
 
-def _is_continued(last: Message) -> bool:
+def is_continued(last: Message) -> bool:
     """Whether the output goes on with the last message, instead of answering it."""
     return last.role == "assistant" and bool(last.content) and not last.tool_calls
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from nanovllm.checkpoint import ModelConfig
+from nanovllm.checkpoint.chat_template import ChatTemplate, ChatTemplateError
 from nanovllm.checkpoint.generation import check_eos
+from nanovllm.checkpoint.tokenizer import load_tokenizer, read_chat_template
 from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
 from nanovllm.messages import Chat, Refused, Tokenize, Tokenized, pack, unpack
 from nanovllm.protocol import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, Reasoning
-from nanovllm.services.tokenizer.chat import ChatTemplate, ChatTemplateError
-from nanovllm.services.tokenizer.files import load_tokenizer, read_chat_template
 from nanovllm.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
+from nanovllm.checkpoint.chat_template import RESERVED
 from nanovllm.messages import Chat, Refused, Tokenize, Tokenized, pack, unpack
 from nanovllm.protocol import Reasoning, Sampling
-from nanovllm.services.tokenizer.chat import RESERVED
 from nanovllm.services.tokenizer.prompts import PromptEncoder
 from nanovllm.vocabulary import Vocabulary
 from tests.bpe import EOS, tiny_tokenizer, write_checkpoint_files, write_tokenizer

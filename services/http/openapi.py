@@ -1,0 +1,121 @@
+"""/openapi.json, written from the structs of requests and answers."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from nanovllm import __version__
+from nanovllm.services.http.errors import ErrorAnswer
+from nanovllm.services.http.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from nanovllm.services.http.responses import (
+    ChatChunk,
+    ChatCompletion,
+    Model,
+    ModelList,
+    Text,
+    TextCompletion,
+    Tokens,
+    Version,
+)
+
+_REFERENCE: Final = "#/components/schemas/{name}"
+
+Struct = type[msgspec.Struct]
+
+
+class _Operation(NamedTuple):
+    """`chunk`: what a stream's events hold."""
+
+    path: str
+    summary: str
+    answer: Struct | None
+    request: Struct | None = None
+    chunk: Struct | None = None
+    errors: tuple[int, ...] = ()
+
+
+_ASKED: Final = (400, 404, 413, 429, 500, 503)
+_OPERATIONS: Final = (
+    _Operation("/health", "Whether this server is alive.", None),
+    _Operation("/ready", "Whether the pipeline can start a request.", None, errors=(503,)),
+    _Operation("/version", "The version of nanovllm.", Version),
+    _Operation("/v1/models", "The model that is served.", ModelList),
+    _Operation("/v1/models/{id}", "The model of this name.", Model, errors=(404,)),
+    _Operation(
+        "/v1/chat/completions", "Answer a chat.", ChatCompletion, ChatRequest, ChatChunk, _ASKED
+    ),
+    _Operation(
+        *("/v1/completions", "Continue prompts.", TextCompletion, CompletionRequest),
+        *(TextCompletion, _ASKED),
+    ),
+    _Operation(
+        "/tokenize", "A prompt's token ids.", Tokens, TokenizeRequest, errors=(400, 404, 413)
+    ),
+    _Operation(
+        "/detokenize", "The text of token ids.", Text, DetokenizeRequest, errors=(400, 404, 413)
+    ),
+)
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI description of all routes."""
+    structs: set[Struct] = {
+        struct
+        for operation in _OPERATIONS
+        for struct in (operation.answer, operation.request, operation.chunk)
+        if struct is not None
+    }
+    structs.add(ErrorAnswer)
+    ordered = sorted(structs, key=lambda struct: struct.__name__)
+    _, components = msgspec.json.schema_components(ordered, ref_template=_REFERENCE)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "nanovllm", "version": __version__},
+        "paths": {operation.path: _path(operation) for operation in _OPERATIONS},
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _path(operation: _Operation) -> dict[str, Any]:
+    success: dict[str, Any] = {"description": "Success"}
+    if operation.answer is not None:
+        success["content"] = _json(operation.answer)
+    if operation.chunk is not None:
+        success["content"]["text/event-stream"] = {
+            "schema": {"type": "string"},
+            "x-event-schema": _reference(operation.chunk),
+        }
+    errors = {
+        str(status): {"description": "An error", "content": _json(ErrorAnswer)}
+        for status in (401, *operation.errors)
+    }
+    described: dict[str, Any] = {
+        "summary": operation.summary,
+        "responses": {"200": success, **errors},
+    }
+    if operation.request is not None:
+        described["requestBody"] = {"required": True, "content": _json(operation.request)}
+    if "{id}" in operation.path:
+        described["parameters"] = [
+            {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    return {"get" if operation.request is None else "post": described}
+
+
+def _json(struct: Struct) -> dict[str, Any]:
+    return {"application/json": {"schema": _reference(struct)}}
+
+
+def _reference(struct: Struct) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(name=struct.__name__)}

@@ -1,0 +1,100 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+from tokenizers import Tokenizer
+
+from nanovllm.checkpoint.chat_template import ChatTemplate, ChatTemplateError
+from nanovllm.checkpoint.tokenizer import load_tokenizer, read_chat_template
+from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
+from nanovllm.messages import Chat
+from nanovllm.services.http.chat import is_continued, template_keys
+from nanovllm.services.http.context import ServedModel
+from nanovllm.services.http.errors import ApiError, check_model, json_response
+from nanovllm.services.http.requests import DetokenizeRequest, TokenizeRequest, parse
+from nanovllm.services.http.responses import Text, Tokens
+
+
+class PromptTokens:
+    """Tells the token ids of prompts, in a thread of its own: the event loop goes on meanwhile.
+
+    The tokenizer is loaded when it is first needed.
+    """
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._files = _TokenizerFiles(model.directory)
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
+
+    async def tokenize(self, request: Request) -> Response:
+        """Raises ApiError if the request is not valid, or the chat template does not take it."""
+        body = await request.body()
+        ask = parse(body, TokenizeRequest)
+        if ask.model is not None:
+            check_model(ask.model, self._model.name)
+        loop = asyncio.get_running_loop()
+        ids = await loop.run_in_executor(self._thread, self._ids, ask, body)
+        texts = None
+        if ask.return_token_strs:
+            text_of = self._model.token_text
+            texts = [text_of.get(token, b"").decode(errors="replace") for token in ids]
+        return json_response(Tokens(len(ids), self._model.max_model_len, ids, texts))
+
+    async def detokenize(self, request: Request) -> Response:
+        """Raises ApiError if the request is not valid, or a token unknown."""
+        ask = parse(await request.body(), DetokenizeRequest)
+        if ask.model is not None:
+            check_model(ask.model, self._model.name)
+        text_of = self._model.token_text
+        for index, token in enumerate(ask.tokens):
+            if token not in text_of:
+                key = f"tokens[{index}]"
+                raise ApiError(400, f"{key}: the vocabulary has no token {token}", key)
+        return json_response(
+            Text(b"".join(text_of[token] for token in ask.tokens).decode(errors="replace"))
+        )
+
+    def _ids(self, ask: TokenizeRequest, body: bytes) -> list[int]:
+        text, add_special_tokens = ask.prompt, ask.add_special_tokens
+        if text is None:
+            text, add_special_tokens = self._render(ask, body), False
+        (encoding,) = self._files.tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _render(self, ask: TokenizeRequest, body: bytes) -> str:
+        """The text of a chat, as /v1/chat/completions makes it."""
+        assert ask.messages is not None
+        template = self._files.chat_template
+        if template is None:
+            raise ApiError(400, "messages: this model has no chat template", "messages")
+        messages, tools = template_keys(body)
+        kwargs = ask.chat_template_kwargs or {}
+        try:
+            return template.render(Chat(messages, tools, kwargs, is_continued(ask.messages[-1])))
+        except ChatTemplateError as error:
+            raise ApiError(400, str(error), "messages") from None
+
+
+class _TokenizerFiles:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._config = TokenizerConfig.from_checkpoint(directory)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._directory, self._config)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        source = read_chat_template(self._directory, self._config)
+        return None if source is None else ChatTemplate(source, self._config.special_tokens())
