@@ -67,11 +67,12 @@ class Calls:
             ClientGone.
         """
         try:
-            while not all(stream.answered for stream in self.streams):
-                await self._change()
-            for stream in self.streams:
-                if stream.ended:
+            while True:
+                for stream in [stream for stream in self._running if stream.ended]:
                     await self.result(stream)
+                if all(stream.answered for stream in self.streams):
+                    return
+                await self._change()
         except BaseException:
             self.close()
             raise

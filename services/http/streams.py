@@ -162,11 +162,13 @@ class EventStream(Response):
             if not self._sending:
                 if self._sent_at + COMMENT_S <= time.monotonic():
                     self._calls.changed.set()
-            elif transport is not None and self._waiting_bytes() > MAX_WAITING_BYTES:
-                transport.abort()
+            elif transport is not None:
+                waiting = transport.get_write_buffer_size() + self._unread_bytes()
+                if waiting > MAX_WAITING_BYTES:
+                    transport.abort()
 
-    def _waiting_bytes(self) -> int:
-        """About what the unread output takes."""
+    def _unread_bytes(self) -> int:
+        """About what the output takes that no event was made of."""
         return sum(
             len(delta.text) + ENTRY_BYTES * sum(map(len, delta.logprobs or ()))
             for stream in self._running
