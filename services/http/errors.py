@@ -17,8 +17,7 @@ RETRY_AFTER_S: Final = "1"
 
 # The key that a message of the pipeline begins with.
 _KEY: Final = re.compile(
-    r"(messages|tools|chat_template_kwargs|continue_final_message|prompt_token_ids|stop_token_ids)"
-    r"[\w.\[\]]*(?=: )"
+    r"(?:sampling\.)?((?:messages|tools|chat_template_kwargs|stop_token_ids)[\w.\[\]]*): "
 )
 
 
@@ -64,7 +63,7 @@ def api_error(error: RequestError | PipelineUnavailable) -> ApiError:
     if isinstance(error, PipelineUnavailable):
         return ApiError(503, "the pipeline does not answer; try again", code="unavailable")
     key = _KEY.match(error.message)
-    return ApiError(_STATUS_OF[error.code], error.message, key and key[0], error.code)
+    return ApiError(_STATUS_OF[error.code], error.message, key and key[1], error.code)
 
 
 def check_model(asked: str, served: str) -> None:

@@ -242,7 +242,7 @@ def parse(body: bytes, kind: type[RequestT]) -> RequestT:
 def _refusal(key: str, reason: str) -> ApiError:
     if _PART_TYPE.fullmatch(key):
         reason = "only text is served, no images, audio or files"
-    elif key.split(".")[0] in _NOT_SERVED:
+    elif re.split(r"[.\[]", key)[0] in _NOT_SERVED:
         reason = f"is not served: {reason}"
     elif found := re.search(r"required field `(\w+)`", reason):
         key, reason = ".".join(filter(None, (key, found[1]))), "missing"

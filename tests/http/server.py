@@ -92,7 +92,11 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    endpoint: str, observer: Observer | None = None, takes_nothing_s: float = 30.0
+    endpoint: str,
+    observer: Observer | None = None,
+    *,
+    takes_nothing_s: float = 30.0,
+    timeout: float = 10.0,
 ) -> Iterator[Server]:
     """Serves the pipeline at `endpoint`, as the demo model."""
     model = ServedModel.from_checkpoint(DEMO_CHECKPOINT, "demo", 4096)
@@ -106,7 +110,7 @@ def serving(
     Protocol.takes_nothing_s = takes_nothing_s
 
     async def serve() -> None:
-        async with AsyncClient(endpoint) as client:
+        async with AsyncClient(endpoint, timeout) as client:
             app = make_app(DoorContext(client, model, observer or NoObserver()))
             config = uvicorn.Config(
                 app, http=Protocol, lifespan="off", log_config=None, access_log=False

@@ -1,0 +1,139 @@
+"""What is refused, and which key is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from nanovllm.services.http.errors import ApiError
+from nanovllm.services.http.requests import ChatRequest, CompletionRequest, TokenizeRequest, parse
+
+USER = {"role": "user", "content": "Hi"}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
+STRICT = {"type": "function", "function": {"name": "f", "strict": True}}
+
+
+def refusal(kind: type[msgspec.Struct], keys: dict[str, Any]) -> ApiError:
+    with pytest.raises(ApiError) as refused:
+        parse(msgspec.json.encode(keys), kind)
+    assert refused.value.status == 400
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    ("keys", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0]"),
+        ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role"),
+        ({"messages": [USER, {"content": ""}]}, "messages[1].role"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
+        ({"model": 3}, "model"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": "1"}, "max_completion_tokens"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(keys: dict[str, Any], param: str) -> None:
+    error = refusal(ChatRequest, {"model": "m", "messages": [USER], **keys})
+    assert error.body.param == param
+    assert error.body.message.startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        (ChatRequest, {"response_format": {"type": "json_object"}}),
+        (ChatRequest, {"response_format": {"type": "json_schema", "json_schema": {}}}),
+        (ChatRequest, {"presence_penalty": 0.5}),
+        (ChatRequest, {"frequency_penalty": -1}),
+        (ChatRequest, {"repetition_penalty": 1.1}),
+        (ChatRequest, {"logit_bias": {"5": 1}}),
+        (ChatRequest, {"tool_choice": "required"}),
+        (ChatRequest, {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+        (ChatRequest, {"parallel_tool_calls": False}),
+        (ChatRequest, {"functions": []}),
+        (ChatRequest, {"modalities": ["text", "audio"]}),
+        (ChatRequest, {"audio": {}}),
+        (ChatRequest, {"reasoning_effort": "low"}),
+        (ChatRequest, {"tools": [STRICT]}),
+        (CompletionRequest, {"echo": True}),
+        (CompletionRequest, {"suffix": "x"}),
+        (CompletionRequest, {"best_of": 2}),
+    ],
+)
+def test_what_is_not_served_is_refused_and_never_ignored(
+    kind: type[msgspec.Struct], keys: dict[str, Any]
+) -> None:
+    rest = {"messages": [USER]} if kind is ChatRequest else {"prompt": "x"}
+    error = refusal(kind, {"model": "m", **rest, **keys})
+    assert "served" in error.body.message
+    assert error.body.param is not None
+    assert error.body.param.startswith(next(iter(keys)))
+
+
+def test_values_that_change_nothing_and_unknown_keys_are_taken() -> None:
+    keys: dict[str, Any] = {
+        "response_format": {"type": "text"},
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "n": None,
+        "stop": None,
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "functions": None,
+        "metadata": {"a": "b"},
+        "never_heard_of": [1],
+    }
+    ask = parse(msgspec.json.encode({"model": "m", "messages": [USER], **keys}), ChatRequest)
+    assert ask.tool_choice == "auto"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_a_prompt_has_four_forms(prompt: Any, prompts: Any) -> None:
+    body = msgspec.json.encode({"model": "m", "prompt": prompt})
+    assert parse(body, CompletionRequest).prompts == prompts
+
+
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]], ["a", 1], [1, [2]], [-1], None, [None]])
+def test_a_prompt_of_no_form_is_refused(prompt: Any) -> None:
+    with pytest.raises(ApiError, match="prompt"):
+        parse(msgspec.json.encode({"model": "m", "prompt": prompt}), CompletionRequest).prompts  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{", b"nil", b"[]", b"\xff", b'{"model": "\xff"}', b'{"model": "\\ud800"}'),
+        b'{"x":' + b"[" * 100_000,
+    ],
+)
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse(body, ChatRequest)
+    assert refused.value.status == 400
+
+
+def test_tokenize_takes_one_of_prompt_and_messages() -> None:
+    assert refusal(TokenizeRequest, {}).body.param == "prompt"
+    assert refusal(TokenizeRequest, {"prompt": "a", "messages": [USER]}).body.param == "prompt"
