@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
 from nanovllm.hints import LAUNCH_HINTS, HintingCommand
 from nanovllm.launch.console import passed_on
+from nanovllm.launch.http import Listener
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.log import EventFormatter
@@ -32,8 +34,8 @@ log = logging.getLogger(__name__)
 @click.command(
     cls=HintingCommand,
     hints=LAUNCH_HINTS,
-    help="""Serve a Qwen3 or Qwen2.5 model: ingress, tokenizers, scheduler, GPU workers and
-    detokenizers, each a process of its own.
+    help="""Serve a Qwen3 or Qwen2.5 model: ingress, tokenizers, scheduler, GPU workers,
+    detokenizers and HTTP servers, each a process of its own.
 
     MODEL is a checkpoint directory or a hub id; without it a small demo model is served, which
     needs no GPU.
@@ -96,7 +98,9 @@ def _launch(settings: Settings, bar: LoadingBar, lifeline: int | None) -> None:
         )
     with runtime_dir(Path(settings.runtime_dir)):
         _check_free(settings)
-        Supervisor(settings, name, bar, lambda: _announce(settings, name), lifeline).run()
+        listener = Listener(settings) if settings.http else None
+        announce = partial(_announce, settings, name, listener)
+        Supervisor(settings, name, bar, listener, announce, lifeline).run()
 
 
 def _check_free(settings: Settings) -> None:
@@ -107,7 +111,7 @@ def _check_free(settings: Settings) -> None:
             raise SettingsError(f"--ingress {error}") from None
 
 
-def _announce(settings: Settings, name: str) -> None:
+def _announce(settings: Settings, name: str, listener: Listener | None) -> None:
     bound = settings.client_endpoints[0]
     endpoint = connectable(bound)
     where = ""
@@ -116,10 +120,12 @@ def _announce(settings: Settings, name: str) -> None:
     elif endpoint != DEFAULT_INGRESS:
         where = f" --endpoint {shlex.quote(endpoint)}"
     nanovllm = _command()
-    click.echo(f"nanovllm serves {name} at {bound}")
+    click.echo(f"nanovllm serves {name} at {bound}{f' and {listener.url}' if listener else ''}")
     click.echo(f"try:  {nanovllm} generate 'Once upon a time'{where}")
     click.echo(f"      {nanovllm} chat{where}")
     click.echo(f"      {nanovllm} status{where}")
+    if listener is not None:
+        click.echo(f"      {listener.curl(settings.served_model_name or name)}")
     click.echo("Ctrl-C stops the pipeline.")
     sys.stdout.flush()
 

@@ -25,7 +25,7 @@ STABLE_S: Final = 5.0
 MAX_FAILED_STARTS: Final = 5
 # Starts that were killed from outside count too, once the first failed start is so long ago.
 KILLS_BORNE_S: Final = 120.0
-# Between SIGTERM and SIGKILL.
+# Between SIGTERM and SIGKILL. An HTTP server has as long as its streams have to end, and this.
 GRACE_S: Final = 3.0
 # The longest silence of a service, which reports once a second: of one that is ready, of one that
 # starts, and of one that starts and is connected. While a library is loaded, torch's gigabytes
@@ -166,8 +166,9 @@ class Phase(enum.Enum):
 class Group:
     """Services that start and end together (one_for_all); most groups have one (one_for_one)."""
 
-    def __init__(self, services: Sequence[ServiceId], now: float) -> None:
+    def __init__(self, services: Sequence[ServiceId], now: float, grace_s: float = GRACE_S) -> None:
         self.services = tuple(services)
+        self._grace_s = grace_s
         self.phase = Phase.WAITING
         self.restarts = -1  # how often the group was started again
         self.given_up = False
@@ -247,7 +248,7 @@ class Group:
         if self.phase is Phase.RUNNING:
             self._actions += [Stop(service) for service in self.services if service in self._alive]
             self.phase = Phase.ENDING
-            self._kill_at = now + GRACE_S
+            self._kill_at = now + self._grace_s
             self._start_at = now
         elif self.phase is Phase.WAITING:
             self._start_at = now

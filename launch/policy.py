@@ -7,11 +7,11 @@ the policy of commands, and does what is `due`. Times are seconds of one monoton
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
-from nanovllm.launch.groups import Action, Answer, Group, Phase, ServiceId
+from nanovllm.launch.groups import GRACE_S, Action, Answer, Group, Phase, ServiceId
 from nanovllm.transport.links import Peer
 
 # After a longer pause between two calls of `due`, the supervisor itself was stopped: the silence of
@@ -30,10 +30,22 @@ class _Command:
 
 
 class Policy:
-    """All groups of a pipeline, and the commands that are not done."""
+    """All groups of a pipeline, and the commands that are not done.
 
-    def __init__(self, groups: Iterable[Sequence[ServiceId]], now: float) -> None:
-        self.groups = [Group(services, now) for services in groups]
+    Args:
+        groups: the services of each group.
+        now: the time.
+        grace_s: of a role, the seconds between SIGTERM and SIGKILL.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Sequence[ServiceId]],
+        now: float,
+        grace_s: Callable[[str], float] = lambda role: GRACE_S,
+    ) -> None:
+        self._grace_s = grace_s
+        self.groups = [self._group(services, now) for services in groups]
         self._commands: deque[_Command] = deque()
         self._called_at = now
 
@@ -57,7 +69,7 @@ class Policy:
             else:
                 group.stay()
         there = {group.services[0].index for group in groups}
-        added = [Group([ServiceId(role, i)], now) for i in range(count) if i not in there]
+        added = [self._group([ServiceId(role, i)], now) for i in range(count) if i not in there]
         self.groups += added
         self._commands.append(_Command(asked_by, deque(), groups + added))
 
@@ -91,6 +103,9 @@ class Policy:
     def group_of(self, service: ServiceId) -> Group | None:
         """The group of a service; None if the service has left."""
         return next((group for group in self.groups if service in group.services), None)
+
+    def _group(self, services: Sequence[ServiceId], now: float) -> Group:
+        return Group(services, now, self._grace_s(services[0].role))
 
     def _due_for_commands(self, now: float) -> list[Action]:
         answers: list[Action] = []

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from nanovllm.control import Loading, Ready, Report, ServiceState, ServiceStatus
 from nanovllm.launch.groups import ServiceId
+from nanovllm.launch.http import Listener
 from nanovllm.log import Event, event_of
 from nanovllm.options import settings_argv
 from nanovllm.output import PIPE_BYTES, output_pipe
@@ -40,7 +41,13 @@ class Lifeline:
 class ServiceProcess:
     """One process of a service: its output, its end, and what it last reported."""
 
-    def __init__(self, service_id: ServiceId, settings: Settings, lifeline: Lifeline) -> None:
+    def __init__(
+        self,
+        service_id: ServiceId,
+        settings: Settings,
+        lifeline: Lifeline,
+        listener: Listener | None = None,
+    ) -> None:
         self.id = service_id
         self.stopping: signal.Signals | None = None  # the signal that told it to end
         self.alive = True  # until its end was noticed, see `close`
@@ -60,8 +67,12 @@ class ServiceProcess:
             stdin=subprocess.DEVNULL,
             stdout=write_end,
             stderr=subprocess.STDOUT,
-            env={**os.environ, LIFELINE_VARIABLE: str(lifeline.read_end)},
-            pass_fds=[lifeline.read_end],
+            env={
+                **os.environ,
+                LIFELINE_VARIABLE: str(lifeline.read_end),
+                **(listener.environment if listener else {}),
+            },
+            pass_fds=[lifeline.read_end, *(listener.descriptors if listener else [])],
             process_group=0,  # the terminal's Ctrl-C is for the supervisor
         )
         os.close(write_end)

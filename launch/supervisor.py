@@ -42,6 +42,7 @@ from nanovllm.launch.groups import (
     Stop,
     work_of,
 )
+from nanovllm.launch.http import Listener
 from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.log import render
@@ -53,6 +54,7 @@ from nanovllm.wording import counted
 log = logging.getLogger(__name__)
 
 INGRESS = ServiceId("ingress", 0)
+DRAINED_ROLES = ("ingress", "http")
 # How long an ingress that starts during a drain takes requests, so that the clients of the ingress
 # before can submit their unfinished requests again.
 RESUME_S = 5.0
@@ -72,6 +74,7 @@ class Supervisor:
         settings: as `service.settled` returns them.
         model: the model's name, for people.
         bar: shows the start.
+        listener: what HTTP servers inherit; None if there are none.
         announce: called once, when every service is ready.
         lifeline: a descriptor that becomes readable when the program that owns the pipeline ends;
             None if a person started the pipeline.
@@ -85,11 +88,13 @@ class Supervisor:
         settings: Settings,
         model: str,
         bar: LoadingBar,
+        listener: Listener | None,
         announce: Callable[[], None],
         lifeline: int | None,
     ) -> None:
         self._settings = settings
         self._model = model
+        self._listener = listener
         self._announce = announce
         self._announced = False
         self._owner = lifeline
@@ -103,9 +108,10 @@ class Supervisor:
         )
         self._lifeline = Lifeline()
         self._poller = zmq.Poller()
-        self._policy = Policy(_groups(settings), time.monotonic())
+        self._policy = Policy(_groups(settings), time.monotonic(), self._grace_s)
         self._services: dict[ServiceId, ServiceProcess] = {}
         self._ingress: Peer | None = None
+        self._drained: set[ServiceId] = set()
         self._drain_until: float | None = None
         self._drain_unannounced_since = math.inf
         self._over = False
@@ -144,7 +150,9 @@ class Supervisor:
             for action in self._policy.due(now, self._connected()):
                 self._do(action)
             self._show()
-            if self._drain_until is not None and now >= self._drain_until:
+            if self._drain_until is not None and self._all_drained():
+                self._over = True
+            elif self._drain_until is not None and now >= self._drain_until:
                 log.warning("requests that are unfinished end here")
                 self._over = True
             self._over = self._over or self._owner in readable
@@ -167,12 +175,15 @@ class Supervisor:
         service.incarnation = peer.incarnation
         group.sign(service_id, now)
         match event:
-            case Up() if service_id == INGRESS:
-                self._ingress = peer
-                if self._drain_until is not None:
+            case Up():
+                if service_id == INGRESS:
+                    self._ingress = peer
+                if self._drain_until is not None and peer.role in DRAINED_ROLES:
                     self._control.send(peer, [Drain(RESUME_S)])
+            case Received(message=StatusRequest()):
+                self._control.send(peer, [self._status()])
             case Received(message=Drained()):
-                self._over = True
+                self._drained.add(service_id)
             case Received(message=Loading() | Ready() | Report() as said):
                 service.note(said)
                 if isinstance(said, Ready):
@@ -184,14 +195,17 @@ class Supervisor:
     def _on_command(self, asker: Peer, command: ToSupervisor, now: float) -> None:
         match command:
             case StatusRequest():
-                endpoint = self._settings.client_endpoints[0]
-                self._control.send(asker, [Status(self._model, endpoint, self._statuses())])
+                self._control.send(asker, [self._status()])
+            case Scale(role="http") | Restart(role="http") if self._listener is None:
+                error = "this pipeline serves no HTTP: launch it with --http HOST:PORT"
+                self._control.send(asker, [Done(error)])
             case Scale(role=role, count=count):
                 if role in SCALABLE_ROLES and 1 <= count <= MAX_SERVICES:
                     self._policy.scale(role, count, asker, now)
                 else:
-                    roles = " and ".join(f"{name}s" for name in SCALABLE_ROLES)
-                    error = f"only {roles} can be scaled, to 1 to {MAX_SERVICES}"
+                    error = (
+                        f"only {', '.join(SCALABLE_ROLES)} can be scaled, to 1 to {MAX_SERVICES}"
+                    )
                     self._control.send(asker, [Done(error)])
             case Restart(role=role):
                 if role in (*ROLES, "all"):
@@ -211,8 +225,9 @@ class Supervisor:
         if self._owner is None:  # there is a person to tell
             log.info("stopping")
             self._drain_unannounced_since = now
-        if self._ingress is not None:  # otherwise the ingress is told when it connects
-            self._control.send(self._ingress, [Drain(0.0)])
+        for peer in self._control.peers:  # the others are told when they connect
+            if peer.role in DRAINED_ROLES:
+                self._control.send(peer, [Drain(0.0)])
 
     def _announce_drain(self, report: Report) -> None:
         """Says once how many requests the drain waits for, if any."""
@@ -241,6 +256,7 @@ class Supervisor:
         for service in sorted(ended, key=ServiceProcess.distance_from_the_cause):
             self._poller.unregister(service.output)
             service.close()
+            self._drained.discard(service.id)
             if (group := self._policy.group_of(service.id)) is not None:
                 group.ended(service.id, service.process.returncode, now)
             # If the policy gives up, `ServiceFailed` says how the service ended.
@@ -252,7 +268,8 @@ class Supervisor:
     def _do(self, action: Action) -> None:
         match action:
             case Start(service=service_id):
-                service = ServiceProcess(service_id, self._settings, self._lifeline)
+                listener = self._listener if service_id.role == "http" else None
+                service = ServiceProcess(service_id, self._settings, self._lifeline, listener)
                 self._services[service_id] = service
                 self._poller.register(service.output, zmq.POLLIN)
             case Stop(service=service_id):
@@ -292,6 +309,22 @@ class Supervisor:
         loop is silent."""
         return {ServiceId(peer.role, peer.index) for peer in self._control.peers}
 
+    def _all_drained(self) -> bool:
+        """Whether no request is left: of an HTTP server that has ended none is."""
+        doors = {
+            service_id
+            for service_id, service in self._services.items()
+            if service_id.role == "http" and service.alive
+        }
+        return self._drained >= {INGRESS, *doors}
+
+    def _grace_s(self, role: str) -> float:
+        return GRACE_S + (self._settings.drain_timeout if role == "http" else 0.0)
+
+    def _status(self) -> Status:
+        url = self._listener.url if self._listener else ""
+        return Status(self._model, self._settings.client_endpoints[0], url, self._statuses())
+
     def _statuses(self) -> list[ServiceStatus]:
         return [
             self._services[service_id].status(max(0, group.restarts))
@@ -309,6 +342,7 @@ def _groups(settings: Settings) -> list[list[ServiceId]]:
         [ServiceId("gpu_worker", rank) for rank in range(settings.tensor_parallel_size)],
         *[[ServiceId("tokenizer", index)] for index in range(settings.tokenizers)],
         *[[ServiceId("detokenizer", index)] for index in range(settings.detokenizers)],
+        *[[ServiceId("http", index)] for index in range(settings.http_servers) if settings.http],
     ]
 
 

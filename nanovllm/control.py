@@ -61,7 +61,25 @@ class DetokenizerStats(Message, tag="detokenizer"):
     tokens: int
 
 
-Stats = IngressStats | TokenizerStats | SchedulerStats | WorkerStats | DetokenizerStats
+class Histogram(Message):
+    """Durations: how many fell into each bucket, the last of which has no upper bound, and their
+    sum in seconds. nanovllm/services/http/metrics.py has the bounds."""
+
+    counts: list[int]
+    sum_s: float
+
+
+class HttpStats(Message, tag="http"):
+    """`finished` counts requests by finish reason, and by error code."""
+
+    running: int
+    finished: dict[str, int]
+    first_token: Histogram
+    between_tokens: Histogram
+    whole: Histogram
+
+
+Stats = IngressStats | TokenizerStats | SchedulerStats | WorkerStats | DetokenizerStats | HttpStats
 
 
 class Report(Message, tag="report"):
@@ -73,7 +91,7 @@ class Report(Message, tag="report"):
 
 
 class StatusRequest(Message, tag="status_request"):
-    """A command asks for the `Status`."""
+    """A command, or an HTTP server, asks for the `Status`."""
 
 
 class Scale(Message, tag="scale"):
@@ -96,8 +114,9 @@ class Done(Message, tag="done"):
 
 
 class Drain(Message, tag="drain"):
-    """To the ingress: after `resume_s` seconds take no new requests, and say `Drained` once none is
-    left. Until then, clients may resume their requests to an earlier incarnation of the ingress."""
+    """To the ingress and the HTTP servers: take no new requests, and say `Drained` once none is
+    left. The ingress does so after `resume_s` seconds: until then, clients may resume their
+    requests to an earlier incarnation of the ingress."""
 
     resume_s: float
 
@@ -112,7 +131,7 @@ class Crashed(Message, tag="crashed"):
 
 
 class Drained(Message, tag="drained"):
-    """From the ingress: no request is unfinished, and no new one is taken."""
+    """From the ingress and the HTTP servers: no request is unfinished, and no new one is taken."""
 
 
 ServiceState = Literal["starting", "loading", "ready", "ended"]
@@ -136,6 +155,7 @@ class ServiceStatus(Message):
 class Status(Message, tag="status"):
     model: str
     endpoint: str
+    http: str  # the URL of the HTTP servers; empty if there are none
     services: list[ServiceStatus]
 
 

@@ -24,7 +24,16 @@ import msgspec
 import zmq
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig, resolve_model
-from nanovllm.control import Drained, FromSupervisor, Loading, LoadingStage, Ready, Report, Stats
+from nanovllm.control import (
+    Drained,
+    FromSupervisor,
+    Loading,
+    LoadingStage,
+    Ready,
+    Report,
+    Stats,
+    StatusRequest,
+)
 from nanovllm.log import log_to_stderr
 from nanovllm.options import settings_from, settings_options
 from nanovllm.output import lossy
@@ -54,9 +63,13 @@ EXIT_FOLLOWED = 3
 OFF_STEP_PATH_NICENESS = 10
 # How soon a service tries again to send messages that a peer did not take.
 RETRY_S = 0.01
+TURN_S = 0.02
 GREETING_S = 2.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"
+# What HTTP servers alone inherit: the socket that listens, and the keys, with commas.
+LISTENER_VARIABLE = "NANOVLLM_HTTP_FD"
+API_KEY_VARIABLE = "NANOVLLM_API_KEY"
 
 
 class Service:
@@ -157,6 +170,18 @@ class Service:
             self._dispatch(self._poller.poll(int(timeout * 1000 + 0.999)))
             wait = step(time.monotonic())
             self._beat()
+
+    def turn(self, stats: Callable[[], Stats]) -> None:
+        """Does what `run` does at each wake-up, without waiting: for a service that has an event
+        loop, and calls this every TURN_S."""
+        self._stats = stats
+        self._dispatch(self._poller.poll(0))
+        self._beat()
+
+    def ask_status(self) -> bool:
+        """Asks the supervisor for the `Status`, which comes to the handler of `on_told`. Returns
+        False if the supervisor cannot be asked now."""
+        return self._control.send([StatusRequest()])
 
     def close(self) -> None:
         for link in self._links:

@@ -15,17 +15,18 @@ import msgspec
 from msgspec import Meta
 
 from nanovllm.log import LogFormat
-from nanovllm.transport.endpoints import LONGEST_IPC_PATH, is_local
+from nanovllm.transport.endpoints import LONGEST_IPC_PATH, host_and_port, is_local
 
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
+DEFAULT_HTTP = "127.0.0.1:8000"
 # What a terminal's commands use where no option says which pipeline.
 ENDPOINT_VARIABLE = "NANOVLLM_ENDPOINT"
 RUNTIME_DIR_VARIABLE = "NANOVLLM_RUNTIME_DIR"
 # The sockets in the runtime directory.
 SocketName = Literal["ingress", "services", "scheduler", "workers", "control"]
-ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer")
-SCALABLE_ROLES = ("tokenizer", "detokenizer")
-# At most so many of each.
+ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer", "http")
+SCALABLE_ROLES = ("tokenizer", "detokenizer", "http")
+# At most so many services of a role that can be scaled.
 MAX_SERVICES = 64
 
 
@@ -83,10 +84,45 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             " ipc://PATH; '' for only there."
         ),
     ] = DEFAULT_INGRESS
+    http: Annotated[
+        str,
+        _option(
+            "HOST:PORT of the OpenAI-compatible HTTP server; port 0 takes a free one, '' serves no"
+            " HTTP."
+        ),
+    ] = DEFAULT_HTTP
     insecure: Annotated[
         bool,
-        _option("Allow an --ingress beyond loopback, without keys: for networks that you trust."),
+        _option(
+            "Allow an --ingress, or an --http without keys, beyond loopback: for networks that you"
+            " trust."
+        ),
     ] = False
+    api_key_file: Annotated[
+        str,
+        _option(
+            "File of keys, one a line: HTTP requests must bring one of them, or one of the variable"
+            " NANOVLLM_API_KEY (several with commas)."
+        ),
+    ] = ""
+    tls_certificate: Annotated[
+        str, _option("PEM file with the HTTP server's certificate chain: it then speaks HTTPS.")
+    ] = ""
+    tls_key: Annotated[str, _option("PEM file with the private key of --tls-certificate.")] = ""
+    cors: Annotated[
+        str,
+        _option("Origins whose pages may use the HTTP server, with commas; * for any, '' none."),
+    ] = ""
+    served_model_name: Annotated[
+        str, _option("The model's name over HTTP; the directory's or hub name if not given.")
+    ] = ""
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        _option(
+            "Sampling defaults over HTTP: auto takes those of generation_config.json, none ignores"
+            " them."
+        ),
+    ] = "auto"
     runtime_dir: Annotated[str, _option("Private directory of this pipeline's sockets.")] = (
         msgspec.field(default_factory=default_runtime_dir)
     )
@@ -96,6 +132,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 1
     tokenizers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("Tokenizer processes.")] = 1
     detokenizers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("Detokenizer processes.")] = 1
+    http_servers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("HTTP server processes.")] = 1
 
     device: Annotated[
         Literal["auto", "cuda", "cpu", "sim"],
@@ -140,7 +177,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 3
 
     max_message_bytes: Annotated[
-        int, Meta(ge=1024), _option("Largest frame that a client may send.")
+        int, Meta(ge=1024), _option("Largest frame or HTTP body that a client may send.")
     ] = 8 << 20
     max_pending_requests: Annotated[
         int,
@@ -179,6 +216,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 )
         if self.num_kvcache_blocks == 0:
             raise SettingsError("--num-kvcache-blocks is 0: give 1 or more, or -1")
+        if self.http:
+            try:
+                host_and_port(self.http)
+            except ValueError as error:
+                raise SettingsError(f"--http {self.http}: {error}") from None
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise SettingsError("--tls-certificate and --tls-key belong together: name both")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise SettingsError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least"

@@ -42,8 +42,8 @@ class Pipeline:
 
     Args:
         model: as on the command line; "" is the demo checkpoint.
-        arguments: further arguments of `nanovllm-launch`. Unless they name an `--ingress`, there is
-            no TCP endpoint, so that pipelines do not meet.
+        arguments: further arguments of `nanovllm-launch`. Unless they name an `--ingress` and an
+            `--http`, there is no TCP endpoint, so that pipelines do not meet.
         lifeline: whether the pipeline ends with this process, however this process ends. Without,
             it is as a shell launches it.
 
@@ -59,8 +59,9 @@ class Pipeline:
         self.runtime_dir = Path(arguments[arguments.index("--runtime-dir") + 1])
         self.endpoint = f"ipc://{self.runtime_dir}/ingress.sock"
         named = [str(model)] if str(model) else []
-        ingress = [] if "--ingress" in arguments else ["--ingress", ""]
-        self.arguments = [*named, *ingress, *arguments]
+        tcp = [option for option in ("--ingress", "--http") if option not in arguments]
+        without_tcp = [word for option in tcp for word in (option, "")]
+        self.arguments = [*named, *without_tcp, *arguments]
         self.output: list[str] = []
         self.start_s = 0.0
         self._lines: queue.Queue[str | None] = queue.Queue()

@@ -179,9 +179,7 @@ class AsyncStream(AsyncIterator[Delta]):
         self._client._retrieve_if_closed()
 
 
-def _wake(
-    waiters: list[asyncio.Future[None]], on_change: Callable[[], object] | None
-) -> None:
+def _wake(waiters: list[asyncio.Future[None]], on_change: Callable[[], object] | None) -> None:
     if on_change is not None:
         on_change()
     while waiters:

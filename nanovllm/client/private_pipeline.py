@@ -41,13 +41,13 @@ class PrivatePipeline:
     of this process closes its copy of the write end, and has no part in the pipeline.
 
     Args:
-        settings: the pipeline's settings; `runtime_dir` is replaced.
+        settings: the pipeline's settings; `runtime_dir` is replaced, and there is no `http`.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._owner = os.getpid()
         self._directory = _short_private_directory()
-        settings = msgspec.structs.replace(settings, runtime_dir=str(self._directory))
+        settings = msgspec.structs.replace(settings, runtime_dir=str(self._directory), http="")
         self.runtime_dir = settings.runtime_dir
         self.endpoint = settings.in_runtime_dir("ingress")
         self._last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)

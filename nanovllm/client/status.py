@@ -8,6 +8,7 @@ import msgspec
 
 from nanovllm.control import (
     DetokenizerStats,
+    HttpStats,
     IngressStats,
     SchedulerStats,
     ServiceStatus,
@@ -51,7 +52,7 @@ def render(before: Status, now: Status) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    head = f"{now.model} at {now.endpoint}"
+    head = f"{now.model} at {now.endpoint}{f' and {now.http}' if now.http else ''}"
     return "\n".join([head, "", *table, *_engine(now, earlier)])
 
 
@@ -90,6 +91,8 @@ def _work(stats: Stats | None) -> str:
         return f"{counted(stats.slots_used, 'slot')} used, {counted(stats.steps, 'step')}"
     if isinstance(stats, DetokenizerStats):
         return f"{counted(stats.requests, 'request')}, {counted(stats.tokens, 'token')}"
+    if isinstance(stats, HttpStats):
+        return f"{stats.running} unfinished, {sum(stats.finished.values())} finished"
     return ""
 
 

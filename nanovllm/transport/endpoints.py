@@ -18,6 +18,7 @@ from nanovllm import file_lock
 # sockaddr_un.sun_path, less its terminating zero.
 LONGEST_IPC_PATH = 107
 _TCP = re.compile(r"tcp://(\*|[\w.-]+):(\d{1,5})", re.ASCII)
+_HTTP = re.compile(r"(\*|[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", re.ASCII)
 
 
 class EndpointUnusable(OSError):
@@ -50,9 +51,23 @@ def parse(endpoint: str) -> str | tuple[str, int]:
 def is_local(endpoint: str) -> bool:
     """Whether only this machine reaches the endpoint. Raises like `parse`."""
     address = parse(endpoint)
-    if isinstance(address, str):
-        return True
-    host, _ = address
+    return isinstance(address, str) or is_loopback(address[0])
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`, as for `parse`; the host may also be an IPv6 address in
+    brackets, and the port 0.
+
+    Raises ValueError if `address` is something else; the message says what it must be.
+    """
+    found = _HTTP.fullmatch(address)
+    if found is None or int(found[2]) > 65535:
+        raise ValueError("must be HOST:PORT, with a PORT from 0 (a free one) to 65535")
+    return found[1].replace("*", "").strip("[]"), int(found[2])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address or name `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -11,8 +11,8 @@ from typing import Final
 from starlette.requests import Request
 
 from nanovllm.client.aio import AsyncStream
-from nanovllm.client.results import Completion, PipelineUnavailable, RequestError
-from nanovllm.protocol import Generate, Usage
+from nanovllm.client.results import Completion, PipelineUnavailable, RequestError, Usage
+from nanovllm.protocol import Generate
 from nanovllm.services.http.context import DoorContext
 from nanovllm.services.http.errors import ApiError, api_error
 

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from nanovllm.checkpoint.generation import SamplingDefaults, read_sampling_defaults
 from nanovllm.client.aio import AsyncClient
-from nanovllm.protocol import Reasoning, Usage
+from nanovllm.client.results import Usage
+from nanovllm.protocol import Reasoning
 from nanovllm.vocabulary import Vocabulary
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from nanovllm.protocol import Usage as PipelineUsage
+from nanovllm.client.results import Usage as PipelineUsage
 
 
 class Model(msgspec.Struct, kw_only=True):

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from nanovllm.client.aio import AsyncStream
 from nanovllm.client.results import Completion, Delta
-from nanovllm.protocol import Usage as PipelineUsage
+from nanovllm.client.results import Usage as PipelineUsage
 from nanovllm.services.http.calls import Calls
 from nanovllm.services.http.context import Observer
 from nanovllm.services.http.errors import ApiError, ErrorAnswer

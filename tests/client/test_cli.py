@@ -188,7 +188,7 @@ def a_status(at_s: float, cpu_s: float, busy_s: float) -> Status:
         service("detokenizer", 16, DetokenizerStats(3, 900)),
         ServiceStatus("detokenizer", 1, 17, "starting", None, 0.5, 0, 0.0, 0.0, None),
     ]
-    return Status("the demo model", "tcp://127.0.0.1:5555", services)
+    return Status("the demo model", "tcp://127.0.0.1:5555", "", services)
 
 
 def test_the_table_shows_every_service_and_the_engine() -> None:
@@ -218,7 +218,7 @@ def test_one_is_not_told_in_the_plural() -> None:
         service("tokenizer", TokenizerStats(1, 1)),
         service("detokenizer", DetokenizerStats(1, 1)),
     ]
-    status = Status("demo", "tcp://127.0.0.1:5555", services)
+    status = Status("demo", "tcp://127.0.0.1:5555", "", services)
     assert re.findall(r"\b1 \w+s\b", status_view.render(status, status)) == []
 
 

@@ -87,6 +87,8 @@ def test_services_log_with_their_names_in_front(sim: Pipeline) -> None:
 
 def refused(*arguments: str) -> str:
     """Launches what must be refused; the error's line."""
+    if "--http" not in arguments:
+        arguments = ("--http", "", *arguments)
     done = subprocess.run(
         [sys.executable, "-m", "nanovllm.launch.cli", *arguments],
         capture_output=True,

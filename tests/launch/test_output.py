@@ -85,7 +85,9 @@ def unread(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "run"
     launch = [sys.executable, "-m", "nanovllm.launch.cli", "--runtime-dir", str(path)]
     launcher = subprocess.Popen(
-        [*launch, "--ingress", "", *SIM], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*launch, "--ingress", "", "--http", "", *SIM],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     yield path
     launcher.terminate()

@@ -1,0 +1,178 @@
+"""An HTTP server's process: `python -m nanovllm.services.http`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Final, NoReturn
+
+import uvicorn
+import uvloop
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from nanovllm.checkpoint import model_name
+from nanovllm.client.aio import AsyncClient
+from nanovllm.control import Drain, FromSupervisor, Status
+from nanovllm.service import API_KEY_VARIABLE, LISTENER_VARIABLE, TURN_S, Service, service_command
+from nanovllm.services.http.app import make_app
+from nanovllm.services.http.context import DoorContext, ServedModel
+from nanovllm.services.http.errors import ApiError
+from nanovllm.services.http.exposition import CONTENT_TYPE, exposition
+from nanovllm.services.http.gate import Guard, RequestLog
+from nanovllm.services.http.limits import LimitedProtocol
+from nanovllm.services.http.metrics import Recorder
+from nanovllm.settings import SettingsError
+
+# An ingress that hangs is found after 10 s, and may start for as long again: to HTTP clients all of
+# that is a pause.
+PATIENCE_S: Final = 60.0
+# How long an idle connection is kept: longer than the minute of usual load balancers.
+KEEP_ALIVE_S: Final = 75
+STATUS_S: Final = 3.0
+# At the end of a drain responses are written, and only connections are left to be closed.
+CLOSING_S: Final = 1
+
+
+class Door:
+    """The event loop of an HTTP server. The links of the service have a turn in it now and then, so
+    that a loop that stands still gives no sign of life."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._recorder = Recorder()
+        self._asked: list[asyncio.Future[Status]] = []
+        service.on_told(self._on_told)
+
+    async def run(self) -> None:
+        settings = self._service.settings
+        listening = _inherited_socket()
+        keys = [key for key in os.environ.pop(API_KEY_VARIABLE, "").split(",") if key]
+        model = ServedModel.from_checkpoint(
+            self._service.directory,
+            settings.served_model_name or model_name(self._service.directory),
+            settings.max_model_len,
+            generation_config=settings.generation_config == "auto",
+        )
+        async with AsyncClient(settings.in_runtime_dir("ingress"), timeout=PATIENCE_S) as client:
+            app = make_app(DoorContext(client, model, self._recorder))
+            app.add_route("/metrics", self._metrics, ["GET"])
+            self._guard = Guard(app, keys, settings.max_message_bytes)
+            self._log = RequestLog(_with_cors(self._guard, settings.cors))
+            LimitedProtocol.max_body_bytes = settings.max_message_bytes
+            self._server = _Server(
+                uvicorn.Config(
+                    self._log,
+                    http=LimitedProtocol,
+                    ws="none",
+                    lifespan="off",
+                    interface="asgi3",
+                    log_config=None,
+                    access_log=False,
+                    proxy_headers=False,
+                    server_header=False,
+                    ssl_certfile=settings.tls_certificate or None,
+                    ssl_keyfile=settings.tls_key or None,
+                    timeout_keep_alive=KEEP_ALIVE_S,
+                    timeout_graceful_shutdown=int(settings.drain_timeout),
+                )
+            )
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end)
+            async with asyncio.TaskGroup() as group:
+                turns = group.create_task(self._take_turns())
+                await self._server.serve([listening])
+                turns.cancel()
+
+    async def _take_turns(self) -> None:
+        ready = False
+        while True:
+            self._service.turn(self._recorder.stats)
+            if self._server.started and not ready:
+                ready = True
+                self._service.ready()
+            if self._guard.draining and self._written():
+                self._service.drained()
+            await asyncio.sleep(TURN_S)
+
+    def _on_told(self, message: FromSupervisor) -> None:
+        if isinstance(message, Drain):
+            self._guard.draining = True
+            self._server.config.timeout_graceful_shutdown = CLOSING_S
+        elif isinstance(message, Status):
+            for asked in self._asked:
+                if not asked.done():
+                    asked.set_result(message)
+            self._asked.clear()
+
+    def _end(self) -> None:
+        """Takes no more connections, and ends with the last response."""
+        self._server.should_exit = True
+
+    def _written(self) -> bool:
+        """Whether every response is written."""
+        connections = self._server.server_state.connections
+        return not self._log.running and not any(
+            connection.transport.get_write_buffer_size() for connection in connections
+        )
+
+    async def _metrics(self, _: Request) -> Response:
+        asked: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        self._asked.append(asked)
+        if len(self._asked) == 1 and not self._service.ask_status():
+            self._asked.clear()
+            raise ApiError(503, "the supervisor cannot be asked; try again", code="unavailable")
+        try:
+            status = await asyncio.wait_for(asked, STATUS_S)
+        except TimeoutError:
+            self._asked.clear()
+            raise ApiError(503, "the supervisor does not answer", code="unavailable") from None
+        return Response(exposition(status), media_type=CONTENT_TYPE)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals to `Door`."""
+        yield
+
+
+def _inherited_socket() -> socket.socket:
+    descriptor = os.environ.pop(LISTENER_VARIABLE, None)
+    if descriptor is None:
+        raise SettingsError("an HTTP server gets its socket from nanovllm-launch --http HOST:PORT")
+    return socket.socket(fileno=int(descriptor))
+
+
+def _with_cors(app: ASGIApp, origins: str) -> ASGIApp:
+    allowed = [origin.strip() for origin in origins.split(",") if origin.strip()]
+    if not allowed:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=allowed,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
+
+
+def serve(service: Service) -> NoReturn:
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(Door(service).run())
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    service_command("http", serve)()

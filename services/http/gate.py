@@ -1,0 +1,168 @@
+"""What every request passes on its way to the application, as ASGI middleware."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanovllm.services.http.errors import ApiError, error_response
+
+log = logging.getLogger(__name__)
+
+# What needs no key.
+OPEN_PATHS: Final = ("/health", "/ready")
+# What machines ask all the time: logged as debug output.
+PROBED_PATHS: Final = (*OPEN_PATHS, "/metrics")
+# Until the body of a request is there.
+BODY_S: Final = 60.0
+LOGGED_PATH: Final = 200
+_REQUEST_ID: Final = re.compile(r"[\w.-]{1,128}", re.ASCII)
+
+
+class RequestLog:
+    """Names each request, by `x-request-id` of the request or anew, in the response and in the one
+    line that the request has in the log.
+
+    Attributes:
+        running: requests whose response is not written.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.running = 0
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = time.monotonic()
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        status = 0
+        written = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal status, written
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            elif not message.get("more_body"):
+                written = True
+            await send(message)
+
+        self.running += 1
+        try:
+            await self._app(scope, receive, send_named)
+        finally:
+            self.running -= 1
+            log.log(
+                logging.DEBUG if scope["path"] in PROBED_PATHS else logging.INFO,
+                "%s %s %s: %s%s in %.3f s, for %s",
+                request_id,
+                scope["method"],
+                scope["raw_path"][:LOGGED_PATH].decode("ascii", "backslashreplace"),
+                status or "no answer",
+                "" if written or not status else ", not to its end",
+                time.monotonic() - start,
+                scope["state"].get("client_name", "nobody"),
+            )
+
+
+class Guard:
+    """Lets in requests that have a key, in time and not too large; none while the pipeline drains.
+
+    Puts `client_name` into a request's `scope["state"]`: the hash of its key, else its address.
+
+    Args:
+        app: gets the requests that are let in, each with its whole body in one message.
+        keys: one of them is needed; none if there are none.
+        max_body_bytes: a larger body is refused.
+
+    Attributes:
+        draining: whether new requests are refused.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
+        self.draining = False
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            scope["state"]["client_name"] = self._client_name(scope)
+            if self.draining and (scope["method"] == "POST" or scope["path"] == "/ready"):
+                message = "the server is shutting down; try again"
+                raise ApiError(503, message, code="shutting_down")
+            body = await self._body(scope, receive)
+        except ApiError as error:
+            response = error_response(error)
+            if error.status == 401:
+                response.headers["www-authenticate"] = "Bearer"
+            else:  # there may be a body that nobody reads
+                response.headers["connection"] = "close"
+            await response(scope, receive, send)
+            return
+        if body is not None:
+            await self._app(scope, _replay(body, receive), send)
+
+    def _client_name(self, scope: Scope) -> str:
+        """Raises ApiError if the request has no key and needs one."""
+        if self._digests and scope["path"] not in OPEN_PATHS:
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+            # Every comparison is made, so that the time says nothing.
+            known = sum(hmac.compare_digest(digest, one) for one in self._digests)
+            if scheme.lower() != "bearer" or not known:
+                message = "no valid API key: send one of the server's as `Authorization: Bearer …`"
+                raise ApiError(401, message, code="invalid_api_key")
+            return f"key {digest.hex()[:16]}"
+        return scope["client"][0] if scope["client"] else "local"
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if the client leaves before it is there.
+
+        Raises ApiError if it is too large, or does not come.
+        """
+        too_large = ApiError(413, f"the body has more than {self._max_body_bytes} bytes")
+        length = Headers(scope=scope).get("content-length", "0")
+        if not length.isdigit() or int(length) > self._max_body_bytes:
+            raise too_large
+        chunks: list[bytes] = []
+        left = self._max_body_bytes
+        try:
+            async with asyncio.timeout(BODY_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunk: bytes = message["body"]
+                    chunks.append(chunk)
+                    left -= len(chunk)
+                    if left < 0:
+                        raise too_large
+                    if not message["more_body"]:
+                        return b"".join(chunks)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {BODY_S:g} s") from None
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Receives `body`, then what `receive` does."""
+    taken = False
+
+    async def replayed() -> Message:
+        nonlocal taken
+        if taken:
+            return await receive()
+        taken = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
