@@ -140,6 +140,11 @@ class Pipeline:
                 os.close(self._lifeline.pop())
             shutil.rmtree(self.runtime_dir, ignore_errors=True)
 
+    @property
+    def http_port(self) -> int:
+        """The port of the HTTP servers; launch with `--http 127.0.0.1:0`."""
+        return int(self.status().http.rpartition(":")[2])
+
     def status(self) -> Status:
         """What the services have last reported, once each has."""
         with Control(str(self.runtime_dir)) as control:

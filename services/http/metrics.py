@@ -24,7 +24,7 @@ WHOLE_S: Final = (
     *(240.0, 480.0),
 )
 # What always has a number, be it 0; error codes are there once they occur.
-REASONS: Final = ("stop", "length", "tool_calls", "abort")
+REASONS: Final = ("stop", "length", "abort")
 
 
 class Durations:

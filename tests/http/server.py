@@ -8,7 +8,7 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import uvicorn
@@ -41,18 +41,28 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """Attributes:
-    port: on 127.0.0.1.
+    """A client of the server that listens at `port` of 127.0.0.1.
+
+    Args:
+        port: where.
+        headers: sent with every request.
     """
 
-    def __init__(self, listening: socket.socket) -> None:
-        self.port: int = listening.getsockname()[1]
+    def __init__(self, port: int, headers: Mapping[str, str] | None = None) -> None:
+        self.port = port
+        self._headers = headers or {}
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def ask(self, method: str, path: str, body: Any = None) -> Answer:
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
         """
         Args:
             body: what JSON can say, or bytes as they are.
@@ -60,7 +70,7 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
         try:
             raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-            connection.request(method, path, raw)
+            connection.request(method, path, raw, {**self._headers, **(headers or {})})
             response = connection.getresponse()
             return Answer(response.status, response.headers, response.read())
         finally:
@@ -81,7 +91,9 @@ class Server:
     def send(self, path: str, body: Any) -> socket.socket:
         """Sends a request, and leaves its answer to be read."""
         raw = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+        named = {"Host": "x", "Content-Length": str(len(raw)), **self._headers}
+        lines = [f"{name}: {value}\r\n" for name, value in named.items()]
+        head = f"POST {path} HTTP/1.1\r\n{''.join(lines)}\r\n"
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(TIMEOUT_S)
@@ -124,7 +136,7 @@ def serving(
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
     try:
-        yield Server(listening)
+        yield Server(listening.getsockname()[1])
     finally:
         loop.call_soon_threadsafe(stopping.set)
         thread.join(TIMEOUT_S)

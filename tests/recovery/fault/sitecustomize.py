@@ -2,13 +2,15 @@
 
 Python imports this module first where its directory is on the PYTHONPATH. `NANOVLLM_TEST_FAULT` is
 `ROLE:TOKEN`: every gpu_worker (of the simulated device) ends by SIGABRT when TOKEN is in a sequence
-that it is to compute, every tokenizer when TOKEN is in a prompt that it has encoded.
+that it is to compute, every tokenizer when TOKEN is in a prompt that it has encoded. The event loop
+of an HTTP server stands still when the path TOKEN is asked for.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 
 from nanovllm.messages import StepPlan, Tokenize, unpack
 
@@ -46,5 +48,20 @@ def break_tokenizer() -> None:
     PromptEncoder.encode = encode_or_crash  # type: ignore[assignment, method-assign]
 
 
+def break_http() -> None:
+    from starlette.types import Receive, Scope, Send
+
+    from nanovllm.services.http.gate import Guard
+
+    call = Guard.__call__
+
+    async def call_or_hang(self: Guard, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == TOKEN:
+            time.sleep(600)
+        await call(self, scope, receive, send)
+
+    Guard.__call__ = call_or_hang  # type: ignore[method-assign]
+
+
 if f"nanovllm.services.{ROLE}" in sys.orig_argv:
-    {"gpu_worker": break_gpu_worker, "tokenizer": break_tokenizer}[ROLE]()
+    {"gpu_worker": break_gpu_worker, "tokenizer": break_tokenizer, "http": break_http}[ROLE]()
