@@ -5,9 +5,9 @@ Behind an LLM is a pipeline of its own, or a pipeline that runs already.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
-import threading
 import time
 import weakref
 from collections import deque
@@ -237,11 +237,12 @@ class LLM:
         """Returns when its own pipeline is ready, or a running one has answered."""
         with LoadingBar() as bar:
             while True:
-                answered = threading.Event()
-                ping = PendingPing(answered.set)
+                answered: queue.SimpleQueue[None] = queue.SimpleQueue()
+                ping = PendingPing(partial(answered.put, None))
                 self._thread.submit(ping)
                 while not ping.ended:
-                    answered.wait(CHECK_PERIOD_S)
+                    with contextlib.suppress(queue.Empty):
+                        answered.get(timeout=CHECK_PERIOD_S)
                     if self._pipeline is not None:
                         self._pipeline.check(launching=True)
                         bar.show(self._pipeline.services())

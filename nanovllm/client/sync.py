@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import weakref
 from collections.abc import Iterator
-from functools import partial
 
 from nanovllm.client.requests import GenerateCalls
 from nanovllm.client.results import Completion, Delta, PendingPing, PendingRequest
-from nanovllm.client.thread import ConnectionThread
+from nanovllm.client.thread import ConnectionThread, Waiters
 from nanovllm.protocol import Generate, Pong
 from nanovllm.settings import DEFAULT_INGRESS
 
@@ -44,11 +43,11 @@ class Client(GenerateCalls[Completion, "Stream"]):
         Raises:
             PipelineUnavailable: no pipeline answers.
         """
-        ended = threading.Event()
-        ping = PendingPing(ended.set)
+        changed = Waiters()
+        ping = PendingPing(changed.notify)
         try:
             self._thread.submit(ping)
-            ended.wait()
+            changed.wait_for(lambda: ping.ended)
         finally:
             self._thread.abandon(ping)
         return ping.result()
@@ -73,9 +72,9 @@ class Stream(Iterator[Delta]):
 
     def __init__(self, client: Client, message: Generate) -> None:
         self._client = client
-        self._changed = threading.Condition()
+        self._changed = Waiters()
         # Without a reference to the stream, so that a stream can be dropped.
-        self._request = PendingRequest(message, partial(_notify, self._changed))
+        self._request = PendingRequest(message, self._changed.notify)
         self._client._thread.submit(self._request)
 
     def __next__(self) -> Delta:
@@ -85,9 +84,9 @@ class Stream(Iterator[Delta]):
             PipelineUnavailable: the pipeline is gone.
         """
         request = self._request
-        with self._changed:
+        while request.deltas or not request.ended:
             self._changed.wait_for(lambda: request.deltas or request.ended)
-            if request.deltas:
+            with contextlib.suppress(IndexError):  # another thread took the delta
                 return request.deltas.popleft()
         request.result()
         raise StopIteration
@@ -98,8 +97,7 @@ class Stream(Iterator[Delta]):
         Raises what iterating raises. An interruption (Ctrl-C) aborts the request.
         """
         try:
-            with self._changed:
-                self._changed.wait_for(lambda: self._request.ended)
+            self._changed.wait_for(lambda: self._request.ended)
         finally:
             self.close()
         return self._request.result()
@@ -118,8 +116,3 @@ class Stream(Iterator[Delta]):
 
     def __del__(self) -> None:
         self.close()
-
-
-def _notify(changed: threading.Condition) -> None:
-    with changed:
-        changed.notify_all()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 
 from nanovllm.client.connection import Connection
 from nanovllm.client.results import Pending
@@ -64,3 +66,27 @@ class ConnectionThread:
         self._loop.run_forever()
         self._loop.run_until_complete(asyncio.sleep(0))  # what was called in the meantime
         self._loop.close()
+
+
+class Waiters:
+    """The threads that wait for a change.
+
+    Python's own Condition and Event stay locked if Ctrl-C comes while they are being locked: the
+    connection's thread would then wait for ever. Here nothing is locked.
+    """
+
+    def __init__(self) -> None:
+        self._waiters: deque[SimpleQueue[None]] = deque()
+
+    def notify(self) -> None:
+        """Wakes all. Never blocks."""
+        while self._waiters:
+            self._waiters.popleft().put(None)
+
+    def wait_for(self, happened: Callable[[], object]) -> None:
+        """Returns when `happened`, which is asked again after each `notify`."""
+        while not happened():
+            waiter: SimpleQueue[None] = SimpleQueue()
+            self._waiters.append(waiter)
+            if not happened():  # else the change came before the waiter was there
+                waiter.get()

@@ -156,6 +156,52 @@ def test_ctrl_c_in_an_llm_aborts_its_call_and_the_next_one_works() -> None:
         assert output["token_ids"] == [1, 2]
 
 
+INTERRUPTED = """
+import sys
+from nanovllm import Client, SamplingParams
+
+def interrupted(use, at):
+    # Whether Ctrl-C comes, at the end of the function that is the at-th to end in this thread.
+    ends = 0
+
+    def trace(frame, event, _):
+        nonlocal ends
+        ends += event == "return"
+        if event == "return" and ends == at:
+            raise KeyboardInterrupt
+        return trace
+
+    try:
+        sys.settrace(trace)
+        use()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return ends >= at
+
+client, params = Client(sys.argv[1]), SamplingParams(max_tokens=2)
+for use in (client.ping, lambda: client.generate("x", params)):
+    at = 1
+    while interrupted(use, at):
+        client.ping()
+        at += 1
+    assert at > 9
+print(client.generate("hello", params).token_ids)
+"""
+
+
+def test_ctrl_c_at_any_moment_leaves_a_client_that_works() -> None:
+    with ingress(answer_in_full) as double:
+        ran = subprocess.run(
+            [sys.executable, "-c", INTERRUPTED, double.endpoint],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        assert (ran.returncode, ran.stdout) == (0, "[5, 6]\n"), ran.stderr
+
+
 @pytest.mark.parametrize("last", ["", "sys.exit(0)", "del stream, client", "client.close()"])
 def test_a_program_ends_though_its_client_is_busy(last: str) -> None:
     program = f"""
