@@ -78,17 +78,22 @@ class Connections:
         return True
 
     def cut(self, routing_id: bytes) -> None:
-        """Ends a connection, and drops the messages that ZeroMQ holds for its peer. The next
-        `closed` returns its routing id.
+        """Ends a connection, and drops the messages that ZeroMQ holds for its peer or from it. The
+        next `closed` returns its routing id.
 
         Since the last `closed`, ZeroMQ may have closed the descriptor and given it to a new
         connection. Then the new connection is ended, and its peer connects again.
         """
         for descriptor, other in self._routing_id.items():
             if other == routing_id:
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as ours:
-                    ours.shutdown(socket.SHUT_RDWR)
+                _shut_down(descriptor)
+                self._live.discard(descriptor)
                 return
+
+
+def _shut_down(descriptor: int) -> None:
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as ours:
+        ours.shutdown(socket.SHUT_RDWR)
 
 
 def _is_newer(routing_id: bytes, other: bytes) -> bool:

@@ -12,8 +12,10 @@ from nanovllm.services.ingress import frames
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.sessions import Session
 
-# What a queued frame takes in memory beside its bytes, roughly.
-OVERHEAD_BYTES = 256
+# What a queued frame counts beside its bytes: more than it takes in memory. Small frames are read
+# faster than they are handled, and meanwhile ZeroMQ holds more that is not counted. So a client
+# that sends without end has to be disconnected soon.
+OVERHEAD_BYTES = 4096
 
 
 class Asked(NamedTuple):
@@ -28,7 +30,7 @@ class Asked(NamedTuple):
 @dataclass(slots=True)
 class _ClientQueue:
     """The frames of one client, not decoded, in the order of arrival. None stands for a ZeroMQ
-    message that was not one frame. `size` is what the frames take in memory, roughly."""
+    message that was not one frame. `size` is what the frames count."""
 
     frames: deque[bytes | None] = field(default_factory=deque)
     size: int = 0
@@ -39,7 +41,7 @@ class ClientQueues:
     thousands of messages delays no other client's.
 
     Attributes:
-        size: the bytes that all queues take, roughly.
+        size: what all queues count, in bytes.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -69,7 +71,7 @@ class ClientQueues:
             self.size -= queue.size
 
     def largest(self) -> Session:
-        """The client whose queue takes the most bytes."""
+        """The client whose queue counts most."""
         return max(self._queues, key=lambda session: self._queues[session].size)
 
     def take(self, max_messages: int, max_bytes: int) -> Iterator[Asked]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import zmq
@@ -13,14 +15,15 @@ from nanovllm.transport.endpoints import bind
 from nanovllm.transport.router_monitor import Connections, readable
 
 _DONTWAIT = int(zmq.DONTWAIT)  # a plain integer: enum arithmetic is slow
-# What one wake-up reads at most.
+# Messages that one wake-up reads at most: far more than it handles. However large they are, they
+# have to be read to be counted.
 MAX_BATCH = 1024
-MAX_BATCH_BYTES = 16 << 20
 # Messages that ZeroMQ holds for one client. Output goes out merged as soon as there is room again,
 # so more would only make a slow client's memory here grow, and a stopped one's fill later.
 SEND_HIGH_WATER_MARK = 16
-# libzmq (4.3.5) aborts the process when a heartbeat is due on a connection that has ended while its
-# receive queue was full. So none is: all that comes is read at once, and bounded by the core.
+# libzmq 4.3.5 aborts the process if a heartbeat is due on a connection that has ended while its
+# receive queue was full. So no receive queue is ever full: each wake-up reads what has come, and
+# the core bounds it by ending connections. (A mark would count messages, which can have any size.)
 RECEIVE_HIGH_WATER_MARK = 0
 # A client that is stopped, or whose cable is pulled, is noticed after the sum of the two, by the
 # heartbeat that it does not answer. It is told of no time-to-live: a client that reads slowly would
@@ -63,7 +66,7 @@ class ClientSocket:
         self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, ZMTP_TIMEOUT_MS)
         self._connections = Connections(self.socket)
         self.monitor = self._connections.monitor
-        self._batch: list[list[zmq.Frame]] = []
+        self._batch: deque[list[zmq.Frame]] = deque()
         self._release = contextlib.ExitStack()
         try:
             for endpoint in endpoints:
@@ -75,26 +78,21 @@ class ClientSocket:
 
     def read(self) -> None:
         """Takes ZeroMQ messages from the socket; they come with the next `receive`."""
-        size = 0
-        while len(self._batch) < MAX_BATCH and size < MAX_BATCH_BYTES and readable(self.socket):
-            parts = self.socket.recv_multipart(copy=False)
-            size += sum(map(len, parts))
-            self._batch.append(parts)
+        while len(self._batch) < MAX_BATCH and readable(self.socket):
+            self._batch.append(self.socket.recv_multipart(copy=False))
 
     def gone(self) -> list[bytes]:
         """The connections that have ended since; to be called after `read`, before `receive`."""
         return self._connections.closed()
 
-    def receive(self) -> list[FromClient]:
-        """What was read, from connections that are still there."""
-        batch, self._batch = self._batch, []
-        received: list[FromClient] = []
-        for id_frame, *parts in batch:
+    def receive(self) -> Iterator[FromClient]:
+        """What was read, from connections that are still there. A connection can be ended between
+        two messages: no more of its messages follow."""
+        while self._batch:
+            id_frame, *parts = self._batch.popleft()
             connection = id_frame.bytes
             if self._connections.opened(connection, id_frame):
-                frame = parts[0].bytes if len(parts) == 1 else None
-                received.append(FromClient(connection, frame))
-        return received
+                yield FromClient(connection, parts[0].bytes if len(parts) == 1 else None)
 
     def send(self, connection: bytes, frame: bytes) -> Sent:
         """Sends without blocking."""

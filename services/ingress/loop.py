@@ -71,8 +71,8 @@ class Ingress:
             self._core.closed(connection)
         for connection, frame in self._clients.receive():
             self._core.receive(connection, frame)
-        while (flooding := self._core.flooded()) is not None:
-            self._clients.disconnect(flooding)
+            while (flooding := self._core.flooded()) is not None:
+                self._clients.disconnect(flooding)
 
     def _from_services(self, event: Event[FromServices]) -> None:
         match event:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from nanovllm.messages import Submit, unpack
 from nanovllm.protocol import Accepted, Delta, Finish, Pong
 from nanovllm.service import EXIT_MISCONFIGURED
+from nanovllm.services.ingress.core import MAX_QUEUED_BYTES
 from tests.ingress.harness import NOT_READY, READY, decoded
 from tests.ingress.process import Client, Surroundings
 from tests.peer import TIMEOUT_S, Neighbourhood
@@ -116,6 +118,38 @@ def test_a_client_that_floods_and_goes(around: Surroundings) -> None:
         assert process.wait(TIMEOUT_S) == 0
     other.ping()
     assert around.process.poll() is None
+
+
+ENDLESS = """
+import msgspec, sys
+from benchmarks.support.raw_client import RawClient
+client = RawClient(sys.argv[1], SNDHWM=4, RECONNECT_IVL=-1)
+ask = {"type": "generate", "id": "a", "prompt_token_ids": [70_000] * 1_600_000}
+frame = msgspec.msgpack.encode(ask)
+while True:
+    client.send(frame)
+"""
+
+
+def test_a_client_that_sends_without_end_is_disconnected(
+    start: Callable[..., Surroundings],
+) -> None:
+    """Though its frames take the ingress far longer than they take ZeroMQ, which would hold them
+    all."""
+    around = start()
+    ingress = psutil.Process(around.process.pid)
+    flood = subprocess.Popen([sys.executable, "-c", ENDLESS, around.endpoint])
+    try:
+
+        def disconnected() -> bool:
+            assert ingress.memory_info().rss < 6 * MAX_QUEUED_BYTES
+            return "sends more than can be taken in" in str(around)
+
+        around.until(disconnected)
+    finally:
+        flood.kill()
+        flood.wait(TIMEOUT_S)
+    around.client().ping()
 
 
 def test_hostile_frames_disturb_nobody(around: Surroundings) -> None:

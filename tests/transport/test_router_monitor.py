@@ -115,3 +115,20 @@ def test_an_id_that_a_peer_has_chosen_disturbs_nobody(router: Router) -> None:
     router.tell(DISCONNECTED, ACCEPTED)
     assert connections.closed() == [numbered(3)]
     assert connections.opened(b"mine", FRAME)
+
+
+def test_nothing_more_is_believed_of_a_connection_that_was_cut(
+    router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[int] = []
+    monkeypatch.setattr("nanovllm.transport.router_monitor._shut_down", cut.append)
+    connections = Connections(cast(Any, router))
+    router.tell(ACCEPTED)
+    connections.closed()
+    assert connections.opened(numbered(1), FRAME)
+    connections.cut(numbered(1))
+    assert cut == [DESCRIPTOR]
+    assert not connections.opened(numbered(1), FRAME)
+    router.tell(DISCONNECTED, ACCEPTED)
+    assert connections.closed() == [numbered(1)]
+    assert connections.opened(numbered(2), FRAME)
