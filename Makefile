@@ -3,13 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo serve test lint clean
+.PHONY: help demo serve test test-clients lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    launch the pipeline on the demo model and watch it answer"
 	@echo "make serve   serve the demo model until Ctrl-C (MODEL=… for another)"
 	@echo "make test    lint, type-check and run all tests"
+	@echo "make test-clients   test with langchain, litellm and other clients (installs them)"
 	@echo "make clean   remove the virtual environment and caches"
 
 $(READY): pyproject.toml constraints.txt
@@ -33,6 +34,10 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-clients: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,clients]'
+	$(BIN)/python -m pytest tests/clients tests/examples
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/node/node_modules \

@@ -97,6 +97,7 @@ class AssistantMessage(msgspec.Struct, kw_only=True):
     content: str | None
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCalled] | UnsetType = UNSET
+    refusal: None = None
     role: Literal["assistant"] = "assistant"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import uvicorn
+import uvloop
 
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.client.aio import AsyncClient
@@ -113,7 +114,7 @@ def serving(
     """Serves the pipeline at `endpoint`, as the demo model."""
     model = ServedModel.from_checkpoint(DEMO_CHECKPOINT, "demo", 4096)
     listening = socket.create_server(("127.0.0.1", 0))
-    loop = asyncio.new_event_loop()
+    loop = uvloop.new_event_loop()
     stopping = asyncio.Event()
 
     class Protocol(DoorProtocol):

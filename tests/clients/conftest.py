@@ -1,0 +1,57 @@
+"""A server whose model uses the tools that it is given, as no small model does reliably."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from benchmarks.support.pipeline import Pipeline
+from nanovllm.protocol import Accepted, Delta, Generate
+from tests.client.double import SEED, Answer, finish, ingress
+from tests.http.server import Server, serving
+
+VALUES: dict[str, Any] = {"integer": 3, "number": 2.5, "boolean": True, "string": "你好啊集团"}
+
+
+def obey(message: Any, session: str) -> Iterator[Answer]:
+    """Calls the first tool, if there are any and their answers have not come; else says hello."""
+    if not isinstance(message, Generate):
+        return
+    last = (message.messages or [{}])[-1]
+    text = "Hello, world."
+    if message.tools and last.get("role") != "tool":
+        function = message.tools[0]["function"]
+        properties = function.get("parameters", {}).get("properties", {})
+        arguments = {
+            name: VALUES.get(what.get("type"), VALUES["string"])
+            for name, what in properties.items()
+        }
+        call = msgspec.json.encode({"name": function["name"], "arguments": arguments}).decode()
+        text = f"<tool_call>\n{call}\n</tool_call>"
+    for stop in message.sampling.stop:
+        text = text.partition(stop)[0]
+    if not message.stream:
+        yield finish(message, "stop", text=text, token_ids=[1], answer_at=0, seed=SEED)
+        return
+    yield Accepted(id=message.id, session=session, seed=SEED)
+    for offset, begin in enumerate(range(0, len(text), 5)):
+        delta = Delta(id=message.id, offset=offset, token_ids=[1], text=text[begin : begin + 5])
+        if not offset:
+            delta.answer_at = 0
+        yield delta
+    yield finish(message, "stop")
+
+
+@pytest.fixture(scope="module")
+def obedient() -> Iterator[Server]:
+    with ingress(obey) as double, serving(double.endpoint) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server(pipeline: Pipeline) -> Iterator[Server]:
+    with serving(pipeline.endpoint) as running:
+        yield running
