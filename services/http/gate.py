@@ -106,7 +106,7 @@ class Guard:
             response = error_response(error)
             if error.status == 401:
                 response.headers["www-authenticate"] = "Bearer"
-            else:  # there may be a body that nobody reads
+            elif error.status == 408:
                 response.headers["connection"] = "close"
             await response(scope, receive, send)
             return

@@ -14,7 +14,7 @@ from nanovllm.services.http.errors import ApiError, ErrorAnswer
 log = logging.getLogger(__name__)
 
 # Until the headers of a request are there: of the first from the connection on, of a later one from
-# its first byte on.
+# its first byte on. A body that is not wanted, since the answer is given, has as long.
 HEADERS_S: Final = 10.0
 # Headers and trailers; one read more is borne.
 HEADERS_BYTES: Final = 64 << 10
@@ -37,6 +37,7 @@ class LimitedProtocol(DoorProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._bytes = 0  # of the request that comes
+        self._in_headers = False
         self._in_body = False
         self._timer: asyncio.TimerHandle | None = None
         self._await_headers()
@@ -47,11 +48,12 @@ class LimitedProtocol(DoorProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._bytes += len(data)
-        if self._timer is None and not self._in_body:
-            self._await_headers()
         super().data_received(data)
         if self.transport.is_closing():
             return
+        # While a body that is wanted comes, the application looks at the clock.
+        if self._timer is None and (self._in_headers or not self._answers()):
+            self._await_headers()
         if not self._in_body and self._bytes > HEADERS_BYTES:
             self._refuse(431, f"the headers have more than {HEADERS_BYTES} bytes")
         elif self._bytes > 2 * self.max_body_bytes + HEADERS_BYTES:
@@ -60,14 +62,16 @@ class LimitedProtocol(DoorProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._bytes = 0
+        self._in_headers = True
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._stop_timer()
-        self._in_body = True
+        self._in_headers, self._in_body = False, True
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        self._stop_timer()
         self._in_body = False
         self._bytes = 0
 
@@ -97,7 +101,7 @@ class LimitedProtocol(DoorProtocol):
         if self._answers():  # to an earlier request
             self._await_headers()
         elif not self.transport.is_closing():
-            self._refuse(408, f"no headers came within {HEADERS_S:g} s")
+            self._refuse(408, f"no whole request came within {HEADERS_S:g} s")
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

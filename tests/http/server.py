@@ -17,8 +17,9 @@ import uvloop
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.client.aio import AsyncClient
 from nanovllm.services.http.app import make_app
-from nanovllm.services.http.connection import DoorProtocol
 from nanovllm.services.http.context import DoorContext, NoObserver, Observer, ServedModel
+from nanovllm.services.http.gate import Guard, RequestLog
+from nanovllm.services.http.limits import LimitedProtocol
 
 TIMEOUT_S = 20.0
 HELLO = [{"role": "user", "content": "hello"}]
@@ -110,6 +111,7 @@ def serving(
     *,
     takes_nothing_s: float = 30.0,
     timeout: float = 10.0,
+    max_body_bytes: int = 64 << 20,
 ) -> Iterator[Server]:
     """Serves the pipeline at `endpoint`, as the demo model."""
     model = ServedModel.from_checkpoint(DEMO_CHECKPOINT, "demo", 4096)
@@ -117,16 +119,22 @@ def serving(
     loop = uvloop.new_event_loop()
     stopping = asyncio.Event()
 
-    class Protocol(DoorProtocol):
+    class Protocol(LimitedProtocol):
         pass
 
     Protocol.takes_nothing_s = takes_nothing_s
+    Protocol.max_body_bytes = max_body_bytes
 
     async def serve() -> None:
         async with AsyncClient(endpoint, timeout) as client:
             app = make_app(DoorContext(client, model, observer or NoObserver()))
             config = uvicorn.Config(
-                app, http=Protocol, lifespan="off", log_config=None, access_log=False
+                RequestLog(Guard(app, [], max_body_bytes)),
+                http=Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
             )
             server = uvicorn.Server(config)
             running = asyncio.create_task(server.serve([listening]))
