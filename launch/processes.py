@@ -160,6 +160,7 @@ class ServiceProcess:
             at_s=self._report.at_s if self._report else 0.0,
             cpu_s=self._report.cpu_s if self._report else 0.0,
             stats=self._report.stats if self._report else None,
+            detail=self.ready.detail if self.ready else "",
         )
 
     def _read(self, at_most: int) -> bytes:

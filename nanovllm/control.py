@@ -138,7 +138,8 @@ ServiceState = Literal["starting", "loading", "ready", "ended"]
 
 
 class ServiceStatus(Message):
-    """`at_s`, `cpu_s` and `stats` are the latest `Report`'s; `stats` is None before the first."""
+    """`at_s`, `cpu_s` and `stats` are the latest `Report`'s; `stats` is None before the first.
+    `detail` is what the service said of itself when it was ready: of a worker, its device."""
 
     role: str
     index: int
@@ -150,6 +151,7 @@ class ServiceStatus(Message):
     at_s: float
     cpu_s: float
     stats: Stats | None
+    detail: str = ""
 
 
 class Status(Message, tag="status"):

@@ -134,7 +134,8 @@ def load(
             f"not enough memory on {device} for the model and its cache: {reason}; raise --tp, or"
             " lower --max-num-batched-tokens or --num-kvcache-blocks"
         ) from None
-    described = f"{device.type}, {str(dtype).removeprefix('torch.')}, {attention} attention"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    described = f"{name}, {str(dtype).removeprefix('torch.')}, {attention} attention"
     blocks = f"{counted(num_blocks, 'block')} of {settings.kvcache_block_size} tokens"
     processors = f"{loaded.processors.bytes >> 20} MiB for logits processors"
     return loaded, Loaded(num_blocks, f"{described}, {blocks}, {processors}")
