@@ -13,6 +13,7 @@ import click
 
 from nanovllm import __version__
 from nanovllm.__main__ import EXIT_INTERRUPTED
+from nanovllm.bench.cli import bench
 from nanovllm.client.answers import cut, note, show
 from nanovllm.client.chat import Chat
 from nanovllm.client.results import PipelineUnavailable, RequestError
@@ -73,6 +74,7 @@ def _request_options(command: Command) -> Command:
       nanovllm status
       nanovllm scale tokenizer 4
       nanovllm restart scheduler
+      nanovllm bench --concurrency 64
     """,
     context_settings={"max_content_width": 100},
 )
@@ -109,11 +111,11 @@ def serve(arguments: tuple[str, ...]) -> None:
 @_request_options
 @pipeline_options
 def generate(where: Where, prompt: str, **sampling: Any) -> None:
-    with _told_in_one_line():
+    with told_in_one_line():
         text = sys.stdin.read() if prompt == "-" else prompt
         params = SamplingParams(**sampling)
         with Client(where.ingress) as client:
-            _answering(client, where.ingress)
+            answering(client, where.ingress)
             shown = show(client.generate(text, params, stream=True))
         if shown.completion is None:
             _interrupted()
@@ -148,11 +150,11 @@ def generate(where: Where, prompt: str, **sampling: Any) -> None:
 def chat(
     where: Where, message: str | None, system: str | None, thinking: bool | None, **sampling: Any
 ) -> None:
-    with _told_in_one_line():
+    with told_in_one_line():
         params = SamplingParams(**sampling)
         template = None if thinking is None else {"enable_thinking": thinking}
         with Client(where.ingress) as client:
-            pong = _answering(client, where.ingress)
+            pong = answering(client, where.ingress)
             talk = Chat(client, params, template, system)
             if message is not None:
                 if not talk.say(message):
@@ -182,7 +184,7 @@ def chat(
 def status(where: Where, as_json: bool) -> None:
     from nanovllm.client import status as status_view
 
-    with _told_in_one_line(), where.control() as control:
+    with told_in_one_line(), where.control() as control:
         if as_json:
             click.echo(status_view.to_json(control.status()))
         else:
@@ -208,7 +210,7 @@ def status(where: Where, as_json: bool) -> None:
 def scale(where: Where, role: str, count: int) -> None:
     from nanovllm.control import Scale
 
-    with _told_in_one_line(), where.control() as control:
+    with told_in_one_line(), where.control() as control:
         services = counted(count, role)
         click.echo(f"scaling to {services} …", err=True)
         _command(control, Scale(role, count))
@@ -238,7 +240,7 @@ def scale(where: Where, role: str, count: int) -> None:
 def restart(where: Where, role: str) -> None:
     from nanovllm.control import Restart
 
-    with _told_in_one_line(), where.control() as control:
+    with told_in_one_line(), where.control() as control:
         services = "all services" if role == "all" else role
         click.echo(f"restarting {services} …", err=True)
         _command(control, Restart(role))
@@ -261,7 +263,7 @@ def _interrupted() -> NoReturn:
 
 
 @contextlib.contextmanager
-def _told_in_one_line() -> Iterator[None]:
+def told_in_one_line() -> Iterator[None]:
     """Turns the errors that a person can mend into one line, without a traceback."""
     try:
         yield
@@ -279,7 +281,7 @@ def _told_in_one_line() -> Iterator[None]:
         raise click.ClickException(error.strerror or str(error)) from None
 
 
-def _answering(client: Client, endpoint: str) -> Pong:
+def answering(client: Client, endpoint: str) -> Pong:
     """Waits for the pipeline's first answer; says so if that takes long."""
     notice = threading.Timer(
         PATIENCE_S, click.echo, [f"waiting for a pipeline at {endpoint} …"], {"err": True}
@@ -291,6 +293,8 @@ def _answering(client: Client, endpoint: str) -> Pong:
     finally:
         notice.cancel()
 
+
+main.add_command(bench)
 
 if __name__ == "__main__":
     main()

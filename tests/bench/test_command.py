@@ -1,0 +1,142 @@
+"""`nanovllm bench` as a process, against real pipelines."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.support.pipeline import Pipeline
+
+TIMEOUT_S = 60.0
+QUICK = ["--input", "8", "--output", "4", "--warm-up", "0"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "nanovllm", "bench", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+def test_a_run_shows_a_table_and_writes_everything(pipeline: Pipeline, tmp_path: Path) -> None:
+    written = [str(tmp_path / name) for name in ("run.json", "run.png")]
+    ran = run(
+        *("--endpoint", pipeline.endpoint, "--concurrency", "3", "--requests", "7", *QUICK),
+        *("--turns", "2", "--json", written[0], "--plot", written[1], "--seed", "5"),
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "14 sent, 14 finished (14 length)" in ran.stdout
+    assert re.search(r"time to first token +\d", ran.stdout)
+    assert Path(written[1]).read_bytes().startswith(b"\x89PNG")
+    found = json.loads(Path(written[0]).read_bytes())
+    assert found["model"] == "demo"
+    assert found["device"].startswith(("cpu", "NVIDIA"))
+    assert found["work"]["seed"] == 5
+    assert found["work"]["input"] == [8, 8]
+    assert [entry["output_tokens"] for entry in found["requests"]] == [4] * 14
+    assert found["report"]["tokens"] == {
+        "input": 7 * 8 + 7 * 20,
+        "cached": 0,
+        "output": 56,
+        "cached_share": 0.0,
+    }
+
+
+def test_prompts_and_arrivals_from_files(pipeline: Pipeline, tmp_path: Path) -> None:
+    trace, prompts = tmp_path / "trace", tmp_path / "prompts"
+    trace.write_text('{"at_s": 0.2, "output": 2}\n{"at_s": 0, "output": 3}\n{"at_s": 0.1}\n')
+    prompts.write_text('{"prompt": "Once"}\n{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    document = tmp_path / "run.json"
+    arguments = f"--trace {trace} --prompts {prompts} --output 5 --ignore-eos --json {document}"
+    ran = run("--endpoint", pipeline.endpoint, *arguments.split())
+    assert ran.returncode == 0, ran.stderr
+    entries = json.loads(document.read_bytes())["requests"]
+    assert [entry["output_tokens"] for entry in entries] == [3, 5, 2]
+    assert [entry["due_s"] for entry in entries] == [0.0, 0.1, 0.2]
+    assert all(entry["sent_s"] >= entry["due_s"] for entry in entries)
+
+
+def test_errors_are_counted_by_code(pipeline: Pipeline) -> None:
+    arguments = ["--input", "50000", "--output", "4", "--warm-up", "0", "--requests", "2"]
+    ran = run("--endpoint", pipeline.endpoint, *arguments)
+    assert ran.returncode == 1
+    assert "2 requests: context_length_exceeded" in ran.stdout
+    assert ran.stderr.startswith("Error: no request succeeded: context_length_exceeded: ")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_ctrl_c_shows_what_there_is(pipeline: Pipeline) -> None:
+    """On a terminal, whose bar tells when the run is under way."""
+    terminal, stderr = pty.openpty()
+    running = subprocess.Popen(
+        command("--endpoint", pipeline.endpoint, "--seconds", "100", *QUICK),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(stderr)
+    shown = b""
+    while b"first token" not in shown:
+        shown += os.read(terminal, 4096)
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=TIMEOUT_S)
+    os.close(terminal)
+    assert running.returncode == 130
+    assert b"Traceback" not in shown
+    assert re.search(r"time to first token +\d", output)
+    assert "interrupted" in output
+
+
+def test_a_server_that_dies_is_told_in_a_line(start_pipeline: Callable[..., Pipeline]) -> None:
+    server = start_pipeline("", "--device", "sim", "--sim-step-ms", "5")
+    running = subprocess.Popen(
+        command("--endpoint", server.endpoint, "--seconds", "100", *QUICK),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not server.reported().scheduler.generated:
+        continue
+    for service in server.status().services:
+        if service.role == "ingress":
+            os.kill(service.pid, signal.SIGKILL)
+    output, errors = running.communicate(timeout=TIMEOUT_S)
+    assert running.returncode == 1
+    assert errors == (
+        f"Error: the pipeline at {server.endpoint} is gone: the connection has ended\n"
+    )
+    assert re.search(r"time to first token +\d", output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--endpoint ipc:///nowhere/ingress.sock", "no pipeline answers at ipc:///nowhere"),
+        ("--prompts /nowhere", "cannot read /nowhere: No such file or directory"),
+        (f"--prompts {__file__}", f"{__file__}, line 1: "),
+        (f"--trace {__file__}", f"{__file__}, line 1: "),
+        ("--json /nowhere/run.json", "cannot write /nowhere/run.json"),
+        ("--rate 1 --concurrency 1", "--concurrency and --rate exclude one another"),
+        ("--input 5:3", "'5:3': give at least 1, and the shorter one first"),
+        ("--temperature 11", "temperature=11.0: Expected `float` <= 10.0"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(arguments: str, says: str) -> None:
+    ran = run(*arguments.split())
+    assert ran.returncode in (1, 2)
+    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("Error: ")]
+    assert says in line
+    assert "Traceback" not in ran.stderr
