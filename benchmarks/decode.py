@@ -16,18 +16,21 @@ line each:
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from safetensors import safe_open
 
 from benchmarks.support.bandwidth import copy_bandwidth
-from benchmarks.support.burst import Burst
 from benchmarks.support.help import help_of
+from benchmarks.support.load import empty_load, run_for, run_until, send
 from benchmarks.support.pipeline import Pipeline, Reported
 from benchmarks.support.random_model import checkpoint, random_weights_option
+from nanovllm.bench.client import SocketClient
+from nanovllm.bench.prompts import random_ids
+from nanovllm.bench.report import arrived
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.client.control import NEXT_REPORT_S
 from nanovllm.protocol import Sampling
@@ -91,7 +94,7 @@ def main(
                 )
             )
             for size in sizes:
-                prompts = random_prompts(size, prompt_tokens, config.vocab_size)
+                prompts = random_prompts(size, prompt_tokens)
                 before, after, context = measure(pipeline, prompts, sampling, seconds)
                 read = weights + size * context * kv_bytes(config)
                 floor_s = read / tensor_parallel_size / bandwidth
@@ -105,25 +108,24 @@ def measure(
     pipeline: Pipeline, prompts: list[list[int]], sampling: Sampling, seconds: float
 ) -> tuple[Reported, Reported, float]:
     """Two reports while all of them decode, and the mean context between the two."""
-    burst = Burst(pipeline.endpoint)
-    try:
-        burst.send(prompts, sampling)
-        burst.run_until(lambda: all(burst.arrivals.values()))
-        burst.run_for(NEXT_REPORT_S)
+    load = empty_load()
+    with SocketClient(pipeline.endpoint) as client:
+        records = send(load, client, prompts, sampling)
+        run_until(load, client, lambda: all(record.arrived_s for record in records))
+        run_for(load, client, NEXT_REPORT_S)
         before = pipeline.reported()
-        burst.run_for(seconds)
+        run_for(load, client, seconds)
         after = pipeline.reported()
-        generated = burst.tokens_until((before.at_s + after.at_s) / 2) / len(prompts)
-    finally:
-        burst.close()
+    middle_s = (before.at_s + after.at_s) / 2 - load.begins_at
+    generated = np.count_nonzero(arrived(records) <= middle_s) / len(prompts)
     while pipeline.settled().scheduler.records:
         continue
     return before, after, len(prompts[0]) + generated
 
 
-def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
-    draw = random.Random(0)
-    return [draw.choices(range(min(10_000, vocab_size)), k=length) for _ in range(count)]
+def random_prompts(count: int, length: int) -> list[list[int]]:
+    draw = np.random.default_rng(0)
+    return [random_ids(draw, length) for _ in range(count)]
 
 
 def weight_bytes(directory: Path, config: ModelConfig) -> int:

@@ -16,27 +16,41 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import click
+import msgspec
+import numpy as np
 
-from benchmarks.support.closed_loop import ClosedLoop
 from benchmarks.support.help import help_of
+from benchmarks.support.load import run_for
 from benchmarks.support.pipeline import Pipeline
+from nanovllm.bench.arrivals import Concurrency
+from nanovllm.bench.client import LoadClient, SocketClient
+from nanovllm.bench.load import Load
+from nanovllm.bench.prompts import Conversation, Shape, random_conversations
+from nanovllm.bench.report import arrived
+from nanovllm.bench.work import Lengths
 from nanovllm.control import IngressStats, SchedulerStats, Status, WorkerStats
+from nanovllm.protocol import Delta, Sampling, ServerMessage
 
-OUTPUT_TOKENS = (50, 300)
+PROMPT_TOKENS = 16
+OUTPUT_TOKENS = Lengths(50, 300)
+# The simulated device stamps a logged token with the time its step ended: minus the logprob is
+# the machine's monotonic clock in µs, modulo this.
+STAMP_MODULO = 1 << 24
 WARM_UP_S = 4.0
 
 
-class Load(NamedTuple):
+class Case(NamedTuple):
     """How many sequences run at the same time, and how long a step takes on the device."""
 
     sequences: int
     step_ms: float
 
 
-LOADS = (Load(256, 2.0), Load(1, 0.5))
+CASES = (Case(256, 2.0), Case(1, 0.5))
 
 
 @click.command(help=help_of(__doc__))
@@ -44,42 +58,70 @@ LOADS = (Load(256, 2.0), Load(1, 0.5))
 @click.option("--depth", "depths", type=int, multiple=True, default=(3, 1), show_default=True)
 @click.option("--sequences", type=int, help="Only the load with so many sequences.")
 def main(seconds: float, depths: tuple[int, ...], sequences: int | None) -> None:
-    for load in LOADS:
+    for case in CASES:
         for depth in depths:
-            if sequences in (None, load.sequences):
-                click.echo(json.dumps(measure(load, depth, seconds)))
+            if sequences in (None, case.sequences):
+                click.echo(json.dumps(measure(case, depth, seconds)))
 
 
-def measure(load: Load, depth: int, seconds: float) -> dict[str, Any]:
-    """Runs a pipeline of its own under `load` for `seconds` after a warm-up."""
-    arguments = f"--device sim --sim-step-ms {load.step_ms} --pipeline-depth {depth}"
-    arguments += f" --max-num-seqs {load.sequences} --max-model-len 1024 --log-level warning"
+def measure(case: Case, depth: int, seconds: float) -> dict[str, Any]:
+    """Runs a pipeline of its own under `case` for `seconds` after a warm-up."""
+    arguments = f"--device sim --sim-step-ms {case.step_ms} --pipeline-depth {depth}"
+    arguments += f" --max-num-seqs {case.sequences} --max-model-len 1024 --log-level warning"
     # A few more than run, so that whenever a sequence ends another is waiting.
-    outstanding = load.sequences + max(1, load.sequences // 16)
-    with Pipeline("", *arguments.split()) as pipeline:
-        clients = ClosedLoop(
-            pipeline.endpoint,
-            outstanding,
-            OUTPUT_TOKENS,
-            probe_every=64 if load.sequences > 1 else 2,
-        )
-        clients.run_until(time.monotonic() + WARM_UP_S)
-        clients.lags_s.clear()
+    outstanding = case.sequences + max(1, case.sequences // 16)
+    with Pipeline("", *arguments.split()) as pipeline, SocketClient(pipeline.endpoint) as client:
+        conversations = _probed(case.sequences > 1)
+        load = Load(Concurrency(outstanding), conversations, time.monotonic())
+        stamps = Stamps(client)
+        run_for(load, stamps, WARM_UP_S)
+        stamps.lags_s.clear()
         before = pipeline.status()
         # A report a second from each service, which says when it was made.
-        clients.run_until(time.monotonic() + seconds + 1.0)
+        run_for(load, stamps, seconds + 1.0)
         after = pipeline.status()
-        clients.run_until(time.monotonic() + 0.2)
-        clients.close()
+        run_for(load, stamps, 0.2)
     return {
-        "sequences": load.sequences,
-        "step_ms": load.step_ms,
+        "sequences": case.sequences,
+        "step_ms": case.step_ms,
         "pipeline_depth": depth,
-        **_figures(before, after, clients),
+        **_figures(before, after, load, stamps.lags_s),
     }
 
 
-def _figures(before: Status, after: Status, clients: ClosedLoop) -> dict[str, Any]:
+def _probed(several: bool) -> Iterator[Conversation]:
+    """Random conversations, some of which ask for logprobs, which carry the device's stamps."""
+    every = 64 if several else 2
+    shape = Shape(Lengths(PROMPT_TOKENS, PROMPT_TOKENS), OUTPUT_TOKENS)
+    for number, (turn,) in enumerate(random_conversations(0, shape, Sampling(ignore_eos=True))):
+        logprobs = None if number % every else 0
+        sampling = msgspec.structs.replace(turn.sampling, logprobs=logprobs)
+        yield [turn._replace(sampling=sampling)]
+
+
+class Stamps:
+    """Implements `LoadClient` by another one, and reads the device's stamps as they come.
+
+    Attributes:
+        lags_s: from the end of a token's step until the token came.
+    """
+
+    def __init__(self, client: LoadClient) -> None:
+        self._client = client
+        self.lags_s: list[float] = []
+        self.submit = client.submit
+
+    def receive(self, until: float) -> Sequence[ServerMessage]:
+        messages = self._client.receive(until)
+        micros = int(time.monotonic() * 1e6)
+        for message in messages:
+            if isinstance(message, Delta) and message.logprobs:
+                for entry in message.logprobs:
+                    self.lags_s.append((micros + round(entry[0][1])) % STAMP_MODULO / 1e6)
+        return messages
+
+
+def _figures(before: Status, after: Status, load: Load, lags_s: list[float]) -> dict[str, Any]:
     scheduler = _Pair(before, after, "scheduler")
     worker = _Pair(before, after, "gpu_worker")
     ingress = _Pair(before, after, "ingress")
@@ -92,15 +134,16 @@ def _figures(before: Status, after: Status, clients: ClosedLoop) -> dict[str, An
         raise RuntimeError("the worker has not reported")
     if not (isinstance(first, IngressStats) and isinstance(last, IngressStats)):
         raise RuntimeError("the ingress has not reported")
-    lags_ms = sorted(lag * 1000 for lag in clients.lags_s)
+    lags_ms = sorted(lag * 1000 for lag in lags_s)
     produced = now.generated - was.generated
-    received = clients.received_between(scheduler.was.at_s, scheduler.now.at_s)
+    came = arrived(load.records) + load.begins_at
+    received = np.count_nonzero((scheduler.was.at_s < came) & (came <= scheduler.now.at_s))
     return {
         "seconds": round(scheduler.seconds, 2),
         "device_busy": round((device_now.busy_s - device_was.busy_s) / worker.seconds, 4),
         "client_received": round(received / produced, 4),
         "tokens_per_s": round(produced / scheduler.seconds),
-        "requests_finished": clients.finished,
+        "requests_finished": load.conversations,
         "lag_ms": {
             "median": round(statistics.median(lags_ms), 2),
             "p99": round(lags_ms[int(len(lags_ms) * 0.99)], 2),

@@ -19,10 +19,12 @@ from pathlib import Path
 import click
 
 from benchmarks.decode import random_prompts
-from benchmarks.support.burst import Burst
 from benchmarks.support.help import help_of
+from benchmarks.support.load import empty_load, run_for, run_until, send
 from benchmarks.support.pipeline import Pipeline
 from benchmarks.support.random_model import checkpoint, random_weights_option
+from nanovllm.bench.client import SocketClient
+from nanovllm.bench.load import Record
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.protocol import Sampling
 
@@ -59,8 +61,8 @@ def main(
                 f"--input {prompt_tokens} is more than half of the {config.max_position_embeddings}"
                 " tokens of this model's context: lower it, or take --random-weights"
             )
-        prompts = random_prompts(others, OTHERS_PROMPT, config.vocab_size)
-        *_, long_prompt, warm_up = random_prompts(others + 2, prompt_tokens, config.vocab_size)
+        prompts = random_prompts(others, OTHERS_PROMPT)
+        *_, long_prompt, warm_up = random_prompts(others + 2, prompt_tokens)
         for budget in budgets:
             arguments = f"--device {device} --max-model-len {2 * prompt_tokens}"
             arguments += f" --max-prefill-tokens {budget} --log-level warning"
@@ -73,33 +75,31 @@ def main(
 def _intrude(
     pipeline: Pipeline, prompts: list[list[int]], long_prompt: list[int]
 ) -> dict[str, float]:
-    burst = Burst(pipeline.endpoint)
-    try:
-        others = burst.send(prompts, Sampling(ignore_eos=True, max_tokens=2 * len(long_prompt)))
-        burst.run_until(lambda: all(burst.arrivals.values()))
-        begun = time.monotonic()
-        burst.run_for(BEFORE_S)
-        sent = time.monotonic()
-        (intruder,) = burst.send([long_prompt], Sampling(ignore_eos=True, max_tokens=2))
-        burst.run_until(lambda: bool(burst.arrivals[intruder]))
-        first = burst.arrivals[intruder][0][0]
-    finally:
-        burst.close()
+    load = empty_load()
+    with SocketClient(pipeline.endpoint) as client:
+        sampling = Sampling(ignore_eos=True, max_tokens=2 * len(long_prompt))
+        others = send(load, client, prompts, sampling)
+        run_until(load, client, lambda: all(record.arrived_s for record in others))
+        begun_s = time.monotonic() - load.begins_at
+        run_for(load, client, BEFORE_S)
+        (intruder,) = send(load, client, [long_prompt], Sampling(ignore_eos=True, max_tokens=2))
+        run_until(load, client, lambda: bool(intruder.arrived_s))
+    sent_s, first_s = intruder.sent_s, intruder.arrived_s[0]
     while pipeline.settled().scheduler.records:
         continue
     return {
-        "first_token_ms": round((first - sent) * 1000, 1),
-        "longest_pause_ms": _longest_pause_ms(burst, others, sent, first),
-        "usual_pause_ms": _longest_pause_ms(burst, others, begun, sent),
+        "first_token_ms": round((first_s - sent_s) * 1000, 1),
+        "longest_pause_ms": _longest_pause_ms(others, sent_s, first_s),
+        "usual_pause_ms": _longest_pause_ms(others, begun_s, sent_s),
     }
 
 
-def _longest_pause_ms(burst: Burst, ids: list[str], start: float, end: float) -> float:
+def _longest_pause_ms(records: list[Record], start_s: float, end_s: float) -> float:
     pauses = [
         after - before
-        for request in ids
-        for (before, _), (after, _) in pairwise(burst.arrivals[request])
-        if after > start and before < end
+        for record in records
+        for before, after in pairwise(record.arrived_s)
+        if after > start_s and before < end_s
     ]
     return round(max(pauses) * 1000, 1)
 
