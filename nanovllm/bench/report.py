@@ -41,7 +41,8 @@ class Spread(msgspec.Struct):
 
 
 class Latencies(msgspec.Struct):
-    """Each from when the request was due: a request that is sent late has waited. None: no value.
+    """Of requests that have not failed; the first token and the whole from when the request was
+    due: a request that is sent late has waited. None: no value.
 
     `per_token`: of each request, the time from its first token to its last, over the tokens after
     the first. `between_deltas`: the pauses that a reader sees; tokens may come several at a time.
@@ -190,6 +191,8 @@ def _latencies(measured: Sequence[Record]) -> Latencies:
     first, per_token, whole = [], [], []
     pauses = []
     for record in measured:
+        if record.error is not None:
+            continue
         times = np.frombuffer(record.arrived_s, np.float64)
         if len(times):
             first.append(times[0] - record.due_s)

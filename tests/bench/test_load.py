@@ -20,7 +20,7 @@ from nanovllm.bench.prompts import (
     file_conversations,
     random_conversations,
 )
-from nanovllm.bench.report import details, report
+from nanovllm.bench.report import Used, details, report
 from nanovllm.bench.work import Lengths
 from nanovllm.client.results import RequestError
 from nanovllm.protocol import Delta, Error, Finish, Generate, Sampling, ServerMessage, Usage
@@ -206,6 +206,24 @@ def test_the_figures_of_known_times() -> None:
     assert latencies.between_deltas is not None
     assert latencies.between_deltas.mean == pytest.approx(200)
     assert [detail.output_tokens for detail in details(load.records)] == [3, 0, 1]
+
+
+def test_a_generator_that_is_the_bottleneck_is_told() -> None:
+    load = Load(Trace([Arrival(0.0)], 0.0), conversations(), STARTS_AT)
+
+    def warnings(loop_s: float) -> list[str]:
+        used = [Used(-2.0, 0.0, 0.0, 0), Used(-0.1, 5.0, 5.0, 10), Used(9.9, 14.5, loop_s, 110)]
+        generator = report(load.records, used, 9.9).generator
+        assert generator.cpu_share == pytest.approx(0.95)
+        assert generator.cpu_us_a_token == pytest.approx(95_000)
+        return generator.warnings
+
+    assert warnings(loop_s=6.0) == []
+    (told,) = warnings(loop_s=14.0)
+    assert "its loop took 90% of a core" in told
+    assert len(sent_by(load, STARTS_AT + 0.5)) == 1
+    (told,) = warnings(loop_s=6.0)
+    assert "sent more than 500 ms late" in told
 
 
 def test_a_refusal_of_a_message_that_cannot_be_named_ends_the_run() -> None:
