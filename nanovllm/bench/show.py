@@ -93,8 +93,8 @@ def print_report(report: Report, head: str) -> None:
         table.add_column(name, justify="right")
     for name, spread in (
         ("time to first token", latencies.first_token),
-        ("between tokens (of a request)", latencies.per_token),
-        ("between deltas (as read)", latencies.between_deltas),
+        ("between tokens", latencies.per_token),
+        ("between deltas", latencies.between_deltas),
         ("whole answer", latencies.whole),
         ("lateness of sending", report.generator.lateness_ms),
     ):
