@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,7 @@ class Chat:
         self._template = template
         self._system = system
         self._turns: list[Turn] = []
+        self._answering = False  # Ctrl-C stops an answer, once, and nothing else
 
     def say(self, text: str) -> bool:
         """Prints the answer to `text`; False if Ctrl-C stopped the answer.
@@ -83,8 +85,11 @@ class Chat:
         return True
 
     def run(self) -> None:
-        """Talks until the end of input, or /exit."""
-        for text in _typed() if sys.stdin.isatty() and sys.stdout.isatty() else _piped():
+        """Talks until the end of input, or /exit. Without a terminal, Ctrl-C ends the chat too."""
+        typed = sys.stdin.isatty() and sys.stdout.isatty()
+        if typed:
+            signal.signal(signal.SIGINT, self._on_ctrl_c)
+        for text in _typed() if typed else _piped():
             command = re.fullmatch(r"(/[a-z]+)(?:\s+(.*))?\s*", text, re.DOTALL)
             if command is not None and command[1] == "/exit":
                 return
@@ -92,9 +97,21 @@ class Chat:
                 click.echo(self._obey(command[1], command[2]))
                 continue
             try:
-                self.say(text)
+                self._answering = True
+                if not self.say(text) and not typed:
+                    raise KeyboardInterrupt
             except (RequestError, PipelineUnavailable, ValueError) as error:
+                self._answering = False
                 click.echo(f"Error: {error}", err=True)
+            except KeyboardInterrupt:
+                if not typed:
+                    raise
+            self._answering = False
+
+    def _on_ctrl_c(self, *_: object) -> None:
+        if self._answering:
+            self._answering = False
+            raise KeyboardInterrupt
 
     def _begin(self, turns: list[Turn]) -> tuple[Stream, list[Delta]]:
         """The stream of the answer to the last of `turns`, and its first delta. The oldest turns

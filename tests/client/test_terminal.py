@@ -4,6 +4,7 @@ ingress."""
 from __future__ import annotations
 
 import itertools
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanovllm import Client, SamplingParams
 from nanovllm.client.answers import ThinkingSplitter
+from nanovllm.client.chat import Chat
 from nanovllm.protocol import Abort, Accepted, Delta, Error, Generate
-from tests.client.double import SEED, Answer, IngressDouble, answer_in_full, finish, ingress
+from tests.client.double import (
+    SEED,
+    TIMEOUT_S,
+    Answer,
+    IngressDouble,
+    answer_in_full,
+    finish,
+    ingress,
+)
 from tests.client.test_client import has_abort, some_then_silence
 from tests.terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, UP, Terminal, terminal
 
@@ -100,6 +111,40 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path: Path) -> None:
         assert contents(double.generates[-1]) == ["some", "a", "go on"]
         shown.press(CTRL_D)
         assert shown.wait() == 0
+
+
+def test_ctrl_c_between_answers_does_not_end_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def typed() -> Iterator[str]:
+        yield "hello"
+        signal.raise_signal(signal.SIGINT)  # comes a little late
+        yield "go on"
+
+    monkeypatch.setattr("nanovllm.client.chat._typed", typed)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    before = signal.getsignal(signal.SIGINT)
+    with ingress(answer_in_full) as double, Client(double.endpoint) as client:
+        try:
+            Chat(client, SamplingParams(max_tokens=1), None, None).run()
+        except KeyboardInterrupt:
+            pytest.fail("the chat has ended")
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert contents(double.generates[-1]) == ["hello", "<0>", "go on"]
+
+
+def test_ctrl_c_ends_a_chat_whose_messages_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "messages").write_text("one\ntwo\n")
+    with ingress(some_then_silence) as double, (tmp_path / "messages").open() as messages:
+        command = (*NANOVLLM, "chat", "--endpoint", double.endpoint)
+        with subprocess.Popen(command, stdin=messages, stdout=subprocess.PIPE) as ran:
+            double.wait_for(lambda received: any(isinstance(m, Generate) for m in received))
+            ran.send_signal(signal.SIGINT)
+            try:
+                assert ran.wait(TIMEOUT_S) == 130
+            finally:
+                ran.kill()
+        assert len(double.generates) == 1
 
 
 def test_a_chat_that_no_longer_fits_forgets_its_oldest_turns_and_says_so(tmp_path: Path) -> None:
