@@ -8,10 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from benchmarks.support.pipeline import Pipeline
 from nanovllm.protocol import Accepted, Delta, Generate
 from tests.client.double import SEED, Answer, finish, ingress
+from tests.http.conftest import server
 from tests.http.server import Server, serving
+
+__all__ = ["obedient", "server"]
 
 VALUES: dict[str, Any] = {"integer": 3, "number": 2.5, "boolean": True, "string": "你好啊集团"}
 
@@ -49,9 +51,3 @@ def obey(message: Any, session: str) -> Iterator[Answer]:
 def obedient() -> Iterator[Server]:
     with ingress(obey) as double, serving(double.endpoint) as server:
         yield server
-
-
-@pytest.fixture(scope="session")
-def server(pipeline: Pipeline) -> Iterator[Server]:
-    with serving(pipeline.endpoint) as running:
-        yield running

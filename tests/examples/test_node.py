@@ -1,4 +1,4 @@
-"""The JavaScript example, run as a person would."""
+"""The JavaScript examples, run as a person would."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.support.pipeline import Pipeline
+from tests.http.server import serving
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "node"
 
@@ -64,3 +65,19 @@ def test_it_says_when_nothing_answers(installed: Path, tmp_path: Path) -> None:
     )
     assert ran.returncode == 1
     assert "no pipeline answers" in ran.stderr
+
+
+def test_the_openai_package_streams_a_chat(installed: Path, pipeline: Pipeline) -> None:
+    with serving(pipeline.endpoint) as server:
+        ran = subprocess.run(
+            ["node", "openai.mjs", f"{server.url}/v1"],
+            cwd=installed,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+    assert ran.returncode == 0, ran.stderr
+    story, _, end = ran.stdout.rpartition("[")
+    assert len(story.split()) > 20, "a story was told"
+    assert end.endswith(" tokens]\n")
