@@ -50,6 +50,9 @@ class FusedOps(LayerOps):
         )
         return normed, total
 
+    def fuses_norm(self, rows: int, weight: Tensor, bias: Tensor | None, gated: bool) -> bool:
+        return bias is None and _tuning(rows, weight, gated) is not None
+
     def norm_linear(
         self,
         x: Tensor,
@@ -59,16 +62,21 @@ class FusedOps(LayerOps):
         bias: Tensor | None,
         gated: bool,
     ) -> tuple[Tensor, Tensor]:
-        outputs = len(weight) // 2 if gated else len(weight)
-        tuning = gemv.choose_tuning(len(x), x.shape[1], outputs, gated)
+        tuning = _tuning(len(x), weight, gated)
         if residual is not None or bias is not None or tuning is None:
             return super().norm_linear(x, residual, norm, weight, bias, gated)
         return gemv.linear(x, weight, Fusion(norm, gated), tuning), x
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+        tuning = _tuning(len(x), weight, gated)
+        if bias is not None or tuning is None:
+            return super().linear(x, weight, bias, gated)
+        return gemv.linear(x, weight, Fusion(gated=gated), tuning)
+
     def linear_add(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        tuning = gemv.choose_tuning(len(x), x.shape[1], len(weight), gated=False)
+        tuning = _tuning(len(x), weight, gated=False)
         if bias is not None or tuning is None:
             return super().linear_add(x, weight, bias, residual)
         return gemv.linear(x, weight, Fusion(residual=residual), tuning), None
@@ -119,6 +127,11 @@ class FusedOps(LayerOps):
             **overlapped(),
         )
         return out
+
+
+def _tuning(rows: int, weight: Tensor, gated: bool) -> gemv.GemvTuning | None:
+    outputs, inputs = weight.shape
+    return gemv.choose_tuning(rows, inputs, outputs // 2 if gated else outputs, gated)
 
 
 @triton.jit

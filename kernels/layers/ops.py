@@ -68,6 +68,10 @@ class LayerOps:
         total = x if residual is None else residual + x
         return F.rms_norm(total, norm.weight.shape, norm.weight, norm.eps), total
 
+    def fuses_norm(self, rows: int, weight: Tensor, bias: Tensor | None, gated: bool) -> bool:
+        """Whether `norm_linear` of so many rows without a residual is one kernel."""
+        return False
+
     def norm_linear(
         self,
         x: Tensor,
@@ -89,6 +93,11 @@ class LayerOps:
         normed, total = self.add_rms_norm(x, residual, norm)
         out = F.linear(normed, weight, bias)
         return self.silu_mul(out) if gated else out, total
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+        """Projects x [T, inputs], gated as by `norm_linear`."""
+        out = F.linear(x, weight, bias)
+        return self.silu_mul(out) if gated else out
 
     def linear_add(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor

@@ -25,6 +25,7 @@ from nanovllm.messages import (
 from nanovllm.services.gpu_worker.graphs import Capture, Sizes, StepGraphs
 from nanovllm.services.gpu_worker.logits import LogitsProcessors
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence
+from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import Model
 from nanovllm.services.gpu_worker.sampling import logprobs
 from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
@@ -63,11 +64,14 @@ class PendingResult(NamedTuple):
     logprobs: SampledLogprobs | None  # None if no row asked
     started: torch.cuda.Event | None  # the step's begin; None on a CPU
     on_host: torch.cuda.Event | None  # the end of the copies to the host; None on a CPU
+    tp: TensorParallel
     prompt: Sequence[PromptLogprobs] = ()
 
     def wait(self) -> None:
+        """Raises GroupBroken if another rank did not take part in the step."""
         if self.on_host is not None:
             self.on_host.synchronize()
+        self.tp.check()
 
     def device_seconds(self) -> float | None:
         """How long the step took by the device's clock; None on a CPU. Call `wait` first."""
@@ -206,7 +210,9 @@ class Executor:
                 logprobs.rows, _to_host(logprobs.token_ids), _to_host(logprobs.values)
             )
         tokens = _to_host(token_ids)
-        return PendingResult(number, tokens, logprobs, started, _event(self._device), prompt)
+        return PendingResult(
+            number, tokens, logprobs, started, _event(self._device), self._ids.tp, prompt
+        )
 
     def _logprobs(self, batch: Batch, logits: Tensor, token_ids: Tensor) -> SampledLogprobs | None:
         rows = batch.wants_logprobs

@@ -92,6 +92,7 @@ def load(
     """
     config = as_stored(config, directory)
     dtype = choose_dtype(settings, config, device)
+    tp = tp.with_peers(config.hidden_size, dtype, device)
     shape = attention_shape(config, tp, settings.kvcache_block_size)
     try:
         backend, attention, capturable = choose(settings.attention, shape, dtype, device)
@@ -128,6 +129,7 @@ def load(
         if graphs:
             capturing = partial(progress, "capturing graphs")
             loaded.capture_graphs(_sizes(settings), CudaCapture(device), capturing)
+        tp.begin_steps(device)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(

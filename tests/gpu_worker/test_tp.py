@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.runner import GroupBroken
 from tests.checkpoints import read_model, write_checkpoint
 from tests.gpu_worker.paged import CPU, relative_error
+from tests.gpu_worker.ranks import run_ranks
 from tests.gpu_worker.tp_rank import (
     LOGPROBS,
     SEQUENCES,
@@ -58,22 +56,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("TRITON_INTERPRET", "1")
         run_ranks(run_rank, max(SIZES), root, len(CASES))
     return root
-
-
-def run_ranks(target: Callable[..., None], ranks: int, *args: object) -> None:
-    """Calls `target` with a rank and `args` in a process for each rank."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=(rank, *args)) for rank in range(ranks)]
-    deadline = time.monotonic() + 90
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout=max(0, deadline - time.monotonic()))
-        assert [process.exitcode for process in processes] == [0] * ranks
-    finally:
-        for process in processes:
-            process.kill()
 
 
 @pytest.mark.filterwarnings("error")

@@ -50,6 +50,7 @@ class Decoder(ABC):
         config.check_tensor_parallel(tp.size)
         factory = Factory(dtype, device, choose_ops(device))
         self.config = config
+        self.tp = tp
         self.ops = factory.ops
         self.rotary = RotaryEmbedding(config, max_model_len, device)
         self.embedding = VocabParallelMatrix(config.vocab_size, config.hidden_size, tp, factory)
@@ -84,7 +85,7 @@ class Decoder(ABC):
         x, residual = self.embedding.embed(token_ids), None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             x, residual = layer.forward(x, residual, rotation, kv_indices, attention, cache)
-        return self.ops.add_rms_norm(x, residual, self.norm)[0]
+        return self.tp.add_rms_norm(x, residual, self.norm, self.ops)[0]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         return self.head.logits(hidden, out)
@@ -120,7 +121,7 @@ class _Layer:
         attention: AttentionBatch,
         cache: LayerCache,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes and returns the residual stream as two tensors, see `kernels.layers.ops`."""
+        """Takes and returns the residual stream as two tensors, see `RowParallelLinear`."""
         x, residual = self.attention.forward(x, residual, rotation, kv_indices, attention, cache)
         return self.mlp.forward(x, residual)
 
@@ -171,6 +172,7 @@ class Attention:
             ],
             bias=qkv_bias,
             gated=False,
+            tp=tp,
             factory=factory,
         )
         self.q_norm = factory.norm(width, config.rms_norm_eps) if qk_norm else None
@@ -215,6 +217,7 @@ class _Mlp:
             [Projection(name, size, local, tp.rank * local) for name in ("gate_proj", "up_proj")],
             bias=False,
             gated=True,
+            tp=tp,
             factory=factory,
         )
         self.down = RowParallelLinear(size, config.hidden_size, bias=False, tp=tp, factory=factory)

@@ -68,9 +68,11 @@ class ColumnParallelLinear:
         projections: list[Projection],
         bias: bool,
         gated: bool,
+        tp: TensorParallel,
         factory: Factory,
     ) -> None:
         self.norm = norm
+        self.tp = tp
         outputs = sum(projection.local_size for projection in projections)
         self.projections = projections
         self.weight = factory.empty(outputs, len(self.norm.weight))
@@ -79,8 +81,15 @@ class ColumnParallelLinear:
         self.ops = factory.ops
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the projections and the residual stream, see `kernels.layers.ops`."""
-        return self.ops.norm_linear(x, residual, self.norm, self.weight, self.bias, self.gated)
+        """Takes the residual stream as `RowParallelLinear` returns it. Returns the projections, and
+        the stream as `kernels.layers.ops` has it."""
+        weights = self.weight, self.bias, self.gated
+        if self.tp.size > 1 and self.ops.fuses_norm(len(x), *weights):
+            x, residual = self.tp.add(x, residual), None
+        elif self.tp.size > 1:
+            normed, stream = self.tp.add_rms_norm(x, residual, self.norm, self.ops)
+            return self.ops.linear(normed, *weights), stream
+        return self.ops.norm_linear(x, residual, self.norm, *weights)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
         sizes = [projection.local_size for projection in self.projections]
@@ -99,7 +108,7 @@ class ColumnParallelLinear:
 
 class RowParallelLinear:
     """A projection into the residual stream. A rank has some of the inputs, and the output is the
-    sum over the ranks."""
+    sum over the ranks. `TensorParallel.add_rms_norm` adds it up, with the next norm."""
 
     def __init__(
         self, inputs: int, outputs: int, bias: bool, tp: TensorParallel, factory: Factory
@@ -111,11 +120,12 @@ class RowParallelLinear:
         self.ops = factory.ops
 
     def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the residual stream, see `kernels.layers.ops`."""
+        """Returns the residual stream, see `kernels.layers.ops`, with this rank's part of what is
+        to be added."""
         if self.tp.size == 1:
             return self.ops.linear_add(x, self.weight, self.bias, residual)
-        total = self.tp.all_reduce(F.linear(x, self.weight))
-        return (total if self.bias is None else total + self.bias), residual
+        bias = self.bias if self.tp.rank == 0 else None
+        return self.ops.linear(x, self.weight, bias), residual
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
         outputs, local = self.weight.shape
@@ -140,17 +150,19 @@ class VocabParallelMatrix:
         self.start = tp.rank * self.shard
         self.ids = VocabShard(tp, self.start)
         self.rows = max(0, min(self.shard, vocab_size - self.start))
-        self.weight = factory.empty(self.shard, width)
-        self.weight[self.rows :].zero_()
+        # One row more, of zeros, is the embedding of the ids of other ranks.
+        self._held = factory.empty(self.shard + (tp.size > 1), width)
+        self._held[self.rows :].zero_()
+        self.weight = self._held[: self.shard]
+        ids = torch.arange(vocab_size if tp.size > 1 else 0, device=factory.device) - self.start
+        self._row_of = ids.masked_fill((ids < 0) | (ids >= self.shard), self.shard)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """token_ids int64 [T], each in the vocabulary. Returns [T, width]."""
+        """token_ids int64 [T], each in the vocabulary. Returns [T, width], this rank's part: the
+        rows of its ids, and zeros."""
         if self.tp.size == 1:
             return F.embedding(token_ids, self.weight)
-        local = token_ids - self.start
-        elsewhere = (local < 0) | (local >= self.shard)
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.tp.all_reduce(rows.masked_fill(elsewhere[:, None], 0))
+        return F.embedding(self._row_of[token_ids], self._held)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [rows, width]. Returns [rows, shard], in `out` if given: the logits of this rank's

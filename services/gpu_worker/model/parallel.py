@@ -9,9 +9,9 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from nanovllm.checkpoint import ModelConfig
+from nanovllm.kernels.layers.ops import LayerOps, Norm
+from nanovllm.services.gpu_worker.model.peers import Peers
 from nanovllm.services.gpu_worker.runner import GroupBroken
 
 HOST = "127.0.0.1"
@@ -28,6 +30,8 @@ TIMEOUT = timedelta(minutes=30)
 # Of the first collective, which shows whether the GPUs can reach one another before weights are
 # loaded.
 FIRST_TIMEOUT = timedelta(minutes=2)
+# Of a rank's words in another one's memory, once steps run.
+PEER_TIMEOUT_NS = 10 * 10**9
 # From torch 2.13 on all_gather_into_tensor is called so, and the old name warns.
 _NEW_NAME = "all_gather_single"
 _all_gather = getattr(dist, _NEW_NAME if hasattr(dist, _NEW_NAME) else "all_gather_into_tensor")
@@ -65,6 +69,7 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    peers: Peers | None = None
 
     @classmethod
     def connect(cls, rank: int, size: int, store: Store, device: torch.device) -> TensorParallel:
@@ -98,6 +103,32 @@ class TensorParallel:
         _together(_reach_all, device)
         return cls(rank, size, dist.group.WORLD)
 
+    def with_peers(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Self:
+        """The same rank, which reaches the other ranks' memory wherever it can: then NCCL is left
+        what is large.
+
+        Args:
+            hidden_size, dtype: of the residual stream.
+        """
+        if self.group is None or not self.minimum(Peers.reachable(device, self.size), device):
+            return self
+        return replace(self, peers=Peers.join(self.group, hidden_size, dtype, device))
+
+    def begin_steps(self, device: torch.device) -> None:
+        """Waits for all ranks. From here on no rank waits for another one's memory for long."""
+        self.minimum(0, device)
+        if self.peers is not None:
+            self.peers.watch.bound.fill_(PEER_TIMEOUT_NS)
+
+    def check(self) -> None:
+        """Raises GroupBroken if this rank has waited for another one in vain, so that what it
+        computed since is worthless."""
+        if self.peers is not None and self.peers.watch.told.item():
+            raise GroupBroken(
+                "a rank of this tensor-parallel group does not answer: it wrote nothing to this"
+                f" rank's memory for {PEER_TIMEOUT_NS // 10**9} s"
+            )
+
     def close(self) -> None:
         """Leaves the group."""
         if self.group is not None:
@@ -109,10 +140,31 @@ class TensorParallel:
             _together(dist.all_reduce, x, group=self.group)
         return x
 
+    def add(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The sum of all ranks' `x` and of `residual`."""
+        if self.peers is not None and self.peers.sums.fits(x):
+            return self.peers.sums.add(x, residual)
+        total = self.all_reduce(x)
+        return total if residual is None else residual + total
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, norm: Norm, ops: LayerOps
+    ) -> tuple[Tensor, Tensor]:
+        """As `ops.add_rms_norm`, where `x` is this rank's part of a sum over the ranks.
+
+        The stream that is returned may lack rows that other ranks have. Later sums of as many rows
+        do without them.
+        """
+        if self.peers is not None and self.peers.sums.fits(x):
+            return self.peers.sums.add_rms_norm(x, residual, norm)
+        return ops.add_rms_norm(self.all_reduce(x), residual, norm)
+
     def all_gather(self, x: Tensor) -> Tensor:
         """All ranks' `x` [rows, columns] side by side: [rows, size * columns]."""
         if self.group is None:
             return x
+        if self.peers is not None and self.peers.shortlists.fits(x):
+            return self.peers.shortlists.all_gather(x)
         rows, columns = x.shape
         parts = x.new_empty(self.size * rows, columns)
         _together(_all_gather, parts, x.contiguous(), group=self.group)
