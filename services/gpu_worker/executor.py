@@ -7,6 +7,7 @@ its tokens to the host. The next step finds the tokens on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,14 +23,21 @@ from nanovllm.messages import (
     TokenLogprobs,
     pack,
 )
-from nanovllm.services.gpu_worker.graphs import Capture, Sizes, StepGraphs
+from nanovllm.services.gpu_worker.graphs import (
+    Capture,
+    DrawGraph,
+    Sizes,
+    StepGraphs,
+    capture_draws,
+    pinned,
+)
 from nanovllm.services.gpu_worker.logits import LogitsProcessors
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import Model
 from nanovllm.services.gpu_worker.sampling import logprobs
 from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
-from nanovllm.services.gpu_worker.slots import Batch, Layout, SlotTable, columns
+from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, SlotTable, columns
 from nanovllm.services.gpu_worker.steps import Lengths, StepOutput, Steps
 from nanovllm.settings import Settings
 
@@ -125,6 +133,7 @@ class Executor:
         )
         self._steps = Steps(model, backend, kv_cache, self._state, settings, device)
         self._graphs: StepGraphs | None = None
+        self._draws: list[DrawGraph] = []
 
     @torch.inference_mode()
     def capture_graphs(
@@ -148,9 +157,17 @@ class Executor:
         def mixed(columns: Tensor, layout: Layout) -> StepOutput:
             return steps.mixed(columns, layout, steps.bounds(layout), logits[: layout.samples])
 
-        steps.warm_up()
+        padding_slot = self._state.padding_slot
         self._graphs = StepGraphs(
-            decode, mixed, sizes, self._state.padding_slot, self._device, capture, progress
+            decode, mixed, sizes, padding_slot, self._device, capture, progress
+        )
+        self._draws = capture_draws(
+            partial(steps.draw_whole, logits),
+            self._ids.tp.size,
+            sizes.decodes[-1],
+            padding_slot,
+            self._device,
+            capture,
         )
 
     def reset(self) -> None:
@@ -169,12 +186,15 @@ class Executor:
         output = None
         if self._graphs is not None and not batch.prompt_spans:
             output = self._graphs.replay(batch)
+        # Captured draws read the logits that captured steps write.
+        draws = [] if output is None else self._draws
         if output is None:
             layout = Layout.of(batch)
             flat = to_device(columns(batch, layout, self._state.padding_slot), self._device)
             lengths = Lengths(batch.query_lens, batch.context_lens)
             output = self._steps.mixed(flat, layout, lengths)
-        self._steps.sample_whole(output, batch.whole_rows, batch.sampling_slots[batch.whole_rows])
+        if len(batch.whole_rows) and self._ids.tp.size > 1:
+            self._draw(output, batch.whole_rows, batch.sampling_slots[batch.whole_rows], draws)
         if len(batch.processed_rows):
             self._draw_processed(output, batch)
         found = self._logprobs(batch, output.logits, output.token_ids)
@@ -185,6 +205,32 @@ class Executor:
             ids, values = self._steps.prompt_logprobs(output.hidden, span)
             prompt.append(PromptLogprobs(span.first, _to_host(ids), _to_host(values)))
         return self._pending(plan.number, output.token_ids, found, started, prompt)
+
+    def _draw(
+        self, output: StepOutput, rows: Int32s, slots: Int32s, draws: list[DrawGraph]
+    ) -> None:
+        """Samples again the rows that need whole logits.
+
+        Args:
+            output: the step's result. The token ids of `rows` are overwritten.
+            rows: int32 [w], indices into `output`.
+            slots: int32 [w], the rows' slots.
+            draws: captured, the fewest rows first.
+        """
+        ranks = self._ids.tp.size
+        share = -(-len(rows) // ranks)
+        graph = next((draw for draw in draws if draw.share >= share), None)
+        # All ranks draw equally many rows, so some rows are drawn twice.
+        drawn = np.arange((share if graph is None else graph.share) * ranks) % len(rows)
+        both = np.stack((rows, slots)).astype(np.int64)[:, drawn]
+        if graph is None:
+            on_device = to_device(both, self._device)
+            token_ids = self._steps.draw_whole(output.logits, on_device)
+        else:
+            on_device = graph.drawn
+            on_device.copy_(pinned(both), non_blocking=True)
+            token_ids = graph.replay()
+        output.token_ids[on_device[0]] = token_ids
 
     def _draw_processed(self, output: StepOutput, batch: Batch) -> None:
         """Samples again the rows whose logits are processed; overwrites their token ids."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, columns
@@ -21,6 +22,9 @@ from nanovllm.services.gpu_worker.steps import StepOutput
 # How many prefill chunks a replayed step may have.
 MAX_CHUNKS = 32
 FEWEST_CHUNK_TOKENS = 128
+# How many rows that need whole logits a rank draws in a replay. With more, launching the kernels
+# takes less than the kernels do.
+DRAW_SHARES = (1, 2, 4, 8, 16)
 
 
 class Sizes(NamedTuple):
@@ -34,8 +38,14 @@ class Sizes(NamedTuple):
         return len(self.decodes) + len(self.mixed)
 
 
-Replay = Callable[[], StepOutput]
-Capture = Callable[[Callable[[], StepOutput]], Replay]
+T = TypeVar("T")
+Replay = Callable[[], T]
+
+
+class Capture(Protocol):
+    """Turns what enqueues kernels into a function that enqueues them again."""
+
+    def __call__(self, enqueue: Callable[[], T]) -> Replay[T]: ...
 
 
 class StepGraphs:
@@ -70,7 +80,7 @@ class StepGraphs:
             self._columns[layout] = torch.from_numpy(columns(_NOTHING, layout, padding_slot)).to(
                 device
             )
-        self._replays: dict[int | Layout, Replay] = {}
+        self._replays: dict[int | Layout, Replay[StepOutput]] = {}
         progress(0, sizes.total)
         # The largest step needs the most of the memory that all graphs share.
         largest_first: list[int | Layout] = [*reversed(sizes.mixed), *reversed(sizes.decodes)]
@@ -91,7 +101,7 @@ class StepGraphs:
         if layout is None:
             return None
         self._columns[layout].copy_(
-            _pinned(columns(batch, layout, self._padding_slot)), non_blocking=True
+            pinned(columns(batch, layout, self._padding_slot)), non_blocking=True
         )
         return _first(self._replays[layout](), len(batch.sampling_rows))
 
@@ -104,7 +114,7 @@ class StepGraphs:
         ):
             self._host_slots[:n] = slots
             self._host_slots[n:size] = self._padding_slot
-            self._slots[:size].copy_(_pinned(self._host_slots[:size]), non_blocking=True)
+            self._slots[:size].copy_(pinned(self._host_slots[:size]), non_blocking=True)
         return _first(self._replays[size](), n)
 
     def _room_for(self, needed: Layout) -> Layout | None:
@@ -119,26 +129,62 @@ class StepGraphs:
         )
 
 
+class DrawGraph(NamedTuple):
+    """A captured draw of rows that need whole logits, see `Steps.draw_whole`.
+
+    Attributes:
+        share: how many rows each rank draws.
+        drawn: int64 [2, share * ranks] on the device, which a replay reads.
+    """
+
+    share: int
+    drawn: Tensor
+    replay: Replay[Tensor]
+
+
+def capture_draws(
+    draw: Callable[[Tensor], Tensor],
+    ranks: int,
+    max_num_seqs: int,
+    padding_slot: int,
+    device: torch.device,
+    capture: Capture,
+) -> list[DrawGraph]:
+    """Draws of few rows, the fewest first. Capture them after the steps: a draw follows a step, and
+    only so does the draw's memory hold nothing of the step's result.
+
+    Args:
+        draw: enqueues the draw of the rows and slots int64 [2, share * ranks] given.
+    """
+    graphs = []
+    for share in DRAW_SHARES:
+        if ranks > 1 and (share - 1) * ranks < max_num_seqs:
+            drawn = torch.zeros(2, share * ranks, dtype=torch.int64, device=device)
+            drawn[1] = padding_slot
+            graphs.append(DrawGraph(share, drawn, capture(partial(draw, drawn))))
+    return graphs
+
+
 class CudaCapture:
-    """Captures steps as CUDA graphs that share one pool of memory."""
+    """Captures as CUDA graphs that share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __call__(self, step: Callable[[], StepOutput]) -> Replay:
+    def __call__(self, enqueue: Callable[[], T]) -> Replay[T]:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            step()  # kernels are compiled here, which a capture does not allow
+            enqueue()  # kernels are compiled here, which a capture does not allow
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(self._pool)
-            output = step()
+            output = enqueue()
             graph.capture_end()
         current.wait_stream(self._stream)
 
-        def replay() -> StepOutput:
+        def replay() -> T:
             graph.replay()
             return output
 
@@ -170,7 +216,7 @@ def _first(output: StepOutput, rows: int) -> StepOutput:
     return StepOutput(output.token_ids[:rows], output.logits[:rows])
 
 
-def _pinned(array: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+def pinned(array: NDArray[np.int64]) -> Tensor:
     """A copy of `array` on the host, from which nothing waits for the copy to the device. Torch's
     cache keeps the pinned memory until that copy is done."""
     host = torch.from_numpy(array)

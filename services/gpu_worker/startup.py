@@ -236,7 +236,9 @@ def _bytes_of_graphs(
 
     some = _largest(sizes)
     executor.capture_graphs(some, CudaCapture(device), look)
-    return free[0] - free[-2] + (sizes.total - some.total + 1) * (free[-2] - free[-1])
+    torch.cuda.empty_cache()
+    draws = free[-1] - torch.cuda.mem_get_info(device)[0]
+    return draws + free[0] - free[-2] + (sizes.total - some.total + 1) * (free[-2] - free[-1])
 
 
 def _largest(sizes: Sizes) -> Sizes:

@@ -162,35 +162,28 @@ class Steps:
             ids[part], values[part] = logprobs(logits, token_ids[part], span.likeliest, self._shard)
         return ids, values
 
-    def sample_whole(self, output: StepOutput, rows: Int32s, slots: Int32s) -> None:
-        """Samples again the rows that need whole logits, if there is more than one rank.
-
-        Never captured: a graph has one shape, and a step any number of such rows. The CPU launches
-        these kernels while the device still runs the step.
+    def draw_whole(self, logits: Tensor, drawn: Tensor) -> Tensor:
+        """Samples rows that need whole logits, if there is more than one rank.
 
         Args:
-            output: the step's result. The token ids of `rows` are overwritten.
-            rows: int32 [w], indices into `output`.
-            slots: int32 [w], the rows' slots.
+            logits: [n, shard], of the step that these rows are in.
+            drawn: int64 [2, ranks * k], the rows' indices into `logits`, and their slots. This rank
+                draws k of them. A row may occur more than once.
+
+        Returns:
+            Their tokens, int32 [ranks * k].
         """
-        tp = self._shard.tp
-        if tp.size == 1 or not len(rows):
-            return
-        share = -(-len(rows) // tp.size)
-        # All ranks draw equally many rows, so some rows are drawn twice.
-        drawn = np.arange(share * tp.size) % len(rows)
-        both = to_device(np.stack((rows, slots)).astype(np.int64)[:, drawn], self._device)
-        rows_to_draw, slots_to_draw = both
-        own_slots = slots_to_draw[tp.rank * share : (tp.rank + 1) * share]
+        rows, slots = drawn
+        own = slots.view(self._shard.tp.size, -1)[self._shard.tp.rank]
         held = self._state.held
         token_ids = sample_whole(
-            output.logits[rows_to_draw],
-            self._state.sampling(own_slots),
-            held.num_tokens[own_slots] - 1,  # the length includes the sampled token
+            logits[rows],
+            self._state.sampling(own),
+            held.num_tokens[own] - 1,  # the length includes the sampled token
             self._shard,
         )
-        output.token_ids[rows_to_draw] = token_ids.int()
-        held.last_tokens[slots_to_draw] = token_ids.clamp_min(0)
+        held.last_tokens[slots] = token_ids.clamp_min(0)
+        return token_ids.int()
 
     def draw_processed(
         self, output: StepOutput, drawn: Tensor, count: int, processors: LogitsProcessors
@@ -219,12 +212,3 @@ class Steps:
         output.token_ids[rows] = token_ids.int()
         held.last_tokens[slots] = token_ids.clamp_min(0)
         processors.advance(slots[:count], token_ids[:count].clamp_min(0))
-
-    def warm_up(self) -> None:
-        """Compiles what `sample_whole` launches, and lets its collectives connect."""
-        logits = self._model.head.weight.new_zeros(1, len(self._model.head.weight))
-        row = np.zeros(1, dtype=np.int32)
-        slot = np.full(1, self._state.padding_slot, dtype=np.int32)
-        self.sample_whole(
-            StepOutput(torch.zeros(1, dtype=torch.int32, device=self._device), logits), row, slot
-        )

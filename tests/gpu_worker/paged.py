@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from nanovllm.services.gpu_worker.model.loader import as_stored, load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import Model, build_model
 from nanovllm.services.gpu_worker.startup import allocate_kv_cache, attention_shape
-from nanovllm.services.gpu_worker.steps import StepOutput
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
@@ -139,12 +140,12 @@ class RunAgain:
         self.captured = 0
         self.replays = 0
 
-    def __call__(self, step: Callable[[], StepOutput]) -> Callable[[], StepOutput]:
+    def __call__(self, enqueue: Callable[[], T]) -> Callable[[], T]:
         self.captured += 1
-        step()
+        enqueue()
 
-        def replay() -> StepOutput:
+        def replay() -> T:
             self.replays += 1
-            return step()
+            return enqueue()
 
         return replay
