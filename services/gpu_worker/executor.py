@@ -155,7 +155,8 @@ class Executor:
             return steps.decode(slots, logits[: len(slots)])
 
         def mixed(columns: Tensor, layout: Layout) -> StepOutput:
-            return steps.mixed(columns, layout, steps.bounds(layout), logits[: layout.samples])
+            output = steps.mixed(columns, layout, steps.bounds(layout), logits[: layout.samples])
+            return output._replace(hidden=None)  # or each graph would keep its own
 
         padding_slot = self._state.padding_slot
         self._graphs = StepGraphs(
