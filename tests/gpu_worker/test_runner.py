@@ -210,7 +210,8 @@ def test_plans_are_launched_ahead_of_their_results(directory: Path) -> None:
     *progress, loaded = reports(runner, Loaded)
     assert isinstance(loaded, Loaded)
     assert loaded.num_blocks == 40
-    assert loaded.detail == "cpu, float32, sdpa attention, 40 blocks of 16 tokens"
+    facts = "cpu, float32, sdpa attention, 40 blocks of 16 tokens, 0 MiB for logits processors"
+    assert loaded.detail == facts
     assert all(isinstance(report, Progress) for report in progress)
     assert progress[-1].done == progress[-1].total > 0
     for plan, _ in schedule:
