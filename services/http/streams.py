@@ -83,7 +83,7 @@ class EventStream(Response):
         self._choices = choices
         self._include_usage = include_usage
         self._output_at: dict[AsyncStream, float] = {}  # when a stream last had output
-        self._sending = False
+        self._sending = 0  # bytes that wait for room in the socket
         self._sent_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,9 +121,9 @@ class EventStream(Response):
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         """Waits until the socket has room, and gives it the body."""
-        self._sending = True
+        self._sending = len(body)
         await send({"type": "http.response.body", "body": body, "more_body": more})
-        self._sending = False
+        self._sending = 0
         self._sent_at = time.monotonic()
 
     async def _news(self, usages: dict[AsyncStream, PipelineUsage]) -> bytes:
@@ -163,8 +163,8 @@ class EventStream(Response):
                 if self._sent_at + COMMENT_S <= time.monotonic():
                     self._calls.changed.set()
             elif transport is not None:
-                waiting = transport.get_write_buffer_size() + self._unread_bytes()
-                if waiting > MAX_WAITING_BYTES:
+                waiting = self._sending + transport.get_write_buffer_size()
+                if waiting + self._unread_bytes() > MAX_WAITING_BYTES:
                     transport.abort()
 
     def _unread_bytes(self) -> int:
