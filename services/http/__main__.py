@@ -67,11 +67,10 @@ class Door:
             app = make_app(DoorContext(client, model, self._recorder))
             app.add_route("/metrics", self._metrics, ["GET"])
             self._guard = Guard(app, keys, settings.max_message_bytes)
-            self._log = RequestLog(_with_cors(self._guard, settings.cors))
             LimitedProtocol.max_body_bytes = settings.max_message_bytes
             self._server = _Server(
                 uvicorn.Config(
-                    self._log,
+                    RequestLog(_with_cors(self._guard, settings.cors)),
                     http=LimitedProtocol,
                     ws="none",
                     lifespan="off",
@@ -120,7 +119,7 @@ class Door:
     def _written(self) -> bool:
         """Whether every response is written."""
         connections = self._server.server_state.connections
-        return not self._log.running and not any(
+        return not self._guard.running and not any(
             connection.transport.get_write_buffer_size() for connection in connections
         )
 

@@ -76,7 +76,6 @@ def _engine(stats: SchedulerStats, unfinished: int) -> Iterator[Metric]:
         ("prompt_tokens", "Prompt tokens of sequences that were started.", stats.prompt_tokens),
         ("prompt_tokens_cached", "Prompt tokens found in the cache.", stats.cached_tokens),
         ("generation_tokens", "Output tokens.", stats.generated),
-        ("steps", "Steps of the engine.", stats.steps),
     ):
         yield CounterMetricFamily(f"nanovllm_{name}", text, value)
 

@@ -31,14 +31,9 @@ _REQUEST_ID: Final = re.compile(r"[\w.-]{1,128}", re.ASCII)
 
 class RequestLog:
     """Names each request, by `x-request-id` of the request or anew, in the response and in the one
-    line that the request has in the log.
-
-    Attributes:
-        running: requests whose response is not written.
-    """
+    line that the request has in the log."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.running = 0
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,11 +52,9 @@ class RequestLog:
                 written = True
             await send(message)
 
-        self.running += 1
         try:
             await self._app(scope, receive, send_named)
         finally:
-            self.running -= 1
             log.log(
                 logging.DEBUG if scope["path"] in PROBED_PATHS else logging.INFO,
                 "%s %s %s: %s%s in %.3f s, for %s",
@@ -71,7 +64,7 @@ class RequestLog:
                 status or "no answer",
                 "" if written or not status else ", not to its end",
                 time.monotonic() - start,
-                scope["state"].get("client_name", "nobody"),
+                scope["state"].get("client_name", "unknown"),
             )
 
 
@@ -87,10 +80,12 @@ class Guard:
 
     Attributes:
         draining: whether new requests are refused.
+        running: requests that were let in, and whose response is not written.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
         self.draining = False
+        self.running = 0
         self._app = app
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._max_body_bytes = max_body_bytes
@@ -110,8 +105,13 @@ class Guard:
                 response.headers["connection"] = "close"
             await response(scope, receive, send)
             return
-        if body is not None:
+        if body is None:
+            return
+        self.running += 1
+        try:
             await self._app(scope, _replay(body, receive), send)
+        finally:
+            self.running -= 1
 
     def _client_name(self, scope: Scope) -> str:
         """Raises ApiError if the request has no key and needs one."""
@@ -124,7 +124,7 @@ class Guard:
                 message = "no valid API key: send one of the server's as `Authorization: Bearer …`"
                 raise ApiError(401, message, code="invalid_api_key")
             return f"key {digest.hex()[:16]}"
-        return scope["client"][0] if scope["client"] else "local"
+        return scope["client"][0] if scope["client"] else "unknown"
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None if the client leaves before it is there.

@@ -7,6 +7,7 @@ import logging
 from typing import Final
 
 import msgspec
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from nanovllm.services.http.connection import DoorProtocol
 from nanovllm.services.http.errors import ApiError, ErrorAnswer
@@ -40,10 +41,14 @@ class LimitedProtocol(DoorProtocol):
         self._in_headers = False
         self._in_body = False
         self._timer: asyncio.TimerHandle | None = None
+        self._unanswered: list[RequestResponseCycle] = []
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        for cycle in self._unanswered:  # uvicorn tells the latest alone
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -66,6 +71,8 @@ class LimitedProtocol(DoorProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
+        self._unanswered = [*unanswered, self.cycle]
         self._stop_timer()
         self._in_headers, self._in_body = False, True
 
@@ -80,7 +87,7 @@ class LimitedProtocol(DoorProtocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Answers, unless an earlier answer is on its way, and disconnects."""
-        log.info("%s: disconnected: %s", self.client and self.client[0], message)
+        log.info("%s is disconnected: %s", self.client[0] if self.client else "unknown", message)
         self._stop_timer()
         if not self._answers():
             body = msgspec.json.encode(ErrorAnswer(ApiError(status, message).body))

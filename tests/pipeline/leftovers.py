@@ -8,6 +8,7 @@ from benchmarks.support.pipeline import Pipeline
 from nanovllm.client.control import Control
 from nanovllm.control import (
     DetokenizerStats,
+    HttpStats,
     IngressStats,
     SchedulerStats,
     ServiceStatus,
@@ -54,4 +55,6 @@ def held(service: ServiceStatus) -> dict[str, int]:
             return {"slots": slots}
         case DetokenizerStats(requests=requests):
             return {"requests": requests}
+        case HttpStats(running=running):
+            return {"running": running}
     return {}

@@ -1,0 +1,167 @@
+"""`/metrics`: what is exported, what the page and the dashboard say, and the real Prometheus."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.support.pipeline import LOOK_AGAIN_S, Pipeline
+from nanovllm.control import HttpStats
+from tests.http.server import TIMEOUT_S, Server
+from tests.http.test_door import HTTP, SIM
+from tests.recovery.streams import services, wait_for_another
+
+ROOT = Path(__file__).parents[2]
+ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", re.MULTILINE)
+DOCUMENTED = ROW.findall((ROOT / "docs" / "metrics.md").read_text())
+# Labels that Prometheus makes of a histogram.
+OWN_LABELS = {"le"}
+DETOKENIZER = ("detokenizer", 0)
+
+
+@pytest.fixture(scope="module")
+def doors() -> Iterator[Pipeline]:
+    """A pipeline with two HTTP servers, which have served a few requests."""
+    with Pipeline("", *SIM, *HTTP, "--http-servers", "2") as running:
+        door = Server(running.http_port)
+        for number in range(4):
+            keys = {"prompt": "Once upon a time", "max_tokens": 8, "ignore_eos": True}
+            assert door.complete(**keys, stream=number % 2 == 0).status == 200
+        assert door.complete(prompt="x " * 9000, max_tokens=8).status == 400
+        yield running
+
+
+@pytest.fixture
+def door(doors: Pipeline) -> Server:
+    """The pipeline's HTTP servers, once they have reported the requests."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while ended(doors) < 5:
+        assert time.monotonic() < deadline, doors.status()
+        time.sleep(LOOK_AGAIN_S)
+    return Server(doors.http_port)
+
+
+def ended(doors: Pipeline) -> int:
+    found = [one.stats for one in doors.status().services if isinstance(one.stats, HttpStats)]
+    return sum(sum(stats.finished.values()) for stats in found)
+
+
+def families(door: Server) -> dict[str, Metric]:
+    """Metrics by the names that their samples have, but for a histogram's endings."""
+    answer = door.get("/metrics")
+    assert answer.status == 200
+    return {
+        family.name + "_total" * (family.type == "counter"): family
+        for family in text_string_to_metric_families(answer.body.decode())
+    }
+
+
+def total(metric: Metric, ending: str = "", **labels: str) -> float:
+    return sum(
+        sample.value
+        for sample in metric.samples
+        if sample.name.endswith(ending) and labels.items() <= sample.labels.items()
+    )
+
+
+def test_the_page_lists_what_is_exported(door: Server) -> None:
+    exported = []
+    for name, family in families(door).items():
+        assert family.documentation
+        labels = {label for sample in family.samples for label in sample.labels} - OWN_LABELS
+        exported.append((name, family.type, labels))
+    documented = [
+        (name, kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in DOCUMENTED
+    ]
+    assert sorted(exported, key=str) == sorted(documented, key=str)
+
+
+def test_the_figures_are_those_of_all_doors(door: Server) -> None:
+    found = families(door)
+    finished = found["nanovllm_request_success_total"]
+    assert total(finished, finished_reason="length") == 4
+    assert total(finished, finished_reason="context_length_exceeded") == 1
+    assert {sample.labels["door"] for sample in finished.samples} == {"0", "1"}
+    assert total(found["nanovllm_time_to_first_token_seconds"], "_count") == 2
+    assert 0 < total(found["nanovllm_inter_token_latency_seconds"], "_count") <= 14
+    assert total(found["nanovllm_e2e_request_latency_seconds"], "_count") == 5
+    assert total(found["nanovllm_generation_tokens_total"]) == 32
+    assert total(found["nanovllm_prompt_tokens_total"]) > 0
+    assert total(found["nanovllm_device_busy_seconds_total"], rank="0") > 0
+    for gauge in ("http_requests_running", "num_requests_running", "num_requests_waiting"):
+        assert total(found[f"nanovllm_{gauge}"]) == 0
+
+
+def test_the_dashboard_asks_for_what_is_exported() -> None:
+    dashboard = (ROOT / "deploy" / "grafana" / "nanovllm.json").read_text()
+    json.loads(dashboard)
+    asked = {re.sub("_bucket$", "", name) for name in re.findall(r"nanovllm_\w+", dashboard)}
+    assert asked == {name for name, _, _ in DOCUMENTED}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+def test_promtool_has_nothing_to_say(door: Server) -> None:
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=door.get("/metrics").body,
+        capture_output=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus")
+def test_the_real_prometheus_scrapes_it(door: Server, tmp_path: Path) -> None:
+    targets = [f"127.0.0.1:{door.port}"]
+    jobs = [{"job_name": "nanovllm", "static_configs": [{"targets": targets}]}]
+    config = {"global": {"scrape_interval": "1s"}, "scrape_configs": jobs}
+    (tmp_path / "prometheus.yml").write_text(json.dumps(config))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    prometheus = subprocess.Popen(
+        [
+            "prometheus",
+            f"--config.file={tmp_path}/prometheus.yml",
+            f"--storage.tsdb.path={tmp_path}/data",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        expression = {"query": "sum(nanovllm_request_success_total)"}
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                answer = Server(port).get(f"/api/v1/query?{urlencode(expression)}").json
+                if answer["data"]["result"]:
+                    break
+            except ConnectionError:  # it does not listen yet
+                pass
+            assert time.monotonic() < deadline, "nothing was scraped"
+            time.sleep(LOOK_AGAIN_S)
+        assert answer["data"]["result"][0]["value"][1] == "5"
+    finally:
+        prometheus.kill()
+        prometheus.wait()
+
+
+def test_restarts_are_counted_by_role(doors: Pipeline, door: Server) -> None:
+    before = services(doors)[DETOKENIZER]
+    before.kill()
+    wait_for_another(doors, DETOKENIZER, before)
+    restarts = families(door)["nanovllm_service_restarts_total"]
+    assert total(restarts, role="detokenizer", index="0") == 1
+    assert total(restarts, role="http") == 0
