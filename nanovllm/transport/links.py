@@ -9,8 +9,9 @@ incarnation is dropped, and so is a message of an earlier connection, since a DE
 delivered to a new ROUTER. So while a connection stands no message is lost. Around an `Up` the last
 messages before it may be lost: the sender sends again what its peer still needs.
 
-No call blocks, and no message is queued beside the sockets. If `send` could not send, it returns
-False; the sender keeps the messages, merges them and sends them later.
+No call blocks, and no message is queued beside the sockets. If the peer is not there, or has not
+read enough of what it was sent (`connection.WINDOW`), `send` returns False; the sender keeps the
+messages, merges them and sends them later.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -26,9 +26,9 @@ import msgspec
 import zmq
 
 from nanovllm.messages import Message
+from nanovllm.transport.connection import Connection, Header, split
 from nanovllm.transport.endpoints import connectable
 from nanovllm.transport.sockets import Dealer, Router
-from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +41,6 @@ FRAME_BYTES = 1 << 20
 # What a message takes beside its long fields, roughly.
 MESSAGE_BYTES = 256
 
-# In front of each payload: to which incarnation, from which incarnation, on which connection (a
-# number that the connecting side gives it).
-_HEADER = struct.Struct("<QQI")
 _TO_ANYONE = 0
 _encoder = msgspec.msgpack.Encoder()
 
@@ -103,13 +100,6 @@ def one_frame(items: Iterable[T], size: Callable[[T], int]) -> list[T]:
     return taken
 
 
-class _Route(NamedTuple):
-    """One connection of a peer: the ROUTER's name for it, and the peer's number for it."""
-
-    routing_id: bytes
-    connection: int
-
-
 _hello_decoder = msgspec.msgpack.Decoder(_Hello)
 _welcome_decoder = msgspec.msgpack.Decoder(_Welcome)
 
@@ -149,7 +139,7 @@ class ConnectedLink(Generic[M]):
     ) -> None:
         self._me = me
         self._codec = _Codec(inbound)
-        self._connection = 0
+        self._connection = Connection(0)
         self._connected = False
         self.peer: Peer | None = None
         self._dealer = Dealer(context, connectable(endpoint))
@@ -172,9 +162,11 @@ class ConnectedLink(Generic[M]):
 
     def send(self, messages: Sequence[Message]) -> bool:
         """Sends the messages in one frame; False if the other side is not there or is full."""
-        if self.peer is None:
+        if self.peer is None or self._connection.full:
             return False
-        return self._send(self.peer.incarnation, messages)
+        sent = self._send(self.peer.incarnation, _encoder.encode(messages))
+        self._connection.sent += sent
+        return sent
 
     def heartbeat(self) -> None:
         if self._connected:
@@ -186,32 +178,39 @@ class ConnectedLink(Generic[M]):
     def _changed(self, connected: bool, events: list[Event[M]]) -> None:
         self._connected = connected
         if connected:
-            self._connection += 1
+            self._connection = Connection(self._connection.number + 1)
             self._hello()
         elif self.peer is not None:
             events.append(Down(self.peer))
             self.peer = None
 
     def _hello(self) -> None:
-        self._send(_TO_ANYONE, _Hello(self._me.role, self._me.index, os.getpid()))
+        hello = _Hello(self._me.role, self._me.index, os.getpid())
+        self._send(_TO_ANYONE, _encoder.encode(hello))
 
-    def _send(self, to: int, body: object) -> bool:
-        header = _HEADER.pack(to, self._me.incarnation, self._connection)
-        return self._dealer.send(header + _encoder.encode(body))
+    def _send(self, to: int, payload: bytes) -> bool:
+        connection = self._connection
+        sent = self._dealer.send(connection.header(to, self._me.incarnation) + payload)
+        if sent:
+            connection.told = connection.read
+        return sent
 
     def _take(self, frame: memoryview, events: list[Event[M]]) -> None:
-        if len(frame) < _HEADER.size:
-            log.error("dropped a message of %s", counted(len(frame), "byte"))
+        if (parts := split(frame)) is None:
             return
-        to, sender, connection = _HEADER.unpack_from(frame)
-        payload = frame[_HEADER.size :]
-        if connection != self._connection or not self._connected:
+        header, payload = parts
+        connection = self._connection
+        if header.connection != connection.number or not self._connected:
             return  # of a connection that has ended since
-        if to == _TO_ANYONE:
-            self._welcomed(payload, sender, events)
-        elif to == self._me.incarnation and self.peer and sender == self.peer.incarnation:
-            peer = self.peer
+        connection.confirmed = header.read
+        peer = self.peer
+        if header.to == _TO_ANYONE:
+            self._welcomed(payload, header.sender, events)
+        elif payload and peer and header[:2] == (self._me.incarnation, peer.incarnation):
             events.extend(Received(peer, message) for message in self._codec.decode(payload, peer))
+            connection.read += 1
+            if connection.must_confirm:
+                self._send(peer.incarnation, b"")
 
     def _welcomed(self, payload: memoryview, sender: int, events: list[Event[M]]) -> None:
         try:
@@ -244,7 +243,7 @@ class BoundLink(Generic[M]):
         self._me = me
         self._codec = _Codec(inbound)
         self._peers: dict[bytes, Peer] = {}
-        self._routes: dict[Peer, _Route] = {}
+        self._routes: dict[Peer, Connection] = {}
         self.pids: dict[Peer, int] = {}
         self._router = Router(context, endpoint)
 
@@ -273,9 +272,11 @@ class BoundLink(Generic[M]):
     def send(self, peer: Peer, messages: Sequence[Message]) -> bool:
         """Sends the messages in one frame; False if the peer is not there or is full."""
         route = self._routes.get(peer)
-        if route is None:
+        if route is None or route.full:
             return False
-        return self._send(route, peer.incarnation, messages)
+        sent = self._send(route, peer.incarnation, _encoder.encode(messages))
+        route.sent += sent
+        return sent
 
     def heartbeat(self) -> None:
         """Nothing to do: the side that connects says hello."""
@@ -283,43 +284,54 @@ class BoundLink(Generic[M]):
     def close(self) -> None:
         self._router.close()
 
-    def _send(self, route: _Route, to: int, body: object) -> bool:
-        header = _HEADER.pack(to, self._me.incarnation, route.connection)
-        return self._router.send(route.routing_id, header + _encoder.encode(body))
+    def _send(self, route: Connection, to: int, payload: bytes) -> bool:
+        header = route.header(to, self._me.incarnation)
+        sent = self._router.send(route.routing_id, header + payload)
+        if sent:
+            route.told = route.read
+        return sent
 
     def _take(self, routing_id: bytes, frame: memoryview, events: list[Event[M]]) -> None:
-        if len(frame) < _HEADER.size:
-            log.error("dropped a message of %s", counted(len(frame), "byte"))
+        if (parts := split(frame)) is None:
             return
-        to, sender, connection = _HEADER.unpack_from(frame)
-        payload = frame[_HEADER.size :]
-        if to == _TO_ANYONE:
-            self._greeted(_Route(routing_id, connection), sender, payload, events)
+        header, payload = parts
+        if header.to == _TO_ANYONE:
+            self._greeted(routing_id, header, payload, events)
             return
         peer = self._peers.get(routing_id)
-        if peer is None or to != self._me.incarnation or sender != peer.incarnation:
+        if peer is None or header[:2] != (self._me.incarnation, peer.incarnation):
             return  # before its hello, or meant for an earlier incarnation
-        events.extend(Received(peer, message) for message in self._codec.decode(payload, peer))
+        route = self._routes[peer]
+        route.confirmed = header.read
+        if payload:
+            events.extend(Received(peer, message) for message in self._codec.decode(payload, peer))
+            route.read += 1
+            if route.must_confirm:
+                self._send(route, peer.incarnation, b"")
 
     def _greeted(
-        self, route: _Route, incarnation: int, payload: memoryview, events: list[Event[M]]
+        self, routing_id: bytes, header: Header, payload: memoryview, events: list[Event[M]]
     ) -> None:
         try:
             hello = _hello_decoder.decode(payload)
         except (msgspec.DecodeError, RecursionError) as error:
             log.error("dropped a malformed hello: %s", error)
             return
-        peer = Peer(hello.role, hello.index, incarnation)
-        if self._routes.get(peer) != route:
+        peer = Peer(hello.role, hello.index, header.sender)
+        route = self._routes.get(peer)
+        if route is None or (route.routing_id, route.number) != (routing_id, header.connection):
+            route = Connection(header.connection, routing_id)
             service = (peer.role, peer.index)
             for other in [p for p in self._routes if (p.role, p.index) == service]:
                 self._drop(self._routes[other].routing_id, events)
-            self._drop(route.routing_id, events)
-            self._peers[route.routing_id] = peer
+            self._drop(routing_id, events)
+            self._peers[routing_id] = peer
             self._routes[peer] = route
             self.pids[peer] = hello.pid
             events.append(Up(peer))
-        self._send(route, _TO_ANYONE, _Welcome(self._me.role, self._me.index))
+        route.confirmed = header.read
+        welcome = _Welcome(self._me.role, self._me.index)
+        self._send(route, _TO_ANYONE, _encoder.encode(welcome))
 
     def _drop(self, routing_id: bytes, events: list[Event[M]]) -> None:
         peer = self._peers.pop(routing_id, None)

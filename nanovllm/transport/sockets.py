@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 
 # Messages that one wake-up reads from one link at most, so that no link starves another.
 BATCH = 256
-HIGH_WATER_MARK = 4096
 # A peer that is stopped, or whose cable is pulled, is noticed after this time. A busy peer is not,
 # since ZeroMQ's own thread answers heartbeats.
 ZMTP_HEARTBEAT_MS = 1000
@@ -145,8 +144,9 @@ class Router:
 
 
 def _set_options(socket: zmq.Socket[bytes]) -> None:
-    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    # The links bound what they send: see `connection`.
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.HEARTBEAT_IVL, ZMTP_HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, ZMTP_TIMEOUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, ZMTP_TIMEOUT_MS)

@@ -21,8 +21,8 @@ from tests.readers import free_tcp_endpoint
 SCHEDULER = Peer("scheduler", 0, 101)
 WORKER = Peer("gpu_worker", 0, 202)
 TIMEOUT_S = 10.0
-# To and from which incarnation, on which connection.
-HEADER = struct.Struct("<QQI")
+# To and from which incarnation, on which connection, and how many frames were read.
+HEADER = struct.Struct("<QQIQ")
 
 
 @pytest.fixture
@@ -172,10 +172,12 @@ def test_late_frames_of_a_former_connection_do_not_end_the_present_one(
         return dealer
 
     def hello(connection: int) -> bytes:
-        return HEADER.pack(0, WORKER.incarnation, connection) + b"\x94\xa5hello\xaagpu_worker\0\x01"
+        return (
+            HEADER.pack(0, WORKER.incarnation, connection, 0) + b"\x94\xa5hello\xaagpu_worker\0\x01"
+        )
 
     def ready(connection: int) -> bytes:
-        header = HEADER.pack(SCHEDULER.incarnation, WORKER.incarnation, connection)
+        header = HEADER.pack(SCHEDULER.incarnation, WORKER.incarnation, connection, 0)
         return header + b"\x91\x93\xabgroup_ready\x01\x04"
 
     first = connect(hello(1))
@@ -231,8 +233,8 @@ def test_what_comes_before_a_hello_or_for_another_incarnation_is_dropped(
     stranger = context.socket(zmq.DEALER)
     stranger.connect(endpoint)
     stranger.send(b"x")
-    stranger.send(HEADER.pack(0, 0, 0) + b"\xc1")
-    stranger.send(HEADER.pack(SCHEDULER.incarnation, 9, 0) + b"\x91\x93\xabgroup_ready\x01\x04")
+    stranger.send(HEADER.pack(0, 0, 0, 0) + b"\xc1")
+    stranger.send(HEADER.pack(SCHEDULER.incarnation, 9, 0, 0) + b"\x91\x93\xabgroup_ready\x01\x04")
     stranger.send_multipart([b"a", b"b", b"c"])
     connector = connected(context, endpoint)
     events_until(has(Up), connector, binder)
@@ -253,7 +255,7 @@ def test_a_malformed_welcome_is_dropped(context: zmq.Context[Any], tmp_path: Pat
         connector.receive()
         _, frames = impostor.read()
     ((route, _hello),) = frames
-    assert impostor.send(route, HEADER.pack(0, 9, 1) + b"\xc1")
+    assert impostor.send(route, HEADER.pack(0, 9, 1, 0) + b"\xc1")
     assert zmq_poll([(connector.sockets[0], zmq.POLLIN)], int(TIMEOUT_S * 1000))
     assert connector.receive() == []
     assert connector.peer is None
