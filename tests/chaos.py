@@ -1,6 +1,7 @@
 """Does anything get lost? Services are killed at random while many requests stream.
 
     python -m tests.chaos --kills 30
+    python -m tests.chaos --kills 20 --streams 100 --http
 
 At any time so many requests are unfinished, greedy and seeded, texts and chats, some with stop
 strings, emoji in many. Every one to three seconds a service gets SIGKILL, sometimes two at once,
@@ -83,10 +84,11 @@ class Blow(NamedTuple):
 @click.option("--device", type=click.Choice(list(DEVICES)), default="cpu", show_default=True)
 @click.option("--tp", type=click.IntRange(1, 8), default=2, show_default=True)
 @click.option("--seed", type=int, help="Of requests and kills; a random one if not given.")
-def main(kills: int, streams: int, device: str, tp: int, seed: int | None) -> None:
+@click.option("--http", is_flag=True, help="Ask over HTTP, by the openai package.")
+def main(kills: int, streams: int, device: str, tp: int, seed: int | None, http: bool) -> None:
     seed = random.randrange(2**31) if seed is None else seed
     click.echo(f"seed {seed}", err=True)
-    figures = wreak_havoc(kills, streams, device, tp, seed)
+    figures = wreak_havoc(kills, streams, device, tp, seed, http=http)
     click.echo(json.dumps(figures))
     sys.exit(1 if figures["changed"] else 0)
 
@@ -98,6 +100,7 @@ def wreak_havoc(
     tp: int,
     seed: int,
     pauses_s: tuple[float, float] = (1.0, 3.0),
+    http: bool = False,
 ) -> dict[str, Any]:
     """One run in a pipeline of its own; what it found, as in the module's text.
 
@@ -108,10 +111,12 @@ def wreak_havoc(
     draw = random.Random(seed)
     cases = random_cases(draw, streams, STOPS[device])
     arguments = (*DEVICES[device], "--tp", str(tp), "--tokenizers", "2", "--detokenizers", "2")
+    arguments += ("--http", "127.0.0.1:0") if http else ()
     with Pipeline("", *arguments, "--kvcache-block-size", "16") as pipeline:
+        endpoint = pipeline.status().http if http else pipeline.endpoint
         try:
-            expected = undisturbed(pipeline.endpoint, cases)
-            load = Streams(pipeline.endpoint, cases)
+            expected = undisturbed(endpoint, cases)
+            load = Streams(endpoint, cases)
             load.wait_for_news()
             start = time.monotonic()
             struck = _strike(pipeline, list(_blows(draw, kills, tp)), pauses_s, draw)

@@ -9,7 +9,8 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import psutil
@@ -60,6 +61,10 @@ class Streamed(NamedTuple):
     case: int
     outcome: Outcome
     times: list[float]
+
+
+# Asks the case of a number, and tells of news.
+Ask = Callable[[int, Case, threading.Event], Awaitable[Streamed]]
 
 
 def mixed_cases(stops: Sequence[str]) -> list[Case]:
@@ -130,7 +135,7 @@ class Streams:
     """One stream of each case at any time, in a thread, until `finish`.
 
     Args:
-        endpoint: the pipeline.
+        endpoint: the pipeline, or the URL of its HTTP servers.
         cases: what is asked.
         rounds: how often each case is asked at least.
 
@@ -183,15 +188,22 @@ class Streams:
                 news.set()
 
     async def _all(self) -> None:
-        async with AsyncClient(self._endpoint, timeout=TIMEOUT_S) as client:
-            await asyncio.gather(
-                *(self._again_and_again(client, i) for i in range(len(self._news)))
-            )
+        if self._endpoint.startswith("http"):
+            from tests.recovery.http_streams import http_client, stream_over_http
 
-    async def _again_and_again(self, client: AsyncClient, number: int) -> None:
+            async with http_client(self._endpoint) as over_http:
+                await self._every_case(partial(stream_over_http, over_http))
+        else:
+            async with AsyncClient(self._endpoint, timeout=TIMEOUT_S) as client:
+                await self._every_case(partial(stream, client))
+
+    async def _every_case(self, ask: Ask) -> None:
+        await asyncio.gather(*(self._again_and_again(ask, i) for i in range(len(self._news))))
+
+    async def _again_and_again(self, ask: Ask, number: int) -> None:
         done = 0
         while done < self._rounds or not self._enough.is_set():
-            self.ended.append(await stream(client, number, self._cases[number], self._news[number]))
+            self.ended.append(await ask(number, self._cases[number], self._news[number]))
             done += 1
 
 
