@@ -10,14 +10,9 @@ nothing else says it in a frame without messages.
 
 from __future__ import annotations
 
-import logging
 import struct
 from dataclasses import dataclass
-from typing import Final, NamedTuple
-
-from nanovllm.wording import counted
-
-log = logging.getLogger(__name__)
+from typing import Final
 
 # Frames of messages that are sent, and not known to be read. More would not make a link faster, and
 # fewer are merged sooner by a sender whose peer is slow.
@@ -26,30 +21,9 @@ WINDOW: Final = 256
 _CONFIRMED_AT_ONCE: Final = WINDOW // 4
 
 
-class Header(NamedTuple):
-    """What stands in front of each payload.
-
-    Attributes:
-        to, sender: incarnations; `to` is 0 where the receiver's is not known yet.
-        connection: the number that the connecting side gives it.
-        read: how many frames of messages the sender has read on it.
-    """
-
-    to: int
-    sender: int
-    connection: int
-    read: int
-
-
-_HEADER = struct.Struct("<QQIQ")
-
-
-def split(frame: memoryview) -> tuple[Header, memoryview] | None:
-    """A frame's header and payload; None if the frame is too short, which is logged."""
-    if len(frame) < _HEADER.size:
-        log.error("dropped a message of %s", counted(len(frame), "byte"))
-        return None
-    return Header._make(_HEADER.unpack_from(frame)), frame[_HEADER.size :]
+# In front of each payload: to which incarnation, from which incarnation, on which connection, and
+# how many frames of messages the sender has read on it.
+HEADER: Final = struct.Struct("<QQIQ")
 
 
 @dataclass(slots=True)
@@ -70,13 +44,17 @@ class Connection:
     read: int = 0
     told: int = 0
 
+    def is_same(self, other: Connection) -> bool:
+        return (self.number, self.routing_id) == (other.number, other.routing_id)
+
     @property
     def full(self) -> bool:
         return self.sent - self.confirmed >= WINDOW
 
-    @property
-    def must_confirm(self) -> bool:
+    def has_read(self) -> bool:
+        """One more frame was read. Returns whether to tell the peer now."""
+        self.read += 1
         return self.read - self.told >= _CONFIRMED_AT_ONCE
 
     def header(self, to: int, sender: int) -> bytes:
-        return _HEADER.pack(to, sender, self.number, self.read)
+        return HEADER.pack(to, sender, self.number, self.read)

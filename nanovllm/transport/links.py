@@ -26,9 +26,10 @@ import msgspec
 import zmq
 
 from nanovllm.messages import Message
-from nanovllm.transport.connection import Connection, Header, split
+from nanovllm.transport.connection import HEADER, Connection
 from nanovllm.transport.endpoints import connectable
 from nanovllm.transport.sockets import Dealer, Router
+from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -196,20 +197,20 @@ class ConnectedLink(Generic[M]):
         return sent
 
     def _take(self, frame: memoryview, events: list[Event[M]]) -> None:
-        if (parts := split(frame)) is None:
+        if len(frame) < HEADER.size:
+            log.error("dropped a message of %s", counted(len(frame), "byte"))
             return
-        header, payload = parts
-        connection = self._connection
-        if header.connection != connection.number or not self._connected:
+        to, sender, number, read = HEADER.unpack_from(frame)
+        payload = frame[HEADER.size :]
+        connection, peer = self._connection, self.peer
+        if number != connection.number or not self._connected:
             return  # of a connection that has ended since
-        connection.confirmed = header.read
-        peer = self.peer
-        if header.to == _TO_ANYONE:
-            self._welcomed(payload, header.sender, events)
-        elif payload and peer and header[:2] == (self._me.incarnation, peer.incarnation):
+        connection.confirmed = read
+        if to == _TO_ANYONE:
+            self._welcomed(payload, sender, events)
+        elif payload and to == self._me.incarnation and peer and sender == peer.incarnation:
             events.extend(Received(peer, message) for message in self._codec.decode(payload, peer))
-            connection.read += 1
-            if connection.must_confirm:
+            if connection.has_read():
                 self._send(peer.incarnation, b"")
 
     def _welcomed(self, payload: memoryview, sender: int, events: list[Event[M]]) -> None:
@@ -292,44 +293,46 @@ class BoundLink(Generic[M]):
         return sent
 
     def _take(self, routing_id: bytes, frame: memoryview, events: list[Event[M]]) -> None:
-        if (parts := split(frame)) is None:
+        if len(frame) < HEADER.size:
+            log.error("dropped a message of %s", counted(len(frame), "byte"))
             return
-        header, payload = parts
-        if header.to == _TO_ANYONE:
-            self._greeted(routing_id, header, payload, events)
+        to, sender, number, read = HEADER.unpack_from(frame)
+        payload = frame[HEADER.size :]
+        if to == _TO_ANYONE:
+            self._greeted(Connection(number, routing_id, confirmed=read), sender, payload, events)
             return
         peer = self._peers.get(routing_id)
-        if peer is None or header[:2] != (self._me.incarnation, peer.incarnation):
+        if peer is None or to != self._me.incarnation or sender != peer.incarnation:
             return  # before its hello, or meant for an earlier incarnation
         route = self._routes[peer]
-        route.confirmed = header.read
+        route.confirmed = read
         if payload:
             events.extend(Received(peer, message) for message in self._codec.decode(payload, peer))
-            route.read += 1
-            if route.must_confirm:
+            if route.has_read():
                 self._send(route, peer.incarnation, b"")
 
     def _greeted(
-        self, routing_id: bytes, header: Header, payload: memoryview, events: list[Event[M]]
+        self, route: Connection, incarnation: int, payload: memoryview, events: list[Event[M]]
     ) -> None:
         try:
             hello = _hello_decoder.decode(payload)
         except (msgspec.DecodeError, RecursionError) as error:
             log.error("dropped a malformed hello: %s", error)
             return
-        peer = Peer(hello.role, hello.index, header.sender)
-        route = self._routes.get(peer)
-        if route is None or (route.routing_id, route.number) != (routing_id, header.connection):
-            route = Connection(header.connection, routing_id)
+        peer = Peer(hello.role, hello.index, incarnation)
+        known = self._routes.get(peer)
+        if known is not None and known.is_same(route):
+            known.confirmed = route.confirmed
+            route = known
+        else:
             service = (peer.role, peer.index)
             for other in [p for p in self._routes if (p.role, p.index) == service]:
                 self._drop(self._routes[other].routing_id, events)
-            self._drop(routing_id, events)
-            self._peers[routing_id] = peer
+            self._drop(route.routing_id, events)
+            self._peers[route.routing_id] = peer
             self._routes[peer] = route
             self.pids[peer] = hello.pid
             events.append(Up(peer))
-        route.confirmed = header.read
         welcome = _Welcome(self._me.role, self._me.index)
         self._send(route, _TO_ANYONE, _encoder.encode(welcome))
 
