@@ -26,6 +26,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("nanovllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("nanovllm")
 
+# The models are tiny: on several threads they are slower, by far where ranks compute as well.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def pipeline() -> Iterator[Pipeline]:

@@ -8,7 +8,7 @@ prefill under a small budget, and preemption.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,15 +91,6 @@ def prompts_for(vocabulary: int, block_size: int) -> list[list[int]]:
         tail = [draw.randrange(vocabulary) for _ in range(draw.choice([0, 0, 1, 7, 16, 40]))]
         prompts.append(shared + tail)
     return prompts
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices are slower on several threads, by far where the ranks compute as well."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,12 +33,9 @@ REQUESTS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Any]:
+def model() -> Any:
     """The demo checkpoint in transformers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the pipeline's rank has a core to itself
-    yield read_model(DEMO_CHECKPOINT)
-    torch.set_num_threads(threads)
+    return read_model(DEMO_CHECKPOINT)
 
 
 def greedy(prompt: str = STORY, **sampling: Any) -> dict[str, Any]:
