@@ -9,14 +9,11 @@ import pytest
 from tests.chaos import wreak_havoc
 
 
-@pytest.mark.parametrize(("device", "http"), [("sim", False), ("cpu", False), ("cpu", True)])
-def test_nothing_is_lost_whatever_dies(
-    device: str, http: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("http", [False, True])
+def test_nothing_is_lost_whatever_dies(http: bool) -> None:
     seed = random.randrange(2**31)
-    with capsys.disabled():
-        print(f"\nseed {seed}")
-    figures = wreak_havoc(10, 40, device, tp=2, seed=seed, pauses_s=(0.3, 1.2), http=http)
+    print(f"seed {seed}")
+    figures = wreak_havoc(10, 40, "cpu", tp=2, seed=seed, pauses_s=(0.3, 1.2), http=http)
     assert sum(figures["kills"].values()) == 10
     assert figures["streams"]["hit"] >= 40
     assert figures["changed"] == 0

@@ -16,6 +16,7 @@ from tests.recovery.streams import (
     TIMEOUT_S,
     Case,
     Outcome,
+    ServiceId,
     Streams,
     check,
     kill,
@@ -35,6 +36,24 @@ ALL = [INGRESS, SCHEDULER, *RANKS, *TOKENIZERS, *DETOKENIZERS]
 SEVERAL = ("--tp", "2", "--tokenizers", "2", "--detokenizers", "2")
 SIM = ("--device", "sim", "--sim-step-ms", "4")
 CPU = ("--device", "cpu", "--max-model-len", "512", "--num-kvcache-blocks", "128")
+# After these deaths the ranks compute again what they had computed.
+COMPUTED_AGAIN = [
+    [INGRESS],
+    [SCHEDULER],
+    *([rank] for rank in RANKS),
+    RANKS,
+    [INGRESS, SCHEDULER],
+    [SCHEDULER, RANKS[1]],
+]
+# After these the ranks do nothing that they do not do after the others.
+SENT_AGAIN = [
+    [TOKENIZERS[0]],
+    [DETOKENIZERS[0]],
+    TOKENIZERS,
+    DETOKENIZERS,
+    [SCHEDULER, DETOKENIZERS[0]],
+    [INGRESS, TOKENIZERS[0]],
+]
 
 
 class Running(NamedTuple):
@@ -57,23 +76,12 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
         yield Running(pipeline, cases, expected)
 
 
-@pytest.mark.parametrize(
-    "victims",
-    [
-        [INGRESS],
-        [SCHEDULER],
-        *[[service] for service in (*RANKS, TOKENIZERS[0], DETOKENIZERS[0])],
-        RANKS,
-        TOKENIZERS,
-        DETOKENIZERS,
-        [INGRESS, SCHEDULER],
-        [SCHEDULER, RANKS[1]],
-        [SCHEDULER, DETOKENIZERS[0]],
-        [INGRESS, TOKENIZERS[0]],
-    ],
-    ids=lambda victims: " and ".join(f"{role} {index}" for role, index in victims),
-)
-def test_streams_survive_a_kill(running: Running, victims: list[tuple[str, int]]) -> None:
+def names(victims: list[ServiceId]) -> str:
+    return " and ".join(f"{role} {index}" for role, index in victims)
+
+
+def kill_in_mid_stream(running: Running, victims: list[ServiceId]) -> None:
+    """Fails unless every stream ends as expected and the victims are replaced."""
     streams = Streams(running.pipeline.endpoint, running.cases)
     streams.wait_for_news()
     before = {victim.pid for victim in living(running.pipeline, victims)}
@@ -84,6 +92,19 @@ def test_streams_survive_a_kill(running: Running, victims: list[tuple[str, int]]
     wait_until_ready(running.pipeline, ALL)
     after = {service.pid for service in living(running.pipeline, victims)}
     assert before.isdisjoint(after)
+
+
+@pytest.mark.parametrize("victims", COMPUTED_AGAIN, ids=names)
+def test_streams_survive_a_kill(running: Running, victims: list[ServiceId]) -> None:
+    kill_in_mid_stream(running, victims)
+
+
+@pytest.mark.parametrize("running", ["sim"], indirect=True)
+@pytest.mark.parametrize("victims", SENT_AGAIN, ids=names)
+def test_streams_survive_a_kill_around_the_ranks(
+    running: Running, victims: list[ServiceId]
+) -> None:
+    kill_in_mid_stream(running, victims)
 
 
 def test_streams_survive_the_same_service_killed_again_and_again(running: Running) -> None:
@@ -120,6 +141,7 @@ def test_a_scheduler_dies_with_plans_in_flight(running: Running) -> None:
     assert after[SCHEDULER].pid != before[SCHEDULER].pid
 
 
+@pytest.mark.parametrize("running", ["sim"], indirect=True)
 def test_a_stopped_service_is_killed_and_replaced(running: Running) -> None:
     streams = Streams(running.pipeline.endpoint, running.cases)
     streams.wait_for_news()
