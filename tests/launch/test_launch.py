@@ -169,6 +169,7 @@ def no_nanovllm_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_nanovllm_on_path")
 def test_what_the_launcher_proposes_works_as_it_stands(sim: Pipeline) -> None:
+    sim.wait_for(" status", END_TIMEOUT_S)
     tried(sim)
 
 
