@@ -25,10 +25,20 @@ from nanovllm.log import EventFormatter
 from nanovllm.options import settings_from, settings_options
 from nanovllm.progress import LoadingBar
 from nanovllm.service import LIFELINE_VARIABLE, settled
-from nanovllm.settings import DEFAULT_INGRESS, Settings, SettingsError, default_runtime_dir
+from nanovllm.settings import (
+    DEFAULT_INGRESS,
+    ENDPOINT_VARIABLE,
+    RUNTIME_DIR_VARIABLE,
+    Settings,
+    SettingsError,
+    default_runtime_dir,
+)
 from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectable, is_local
 
 log = logging.getLogger(__name__)
+
+# They may name another pipeline to the commands that are proposed.
+_VARIABLES = {ENDPOINT_VARIABLE, RUNTIME_DIR_VARIABLE}
 
 
 @click.command(
@@ -117,7 +127,7 @@ def _announce(settings: Settings, name: str, listener: Listener | None) -> None:
     where = ""
     if settings.runtime_dir != default_runtime_dir() or not settings.ingress:
         where = f" --runtime-dir {shlex.quote(os.path.abspath(settings.runtime_dir))}"
-    elif endpoint != DEFAULT_INGRESS:
+    elif endpoint != DEFAULT_INGRESS or os.environ.keys() & _VARIABLES:
         where = f" --endpoint {shlex.quote(endpoint)}"
     nanovllm = _command()
     click.echo(f"nanovllm serves {name} at {bound}{f' and {listener.url}' if listener else ''}")

@@ -23,7 +23,8 @@ from benchmarks.support.pipeline import (
     Pipeline,
 )
 from nanovllm.checkpoint import DEMO_CHECKPOINT
-from nanovllm.settings import default_runtime_dir
+from nanovllm.launch.cli import _announce
+from nanovllm.settings import DEFAULT_INGRESS, Settings, default_runtime_dir
 
 SIM = ("--device", "sim", "--sim-step-ms", "1")
 ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer")
@@ -184,6 +185,17 @@ def test_every_interface_is_announced_as_it_is_reached(monkeypatch: pytest.Monke
             line = pipeline.wait_for(" status", END_TIMEOUT_S)
             assert line.endswith(f" status --endpoint tcp://127.0.0.1:{port}")
             tried(pipeline)
+
+
+@pytest.mark.parametrize("variable", ["NANOVLLM_ENDPOINT", "NANOVLLM_RUNTIME_DIR"])
+def test_proposals_hold_though_the_environment_names_another_pipeline(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _announce(Settings(), "demo", None)
+    assert " chat\n" in capsys.readouterr().out
+    monkeypatch.setenv(variable, "elsewhere")
+    _announce(Settings(), "demo", None)
+    assert f" chat --endpoint {DEFAULT_INGRESS}\n" in capsys.readouterr().out
 
 
 def test_every_service_can_be_started_alone_and_explains_itself() -> None:
