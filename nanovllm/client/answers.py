@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
@@ -67,7 +68,14 @@ def cut(completion: Completion, max_tokens: int | None) -> str | None:
 def note(text: str) -> None:
     """Tells something about an answer, dim and beside stdout; only on a terminal."""
     if sys.stderr.isatty():
-        click.secho(f"[{text}]", dim=True, err=True)
+        click.echo(dim(f"[{text}]"), err=True)
+
+
+def dim(text: str) -> str:
+    """`text` for a terminal to show dim; as it is where the person wants no styles, or the terminal
+    has none."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else click.style(text, dim=True)
 
 
 class ThinkingSplitter:
@@ -103,4 +111,4 @@ class ThinkingSplitter:
 def _print(parts: Iterable[tuple[str, bool]]) -> None:
     for text, thinking in parts:
         if text:
-            click.echo(click.style(text, dim=True) if thinking else text, nl=False)
+            click.echo(dim(text) if thinking else text, nl=False)

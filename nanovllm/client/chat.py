@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from nanovllm.client.answers import cut, note, show
+from nanovllm.client.answers import cut, dim, note, show
 from nanovllm.client.results import Delta, PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client, Stream
 from nanovllm.sampling_params import SamplingParams
@@ -136,9 +136,8 @@ class Chat:
                 raise
         if forgotten:
             oldest = "oldest turn is" if forgotten == 1 else f"{forgotten} oldest turns are"
-            click.secho(
-                f"[the chat no longer fits the model: its {oldest} forgotten]", dim=True, err=True
-            )
+            told = f"[the chat no longer fits the model: its {oldest} forgotten]"
+            click.echo(dim(told), err=True)
         return stream, begin
 
     def _obey(self, command: str, text: str | None) -> str:

@@ -181,6 +181,15 @@ def test_thinking_is_dim_and_so_is_what_is_told_of_an_answer(tmp_path: Path) -> 
     assert "tokens/s]\x1b[0m" in after
 
 
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_nothing_is_dim_where_no_styles_are_wanted(variable: str, value: str) -> None:
+    with ingress(answer_in_full) as double:
+        options = ("--endpoint", double.endpoint, "--max-tokens", "2")
+        with terminal((*NANOVLLM, "generate", "hello", *options), **{variable: value}) as shown:
+            assert shown.wait() == 0
+            assert "\r\n[cut by --max-tokens 2]\r\n" in shown.raw
+
+
 def test_an_error_begins_on_a_line_of_its_own(tmp_path: Path) -> None:
     def script(message: Any, session: str) -> Iterator[Answer]:
         if isinstance(message, Generate):
