@@ -11,16 +11,19 @@ import queue
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import (
+    TYPE_CHECKING,
     Any,
     Final,
     Literal,
+    NamedTuple,
     NotRequired,
     TypedDict,
     Unpack,
+    cast,
     get_args,
     get_type_hints,
     overload,
@@ -30,7 +33,7 @@ import msgspec
 
 from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.client.private_pipeline import PrivatePipeline
-from nanovllm.client.requests import Prompt, generate_message
+from nanovllm.client.requests import Messages, Prompt, Tools, generate_message
 from nanovllm.client.results import PendingPing, PendingRequest, RequestError
 from nanovllm.client.thread import ConnectionThread
 from nanovllm.control import SchedulerStats
@@ -41,6 +44,9 @@ from nanovllm.protocol import FinishReason, Generate, Logprobs, PromptLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings, with_fitting_defaults
 from nanovllm.wording import counted, did_you_mean, key_and_reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Most unfinished requests besides the running: enough that a free slot always finds a next one.
 WINDOW: Final = 2048
@@ -94,11 +100,13 @@ class LLM:
                 given = ", ".join(["model"] * bool(model) + list(options))
                 raise TypeError(f"a running pipeline (endpoint) has its own options; drop {given}")
             self._pipeline = None
+            self._model: str | None = None
             self._window = WINDOW
             self._thread = ConnectionThread(endpoint, CONNECT_TIMEOUT_S)
         else:
             settings = _settings(model, options)
             self._pipeline = PrivatePipeline(settings)
+            self._model = settings.model
             room = max(1, settings.max_pending_requests // 2)  # of one session
             self._window = min(WINDOW + settings.max_num_seqs, room)
             self._thread = ConnectionThread(self._pipeline.endpoint, PRIVATE_TIMEOUT_S)
@@ -118,6 +126,8 @@ class LLM:
         use_tqdm: bool = True,
         *,
         return_errors: Literal[False] = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
     ) -> list[LLMOutput]: ...
 
     @overload
@@ -128,6 +138,8 @@ class LLM:
         use_tqdm: bool = True,
         *,
         return_errors: Literal[True],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
     ) -> list[LLMOutput | RequestError]: ...
 
     def generate(
@@ -137,6 +149,8 @@ class LLM:
         use_tqdm: bool = True,
         *,
         return_errors: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
     ) -> list[LLMOutput] | list[LLMOutput | RequestError]:
         """Generates for every prompt.
 
@@ -147,12 +161,14 @@ class LLM:
             use_tqdm: draw a progress bar.
             return_errors: whether the RequestError of a prompt stands in the place of its output,
                 instead of being raised; the other prompts then have theirs.
+            chat_template_kwargs, tools: for prompts of chat messages, see `Client.generate`.
 
         Returns:
-            One output a prompt, in their order.
+            One output a prompt, in their order; with `SamplingParams.n` so many, one after another.
 
         Raises:
-            TypeError, ValueError: a prompt or parameter is not valid; nothing was generated.
+            TypeError, ValueError: a prompt (unless errors are returned) or a parameter is not
+                valid; nothing was generated.
             RequestError: the pipeline refused a prompt; its message tells which. The rest is
                 aborted.
             PipelineUnavailable, RuntimeError: the pipeline is gone, or was left by `exit`.
@@ -160,8 +176,17 @@ class LLM:
         if not self._closing.alive:
             raise RuntimeError("the LLM is closed")
         self._thread.connection.check_process()
-        waiting = deque(enumerate(_messages(_as_list(prompts), sampling_params)))
+        ask = partial(
+            generate_message, stream=False, chat_template_kwargs=chat_template_kwargs, tools=tools
+        )
+        asks = _asks(_as_list(prompts), sampling_params, ask, return_errors)
         outputs: dict[int, LLMOutput | RequestError] = {}
+        waiting: deque[tuple[int, Generate]] = deque()
+        for index, (_, message) in enumerate(asks):
+            if isinstance(message, RequestError):
+                outputs[index] = message
+            else:
+                waiting.append((index, message))
         outstanding: dict[int, PendingRequest] = {}
         changed: queue.SimpleQueue[int] = queue.SimpleQueue()
         with GenerationBar(len(waiting), self._generated, self._tokens, shown=use_tqdm) as progress:
@@ -169,7 +194,9 @@ class LLM:
                 while waiting or outstanding:
                     self._submit(waiting, outstanding, changed)
                     for index in self._ended(outstanding, changed):
-                        outputs[index] = output = _output(outstanding.pop(index), index)
+                        outputs[index] = output = _output(
+                            outstanding.pop(index), asks[index].prompt
+                        )
                         if not isinstance(output, RequestError):
                             progress.done(len(output["token_ids"]))
                         elif return_errors:
@@ -181,6 +208,38 @@ class LLM:
                 self._thread.abandon(*outstanding.values())
         self._tokens += progress.tokens
         return [outputs[index] for index in range(len(outputs))]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
+    ) -> list[LLMOutput]:
+        """`generate` for one chat, or for a list of chats; arguments and errors as there."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        chats = cast("Sequence[Messages]", [messages] if one else messages)
+        return self.generate(
+            chats,
+            sampling_params,
+            use_tqdm,
+            chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
+        )
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer, by transformers.
+
+        Raises RuntimeError if the LLM uses a running pipeline, whose files it does not know.
+        """
+        if self._model is None:
+            raise RuntimeError("a running pipeline's tokenizer is not known here; load it yourself")
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._model)
+        return tokenizer
 
     def exit(self) -> None:
         """Ends its own pipeline, or disconnects from a running one."""
@@ -263,7 +322,21 @@ def _as_list(prompts: str | Sequence[Prompt]) -> Sequence[Prompt]:
     return list(prompts)
 
 
-def _messages(prompts: Sequence[Prompt], sampling_params: Any) -> list[Generate]:
+class _Ask(NamedTuple):
+    """A request for the prompt with this index, or why there is none."""
+
+    prompt: int
+    message: Generate | RequestError
+
+
+def _asks(
+    prompts: Sequence[Prompt],
+    sampling_params: Any,
+    ask: Callable[[Prompt, SamplingParams | None], Generate],
+    return_errors: bool,
+) -> list[_Ask]:
+    """The requests for all prompts, in order. A prompt that is not valid raises, or has an error in
+    its place."""
     if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
         params: Sequence[SamplingParams | None] = sampling_params
         if len(params) != len(prompts):
@@ -273,15 +346,32 @@ def _messages(prompts: Sequence[Prompt], sampling_params: Any) -> list[Generate]
             )
     else:
         params = [sampling_params] * len(prompts)
-    messages: list[Generate] = []
+    for one in params:
+        if not isinstance(one, SamplingParams | None):
+            raise TypeError(f"sampling_params is a SamplingParams, not {type(one).__name__}")
+        if one is not None:
+            one.to_wire()
+    asks: list[_Ask] = []
     for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-        try:
-            messages.append(generate_message(prompt, sampling, stream=False))
-        except (TypeError, ValueError) as error:
-            part = isinstance(prompt, Integral | Mapping)
-            hint = "; one prompt alone goes into a list, too: [prompt]" * part
-            raise type(error)(f"prompts[{index}]: {error}{hint}") from None
-    return messages
+        for each in _one_by_one(sampling):
+            try:
+                asks.append(_Ask(index, ask(prompt, each)))
+            except (TypeError, ValueError) as error:
+                part = isinstance(prompt, Integral | Mapping)
+                hint = "; one prompt alone goes into a list, too: [prompt]" * part
+                reason = f"prompts[{index}]: {error}{hint}"
+                if not return_errors:
+                    raise type(error)(reason) from None
+                asks.append(_Ask(index, RequestError("invalid_request", reason)))
+    return asks
+
+
+def _one_by_one(sampling: SamplingParams | None) -> list[SamplingParams | None]:
+    """The parameters of the requests for the n outputs of one prompt."""
+    if sampling is None or sampling.n == 1:
+        return [sampling]
+    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(sampling.n)]
+    return [dataclasses.replace(sampling, n=1, seed=seed) for seed in seeds]
 
 
 def _settings(model: str, options: LLMOptions) -> Settings:

@@ -48,6 +48,8 @@ class SamplingParams:
         allowed_token_ids: no other tokens come.
         include_stop_str_in_output: the text ends behind the stop string, not before it.
         skip_special_tokens: special tokens add nothing to the text.
+        n: how many outputs `LLM.generate` gives for a prompt: as many requests, with the seeds
+            seed, seed + 1, …. Other clients ask n times.
 
     Raises:
         ValueError: a value of the wrong type or out of range; the message names it.
@@ -73,6 +75,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    n: int = 1
 
     def __post_init__(self) -> None:
         self.to_wire()
@@ -84,6 +87,8 @@ class SamplingParams:
             ValueError: as the constructor, for a field that was changed since.
         """
         given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if type(n := plain(given.pop("n"))) is not int or n < 1:
+            raise ValueError(f"n={n!r}: a number of outputs, 1 or more")
         values = {name: plain(value) for name, value in given.items()}
         for name in ("max_tokens", "stop", "stop_token_ids", "logit_bias", "bad_words"):
             if values[name] is None:

@@ -15,6 +15,8 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.wording import mistake
 
 Messages = Sequence[Mapping[str, Any]]
+# Functions that the chat template tells the model of, as OpenAI's API describes them.
+Tools = Sequence[Mapping[str, Any]]
 # Text, token ids, or chat messages.
 Prompt = str | Sequence[int] | Messages
 
@@ -40,6 +42,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         *,
         stream: Literal[False] = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
         cache_salt: str | None = None,
     ) -> WholeT: ...
 
@@ -51,6 +54,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         *,
         stream: Literal[True],
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
         cache_salt: str | None = None,
     ) -> StreamT: ...
 
@@ -61,6 +65,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         *,
         stream: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
         cache_salt: str | None = None,
     ) -> WholeT | StreamT:
         """Generates from text, token ids or chat messages.
@@ -70,6 +75,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
             sampling_params: how; the defaults of SamplingParams if not given.
             stream: return a stream of Deltas at once, instead of the Completion at its end.
             chat_template_kwargs: for chat messages; passed to the chat template.
+            tools: for chat messages; the functions that the chat template tells the model of.
             cache_salt: prefix-cache entries are shared only among requests with the same salt.
 
         Raises:
@@ -82,6 +88,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
             sampling_params,
             stream=stream,
             chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
             cache_salt=cache_salt,
         )
         return self._start(message)
@@ -94,6 +101,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         *,
         stream: Literal[False] = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
     ) -> WholeT: ...
 
     @overload
@@ -104,6 +112,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         *,
         stream: Literal[True],
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
     ) -> StreamT: ...
 
     def chat(
@@ -113,6 +122,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         *,
         stream: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
     ) -> WholeT | StreamT:
         """`generate` from chat messages; a str is one message of the user's."""
         if isinstance(messages, str):
@@ -120,9 +130,9 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         kwargs = chat_template_kwargs
         if stream:
             return self.generate(
-                messages, sampling_params, stream=True, chat_template_kwargs=kwargs
+                messages, sampling_params, stream=True, chat_template_kwargs=kwargs, tools=tools
             )
-        return self.generate(messages, sampling_params, chat_template_kwargs=kwargs)
+        return self.generate(messages, sampling_params, chat_template_kwargs=kwargs, tools=tools)
 
 
 def generate_message(
@@ -131,6 +141,7 @@ def generate_message(
     *,
     stream: bool,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Tools | None = None,
     cache_salt: str | None = None,
 ) -> Generate:
     """The request for `prompt`: text, token ids or chat messages.
@@ -144,11 +155,14 @@ def generate_message(
         raise TypeError(
             f"sampling_params is a SamplingParams, not {type(sampling_params).__name__}"
         )
+    if sampling_params is not None and sampling_params.n != 1:
+        raise ValueError("n is for LLM.generate; ask n times, with seeds of your own")
     values: dict[str, Any] = _prompt(plain(prompt))
-    if chat_template_kwargs is not None:
-        if "messages" not in values:
-            raise ValueError("chat_template_kwargs go with chat messages only")
-        values["chat_template_kwargs"] = plain(chat_template_kwargs)
+    for name, value in (("chat_template_kwargs", chat_template_kwargs), ("tools", tools)):
+        if value is not None:
+            if "messages" not in values:
+                raise ValueError(f"{name} go with chat messages only")
+            values[name] = plain(value)
     if cache_salt is not None:
         values["cache_salt"] = plain(cache_salt)
     try:

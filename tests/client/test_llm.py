@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import pytest
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm import LLM, Client, PipelineUnavailable, RequestError, SamplingParams
 from nanovllm.llm import WINDOW
 from nanovllm.llm_options import LLMOptions
@@ -243,7 +244,9 @@ def test_options_are_checked_before_anything_is_launched() -> None:
 
 def test_the_options_for_editors_are_those_of_the_settings() -> None:
     settings = get_type_hints(Settings)
-    del settings["model"], settings["runtime_dir"]
+    of_http = "http http_servers api_key_file tls_certificate tls_key cors served_model_name"
+    for name in ("model", "runtime_dir", "generation_config", *of_http.split()):
+        del settings[name]  # an LLM's own pipeline has no HTTP servers
     assert get_type_hints(LLMOptions) == settings
 
 
@@ -261,3 +264,49 @@ def test_a_closed_llm_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(RuntimeError, match="the LLM is closed"):
             llm.generate("a")
         assert capsys.readouterr().err == ""
+
+
+def test_an_invalid_prompt_may_stand_as_an_error_too(pipeline: Pipeline) -> None:
+    with LLM(endpoint=pipeline.endpoint) as llm:
+        params = SamplingParams(temperature=0, max_tokens=3)
+        first, empty, last = llm.generate(["a", "", "b"], params, False, return_errors=True)
+    assert isinstance(empty, RequestError)
+    assert str(empty) == "invalid_request: prompts[1]: the prompt is empty"
+    assert not isinstance(first, RequestError)
+    assert not isinstance(last, RequestError)
+
+
+def test_n_outputs_are_those_of_n_requests(pipeline: Pipeline) -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=6, seed=5, n=3)
+    with LLM(endpoint=pipeline.endpoint) as llm:
+        outputs = llm.generate(["Once", "Twice"], params, use_tqdm=False)
+        singles = [
+            llm.generate([prompt], SamplingParams(1.0, 6, seed=seed), use_tqdm=False)[0]
+            for prompt in ("Once", "Twice")
+            for seed in (5, 6, 7)
+        ]
+        with pytest.raises(RequestError, match=r"prompts\[1\]"):
+            llm.generate(["Once", [10**6]], params, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == [one["token_ids"] for one in singles]
+    assert [output["seed"] for output in outputs] == [5, 6, 7] * 2
+    with pytest.raises(ValueError, match="n=0"):
+        SamplingParams(n=0)
+
+
+def test_chat_takes_one_chat_or_many() -> None:
+    said = {"role": "user", "content": "hello"}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    params = SamplingParams(temperature=0, max_tokens=4)
+    with LLM(device="cpu") as llm:
+        (one,) = llm.chat([said], params, use_tqdm=False)
+        two = llm.chat([[said], [said]], params, use_tqdm=False)
+        (by_generate,) = llm.generate([[said]], params, use_tqdm=False)
+        llm.chat([said], params, False, tools=tools, chat_template_kwargs={"enable_thinking": True})
+        tokenizer = llm.get_tokenizer()
+    assert [output["token_ids"] for output in (*two, by_generate)] == [one["token_ids"]] * 3
+    assert tokenizer.decode(one["token_ids"], skip_special_tokens=True) == one["text"]
+
+
+def test_a_running_pipeline_s_tokenizer_is_not_known(pipeline: Pipeline) -> None:
+    with LLM(endpoint=pipeline.endpoint) as llm, pytest.raises(RuntimeError, match="load it"):
+        llm.get_tokenizer()
