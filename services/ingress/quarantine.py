@@ -51,7 +51,7 @@ class Quarantine:
     # The two halves of a death ------------------------------------------------------------------
 
     def connected(self, peer: Peer) -> None:
-        """The link to a service was made: the requests in hand before do not count any more."""
+        """The link to a service was made: what it had in hand before does not count any more."""
         self._deaths.lost(peer, NOTHING_IN_HAND)
 
     def lost(self, peer: Peer, in_hand: InHand) -> None:

@@ -37,11 +37,12 @@ class Deaths:
 
     def lost(self, peer: Peer, in_hand: InHand) -> InHand | None:
         """The link to a service is gone. Returns `in_hand` if the service is known to have died by
-        itself. When the link is made again, this is called with `NOTHING_IN_HAND`, since the
-        requests in hand before do not count any more."""
+        itself. When the same incarnation makes the link again, this is called with
+        `NOTHING_IN_HAND`, since the requests in hand before do not count any more."""
         service = (peer.role, peer.index)
         if not in_hand.uids:
-            self._in_hand.pop(service, None)
+            if self._in_hand.get(service, (0, in_hand))[0] == peer.incarnation:
+                del self._in_hand[service]
             return None
         if self._by_itself.get(service) == peer.incarnation:
             del self._by_itself[service]

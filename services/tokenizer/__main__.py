@@ -9,7 +9,7 @@ from nanovllm.messages import IngressToTokenizer
 from nanovllm.service import RETRY_S, Service, service_command
 from nanovllm.services.tokenizer.core import TokenizeQueue
 from nanovllm.services.tokenizer.prompts import PromptEncoder
-from nanovllm.transport.links import Event, Received, Up
+from nanovllm.transport.links import Event, Received
 
 # Tokenizing goes on for this long before the links are looked at again.
 WORK_S = 0.005
@@ -38,8 +38,8 @@ class TokenizerLoop:
     def _on_ingress(self, event: Event[IngressToTokenizer]) -> None:
         if isinstance(event, Received):
             self._queue.add(event.message)
-        elif isinstance(event, Up):
-            self._queue.ingress_up()
+        else:
+            self._queue.forget()
 
 
 def serve(service: Service) -> NoReturn:

@@ -28,8 +28,8 @@ class TokenizeQueue:
     def add(self, request: Tokenize) -> None:
         self._requests.append(request)
 
-    def ingress_up(self) -> None:
-        """A connection to the ingress was made: what was in hand was given to another."""
+    def forget(self) -> None:
+        """The link to the ingress was made or lost: what was in hand was given to another."""
         self._requests.clear()
         self._answers.clear()
 

@@ -339,11 +339,19 @@ def test_the_halves_of_a_death_are_joined_once_and_only_in_one_incarnation(
             latest[incarnation] = in_hand if joined is None else None
         elif what == "connected":
             assert deaths.lost(peer, NOTHING_IN_HAND) is None
-            latest.clear()
+            latest.pop(incarnation, None)
         else:
             told.add(incarnation)
             joined = deaths.by_itself(peer)
             assert joined is None or joined == latest.pop(incarnation)
+
+
+def test_a_death_counts_though_the_next_incarnation_is_there_before_it_is_told() -> None:
+    deaths = Deaths()
+    in_hand = InHand([1], alone=True)
+    assert deaths.lost(Peer("tokenizer", 0, 1), in_hand) is None
+    assert deaths.lost(Peer("tokenizer", 0, 2), NOTHING_IN_HAND) is None
+    assert deaths.by_itself(Peer("tokenizer", 0, 1)) == in_hand
 
 
 def test_who_gets_further_than_it_was_at_a_death_is_cleared_and_later_has_to_get_twice_as_far() -> (

@@ -262,7 +262,7 @@ class World:
     def _tokenizer_side(self, i: int) -> Side:
         return Side(
             self._peer("tokenizer", i),
-            lambda _: self.tokenizers[i].ingress_up(),
+            lambda _: self.tokenizers[i].forget(),
             self._nothing,
             lambda _, message: self.tokenizers[i].add(message),
         )

@@ -66,7 +66,7 @@ def test_a_connection_to_the_ingress_begins_with_nothing_in_hand() -> None:
     queue.add(request(uid=1))
     queue.add(request(uid=2))
     queue.work()
-    queue.ingress_up()
+    queue.forget()
     assert queue.idle
     assert queue.frame() == []
     queue.add(request(uid=2))

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
-from nanovllm.messages import Refused, Tokenized, TokenizerToIngress, unpack
-from nanovllm.service import EXIT_MISCONFIGURED, REASON_PREFIX
+from nanovllm.messages import (
+    IngressToTokenizer,
+    Refused,
+    Tokenized,
+    TokenizerToIngress,
+    unpack,
+)
+from nanovllm.service import EXIT_MISCONFIGURED, REASON_PREFIX, Service
+from nanovllm.services.tokenizer.__main__ import TokenizerLoop
+from nanovllm.services.tokenizer.core import TokenizeQueue
+from nanovllm.transport.links import Down, Event, Peer, Received, Up
 from tests.bpe import tiny_tokenizer
 from tests.peer import Neighbourhood, imported_modules
 from tests.tokenizer.test_prompts import request
@@ -33,6 +45,28 @@ def test_each_ingress_is_answered_what_it_asked() -> None:
         ingress.come_back(reborn=True)
         ingress.send(request(uid=4, prompt=text))
         assert ingress.expect(Tokenized).uid == 4, "nothing that another one asked"
+
+
+def test_what_the_link_has_lost_is_not_tokenized() -> None:
+    """Meanwhile another tokenizer has it: it would be blamed there for what it does here."""
+    events: list[Callable[[Event[IngressToTokenizer]], None]] = []
+
+    class Stub:
+        settings = SimpleNamespace(services_endpoint="")
+
+        def connect(self, _endpoint: str, _inbound: object, handler: Any) -> SimpleNamespace:
+            events.append(handler)
+            return SimpleNamespace(peer=None)
+
+    queue = TokenizeQueue(lambda asked: Refused(asked.uid, "internal", ""))
+    loop = TokenizerLoop(cast(Service, Stub()), queue)
+    ingress = Peer("ingress", 0, 1)
+    (on_event,) = events
+    on_event(Up(ingress))
+    on_event(Received(ingress, request(uid=1)))
+    on_event(Down(ingress))
+    loop.step(0.0)
+    assert queue.stats().tokenized == 0
 
 
 def test_a_model_without_tokenizer_gets_one_clear_line() -> None:
