@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shlex
 import socket
@@ -14,6 +15,8 @@ import msgspec
 from nanovllm.service import API_KEY_VARIABLE, LISTENER_VARIABLE
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.transport.endpoints import host_and_port, is_loopback
+
+log = logging.getLogger(__name__)
 
 # Connections that wait while no HTTP server takes them, where the system grants as many.
 BACKLOG = 4096
@@ -40,6 +43,11 @@ class Listener:
                 f"--http {settings.http} is beyond loopback, and whoever reaches it may use the"
                 f" pipeline: bind 127.0.0.1, give keys by --api-key-file or {API_KEY_VARIABLE}, or"
                 " allow it with --insecure"
+            )
+        if not is_loopback(host) and not settings.tls_certificate:
+            log.warning(
+                "--http %s: the network can read along, keys too: --tls-certificate hides them",
+                settings.http,
             )
         if settings.tls_certificate:
             _check_tls(settings.tls_certificate, settings.tls_key)
