@@ -20,7 +20,12 @@ MAX_LOGIT_BIAS = 300
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, Meta(gt=0, le=10)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+LogitBias = Annotated[dict[TokenId, Bias], Meta(max_length=MAX_LOGIT_BIAS)]
+BadWord = NonEmptyStr | Annotated[TokenIds, Meta(max_length=MAX_BAD_WORD_TOKENS)]
+BadWords = Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 ErrorCode = Literal[
@@ -65,17 +70,12 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_de
     seed: Int64 | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    repetition_penalty: RepetitionPenalty = 1.0
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
-    logit_bias: Annotated[
-        dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)
-    ] = {}
+    logit_bias: LogitBias = {}
     min_tokens: Annotated[int, Meta(ge=0)] = 0
-    bad_words: Annotated[
-        list[NonEmptyStr | Annotated[TokenIds, Meta(max_length=MAX_BAD_WORD_TOKENS)]],
-        Meta(max_length=MAX_BAD_WORDS),
-    ] = []
+    bad_words: BadWords = []
     allowed_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True

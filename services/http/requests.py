@@ -12,25 +12,31 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from nanovllm.protocol import Int64, NonEmptyStr, StopString, TokenId
+from nanovllm.protocol import (
+    BadWords,
+    Int64,
+    LogitBias,
+    NonEmptyStr,
+    Penalty,
+    RepetitionPenalty,
+    StopString,
+    TokenId,
+    TokenIds,
+)
 from nanovllm.services.http.errors import ApiError
 from nanovllm.wording import key_and_reason
 
 RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 
-Zero = Annotated[float, Meta(ge=0, le=0)]
-One = Annotated[float, Meta(ge=1, le=1)]
 MAX_CHOICES: Final = 128
 
 _NOT_SERVED: Final = frozenset(
     {
         *("response_format", "structured_outputs", "guided_json", "guided_regex"),
-        *("guided_choice", "guided_grammar", "presence_penalty", "frequency_penalty"),
-        *("repetition_penalty", "logit_bias", "min_tokens", "tool_choice", "functions"),
+        *("guided_choice", "guided_grammar", "tool_choice", "functions"),
         *("function_call", "modalities", "audio", "prediction", "web_search_options"),
         *("reasoning_effort", "verbosity", "service_tier", "suffix", "best_of", "echo"),
-        *("store", "parallel_tool_calls", "skip_special_tokens", "prompt_logprobs"),
-        *("include_stop_str_in_output", "add_generation_prompt"),
+        *("store", "parallel_tool_calls", "prompt_logprobs", "add_generation_prompt"),
     }
 )
 _PART_TYPE: Final = re.compile(r"messages\[\d+\]\.content\[\d+\]\.type")
@@ -60,6 +66,15 @@ class SamplingKeys(msgspec.Struct, kw_only=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    bad_words: BadWords | None = None
+    allowed_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     cache_salt: NonEmptyStr | None = None
     user: str | None = None
 
@@ -70,18 +85,9 @@ class SamplingKeys(msgspec.Struct, kw_only=True):
     guided_regex: None = None
     guided_choice: None = None
     guided_grammar: None = None
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    repetition_penalty: One | None = None
-    logit_bias: Annotated[dict[str, float], Meta(max_length=0)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=0)] | None = None
     prompt_logprobs: None = None
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
 
     def __post_init__(self) -> None:
-        _only(self.skip_special_tokens, True, "skip_special_tokens")
-        _only(self.include_stop_str_in_output, False, "include_stop_str_in_output")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: goes with stream only", "stream_options")
 

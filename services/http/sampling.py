@@ -35,6 +35,15 @@ def sampling(
         ignore_eos=bool(ask.ignore_eos),
         seed=ask.seed,
         logprobs=logprobs,
+        repetition_penalty=_first(ask.repetition_penalty, None, own.repetition_penalty),
+        frequency_penalty=ask.frequency_penalty or 0.0,
+        presence_penalty=ask.presence_penalty or 0.0,
+        logit_bias=ask.logit_bias or {},
+        min_tokens=ask.min_tokens or 0,
+        bad_words=ask.bad_words or [],
+        allowed_token_ids=ask.allowed_token_ids,
+        include_stop_str_in_output=bool(ask.include_stop_str_in_output),
+        skip_special_tokens=_first(ask.skip_special_tokens, None, own.skip_special_tokens),
     )
 
 

@@ -92,6 +92,31 @@ def test_extra_keys_reach_the_pipeline(client: openai.OpenAI) -> None:
     assert one.choices[0].message.content == greedy.choices[0].message.content
 
 
+def test_sampling_parameters_reach_the_pipeline(client: openai.OpenAI, pipeline: Pipeline) -> None:
+    asked: dict[str, Any] = {"presence_penalty": 1.5, "frequency_penalty": 0.5}
+    asked |= {"repetition_penalty": 1.2, "min_tokens": 5, "bad_words": ["was", [300, 301]]}
+    asked |= {"allowed_token_ids": list(range(250, 900)), "skip_special_tokens": False}
+    asked |= {"stop": [" a"], "include_stop_str_in_output": True}
+    params = SamplingParams(temperature=0, max_tokens=40, logit_bias={400: 3.0}, seed=1, **asked)
+    with Client(pipeline.endpoint) as direct:
+        expected = direct.generate("Once upon a time", params)
+    of_openai = {
+        name: asked.pop(name) for name in ("presence_penalty", "frequency_penalty", "stop")
+    }
+    answer = client.completions.create(
+        model="demo",
+        prompt="Once upon a time",
+        temperature=0,
+        max_tokens=40,
+        logit_bias={"400": 3},
+        seed=1,
+        extra_body=asked,
+        **of_openai,
+    )
+    assert answer.choices[0].text == expected.text
+    assert answer.choices[0].finish_reason == expected.finish_reason
+
+
 def test_an_assistants_message_is_continued(client: openai.OpenAI) -> None:
     begun = [*STORY, {"role": "assistant", "content": "Once upon a"}]
     answer = client.chat.completions.create(
