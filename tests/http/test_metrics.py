@@ -145,14 +145,14 @@ def test_the_real_prometheus_scrapes_it(door: Server, tmp_path: Path) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while True:
             try:
-                answer = Server(port).get(f"/api/v1/query?{urlencode(expression)}").json
-                if answer["data"]["result"]:
+                answer = Server(port).get(f"/api/v1/query?{urlencode(expression)}")
+                if answer.status == 200 and (found := answer.json["data"]["result"]):
                     break
             except ConnectionError:  # it does not listen yet
                 pass
             assert time.monotonic() < deadline, "nothing was scraped"
             time.sleep(LOOK_AGAIN_S)
-        assert answer["data"]["result"][0]["value"][1] == "5"
+        assert found[0]["value"][1] == "5"
     finally:
         prometheus.kill()
         prometheus.wait()
