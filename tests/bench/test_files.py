@@ -47,7 +47,7 @@ def test_json_lines_give_prompts_and_chats(tmp_path: Path) -> None:
         ('[{"text": "a"}]', "missing required field `conversations`"),
     ],
 )
-def test_what_is_wrong_with_prompts_is_told(tmp_path: Path, text: str, says: str) -> None:
+def test_a_wrong_prompt_file_says_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(InputFileError) as raised:
         read_prompts(path)
@@ -73,7 +73,7 @@ def test_a_trace_is_sorted_and_its_time_stamps_begin_at_zero(tmp_path: Path) -> 
         ('{"at_s": 1, "input": 0}', "line 1: input: Expected `int` >= 1"),
     ],
 )
-def test_what_is_wrong_with_a_trace_is_told(tmp_path: Path, text: str, says: str) -> None:
+def test_a_wrong_trace_says_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(InputFileError) as raised:
         read_trace(written(tmp_path, text))
     assert says in str(raised.value)

@@ -83,7 +83,7 @@ def test_mistakes_are_told_in_one_line() -> None:
     assert "not valid UTF-8" in ran.output
 
 
-def test_whoever_waits_for_a_pipeline_is_told_for_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_names_the_pipeline_that_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanovllm.client.cli.PATIENCE_S", 0.1)
     patient = functools.partial(Client, timeout=1.0)
     monkeypatch.setattr("nanovllm.client.cli.Client", patient)
@@ -207,7 +207,7 @@ def test_the_table_shows_every_service_and_the_engine() -> None:
     assert [line for line in lines if "device busy" in line] == ["device busy   95%"]
 
 
-def test_one_is_not_told_in_the_plural() -> None:
+def test_status_prints_a_count_of_one_in_the_singular() -> None:
     def service(role: str, stats: Any) -> ServiceStatus:
         return ServiceStatus(role, 0, 1, "ready", None, 1.0, 0, 1.0, 1.0, stats)
 

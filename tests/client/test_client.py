@@ -268,7 +268,7 @@ def test_an_answer_may_take_longer_than_the_timeout_while_pings_are_answered() -
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:5555", "http://x", "", "tcp://"])
-def test_what_is_no_endpoint_is_refused(endpoint: str) -> None:
+def test_a_wrong_endpoint_is_refused(endpoint: str) -> None:
     with pytest.raises(ValueError, match="tcp://HOST:PORT"):
         Client(endpoint)
 

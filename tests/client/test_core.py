@@ -182,7 +182,7 @@ def test_where_nothing_listens_a_first_request_soon_fails() -> None:
         harness.step()
 
 
-def test_what_listens_in_time_has_the_whole_timeout_for_its_answer() -> None:
+def test_an_ingress_that_listens_in_time_has_the_whole_timeout_to_answer() -> None:
     harness = Harness()
     request = harness.submit()
     harness.step()
@@ -319,7 +319,7 @@ def test_a_frame_that_is_too_large_costs_the_largest_request() -> None:
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xc1", b"HTTP/1.1 400", b"\x91" * 5000, encode([{}])])
-def test_what_does_not_speak_the_protocol_is_named(garbage: bytes) -> None:
+def test_an_answer_that_is_not_the_protocol_is_an_error(garbage: bytes) -> None:
     harness = Harness()
     request = harness.submit()
     harness.step()
@@ -349,7 +349,7 @@ class Cut(msgspec.Struct):
     cuts=st.lists(st.builds(Cut, st.integers(0, 10), st.booleans()), max_size=6),
     data=st.data(),
 )
-def test_whatever_is_cut_every_stream_is_whole(
+def test_every_stream_is_whole_across_disconnects(
     lengths: list[int], cuts: list[Cut], data: st.DataObject
 ) -> None:
     """Property: a client that is disconnected at any point gets each output once, in order."""

@@ -181,7 +181,7 @@ def test_a_refused_prompt_may_stand_as_an_error_among_the_others() -> None:
             assert error.message == f"prompts[{index}]: too long"
 
 
-def test_what_concerns_all_prompts_is_raised_all_the_same() -> None:
+def test_an_error_of_all_prompts_is_raised() -> None:
     def script(message: Any, session: str) -> Iterator[Answer]:
         threading.Thread(target=llm.exit).start()
         yield from ()

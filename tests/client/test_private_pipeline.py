@@ -121,7 +121,7 @@ def test_it_generates_and_can_be_left_and_made_again(own_tmp: Path) -> None:
         assert list(own_tmp.iterdir()) == [], "nothing is left behind"
 
 
-def test_what_the_launcher_refuses_is_the_error(
+def test_the_launcher_s_refusal_is_the_error(
     own_tmp: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RuntimeError, match=r"could not be launched: .*--tp 7 does not divide"):

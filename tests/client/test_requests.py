@@ -83,7 +83,7 @@ def test_other_arguments_are_taken_for_what_they_are() -> None:
         ([{"role": "user", "content": "caf\udce9"}], ValueError, "not valid Unicode"),
     ],
 )
-def test_what_is_no_prompt_is_refused_and_named(
+def test_a_wrong_prompt_is_refused_and_named(
     prompt: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

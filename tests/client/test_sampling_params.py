@@ -82,7 +82,7 @@ def test_a_value_is_taken_for_what_it_is(name: str, value: Any, meant: Any) -> N
         ("ignore_eos", "yes"),
     ],
 )
-def test_what_is_out_of_range_is_named(name: str, value: Any) -> None:
+def test_a_parameter_out_of_range_is_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         SamplingParams(**{name: value})
 

@@ -76,7 +76,7 @@ def rows(
 
 
 class Ingress:
-    """Takes decoded output as the ingress does: cuts what it has, and lets no gap pass."""
+    """Takes decoded output as the ingress does: cuts what has come before, and refuses gaps."""
 
     def __init__(self, tokens: int = 0, chars: int = 0) -> None:
         self.first_token, self.first_char = tokens, chars
@@ -315,7 +315,7 @@ def test_a_stop_string_completed_by_the_end_of_an_incomplete_character() -> None
     assert only(core) == Decoded(UID, 1, 4, 1, b"", "", [], ended("stop", 4))
 
 
-def test_what_arrives_twice_is_cut_and_gaps_wait_for_begin() -> None:
+def test_repeated_tokens_are_cut_and_gaps_wait_for_begin() -> None:
     core = Detokenizer(VOCABULARY)
     token_ids = ids_of_bytes(b"hello")
     core.take(begin())

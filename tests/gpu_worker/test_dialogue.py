@@ -1,4 +1,4 @@
-"""Which plans rank 0 takes and which results it keeps, whatever the scheduler and the link do."""
+"""Rank 0 takes the right plans and keeps the right results over restarts and reconnects."""
 
 from __future__ import annotations
 

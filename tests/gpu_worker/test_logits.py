@@ -41,7 +41,7 @@ samplings = st.builds(
 
 
 def expected(logits: Tensor, sampling: Sampling, prompt: list[int], output: list[int]) -> Tensor:
-    """By transformers' processors, and by hand for what it lacks: float32 [VOCAB]."""
+    """Logits from transformers' processors, by hand for what they lack: float32 [VOCAB]."""
     sequence = torch.tensor([prompt + output])
     row: Tensor = logits[None].clone()
     before, after = LogitsProcessorList(), LogitsProcessorList()

@@ -228,7 +228,7 @@ def test_plans_are_launched_ahead_of_their_results(directory: Path) -> None:
     assert [r.token_ids for r in again] == [r.token_ids for r in results]
 
 
-def test_what_ends_the_device_thread_is_raised(directory: Path) -> None:
+def test_an_exception_in_the_device_thread_is_raised(directory: Path) -> None:
     runner = TorchRunner(directory, ModelConfig.from_checkpoint(directory), SETTINGS, rank=0)
     reports(runner, Loaded)
     runner.launch(step_plan(0, decode=[6]))
@@ -279,7 +279,7 @@ def test_the_largest_steps_can_be_run(directory: Path, max_model_len: int) -> No
 
 
 class Tried:
-    """A double of an executor, for want of a GPU: remembers what it is to run."""
+    """A double of an executor, where there is no GPU: remembers the steps it is given."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []

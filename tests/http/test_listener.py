@@ -49,7 +49,7 @@ def test_a_taken_port_is_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("http", ["8000", "127.0.0.1", "http://127.0.0.1:8000", "h:65536", "::1:8"])
-def test_what_is_no_address_is_refused(http: str) -> None:
+def test_a_wrong_http_address_is_refused(http: str) -> None:
     with pytest.raises(SettingsError, match=r"--http .*must be HOST:PORT"):
         Settings(http=http)
 

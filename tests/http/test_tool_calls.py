@@ -97,7 +97,7 @@ def test_arguments_are_objects_and_nothing_else_is_lost(text: str, cuts: list[in
         (f"a <b> {OPEN[:5]}", f"a <b> {OPEN[:5]}", []),
     ],
 )
-def test_what_is_a_call_and_what_is_not(text: str, content: str, names: list[str]) -> None:
+def test_tool_calls_are_told_from_text(text: str, content: str, names: list[str]) -> None:
     found, calls = parse(text, list(range(len(text))))
     assert (found, [call.name for call in calls]) == (content, names)
 

@@ -134,7 +134,7 @@ def whole_answers(world: World, submit: Submit) -> None:
 
 
 @pytest.mark.parametrize("produce", [pings, stream, logprobs, whole_answers])
-def test_what_is_kept_for_a_client_that_does_not_read_is_bounded(
+def test_output_kept_for_a_client_that_does_not_read_is_bounded(
     produce: Callable[[World, Submit], None],
 ) -> None:
     world = World(max_pending_requests=2000)
@@ -155,7 +155,7 @@ def test_what_is_kept_for_a_client_that_does_not_read_is_bounded(
     assert world.core.stats.requests == 1, "others go on"
 
 
-def test_what_was_read_is_not_counted() -> None:
+def test_output_that_a_client_has_read_is_not_counted() -> None:
     world = World()
     (submit,) = world.start("a")
     for world.steps in range(300):

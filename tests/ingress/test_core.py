@@ -137,8 +137,8 @@ STAGES = ["no tokenizer", "unsent", "tokenizing", "no engine", "submitted", "run
 
 @pytest.mark.parametrize("reached", range(len(STAGES)), ids=STAGES)
 def test_abort_at_every_stage(reached: int) -> None:
-    """The client hears how far it came, no service is given anything more, and what is under way
-    finds nobody."""
+    """The client hears how many tokens there were, no service gets more messages, and output on its
+    way is dropped."""
     world = World(services=False)
     world.generate("a", prompt=None, prompt_token_ids=PROMPT, resume_token_ids=[7])
     tokenizes: list[Tokenize] = []

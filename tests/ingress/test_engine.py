@@ -1,4 +1,4 @@
-"""Which requests the scheduler is given, in which order, and what it is told around an `Up`."""
+"""The requests that the scheduler is given, their order, and the messages around an `Up`."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_new_scheduler_is_given_all_that_ran_first_and_the_oldest_first() -> N
             assert message.resumed == 1
 
 
-def test_who_comes_back_with_output_overtakes_who_has_none() -> None:
+def test_requests_with_output_are_submitted_before_requests_without() -> None:
     world = World()
     world.core.from_scheduler(SCHEDULER, NOT_READY)
     world.start("early")
@@ -259,7 +259,7 @@ def test_ends_go_before_what_is_submitted() -> None:
     assert submit.attempt == 2
 
 
-def test_what_was_not_sent_when_the_link_was_made_anew_is_not_held_and_comes() -> None:
+def test_an_unsent_submit_is_not_held_after_a_reconnect_and_is_sent() -> None:
     world = World()
     (sent,) = world.start("a")
     unsent = _given_but_not_sent(world, "b")

@@ -1,4 +1,4 @@
-"""Whatever the bytes: messages, or errors that name what is wrong."""
+"""Any bytes of a client become a message, or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_random_maps_never_raise(keys: dict[str, Any], kind: str) -> None:
 
 
 @given(PLAIN.filter(lambda value: not isinstance(value, dict)))
-def test_what_is_no_map_is_told_the_framing(value: Any) -> None:
+def test_a_frame_that_is_no_map_is_told_the_framing(value: Any) -> None:
     error = read_message(value)
     assert isinstance(error, Error)
     assert (error.id, error.code) == (None, "invalid_request")
@@ -117,7 +117,7 @@ def test_what_is_no_map_is_told_the_framing(value: Any) -> None:
         b"\x91\x91",
     ],
 )
-def test_what_is_no_message_pack_is_told_so(text: bytes) -> None:
+def test_a_frame_that_is_no_message_pack_is_told_so(text: bytes) -> None:
     error = read(text)
     assert isinstance(error, Error)
     assert error.message == f"not MessagePack: {FRAMING}"

@@ -106,8 +106,8 @@ os._exit(0)
 
 
 def test_a_client_that_floods_and_goes(around: Surroundings) -> None:
-    """What it sent would take the ingress many seconds; nobody waits for that, and it is no end of
-    the ingress (libzmq's heartbeats, see clients.py)."""
+    """The ingress would need many seconds for the frames. It drops them, serves other clients
+    meanwhile, and does not abort (libzmq's heartbeats, see clients.py)."""
     other = around.client()
     ask = msgspec.msgpack.encode({"type": "generate", "id": "a", "prompt": "x"})
     flood = [sys.executable, "-c", FLOOD, around.endpoint, "1", ask.hex(), "200000", "05"]

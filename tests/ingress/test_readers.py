@@ -1,4 +1,4 @@
-"""Clients that read slowly, not at all, or not any more; beside one that does."""
+"""Clients that read slowly, never, or no longer, beside a client that reads."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_slow_reader_gets_the_rest_merged(around: Surroundings) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_one_that_does_not_read_is_disconnected(around: Surroundings, stream: bool) -> None:
+def test_a_client_that_does_not_read_is_disconnected(around: Surroundings, stream: bool) -> None:
     silent, good = around.client(**SLOW), around.client()
     silent.reads = False
     good.generate("good")
@@ -106,7 +106,7 @@ def test_one_that_does_not_read_is_disconnected(around: Surroundings, stream: bo
 def test_a_client_that_is_stopped_or_killed_in_every_stage(
     around: Surroundings, tcp: str, how: signal.Signals
 ) -> None:
-    """What it had is given up, over both transports, however much its buffers hold."""
+    """Its requests are aborted, over both transports, however much its buffers hold."""
     states = ["queued", "in prefill", "streaming", "streaming much", "whole"]
     asks = [{"id": state, "prompt": state, "stream": state != "whole"} for state in states]
     before = len(around.tokenizes)

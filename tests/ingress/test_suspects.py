@@ -105,7 +105,7 @@ class Pipeline:
             self.scheduler_dies(by_itself=True)
 
     def tokenize(self, peer: Peer) -> None:
-        """The tokenizer's next request; those that are over are among them."""
+        """The tokenizer's next request; requests that have ended may be among them."""
         if not self.inboxes[peer]:
             return
         uid = next(iter(self.inboxes[peer]))
@@ -354,9 +354,7 @@ def test_a_death_counts_though_the_next_incarnation_is_there_before_it_is_told()
     assert deaths.by_itself(Peer("tokenizer", 0, 1)) == in_hand
 
 
-def test_who_gets_further_than_it_was_at_a_death_is_cleared_and_later_has_to_get_twice_as_far() -> (
-    None
-):
+def test_clearing_a_suspect_takes_twice_as_many_tokens_each_time() -> None:
     suspects = Suspects()
     tokens = 100
     for further in (CLEARING_TOKENS, 2 * CLEARING_TOKENS, 4 * CLEARING_TOKENS):
@@ -369,7 +367,7 @@ def test_who_gets_further_than_it_was_at_a_death_is_cleared_and_later_has_to_get
         assert suspects.next() is None
 
 
-def test_one_after_the_other_runs_alone_who_was_present_most_often_first() -> None:
+def test_suspects_run_alone_in_order_of_their_deaths() -> None:
     suspects = Suspects()
     for _ in range(DEATHS):
         for uid in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""Who tokenizes what, and what is done again when a tokenizer dies."""
+"""How requests are given to tokenizers, and given again when a tokenizer dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who waits for whom, and how much one session may have of what there is for all."""
+"""Turns between clients, and how much of the shared bounds one session may have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kinds of rows to sample, and whether tokens are those that the reference draws."""
+"""Kinds of rows to sample, and a comparison with the tokens that the reference draws."""
 
 from __future__ import annotations
 

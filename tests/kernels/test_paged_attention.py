@@ -95,7 +95,7 @@ def test_why_a_backend_cannot_run() -> None:
         choose("flash-attn", shape, torch.bfloat16, cuda)
 
 
-def test_what_is_left_in_a_block_does_no_harm() -> None:
+def test_stale_values_in_a_block_do_no_harm() -> None:
     for block_size in (16, 64):
         shape = AttentionShape(4, 2, 16, block_size)
         ragged = Ragged(shape, [1, 20], [30, 70], device=DEVICE, outside=torch.nan)

@@ -169,7 +169,7 @@ def no_nanovllm_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_nanovllm_on_path")
-def test_what_the_launcher_proposes_works_as_it_stands(sim: Pipeline) -> None:
+def test_the_commands_that_the_launcher_proposes_work(sim: Pipeline) -> None:
     sim.wait_for(" status", END_TIMEOUT_S)
     tried(sim)
 

@@ -1,4 +1,4 @@
-"""Nobody waits for a reader of the log: no service, and not the launcher."""
+"""Neither a service nor the launcher waits for a reader of the log."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read(descriptor: int) -> bytes:
         return b""
 
 
-def test_what_is_not_read_is_lost_counted_and_said_later() -> None:
+def test_unread_lines_are_lost_counted_and_reported_later() -> None:
     read_end, write_end = output_pipe()
     stream = lossy(sys.__stdout__ or sys.stdout, write_end)
     got, lines = b"", 0
@@ -81,7 +81,7 @@ def test_no_service_waits_for_a_launcher_that_is_stopped() -> None:
 
 @pytest.fixture
 def unread(tmp_path: Path) -> Iterator[Path]:
-    """The runtime directory of a pipeline whose output nobody reads."""
+    """The runtime directory of a pipeline whose output no process reads."""
     path = tmp_path / "run"
     launch = [sys.executable, "-m", "nanovllm.launch.cli", "--runtime-dir", str(path)]
     launcher = subprocess.Popen(

@@ -11,7 +11,7 @@ from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.settings import Settings, SettingsError
 
 
-def test_one_that_is_not_there_is_made_private_and_goes_again(tmp_path: Path) -> None:
+def test_a_missing_runtime_dir_is_made_private_and_removed_again(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
     with runtime_dir(path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
@@ -33,7 +33,7 @@ def test_only_what_services_leave_there_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o710, 0o707])
-def test_one_that_is_open_to_others_is_refused_and_stays_so(tmp_path: Path, mode: int) -> None:
+def test_a_runtime_dir_open_to_others_is_refused_and_left_alone(tmp_path: Path, mode: int) -> None:
     (tmp_path / "control.sock").touch()
     tmp_path.chmod(mode)
     refused = pytest.raises(SettingsError, match=r"open to other users.*chmod 700")
@@ -43,6 +43,6 @@ def test_one_that_is_open_to_others_is_refused_and_stays_so(tmp_path: Path, mode
     assert [path.name for path in tmp_path.iterdir()] == ["control.sock"]
 
 
-def test_one_without_a_name_is_refused() -> None:
+def test_a_runtime_dir_without_a_name_is_refused() -> None:
     with pytest.raises(SettingsError, match="--runtime-dir is empty"):
         Settings(runtime_dir="")

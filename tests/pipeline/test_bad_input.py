@@ -1,4 +1,5 @@
-"""Hostile clients beside a good one: its answers are whole, no service ends, nobody is misled."""
+"""Hostile clients beside a good one: the good client's answers are whole,
+and no service ends."""
 
 from __future__ import annotations
 

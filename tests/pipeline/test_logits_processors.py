@@ -127,7 +127,7 @@ def test_a_row_without_any_token_left_ends_with_an_error(wire: Wire) -> None:
     assert good.finish.finish_reason == "length"
 
 
-def test_what_the_text_holds_is_the_request_s_to_say(wire: Wire) -> None:
+def test_the_request_says_what_its_text_holds(wire: Wire) -> None:
     request: dict[str, Any] = {"prompt": "Once upon a time"}
     sampling: dict[str, Any] = {"temperature": 0, "max_tokens": 300}
     (story,) = wire.run({**request, "sampling": sampling})

@@ -47,7 +47,7 @@ def check(found: PromptLogprobs | None, prompt: list[int], model: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["", CHUNKS])
-def test_they_are_those_of_transformers(
+def test_prompt_logprobs_equal_transformers(
     pipeline: Pipeline, start_pipeline: Callable[..., Pipeline], arguments: str
 ) -> None:
     """The second time the prompts' blocks are in the prefix cache."""
@@ -63,7 +63,7 @@ def test_they_are_those_of_transformers(
                 assert answer.finish.usage.cached_tokens == 0
 
 
-def test_they_are_not_told_again_to_a_request_that_resumes(wire: Wire) -> None:
+def test_a_resumed_request_gets_no_prompt_logprobs_again(wire: Wire) -> None:
     (whole,) = wire.run(ask(PROMPTS[0]))
     (resumed,) = wire.run(ask(PROMPTS[0], resume_token_ids=whole.token_ids[:5]))
     assert resumed.prompt_logprobs is None

@@ -144,7 +144,7 @@ def test_parameters_that_leave_one_token_are_greedy(wire: Wire) -> None:
         assert answer.token_ids == expected.token_ids
 
 
-def test_what_ends_an_output(wire: Wire) -> None:
+def test_every_finish_reason_of_an_output(wire: Wire) -> None:
     eos = ModelConfig.from_checkpoint(DEMO_CHECKPOINT).eos_token_ids
     assert eos
     (story,) = wire.run(greedy(max_tokens=1000))

@@ -114,7 +114,7 @@ def test_resumed_tokens_that_end_the_request_already(
         assert answer.finish.usage.completion_tokens == len(tokens)
 
 
-def test_what_is_resumed_fills_the_model_length(connect: Callable[..., Wire]) -> None:
+def test_a_resumed_request_fills_the_model_length(connect: Callable[..., Wire]) -> None:
     wire = connect()
     room = MAX_MODEL_LEN - 1000
     full, one_left = (

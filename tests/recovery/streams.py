@@ -269,7 +269,7 @@ def wait_for_another(pipeline: Pipeline, service_id: ServiceId, before: psutil.P
 
 
 def check(ended: Sequence[Streamed], expected: Sequence[Outcome], pipeline: Pipeline) -> None:
-    """Every stream brought what it brings undisturbed, and nothing is left in the scheduler."""
+    """Fails unless every stream equals the undisturbed one and the scheduler holds nothing."""
     for number, outcome, _ in ended:
         assert outcome == expected[number], f"case {number}\n{pipeline.transcript}"
     idle = pipeline.stats_once(SchedulerStats, lambda stats: stats.records == 0)

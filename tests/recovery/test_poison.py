@@ -84,7 +84,7 @@ def sim(start_pipeline: Callable[..., Pipeline]) -> Pipeline:
     return start_pipeline("", *SIM)
 
 
-def test_kills_from_outside_poison_nobody_and_neither_do_those_who_were_only_there(
+def test_neither_kills_from_outside_nor_bystanders_poison_a_request(
     sim: Pipeline,
 ) -> None:
     """A stream that is alone at every kill, and streams that are there when services crash."""

@@ -1,4 +1,4 @@
-"""The supervisor's policy with a clock of its own: who is started, ended and given up, and when."""
+"""The supervisor's policy, on a clock of the test's: when services are started, ended, given up."""
 
 from __future__ import annotations
 

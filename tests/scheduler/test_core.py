@@ -180,7 +180,7 @@ def test_the_last_token_has_no_kv() -> None:
     assert world.core.stats().cached_tokens == 5
 
 
-def test_who_was_admitted_last_is_preempted_and_goes_first() -> None:
+def test_the_sequence_admitted_last_is_preempted_and_resumes_first() -> None:
     world = World(depth=2, num_blocks=6, block_size=4, max_model_len=24, max_num_seqs=4)
     old = world.submit([1, 2, 3, 4, 5, 6, 7], max_tokens=12)
     young = world.submit([11, 12, 13, 14, 15, 16, 17], max_tokens=12)
@@ -211,7 +211,7 @@ def test_a_preempted_sequence_keeps_its_tokens_in_flight() -> None:
     world.check_all_delivered()
 
 
-def test_what_can_never_fit_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_can_never_fit_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks hold eight tokens, and a ninth is sampled."""
     told: list[Message] = []
     monkeypatch.setattr(FakeDetokenizer, "take", lambda self, messages: told.extend(messages))
@@ -389,7 +389,7 @@ def test_a_step_is_one_message_for_each_detokenizer(told: list[Message]) -> None
     assert sorted(uids) == sorted(world.live)
 
 
-def test_one_that_does_not_keep_up_is_told_later_in_one_message(told: list[Message]) -> None:
+def test_a_detokenizer_that_does_not_keep_up_gets_one_merged_message(told: list[Message]) -> None:
     world = World()
     request = world.submit([1, 2], max_tokens=10)
     for _ in range(3):

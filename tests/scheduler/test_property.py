@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order: blocks add up, tokens reach their owner, everything ends."""
+"""Property: after any events in any order, blocks add up, tokens reach their sequence, all ends."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_the_older_and_the_newer_form_of_rope(tmp_path: Path) -> None:
         ({**SHAPE, "rope_scaling": {"factor": "big"}}, "rope_scaling"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_one_line(
+def test_an_unsupported_checkpoint_is_refused_in_one_line(
     tmp_path: Path, values: dict[str, Any], complaint: str
 ) -> None:
     write(tmp_path, **values)
@@ -272,7 +272,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path.resolve()
 
 
-def test_what_is_no_checkpoint_is_named_as_what_it_is(
+def test_a_path_that_is_no_checkpoint_is_refused_by_its_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "model.gguf"

@@ -1,5 +1,6 @@
-"""Ingress and scheduler together, and all around them: whatever dies and is lost, in whatever
-order, every request ends once, with the output that it would have had, and nothing is left."""
+"""Property: ingress and scheduler cores together, with deaths and lost messages in any order.
+
+Every request ends once, with the output of an undisturbed run, and no service keeps anything."""
 
 from __future__ import annotations
 

@@ -322,7 +322,7 @@ def test_a_template_in_its_own_file_comes_first(directory: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
-def test_what_steers_the_rendering_cannot_be_set(
+def test_reserved_template_arguments_are_refused(
     refused: Callable[..., tuple[str, str]], name: str
 ) -> None:
     code, message = refused(messages=chat(("user", "x")), chat_template_kwargs={name: []})

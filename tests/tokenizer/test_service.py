@@ -47,8 +47,8 @@ def test_each_ingress_is_answered_what_it_asked() -> None:
         assert ingress.expect(Tokenized).uid == 4, "nothing that another one asked"
 
 
-def test_what_the_link_has_lost_is_not_tokenized() -> None:
-    """Meanwhile another tokenizer has it: it would be blamed there for what it does here."""
+def test_requests_sent_before_a_reconnect_are_not_tokenized() -> None:
+    """Another tokenizer has the request by then, and would be blamed if this one died of it."""
     events: list[Callable[[Event[IngressToTokenizer]], None]] = []
 
     class Stub:

@@ -120,7 +120,7 @@ def test_the_chat_template_is_chatml(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("question", [None, *QUESTIONS])
-def test_what_it_writes_is_words_and_ends(
+def test_the_model_writes_known_words_and_ends(
     model: Qwen3ForCausalLM, tokenizer: Any, known: set[str], question: str | None
 ) -> None:
     prompt = "Once upon a time" if question is None else render(tokenizer, question)

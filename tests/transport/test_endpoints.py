@@ -33,7 +33,7 @@ sys.stdin.read()
 """
 
 
-def test_what_is_an_endpoint() -> None:
+def test_valid_endpoints_are_parsed() -> None:
     assert parse("tcp://127.0.0.1:5555") == ("127.0.0.1", 5555)
     assert parse("tcp://*:1") == ("", 1)
     assert parse("tcp://node-1.example:65535") == ("node-1.example", 65535)
@@ -50,7 +50,7 @@ def test_what_is_an_endpoint() -> None:
         *("tcp://h:+5", "tcp://h:5 ", "tcp://h:5\n", "tcp://a*:5", "tcp://[::1]:5", "tcp://a;b:5"),
     ],
 )
-def test_what_is_none_is_refused_with_its_option(endpoint: str) -> None:
+def test_a_wrong_endpoint_is_refused_with_its_option(endpoint: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings(ingress=endpoint)
     assert str(caught.value).startswith(f"--ingress {endpoint}: ")
@@ -86,8 +86,8 @@ def test_a_port_is_taken_while_someone_listens_there(host: str) -> None:
         pass
 
 
-def test_nobody_connects_to_who_only_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that waits for a pipeline would lose there what it sends."""
+def test_a_check_of_an_endpoint_does_not_listen_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a client that waits for a pipeline would connect, and lose its messages."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     listened: list[Any] = []
@@ -124,7 +124,7 @@ def test_a_file_that_is_no_socket_stays(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
-def test_what_cannot_be_bound_says_why(tmp_path: Path) -> None:
+def test_an_endpoint_that_cannot_be_bound_says_why(tmp_path: Path) -> None:
     with pytest.raises(EndpointUnusable, match=r"cannot be bound: No such file or directory$"):
         check_free(f"ipc://{tmp_path}/missing/a.sock")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""File locks: one holder at a time, whoever comes and goes meanwhile."""
+"""File locks have one holder at a time, also while holders come and go."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def held(request: pytest.FixtureRequest) -> Holds:
     return made
 
 
-def test_who_opened_the_file_before_it_was_removed_does_not_hold_it(
+def test_a_lock_on_a_removed_file_holds_nothing(
     held: Holds,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

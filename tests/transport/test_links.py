@@ -1,4 +1,4 @@
-"""Links over real sockets: who is there, what is dropped, what a rebirth looks like."""
+"""Links over real sockets: connections, dropped messages, peers that restart."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_peer_that_closes_is_noticed_while_nothing_is_sent(
 def test_the_last_words_of_a_peer_come_before_its_end(
     context: zmq.Context[Any], endpoint: str
 ) -> None:
-    """They are read in one wake-up, as by one that was busy meanwhile."""
+    """One wake-up reads them all, as in a process that was busy meanwhile."""
     binder = bound(context, endpoint)
     for incarnation in range(1, 20):
         its_context: zmq.Context[Any] = zmq.Context()
@@ -226,7 +226,7 @@ def test_peers_that_are_gone_leave_next_to_nothing(
     assert entries(binder) < before + 10, "one for a descriptor, of which there are few"
 
 
-def test_what_comes_before_a_hello_or_for_another_incarnation_is_dropped(
+def test_messages_before_a_hello_or_for_another_incarnation_are_dropped(
     context: zmq.Context[Any], endpoint: str
 ) -> None:
     binder = bound(context, endpoint)
@@ -276,7 +276,7 @@ def test_a_live_ipc_endpoint_cannot_be_stolen(context: zmq.Context[Any], tmp_pat
     bound(context, endpoint, Peer("scheduler", 0, 105)).close()
 
 
-def test_what_is_bound_on_every_interface_is_connected_to(
+def test_a_socket_bound_on_every_interface_can_be_connected_to(
     context: zmq.Context[Any],
 ) -> None:
     endpoint = free_tcp_endpoint().replace("127.0.0.1", "*")
