@@ -15,19 +15,19 @@ from nanovllm.transport.endpoints import bind
 from nanovllm.transport.router_monitor import Connections, readable
 
 _DONTWAIT = int(zmq.DONTWAIT)  # a plain integer: enum arithmetic is slow
-# Messages that one wake-up reads at most: far more than it handles. However large they are, they
-# have to be read to be counted.
+# The most messages that one wake-up reads, far more than it handles: only messages that have been
+# read are counted, however large.
 MAX_BATCH = 1024
-# Messages that ZeroMQ holds for one client. Output goes out merged as soon as there is room again,
-# so more would only make a slow client's memory here grow, and a stopped one's fill later.
+# Messages that ZeroMQ holds for one client. Output waits merged until there is room again, so a
+# higher mark would only take more memory for a slow client, and show a stopped client later.
 SEND_HIGH_WATER_MARK = 16
 # libzmq 4.3.5 aborts the process if a heartbeat is due on a connection that has ended while its
 # receive queue was full. So no receive queue is ever full: each wake-up reads what has come, and
 # the core bounds it by ending connections. (A mark would count messages, which can have any size.)
 RECEIVE_HIGH_WATER_MARK = 0
-# A client that is stopped, or whose cable is pulled, is noticed after the sum of the two, by the
-# heartbeat that it does not answer. It is told of no time-to-live: a client that reads slowly would
-# end the connection by it, and libzmq abort its process in connecting anew.
+# A client that is stopped, or whose cable is pulled, does not answer a heartbeat: after the sum of
+# the two times its connection ends. Heartbeats carry no time-to-live: by one, a client that reads
+# slowly would end the connection itself, and libzmq would abort its process as it reconnects.
 ZMTP_HEARTBEAT_MS = 400
 ZMTP_TIMEOUT_MS = 1200
 # A longer frame closes its connection, so that no client makes ZeroMQ hold it.
@@ -36,7 +36,7 @@ CLOSING_FACTOR = 8
 
 class Sent(enum.Enum):
     DONE = enum.auto()
-    FULL = enum.auto()  # the client does not read; later, perhaps
+    FULL = enum.auto()  # the client does not read: try again later
     GONE = enum.auto()  # there is no such connection
 
 

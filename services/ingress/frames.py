@@ -35,7 +35,7 @@ class Limits(NamedTuple):
 
 
 class _Outline(msgspec.Struct):
-    """What is looked at before a message is decoded in full."""
+    """The keys that are checked before a message is decoded in full."""
 
     id: msgspec.Raw = msgspec.Raw()
     tools: msgspec.Raw = msgspec.Raw()
@@ -142,7 +142,7 @@ def _invalid(request_id: str | None, reason: str, code: ErrorCode = "invalid_req
 
 
 def _checked(ask: Generate, limits: Limits) -> Generate | Error:
-    """What the types cannot say."""
+    """Checks the rules that types cannot express."""
     for key, name in (("id", ask.id), ("client", ask.client or "")):
         if len(name.encode()) > MAX_ID_BYTES:
             return _invalid(ask.id, f"{key}: longer than {MAX_ID_BYTES} bytes")
@@ -190,7 +190,7 @@ def _checked(ask: Generate, limits: Limits) -> Generate | Error:
 
 
 def _wrong_in_chat(ask: Generate) -> str | None:
-    """What is wrong with what goes through the chat template, if anything is."""
+    """The reason why the arguments of the chat template are refused, or None."""
     for key, value in (
         ("messages", ask.messages),
         ("tools", ask.tools),
@@ -212,7 +212,7 @@ def _wrong_in_chat(ask: Generate) -> str | None:
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether it is what JSON could say: no extension types, no bytes, no keys but strings."""
+    """Whether JSON could express the value: no extension types, no bytes, only strings as keys."""
     if depth > MAX_DEPTH:
         return False
     if isinstance(value, dict):
