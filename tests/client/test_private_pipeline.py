@@ -175,10 +175,16 @@ def test_a_launch_may_take_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) 
     LLM("", device="sim").exit()
 
 
+def launchers() -> list[psutil.Process]:
+    """Those that this process has started."""
+    alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in alive if "nanovllm.launch.cli" in process.cmdline()]
+
+
 def test_a_pipeline_that_dies_is_reported(own_tmp: Path) -> None:
+    before = set(launchers())  # of pipelines that other tests share
     with LLM("", device="sim", sim_step_ms=5.0) as llm:
-        alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
-        (launcher,) = [p for p in alive if "nanovllm.launch.cli" in p.cmdline()]
+        (launcher,) = set(launchers()) - before
         services = [launcher, *launcher.children(recursive=True)]
         launcher.kill()
         with pytest.raises(RuntimeError, match="the pipeline has ended"):
