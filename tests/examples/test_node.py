@@ -46,7 +46,7 @@ def test_it_streams_a_chat_and_aborts_another(installed: Path, pipeline: Pipelin
     lines = [line for line in ran.stdout.splitlines() if line.strip()]
     assert pipeline.endpoint in lines[0]
     story = "\n".join(lines[1:-2])
-    assert len(story.split()) > 20, "a story was told"
+    assert len(story.split()) > 5, "a story was told, however short"
     assert lines[-2].startswith(("[stop:", "[length:"))
     assert lines[-1].startswith("[abort, after ")
 
@@ -79,5 +79,5 @@ def test_the_openai_package_streams_a_chat(installed: Path, pipeline: Pipeline) 
         )
     assert ran.returncode == 0, ran.stderr
     story, _, end = ran.stdout.rpartition("[")
-    assert len(story.split()) > 20, "a story was told"
+    assert len(story.split()) > 5, "a story was told, however short"
     assert end.endswith(" tokens]\n")
