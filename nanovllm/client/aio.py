@@ -9,7 +9,14 @@ from typing import Any
 
 from nanovllm.client.connection import Connection
 from nanovllm.client.requests import GenerateCalls
-from nanovllm.client.results import Completion, Delta, PendingPing, PendingRequest, new_id
+from nanovllm.client.results import (
+    Completion,
+    Delta,
+    PendingPing,
+    PendingRequest,
+    StreamClosed,
+    new_id,
+)
 from nanovllm.protocol import Generate, Pong
 from nanovllm.settings import DEFAULT_INGRESS
 
@@ -117,7 +124,10 @@ class AsyncStream(AsyncIterator[Delta]):
         Raises:
             RequestError: the pipeline refused it or gave it up.
             PipelineUnavailable: the pipeline is gone.
+            StreamClosed: the program has closed the stream.
         """
+        if isinstance(self._request.failure, StreamClosed):
+            raise self._request.failure
         await self._until(lambda request: bool(request.deltas))
         if self._request.deltas:
             return self._request.deltas.popleft()
@@ -152,7 +162,7 @@ class AsyncStream(AsyncIterator[Delta]):
     def close(self) -> None:
         """Aborts the request, unless it has ended."""
         if not self._request.ended:
-            self._request.failure = RuntimeError("the stream is closed")
+            self._request.failure = StreamClosed("the stream is closed")
             self._client._connection.abandon(self._request)
 
     async def __aenter__(self) -> AsyncStream:

@@ -51,6 +51,10 @@ class RequestError(Exception):
         return f"{self.code}: {self.message}"
 
 
+class StreamClosed(RuntimeError):
+    """A stream that the program itself has closed has no more Deltas, also none that had come."""
+
+
 class PipelineUnavailable(ConnectionError):
     """No pipeline answers at the endpoint."""
 

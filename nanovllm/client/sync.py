@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 
 from nanovllm.client.requests import GenerateCalls
-from nanovllm.client.results import Completion, Delta, PendingPing, PendingRequest
+from nanovllm.client.results import Completion, Delta, PendingPing, PendingRequest, StreamClosed
 from nanovllm.client.thread import ConnectionThread, Waiters
 from nanovllm.protocol import Generate, Pong
 from nanovllm.settings import DEFAULT_INGRESS
@@ -82,8 +82,11 @@ class Stream(Iterator[Delta]):
         Raises:
             RequestError: the pipeline refused it or gave it up.
             PipelineUnavailable: the pipeline is gone.
+            StreamClosed: the program has closed the stream.
         """
         request = self._request
+        if isinstance(request.failure, StreamClosed):
+            raise request.failure
         while request.deltas or not request.ended:
             self._changed.wait_for(lambda: request.deltas or request.ended)
             with contextlib.suppress(IndexError):  # another thread took the delta
@@ -105,7 +108,7 @@ class Stream(Iterator[Delta]):
     def close(self) -> None:
         """Aborts the request, unless it has ended."""
         if not self._request.ended:
-            self._request.failure = RuntimeError("the stream is closed")
+            self._request.failure = StreamClosed("the stream is closed")
             self._client._thread.abandon(self._request)
 
     def __enter__(self) -> Stream:

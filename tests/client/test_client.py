@@ -165,6 +165,7 @@ def test_leaving_a_stream_early_aborts_it(how: str) -> None:
 def test_a_closed_stream_says_so() -> None:
     with ingress(some_then_silence) as double, Client(double.endpoint) as client:
         stream = client.generate("hello", stream=True)
+        assert next(stream).text == "a"
         stream.close()
         with pytest.raises(RuntimeError, match="closed"):
             next(stream)
