@@ -47,7 +47,8 @@ class Output:
         # detokenizer knows the text of resumed tokens. The first message tells.
         self._text_end = None if resumed else 0
         self._with_logprobs = with_logprobs
-        # The characters of the text before the answer, once the answer has begun.
+        # The characters of the text before the answer, once the answer has begun and until `take`
+        # has told it.
         self._answer_at: int | None = None
         self._answer_told = False
         # Log-probabilities of the prompt, until `take` has told them.
@@ -91,15 +92,22 @@ class Output:
         if not tokens and not self._text:
             return None
         self._sent = offset + len(tokens)
-        return Delta(
+        delta = Delta(
             id=request_id,
             offset=offset,
             token_ids=tokens,
-            answer_at=self._take_answer_at(),
-            prompt_logprobs=self._take_prompt_logprobs(),
             text=self._take_text(),
             logprobs=self._take_logprobs(),
         )
+        if self._answer_at is not None:
+            before = (self._text_end or 0) - len(delta.text)
+            delta.answer_at = max(0, self._answer_at - before)
+            self._answer_at = None
+            self._answer_told = True
+        if self._prompt_parts:
+            delta.prompt_logprobs = _public_prompt(self._prompt_parts)
+            self._prompt_parts = []
+        return delta
 
     def take_all(self, request_id: str) -> Delta:
         """Like `take`, but an empty delta if there is no new output."""
@@ -116,27 +124,6 @@ class Output:
         if count == 1:
             return list(_TOKEN.unpack_from(self.tokens, 4 * offset))
         return list(struct.unpack_from(f"<{count}i", self.tokens, 4 * offset))
-
-    def _take_answer_at(self) -> int | msgspec.UnsetType:
-        """How many characters of the text that `_take_text` returns next come before the answer;
-        UNSET if the answer has not begun, or was told."""
-        if self._answer_at is None or self._answer_told:
-            return msgspec.UNSET
-        self._answer_told = True
-        taken = (self._text_end or 0) - sum(map(len, self._text))
-        return max(0, self._answer_at - taken)
-
-    def _take_prompt_logprobs(self) -> PromptLogprobs | msgspec.UnsetType:
-        if not self._prompt_parts:
-            return msgspec.UNSET
-        found: PromptLogprobs = [None]
-        for part in self._prompt_parts:
-            values = np.frombuffer(part.values, dtype="<f4").reshape(-1, part.width).tolist()
-            token_ids = unpack(part.token_ids).reshape(-1, part.width).tolist()
-            for ids, row in zip(token_ids, values, strict=True):
-                found.append(list(zip(ids, row, strict=True)))
-        self._prompt_parts = []
-        return found
 
     def _take_text(self) -> str:
         text = "".join(self._text)
@@ -156,8 +143,19 @@ def size_of(decoded: Decoded) -> int:
     size = len(decoded.token_ids) + len(decoded.text)
     if decoded.logprobs:
         size += sum(_LOGPROBS_BYTES + 2 * len(entry.values) for entry in decoded.logprobs)
-    size += sum(4 * len(part.values) for part in decoded.prompt_parts)
+    if decoded.prompt_parts:
+        size += sum(4 * len(part.values) for part in decoded.prompt_parts)
     return size
+
+
+def _public_prompt(parts: list[PromptPart]) -> PromptLogprobs:
+    found: PromptLogprobs = [None]
+    for part in parts:
+        values = np.frombuffer(part.values, dtype="<f4").reshape(-1, part.width).tolist()
+        token_ids = unpack(part.token_ids).reshape(-1, part.width).tolist()
+        for ids, row in zip(token_ids, values, strict=True):
+            found.append(list(zip(ids, row, strict=True)))
+    return found
 
 
 def _public(entry: TokenLogprobs) -> list[tuple[int, float]]:
