@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nanovllm.client.sync import Client as Client
     from nanovllm.client.sync import Stream as Stream
     from nanovllm.llm import LLM as LLM
-    from nanovllm.llm import LLMOutput as LLMOutput
+    from nanovllm.llm_requests import LLMOutput as LLMOutput
     from nanovllm.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
@@ -27,7 +27,8 @@ _MODULES = {
     "nanovllm.client.aio": ("AsyncClient", "AsyncStream"),
     "nanovllm.client.results": ("Completion", "Delta", "PipelineUnavailable", "RequestError"),
     "nanovllm.client.sync": ("Client", "Stream"),
-    "nanovllm.llm": ("LLM", "LLMOutput"),
+    "nanovllm.llm": ("LLM",),
+    "nanovllm.llm_requests": ("LLMOutput",),
     "nanovllm.sampling_params": ("SamplingParams",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

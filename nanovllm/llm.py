@@ -6,22 +6,17 @@ Behind an LLM is a pipeline of its own, or a pipeline that runs already.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import queue
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import (
     TYPE_CHECKING,
     Any,
     Final,
     Literal,
-    NamedTuple,
-    NotRequired,
-    TypedDict,
     Unpack,
     cast,
     get_args,
@@ -38,12 +33,13 @@ from nanovllm.client.results import PendingPing, PendingRequest, RequestError
 from nanovllm.client.thread import ConnectionThread
 from nanovllm.control import SchedulerStats
 from nanovllm.llm_options import LLMOptions
+from nanovllm.llm_requests import LLMOutput, as_list, asks_for, output_of
 from nanovllm.plain import plain
 from nanovllm.progress import GenerationBar, LoadingBar
-from nanovllm.protocol import FinishReason, Generate, Logprobs, PromptLogprobs
+from nanovllm.protocol import Generate
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import Settings, with_fitting_defaults
-from nanovllm.wording import counted, did_you_mean, key_and_reason
+from nanovllm.wording import did_you_mean, key_and_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,22 +51,6 @@ CONNECT_TIMEOUT_S: Final = 10.0
 PRIVATE_TIMEOUT_S: Final = 120.0
 CHECK_PERIOD_S: Final = 0.5
 READY_PERIOD_S: Final = 0.05
-
-
-class LLMOutput(TypedDict):
-    """What `LLM.generate` returns for a prompt: a dict, ready for JSON.
-
-    Its keys are `Completion`'s fields, its usage has those of `Usage`. `logprobs` and
-    `prompt_logprobs` are there only if asked for.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    usage: dict[str, int]
-    seed: int | None
-    logprobs: NotRequired[Logprobs]
-    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class LLM:
@@ -179,7 +159,7 @@ class LLM:
         ask = partial(
             generate_message, stream=False, chat_template_kwargs=chat_template_kwargs, tools=tools
         )
-        asks = _asks(_as_list(prompts), sampling_params, ask, return_errors)
+        asks = asks_for(as_list(prompts), sampling_params, ask, return_errors)
         outputs: dict[int, LLMOutput | RequestError] = {}
         waiting: deque[tuple[int, Generate]] = deque()
         for index, (_, message) in enumerate(asks):
@@ -194,7 +174,7 @@ class LLM:
                 while waiting or outstanding:
                     self._submit(waiting, outstanding, changed)
                     for index in self._ended(outstanding, changed):
-                        outputs[index] = output = _output(
+                        outputs[index] = output = output_of(
                             outstanding.pop(index), asks[index].prompt
                         )
                         if not isinstance(output, RequestError):
@@ -314,66 +294,6 @@ class LLM:
                 time.sleep(READY_PERIOD_S)
 
 
-def _as_list(prompts: str | Sequence[Prompt]) -> Sequence[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
-        raise TypeError(f"prompts is a list of prompts, or one text, not {type(prompts).__name__}")
-    return list(prompts)
-
-
-class _Ask(NamedTuple):
-    """A request for the prompt with this index, or why there is none."""
-
-    prompt: int
-    message: Generate | RequestError
-
-
-def _asks(
-    prompts: Sequence[Prompt],
-    sampling_params: Any,
-    ask: Callable[[Prompt, SamplingParams | None], Generate],
-    return_errors: bool,
-) -> list[_Ask]:
-    """The requests for all prompts, in order. A prompt that is not valid raises, or has an error in
-    its place."""
-    if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
-        params: Sequence[SamplingParams | None] = sampling_params
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"{counted(len(prompts), 'prompt')} but {len(params)} sampling_params: give one"
-                " for each, or a single one for all"
-            )
-    else:
-        params = [sampling_params] * len(prompts)
-    for one in params:
-        if not isinstance(one, SamplingParams | None):
-            raise TypeError(f"sampling_params is a SamplingParams, not {type(one).__name__}")
-        if one is not None:
-            one.to_wire()
-    asks: list[_Ask] = []
-    for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-        for each in _one_by_one(sampling):
-            try:
-                asks.append(_Ask(index, ask(prompt, each)))
-            except (TypeError, ValueError) as error:
-                part = isinstance(prompt, Integral | Mapping)
-                hint = "; one prompt alone goes into a list, too: [prompt]" * part
-                reason = f"prompts[{index}]: {error}{hint}"
-                if not return_errors:
-                    raise type(error)(reason) from None
-                asks.append(_Ask(index, RequestError("invalid_request", reason)))
-    return asks
-
-
-def _one_by_one(sampling: SamplingParams | None) -> list[SamplingParams | None]:
-    """The parameters of the requests for the n outputs of one prompt."""
-    if sampling is None or sampling.n == 1:
-        return [sampling]
-    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(sampling.n)]
-    return [dataclasses.replace(sampling, n=1, seed=seed) for seed in seeds]
-
-
 def _settings(model: str, options: LLMOptions) -> Settings:
     known = LLMOptions.__annotations__
     for name in options:
@@ -391,26 +311,6 @@ def _settings(model: str, options: LLMOptions) -> Settings:
     directory = resolve_model(settings.model)
     ModelConfig.from_checkpoint(directory)
     return msgspec.structs.replace(settings, model=str(directory))
-
-
-def _output(request: PendingRequest, index: int) -> LLMOutput | RequestError:
-    """What to return for prompt `index`; raises what concerns all prompts."""
-    try:
-        completion = request.result()
-    except RequestError as error:
-        return RequestError(error.code, f"prompts[{index}]: {error.message}")
-    output = LLMOutput(
-        text=completion.text,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason,
-        usage=dataclasses.asdict(completion.usage),
-        seed=completion.seed,
-    )
-    if completion.logprobs is not None:
-        output["logprobs"] = completion.logprobs
-    if completion.prompt_logprobs is not None:
-        output["prompt_logprobs"] = completion.prompt_logprobs
-    return output
 
 
 def _close(thread: ConnectionThread, pipeline: PrivatePipeline | None) -> None:

@@ -1,0 +1,110 @@
+"""What `LLM.generate` asks for its prompts, and what it returns for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from nanovllm.client.requests import Prompt
+from nanovllm.client.results import PendingRequest, RequestError
+from nanovllm.protocol import FinishReason, Generate, Logprobs, PromptLogprobs
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.wording import counted
+
+
+class LLMOutput(TypedDict):
+    """What `LLM.generate` returns for a prompt: a dict, ready for JSON.
+
+    Its keys are `Completion`'s fields, its usage has those of `Usage`. `logprobs` and
+    `prompt_logprobs` are there only if asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: dict[str, int]
+    seed: int | None
+    logprobs: NotRequired[Logprobs]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+def as_list(prompts: str | Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
+        raise TypeError(f"prompts is a list of prompts, or one text, not {type(prompts).__name__}")
+    return list(prompts)
+
+
+class Ask(NamedTuple):
+    """A request for the prompt with this index, or why there is none."""
+
+    prompt: int
+    message: Generate | RequestError
+
+
+def asks_for(
+    prompts: Sequence[Prompt],
+    sampling_params: Any,
+    ask: Callable[[Prompt, SamplingParams | None], Generate],
+    return_errors: bool,
+) -> list[Ask]:
+    """The requests for all prompts, in order. A prompt that is not valid raises, or has an error in
+    its place."""
+    one_each = isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str)
+    params: Sequence[SamplingParams | None] = sampling_params if one_each else [sampling_params]
+    if one_each and len(params) != len(prompts):
+        raise ValueError(
+            f"{counted(len(prompts), 'prompt')} but {len(params)} sampling_params: give one"
+            " for each, or a single one for all"
+        )
+    for one in params:
+        if not isinstance(one, SamplingParams | None):
+            raise TypeError(f"sampling_params is a SamplingParams, not {type(one).__name__}")
+        if one is not None:
+            one.to_wire()
+    if not one_each:
+        params = [*params] * len(prompts)
+    asks: list[Ask] = []
+    for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+        for each in _one_by_one(sampling):
+            try:
+                asks.append(Ask(index, ask(prompt, each)))
+            except (TypeError, ValueError) as error:
+                part = isinstance(prompt, Integral | Mapping)
+                hint = "; one prompt alone goes into a list, too: [prompt]" * part
+                reason = f"prompts[{index}]: {error}{hint}"
+                if not return_errors:
+                    raise type(error)(reason) from None
+                asks.append(Ask(index, RequestError("invalid_request", reason)))
+    return asks
+
+
+def _one_by_one(sampling: SamplingParams | None) -> list[SamplingParams | None]:
+    """The parameters of the requests for the n outputs of one prompt."""
+    if sampling is None or sampling.n == 1:
+        return [sampling]
+    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(sampling.n)]
+    return [dataclasses.replace(sampling, n=1, seed=seed) for seed in seeds]
+
+
+def output_of(request: PendingRequest, index: int) -> LLMOutput | RequestError:
+    """What to return for prompt `index`; raises what concerns all prompts."""
+    try:
+        completion = request.result()
+    except RequestError as error:
+        return RequestError(error.code, f"prompts[{index}]: {error.message}")
+    output = LLMOutput(
+        text=completion.text,
+        token_ids=completion.token_ids,
+        finish_reason=completion.finish_reason,
+        usage=dataclasses.asdict(completion.usage),
+        seed=completion.seed,
+    )
+    if completion.logprobs is not None:
+        output["logprobs"] = completion.logprobs
+    if completion.prompt_logprobs is not None:
+        output["prompt_logprobs"] = completion.prompt_logprobs
+    return output
