@@ -32,8 +32,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def pipeline() -> Iterator[Pipeline]:
-    """A pipeline that serves the demo checkpoint, for the whole test run."""
-    with Pipeline() as running:
+    """A pipeline that serves the demo checkpoint in float32, for the whole test run."""
+    with Pipeline("", "--dtype", "float32") as running:
         yield running
 
 

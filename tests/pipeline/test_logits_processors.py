@@ -28,7 +28,9 @@ CASES: list[dict[str, Any]] = [
     {},
 ]
 # Two ranks, and so few blocks that sequences are preempted.
-FEW_BLOCKS = "--tp 2 --kvcache-block-size 16 --num-kvcache-blocks 9 --max-model-len 64"
+FEW_BLOCKS = (
+    "--dtype float32 --tp 2 --kvcache-block-size 16 --num-kvcache-blocks 9 --max-model-len 64"
+)
 
 
 def greedy(model: Any, sampling: Sampling) -> list[int]:

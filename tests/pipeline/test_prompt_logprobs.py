@@ -21,7 +21,7 @@ PROMPTS = [
 ]
 # Chunks of a prompt in several steps; two ranks, and so few blocks that sequences are preempted.
 CHUNKS = (
-    "--tp 2 --kvcache-block-size 16 --num-kvcache-blocks 10 --max-model-len 128"
+    "--dtype float32 --tp 2 --kvcache-block-size 16 --num-kvcache-blocks 10 --max-model-len 128"
     " --max-num-batched-tokens 24 --max-num-seqs 8"
 )
 
