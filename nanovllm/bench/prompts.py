@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -71,9 +72,14 @@ def random_conversations(
             None: conversations without end.
     """
     draw = np.random.default_rng(seed)
-    prefixes = [random_ids(draw, shape.shared_prefix) for _ in range(shape.prefixes)]
+
+    @functools.cache
+    def prefix(index: int) -> list[int]:
+        # Only when it is used: all at once, many would make the first requests late.
+        return random_ids(np.random.default_rng([seed, index]), shape.shared_prefix)
+
     for arrival in itertools.repeat(Arrival(0.0)) if arrivals is None else arrivals:
-        prompt = prefixes[int(draw.integers(shape.prefixes))]
+        prompt = prefix(int(draw.integers(shape.prefixes)))
         turns = []
         for _ in range(shape.turns):
             length = arrival.input or _length(draw, shape.input)

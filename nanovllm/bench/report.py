@@ -16,6 +16,8 @@ from nanovllm.protocol import Usage
 
 # Above this share of a core, the loop that sends and reads is taken for the bottleneck.
 BUSY_LOOP: Final = 0.8
+# A shorter measurement says nothing of it.
+SHORTEST_S: Final = 0.5
 # Requests sent later than this at the median come too late for their arrivals to mean anything.
 LATE_MS: Final = 10.0
 
@@ -72,7 +74,8 @@ class Requests(msgspec.Struct):
 
 
 class Tokens(msgspec.Struct):
-    """Of the measured requests that finished. `cached`: of the input, from the prefix cache."""
+    """Of the measured requests; `input` of those alone that finished. `cached`: of the input, from
+    the prefix cache."""
 
     input: int
     cached: int
@@ -105,6 +108,7 @@ class Detail(msgspec.Struct):
     usage: Usage | None
     finish_reason: str | None
     error: str | None
+    message: str
 
 
 class Report(msgspec.Struct):
@@ -154,11 +158,11 @@ def report(
         tokens=Tokens(
             input=prompt_tokens,
             cached=cached,
-            output=sum(usage.completion_tokens for usage in usages),
+            output=sum(len(record.arrived_s) for record in measured),
             cached_share=cached / prompt_tokens if prompt_tokens else None,
         ),
         latencies_ms=_latencies(measured),
-        generator=_generator(measured, used),
+        generator=_generator(measured, used, seconds),
     )
 
 
@@ -217,22 +221,25 @@ def spread_ms(seconds: Sequence[float] | NDArray[np.float64]) -> Spread | None:
     return Spread(len(values), float(values.mean()), median, p90, p99, float(values.max()))
 
 
-def _generator(measured: Sequence[Record], used: Sequence[Used]) -> Generator:
+def _generator(measured: Sequence[Record], used: Sequence[Used], seconds: float) -> Generator:
     lateness = spread_ms([record.sent_s - record.due_s for record in measured])
     generator = Generator(lateness, None, None, None, [])
-    # The warm-up is not measured, if there was any time after it.
-    began = [i for i, sample in enumerate(used) if sample.at_s <= 0]
-    first, last = (used[began[-1] if began else 0], used[-1]) if used else (None, None)
-    if first is not None and last is not None and (passed_s := last.at_s - first.at_s) > 0:
+    if not used:
+        return generator
+    # Neither the warm-up is measured, if there was any time after it, nor the wait for the last
+    # answers, which would dilute the shares.
+    first = next((sample for sample in reversed(used) if sample.at_s <= 0), used[0])
+    last = next((sample for sample in used if sample.at_s >= seconds), used[-1])
+    if (passed_s := last.at_s - first.at_s) > 0:
         generator.cpu_share = (last.cpu_s - first.cpu_s) / passed_s
         generator.loop_share = (last.loop_s - first.loop_s) / passed_s
         if tokens := last.tokens - first.tokens:
             generator.cpu_us_a_token = (last.cpu_s - first.cpu_s) / tokens * 1e6
-    if generator.loop_share is not None and generator.loop_share > BUSY_LOOP:
-        generator.warnings.append(
-            f"this generator was the bottleneck: its loop took {generator.loop_share:.0%} of a"
-            " core. Lower the load, or run several generators side by side"
-        )
+        if generator.loop_share > BUSY_LOOP and passed_s > SHORTEST_S:
+            generator.warnings.append(
+                f"this generator was the bottleneck: its loop took {generator.loop_share:.0%} of a"
+                " core. Lower the load, or run several generators side by side"
+            )
     if lateness is not None and lateness.median > LATE_MS:
         generator.warnings.append(
             f"half of the requests were sent more than {lateness.median:.0f} ms late: this"
@@ -255,6 +262,7 @@ def details(records: Iterable[Record]) -> list[Detail]:
             usage=record.usage,
             finish_reason=record.finish_reason,
             error=record.error,
+            message=record.message,
         )
         for record in records
     ]

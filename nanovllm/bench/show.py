@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final, Self
 
 from rich import box
@@ -17,8 +20,9 @@ from nanovllm.bench.load import Load
 from nanovllm.bench.report import Report, Spread, Used
 from nanovllm.wording import counted
 
-# Requests whose time to first token the bar shows, the latest ones.
+# The bar shows the time to first token of so many requests: the latest that have one.
 RECENT: Final = 200
+TABLE_WIDTH: Final = 120
 
 
 class Watch:
@@ -70,7 +74,8 @@ class Watch:
             before, now = self.used[-2:]
             rate = (now.tokens - before.tokens) / max(1e-9, now.at_s - before.at_s)
             parts.append(f"{rate:,.0f} tokens/s")
-        waits = [r.arrived_s[0] - r.due_s for r in self._load.records[-RECENT:] if r.arrived_s]
+        latest = (record for record in reversed(self._load.records) if record.arrived_s)
+        waits = [record.arrived_s[0] - record.due_s for record in islice(latest, RECENT)]
         if waits:
             parts.append(f"first token {statistics.median(waits) * 1000:,.1f} ms")
         return ", ".join(parts)
@@ -85,7 +90,10 @@ class Watch:
 
 def print_report(report: Report, head: str) -> None:
     """The table, to stdout."""
-    console = Console(highlight=False, soft_wrap=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of an encoding without µ, say
+    # A narrow terminal wraps the table, rather than that figures are cut.
+    console = Console(highlight=False, soft_wrap=True, width=TABLE_WIDTH)
     console.print(head, markup=False)
     latencies = report.latencies_ms
     table = Table("ms", box=box.SIMPLE_HEAD)

@@ -205,7 +205,9 @@ def test_the_figures_of_known_times() -> None:
     assert latencies.per_token.mean == pytest.approx(100)
     assert latencies.between_deltas is not None
     assert latencies.between_deltas.mean == pytest.approx(200)
+    assert figures.tokens.output == 4
     assert [detail.output_tokens for detail in details(load.records)] == [3, 0, 1]
+    assert [detail.message for detail in details(load.records)] == ["", "full", ""]
 
 
 def test_a_generator_that_is_the_bottleneck_is_told() -> None:
@@ -224,6 +226,16 @@ def test_a_generator_that_is_the_bottleneck_is_told() -> None:
     assert len(sent_by(load, STARTS_AT + 0.5)) == 1
     (told,) = warnings(loop_s=6.0)
     assert "sent more than 500 ms late" in told
+
+
+def test_a_bottleneck_is_told_of_the_seconds_measured_alone() -> None:
+    used = [Used(0.0, 0.0, 0.0, 0), Used(10.0, 9.0, 9.0, 100), Used(90.0, 9.5, 9.5, 200)]
+    generator = report([], used, 90.0, seconds=10.0).generator
+    assert generator.loop_share == pytest.approx(0.9)
+    assert generator.cpu_us_a_token == pytest.approx(90_000)
+    assert len(generator.warnings) == 1
+    short = [Used(0.0, 0.0, 0.0, 0), Used(0.01, 0.01, 0.01, 2)]
+    assert report([], short, 0.01).generator.warnings == []
 
 
 def test_a_refusal_of_a_message_that_cannot_be_named_ends_the_run() -> None:
