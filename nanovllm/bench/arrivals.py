@@ -14,8 +14,9 @@ from typing import Annotated, NamedTuple, Protocol
 import msgspec
 
 from nanovllm.bench.files import InputFileError, json_lines
+from nanovllm.bench.work import MAX_LENGTH
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
+Length = Annotated[int, msgspec.Meta(ge=1, le=MAX_LENGTH)]
 
 
 class Arrivals(Protocol):
@@ -88,8 +89,8 @@ class Trace:
 class _Line(msgspec.Struct):
     at_s: Annotated[float, msgspec.Meta(ge=0)] | None = None
     timestamp: float | None = None
-    input: Positive | None = None
-    output: Positive | None = None
+    input: Length | None = None
+    output: Length | None = None
 
 
 def read_trace(path: Path) -> list[Arrival]:

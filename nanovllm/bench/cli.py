@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Final
 
 import click
+from click.core import ParameterSource
 
-from nanovllm.bench.work import Lengths, Work
+from nanovllm.bench.work import MAX_LENGTH, Lengths, Work
 from nanovllm.client.where import Where, pipeline_options
-from nanovllm.sampling_params import SamplingParams
 
 DEFAULT_REQUESTS: Final = 100
 DEFAULT_CONCURRENCY: Final = 16
@@ -33,7 +34,19 @@ class _LengthsType(click.ParamType[Lengths]):
             self.fail(f"{value!r} is neither TOKENS nor SHORTEST:LONGEST", param, ctx)
         if not 1 <= lengths.low <= lengths.high:
             self.fail(f"{value!r}: give at least 1, and the shorter one first", param, ctx)
+        if lengths.high > MAX_LENGTH:
+            self.fail(f"{value!r}: give at most {MAX_LENGTH}", param, ctx)
         return lengths
+
+
+class _Finite(click.FloatRange):
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 @click.command(
@@ -63,7 +76,7 @@ class _LengthsType(click.ParamType[Lengths]):
 )
 @click.option(
     "--rate",
-    type=click.FloatRange(0, min_open=True),
+    type=_Finite(0, min_open=True),
     help="Conversations a second on average, at random times (Poisson), never held back.",
 )
 @click.option(
@@ -79,12 +92,12 @@ class _LengthsType(click.ParamType[Lengths]):
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0, min_open=True),
+    type=_Finite(0, min_open=True),
     help="Measure what is sent in so many seconds, and wait for its answers.",
 )
 @click.option(
     "--warm-up",
-    type=click.FloatRange(0),
+    type=_Finite(0),
     show_default=f"{DEFAULT_WARM_UP_S:g}, and 0 for a trace",
     help="The first seconds of the load are not measured.",
 )
@@ -105,7 +118,7 @@ class _LengthsType(click.ParamType[Lengths]):
 )
 @click.option(
     "--shared-prefix",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MAX_LENGTH),
     default=0,
     show_default=True,
     help="Tokens in front of each random conversation that others begin with too.",
@@ -136,6 +149,7 @@ class _LengthsType(click.ParamType[Lengths]):
 )
 @click.option(
     "--seed",
+    type=click.IntRange(0),
     default=0,
     show_default=True,
     help="The same seed sends the same requests, at the same times unless by --concurrency.",
@@ -156,31 +170,30 @@ def bench(
     where: Where,
     json_path: Path | None,
     plot_path: Path | None,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    ignore_eos: bool | None,
     **options: Any,
 ) -> None:
-    from nanovllm.bench.command import run
     from nanovllm.client.cli import told_in_one_line
 
     chosen = [f"--{name}" for name in ("concurrency", "rate", "trace") if options[name]]
     if len(chosen) > 1:
         raise click.UsageError(f"{' and '.join(chosen)} exclude one another: give one")
+    if options["prompts"]:
+        source = click.get_current_context().get_parameter_source
+        for name in ("input", "shared_prefix", "prefixes"):
+            if source(name) is ParameterSource.COMMANDLINE:
+                option = name.replace("_", "-")
+                raise click.UsageError(f"--{option} is for random prompts: not with --prompts")
+    if options["prefixes"] > 1 and not options["shared_prefix"]:
+        raise click.UsageError("--prefixes needs --shared-prefix")
     if not chosen:
         options["concurrency"] = DEFAULT_CONCURRENCY
     if options["warm_up"] is None:
         options["warm_up"] = 0.0 if options["trace"] else DEFAULT_WARM_UP_S
+    if options["ignore_eos"] is None:
+        options["ignore_eos"] = options["prompts"] is None
     if options["requests"] is None and options["seconds"] is None and not options["trace"]:
         options["requests"] = DEFAULT_REQUESTS
     with told_in_one_line():
-        sampling = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            ignore_eos=options["prompts"] is None if ignore_eos is None else ignore_eos,
-        )
-        run(where, Work(sampling=sampling.to_wire(), **options), json_path, plot_path)
+        from nanovllm.bench.command import run  # takes a while: Ctrl-C may come
+
+        run(where, Work(**options), json_path, plot_path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -36,7 +37,7 @@ from nanovllm.client.cli import answering
 from nanovllm.client.results import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client
 from nanovllm.client.where import Where
-from nanovllm.protocol import Pong
+from nanovllm.protocol import Pong, Sampling
 
 # Between two questions to a pipeline that still loads.
 ASK_AGAIN_S: Final = 0.2
@@ -64,41 +65,43 @@ def run(where: Where, work: Work, json_path: Path | None, plot_path: Path | None
     Raises:
         KeyboardInterrupt, PipelineUnavailable, RequestError: what ended the run before it was over,
             after what there is has been shown and written.
-        ValueError: a file is not what it should be.
+        ValueError: a file or an option is not what it should be.
         click.ClickException: no request succeeded.
     """
+    sampling = work.sampling
     for path in filter(None, (json_path, plot_path)):
         _check_writable(path)
     if plot_path is not None:
-        check_plot()
+        check_plot(plot_path)
     prompts = None if work.prompts is None else read_prompts(work.prompts)
     trace = None if work.trace is None else read_trace(work.trace)
     pong = _ready(where.ingress)
     device = _device(where)
     began_at = datetime.now(UTC).isoformat(timespec="seconds")
-    run = _measure(work, where.ingress, prompts, trace)
+    run = _measure(work, sampling, where.ingress, prompts, trace)
 
     head = f"{pong.model} at {where.ingress}" + (f", {device}" if device else "")
-    print_report(run.report, head)
-    for warning in run.report.generator.warnings:
-        click.echo(f"Warning: {warning}.", err=True)
-    if json_path is not None:
-        document = Document(
-            version=__version__,
-            server_version=pong.version,
-            model=pong.model,
-            endpoint=where.ingress,
-            device=device,
-            machine=f"{platform.node()}, {os.cpu_count()} CPU cores",
-            began_at=began_at,
-            work=work,
-            report=run.report,
-            requests=details(run.records),
-        )
-        encoded = msgspec.json.encode(document, enc_hook=str)
-        json_path.write_bytes(msgspec.json.format(encoded) + b"\n")
-    if plot_path is not None:
-        plot(run.records, plot_path, head)
+    # One of the three may fail, as where nobody reads the table: the others are there nevertheless.
+    with contextlib.ExitStack() as after:
+        if plot_path is not None:
+            after.callback(_write, plot_path, lambda path: plot(run.records, path, head))
+        if json_path is not None:
+            document = Document(
+                version=__version__,
+                server_version=pong.version,
+                model=pong.model,
+                endpoint=where.ingress,
+                device=device,
+                machine=f"{platform.node()}, {os.cpu_count()} CPU cores",
+                began_at=began_at,
+                work=work,
+                report=run.report,
+                requests=details(run.records),
+            )
+            after.callback(_write, json_path, lambda path: path.write_bytes(_encoded(document)))
+        print_report(run.report, head)
+        for warning in run.report.generator.warnings:
+            click.echo(f"Warning: {warning}.", err=True)
     if run.failure is not None:
         raise run.failure
     if run.report.requests.errors and not run.report.requests.finished:
@@ -115,7 +118,11 @@ class _Run(NamedTuple):
 
 
 def _measure(
-    work: Work, endpoint: str, prompts: list[list[Prompt]] | None, trace: list[Arrival] | None
+    work: Work,
+    sampling: Sampling,
+    endpoint: str,
+    prompts: list[list[Prompt]] | None,
+    trace: list[Arrival] | None,
 ) -> _Run:
     requests, seconds = work.requests, work.seconds or math.inf
     arrivals: Arrivals
@@ -133,10 +140,12 @@ def _measure(
     with SocketClient(endpoint) as client:
         load = Load(
             arrivals,
-            _conversations(work, prompts, trace, work.seed),
+            _conversations(work, sampling, prompts, trace, work.seed),
             time.monotonic() + work.warm_up,
             # So that what is measured does not depend on how much the warm-up has sent.
-            warm_up=_conversations(work, prompts, None, work.seed + 1) if trace is None else None,
+            warm_up=_conversations(work, sampling, prompts, None, work.seed + 1)
+            if trace is None
+            else None,
             requests=requests,
             seconds=seconds,
             salt=secrets.token_hex(8),
@@ -157,12 +166,16 @@ def _measure(
 
 
 def _conversations(
-    work: Work, prompts: list[list[Prompt]] | None, trace: list[Arrival] | None, seed: int
+    work: Work,
+    sampling: Sampling,
+    prompts: list[list[Prompt]] | None,
+    trace: list[Arrival] | None,
+    seed: int,
 ) -> Iterator[Conversation]:
     if prompts is not None:
-        return file_conversations(prompts, seed, work.turns, work.output, work.sampling, trace)
+        return file_conversations(prompts, seed, work.turns, work.output, sampling, trace)
     shape = Shape(work.input, work.output, work.shared_prefix, work.prefixes, work.turns)
-    return random_conversations(seed, shape, work.sampling, trace)
+    return random_conversations(seed, shape, sampling, trace)
 
 
 def _ready(endpoint: str) -> Pong:
@@ -186,6 +199,17 @@ def _device(where: Where) -> str | None:
         return None
     said = {service.detail for service in services if service.role == "gpu_worker"}
     return "; ".join(sorted(filter(None, said))) or None
+
+
+def _encoded(document: Document) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(document, enc_hook=str)) + b"\n"
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
 
 
 def _check_writable(path: Path) -> None:

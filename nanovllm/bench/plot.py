@@ -16,12 +16,15 @@ INTERVALS: Final = 200
 SHORTEST_S: Final = 0.1
 
 
-def check_plot() -> None:
-    """Raises ValueError if there is no matplotlib."""
+def check_plot(path: Path) -> None:
+    """Raises ValueError if there is no matplotlib, or it draws no such file."""
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install 'nanovllm[plot]'") from None
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"--plot {path}: give it one of the endings {', '.join(sorted(formats))}")
 
 
 def plot(records: Sequence[Record], path: Path, title: str) -> None:
@@ -29,7 +32,7 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 9), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     rate, running, first, whole = figure.subplots(4, 1, sharex=True)
     times = arrived(records)
     start_s = min((record.due_s for record in records), default=0.0)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from nanovllm.protocol import Sampling
+from nanovllm.sampling_params import SamplingParams
+
+# Of a prompt or an output, in tokens: far more than any model's context.
+MAX_LENGTH: Final = 10_000_000
 
 
 class Lengths(NamedTuple):
@@ -33,4 +37,19 @@ class Work(msgspec.Struct, kw_only=True):
     prefixes: int
     turns: int
     seed: int
-    sampling: Sampling
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    ignore_eos: bool
+
+    @property
+    def sampling(self) -> Sampling:
+        """Raises ValueError if a value is out of its range."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            ignore_eos=self.ignore_eos,
+        ).to_wire()

@@ -10,11 +10,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from benchmarks.support.pipeline import Pipeline
+from nanovllm.__main__ import EXIT_INTERRUPTED
+from nanovllm.bench.cli import bench
 
 TIMEOUT_S = 60.0
 QUICK = ["--input", "8", "--output", "4", "--warm-up", "0"]
@@ -132,11 +136,66 @@ def test_a_server_that_dies_is_told_in_a_line(start_pipeline: Callable[..., Pipe
         ("--rate 1 --concurrency 1", "--concurrency and --rate exclude one another"),
         ("--input 5:3", "'5:3': give at least 1, and the shorter one first"),
         ("--temperature 11", "temperature=11.0: Expected `float` <= 10.0"),
+        ("--rate inf", "'inf' is not a finite number"),
+        ("--warm-up nan", "'nan' is not a finite number"),
+        ("--input 99999999999999999999", "'99999999999999999999': give at most 10000000"),
+        ("--seed -1", "-1 is not in the range x>=0"),
+        ("--prompts file --shared-prefix 3", "--shared-prefix is for random prompts"),
+        ("--prefixes 3", "--prefixes needs --shared-prefix"),
+        ("--plot run.doc", "--plot run.doc: give it one of the endings "),
     ],
 )
 def test_a_mistake_is_told_in_a_line(arguments: str, says: str) -> None:
-    ran = run(*arguments.split())
-    assert ran.returncode in (1, 2)
+    ran = CliRunner().invoke(bench, arguments.split())
+    assert isinstance(ran.exception, SystemExit)
+    assert ran.exit_code in (1, 2)
     (line,) = [line for line in ran.stderr.splitlines() if line.startswith("Error: ")]
     assert says in line
+
+
+def test_what_is_written_needs_no_reader_of_the_table(pipeline: Pipeline, tmp_path: Path) -> None:
+    document, picture = tmp_path / "run.json", tmp_path / "run.png"
+    reader, stdout = os.pipe()
+    os.close(reader)
+    written = ("--json", str(document), "--plot", str(picture))
+    ran = subprocess.run(
+        command("--endpoint", pipeline.endpoint, "--requests", "2", *QUICK, *written),
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    os.close(stdout)
     assert "Traceback" not in ran.stderr
+    assert json.loads(document.read_bytes())["work"]["top_k"] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_is_told_with_the_files_name(pipeline: Pipeline) -> None:
+    ran = run("--endpoint", pipeline.endpoint, "--requests", "1", *QUICK, "--json", "/dev/full")
+    assert ran.returncode == 1
+    assert ran.stderr == "Error: cannot write /dev/full: No space left on device\n"
+    assert "time to first token" in ran.stdout
+
+
+def test_neither_a_narrow_terminal_nor_its_encoding_cuts_figures(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    ran = run("--endpoint", pipeline.endpoint, "--requests", "2", *QUICK)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert len(re.findall(r"\d+\.\d\d", next(re.finditer("time to first.*", ran.stdout))[0])) == 5
+    assert "s a token" in ran.stdout
+
+
+def test_ctrl_c_ends_it_also_while_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CtrlC(MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "nanovllm.bench.command":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "nanovllm.bench.command", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [CtrlC(), *sys.meta_path])
+    assert CliRunner().invoke(bench, []).exit_code == EXIT_INTERRUPTED

@@ -71,6 +71,7 @@ def test_a_trace_is_sorted_and_its_time_stamps_begin_at_zero(tmp_path: Path) -> 
         ('{"at": 3}', "entry 1: there is neither at_s nor timestamp"),
         ('{"at_s": -1}', "line 1: at_s: Expected `float` >= 0.0"),
         ('{"at_s": 1, "input": 0}', "line 1: input: Expected `int` >= 1"),
+        ('{"at_s": 1, "output": 100000000000}', "line 1: output: Expected `int` <= 10000000"),
     ],
 )
 def test_a_wrong_trace_says_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from nanovllm.bench import prompts
 from nanovllm.bench.arrivals import Arrival, Trace
 from nanovllm.bench.client import SocketClient
 from nanovllm.bench.load import Load
+from nanovllm.bench.plot import plot
 from nanovllm.bench.prompts import Shape, Turn, random_conversations, random_ids
 from nanovllm.bench.run import SENT_AT_ONCE, drive
 from nanovllm.bench.show import RECENT, Watch
@@ -79,3 +81,8 @@ def test_the_bar_shows_the_first_tokens_of_an_overloaded_server(
     with Watch(load, None, math.inf) as watch:
         watch.tick()
     assert "first token 250.0 ms" in capsys.readouterr().err
+
+
+def test_a_models_name_is_no_formula(tmp_path: Path) -> None:
+    plot([], tmp_path / "run.png", r"$\model$ at tcp://here")
+    assert (tmp_path / "run.png").exists()
