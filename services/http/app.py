@@ -72,7 +72,7 @@ def make_app(context: DoorContext) -> Starlette:
         return await chat(request, context)
 
     async def completions(request: Request) -> Response:
-        return await complete(request, context)
+        return await complete(request, context, tokens.ids)
 
     return Starlette(
         routes=[

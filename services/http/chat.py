@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
+from functools import partial
 from typing import Any
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,7 +18,7 @@ from nanovllm.services.http.answers import AnswerReader, Markers, Piece, Reasoni
 from nanovllm.services.http.calls import Calls, client_name
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import check_model, json_response
-from nanovllm.services.http.logprobs import chat_logprobs
+from nanovllm.services.http.logprobs import chat_logprobs, prompt_logprobs
 from nanovllm.services.http.requests import ChatRequest, Message, TemplateKeys, parse
 from nanovllm.services.http.responses import (
     AssistantMessage,
@@ -28,6 +29,7 @@ from nanovllm.services.http.responses import (
     ChatDelta,
     ChatFinishReason,
     FunctionCalled,
+    PromptLogprobs,
     ToolCalled,
     usage_of,
 )
@@ -66,6 +68,7 @@ async def chat(request: Request, context: DoorContext) -> Response:
     outputs = [ChatOutput(index, model, tools=uses_tools) for index in range(choices)]
     answer_id, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
     calls = Calls(context, request, copies(context, [message], choices))
+    usage = partial(usage_of, choices=choices)
     if ask.stream:
         await calls.answered()
         return EventStream(
@@ -73,8 +76,7 @@ async def chat(request: Request, context: DoorContext) -> Response:
             calls,
             outputs,
             context.observer,
-            choices=choices,
-            include_usage=bool(ask.stream_options and ask.stream_options.include_usage),
+            usage if ask.include_usage else None,
         )
     completions = await calls.results()
     return json_response(
@@ -83,7 +85,7 @@ async def chat(request: Request, context: DoorContext) -> Response:
             created=created,
             model=model.name,
             choices=[o.whole(c) for o, c in zip(outputs, completions, strict=True)],
-            usage=usage_of([completion.usage for completion in completions], choices),
+            usage=usage([completion.usage for completion in completions]),
         )
     )
 
@@ -115,12 +117,15 @@ class ChatOutput:
         self._token_text = model.token_text
         self._reader = AnswerReader(_markers(model), tools=tools)
         self._tool_calls = 0
-        self._logprobs: Logprobs = []  # of tokens that no chunk was made of yet
+        # Of tokens that no chunk was made of yet.
+        self._logprobs: Logprobs = []
+        self._prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
     def begin(self) -> list[ChatChunkChoice]:
         return [ChatChunkChoice(self._index, ChatDelta(role="assistant", content=""))]
 
     def news(self, delta: Delta) -> list[ChatChunkChoice]:
+        self._take_prompt(delta)
         return self._chunks(self._reader.feed(delta.text, delta.answer_at), delta.logprobs)
 
     def end(self, completion: Completion) -> list[ChatChunkChoice]:
@@ -134,6 +139,7 @@ class ChatOutput:
         reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
         calls = [_called(piece) for piece in pieces if isinstance(piece, ToolCall)]
         self._tool_calls = len(calls)
+        self._take_prompt(completion)
         logprobs = completion.logprobs
         return ChatChoice(
             self._index,
@@ -144,7 +150,12 @@ class ChatOutput:
             ),
             self._reason(completion),
             None if logprobs is None else chat_logprobs(logprobs, self._token_text),
+            self._prompt_logprobs,
         )
+
+    def _take_prompt(self, output: Delta | Completion) -> None:
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = prompt_logprobs(output.prompt_logprobs, self._token_text)
 
     def _chunks(self, pieces: list[Piece], logprobs: Logprobs | None) -> list[ChatChunkChoice]:
         self._logprobs += logprobs or ()
@@ -171,6 +182,9 @@ class ChatOutput:
         if self._logprobs and chunks:
             chunks[0].logprobs = chat_logprobs(self._logprobs, self._token_text)
             self._logprobs = []
+        if self._prompt_logprobs and chunks:
+            chunks[0].prompt_logprobs = self._prompt_logprobs
+            self._prompt_logprobs = UNSET
         return chunks
 
     def _reason(self, completion: Completion) -> ChatFinishReason:

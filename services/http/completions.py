@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import NamedTuple
 
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.client.results import Completion, Delta
-from nanovllm.protocol import Generate, Logprobs
+from nanovllm.protocol import Generate
 from nanovllm.services.http.calls import Calls, client_name
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import ApiError, check_model, json_response
-from nanovllm.services.http.logprobs import CompletionLogprobsWriter
+from nanovllm.services.http.logprobs import CompletionLogprobsWriter, prompt_logprobs, text_of
 from nanovllm.services.http.requests import MAX_CHOICES, CompletionRequest, parse
-from nanovllm.services.http.responses import TextChoice, TextCompletion, usage_of
+from nanovllm.services.http.responses import PromptLogprobs, TextChoice, TextCompletion, usage_of
 from nanovllm.services.http.sampling import copies, sampling
 from nanovllm.services.http.streams import EventStream
 
 
-async def complete(request: Request, context: DoorContext) -> Response:
-    """Continues prompts, whole or as a stream; raises what `chat` raises."""
+class Echo(NamedTuple):
+    """A prompt that its choices begin with."""
+
+    text: str
+    token_ids: list[int]
+
+
+async def complete(
+    request: Request, context: DoorContext, tokenize: Callable[[str], Awaitable[list[int]]]
+) -> Response:
+    """Continues prompts, whole or as a stream; raises what `chat` raises.
+
+    Args:
+        tokenize: tells the token ids of a text.
+    """
     ask = parse(await request.body(), CompletionRequest)
     model = context.model
     check_model(ask.model, model.name)
@@ -29,7 +46,16 @@ async def complete(request: Request, context: DoorContext) -> Response:
     if len(prompts) * choices > MAX_CHOICES:
         message = f"prompt: {len(prompts)} prompts of {choices} choices; {MAX_CHOICES} at most"
         raise ApiError(400, message, "prompt")
-    params = sampling(ask, model, ask.max_tokens, ask.logprobs)
+    # The pipeline gives one token at least, also where none is asked for.
+    params = sampling(ask, model, 1 if ask.max_tokens == 0 else ask.max_tokens, ask.logprobs)
+    echoes: list[Echo | None] = [None] * len(prompts)
+    if ask.echo:
+        ids = [await tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        texts = [p if isinstance(p, str) else text_of(p, model.token_text) for p in prompts]
+        echoes = [Echo(*echo) for echo in zip(texts, ids, strict=True)]
+        prompts = [*ids]
+        if params.prompt_logprobs is None:
+            params.prompt_logprobs = ask.logprobs
     messages = [
         Generate(
             id="",
@@ -43,53 +69,78 @@ async def complete(request: Request, context: DoorContext) -> Response:
         for prompt in prompts
     ]
     calls = Calls(context, request, copies(context, messages, choices))
-    outputs = [TextOutput(index, model) for index in range(len(calls.streams))]
+    outputs = [
+        TextOutput(index, ask, model, echoes[index // choices])
+        for index in range(len(calls.streams))
+    ]
     answer = TextCompletion(
         id=f"cmpl-{secrets.token_hex(12)}", created=int(time.time()), model=model.name, choices=[]
     )
+    usage = partial(usage_of, choices=choices, prompt_only=ask.max_tokens == 0)
     if ask.stream:
         await calls.answered()
         return EventStream(
-            answer,
-            calls,
-            outputs,
-            context.observer,
-            choices=choices,
-            include_usage=bool(ask.stream_options and ask.stream_options.include_usage),
+            answer, calls, outputs, context.observer, usage if ask.include_usage else None
         )
     completions = await calls.results()
     answer.choices = [o.whole(c) for o, c in zip(outputs, completions, strict=True)]
-    answer.usage = usage_of([completion.usage for completion in completions], choices)
+    answer.usage = usage([completion.usage for completion in completions])
     return json_response(answer)
 
 
 class TextOutput:
-    """One choice of a completion."""
+    """One choice of a completion.
 
-    def __init__(self, index: int, model: ServedModel) -> None:
+    Args:
+        echo: the prompt, if the choice begins with it.
+    """
+
+    def __init__(
+        self, index: int, ask: CompletionRequest, model: ServedModel, echo: Echo | None
+    ) -> None:
         self._index = index
-        self._writer = CompletionLogprobsWriter(model.token_text, model.silent)
-        self._logprobs: Logprobs = []  # of tokens that no chunk was made of yet
+        self._ask = ask
+        self._token_text = model.token_text
+        self._echo = echo  # until it was given
+        silent = frozenset[int]() if ask.skip_special_tokens is False else model.silent
+        self._writer = CompletionLogprobsWriter(model.token_text, silent)
+        self._prompt_logprobs: PromptLogprobs | UnsetType = UNSET  # until they were given
 
     def begin(self) -> list[TextChoice]:
         return []
 
     def news(self, delta: Delta) -> list[TextChoice]:
-        self._logprobs += delta.logprobs or ()
-        return [self._choice(delta.text)] if delta.text else []
+        text = self._take(delta)
+        return [self._choice(text)] if text else []
 
     def end(self, completion: Completion) -> list[TextChoice]:
-        last = self._choice("")
-        last.finish_reason = "length" if completion.finish_reason == "length" else "stop"
-        return [last]
+        return [self._last("", completion)]
 
     def whole(self, completion: Completion) -> TextChoice:
-        self._logprobs = completion.logprobs or []
-        choice = self._choice(completion.text)
-        choice.finish_reason = "length" if completion.finish_reason == "length" else "stop"
-        return choice
+        return self._last(self._take(completion), completion)
+
+    def _take(self, output: Delta | Completion) -> str:
+        """Keeps the logprobs of new output; returns its text, the prompt's before it."""
+        text, echo, self._echo = "", self._echo, None
+        if echo is not None:
+            text = echo.text
+        if output.prompt_logprobs is not None:
+            if self._ask.prompt_logprobs is not None:
+                self._prompt_logprobs = prompt_logprobs(output.prompt_logprobs, self._token_text)
+            if echo is not None and self._ask.logprobs is not None:
+                self._writer.add_prompt(text, echo.token_ids[0], output.prompt_logprobs)
+        if self._ask.max_tokens != 0:
+            self._writer.add(output.logprobs or [])
+            text += output.text
+        return text
 
     def _choice(self, text: str) -> TextChoice:
-        logprobs = self._writer.write(self._logprobs) if self._logprobs else None
-        self._logprobs = []
-        return TextChoice(self._index, text, None, logprobs)
+        choice = TextChoice(self._index, text, None, self._writer.take(), self._prompt_logprobs)
+        self._prompt_logprobs = UNSET
+        return choice
+
+    def _last(self, text: str, completion: Completion) -> TextChoice:
+        choice = self._choice(text)
+        length = completion.finish_reason == "length" or self._ask.max_tokens == 0
+        choice.finish_reason = "length" if length else "stop"
+        return choice

@@ -17,7 +17,8 @@ RETRY_AFTER_S: Final = "1"
 
 # The key that a message of the pipeline begins with.
 _KEY: Final = re.compile(
-    r"(?:sampling\.)?((?:messages|tools|chat_template_kwargs|stop_token_ids)[\w.\[\]]*): "
+    r"((?:messages|tools|chat_template_kwargs|stop_token_ids|logit_bias|min_tokens|bad_words"
+    r"|allowed_token_ids)[\w.\[\]]*): "
 )
 
 
@@ -62,8 +63,9 @@ _STATUS_OF: Final[dict[ErrorCode, int]] = {
 def api_error(error: RequestError | PipelineUnavailable) -> ApiError:
     if isinstance(error, PipelineUnavailable):
         return ApiError(503, "the pipeline does not answer; try again", code="unavailable")
-    key = _KEY.match(error.message)
-    return ApiError(_STATUS_OF[error.code], error.message, key and key[1], error.code)
+    message = error.message.removeprefix("sampling.")
+    key = _KEY.match(message)
+    return ApiError(_STATUS_OF[error.code], message, key and key[1], error.code)
 
 
 def check_model(asked: str, served: str) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
+from collections.abc import Iterable
 from typing import Final
 
 from nanovllm.protocol import Logprobs
+from nanovllm.protocol import PromptLogprobs as PipelinePromptLogprobs
 from nanovllm.services.http.responses import (
     ChatLogprobs,
     CompletionLogprobs,
+    LikelyPromptToken,
     LikelyToken,
+    PromptLogprobs,
     TokenLogprob,
 )
 
@@ -43,12 +47,33 @@ def _likely(raw: bytes, logprob: float) -> LikelyToken:
     return LikelyToken(raw.decode(errors="replace"), max(logprob, LOWEST), list(raw))
 
 
+def prompt_logprobs(
+    entries: PipelinePromptLogprobs, token_text: dict[int, bytes]
+) -> PromptLogprobs:
+    """
+    Args:
+        entries: an entry a prompt token, the prompt's first; None for the first.
+        token_text: of each token id its bytes.
+    """
+    return [
+        None
+        if entry is None
+        else {
+            token_id: LikelyPromptToken(
+                max(logprob, LOWEST), token_text.get(token_id, b"").decode(errors="replace")
+            )
+            for token_id, logprob in entry
+        }
+        for entry in entries
+    ]
+
+
 class CompletionLogprobsWriter:
-    """Logprobs of one completion, in as many pieces as it comes.
+    """Logprobs of one completion, taken in as many pieces as it comes.
 
     Args:
         token_text: of each token id its bytes.
-        silent: the tokens that add nothing to the text.
+        silent: the tokens that add nothing to the output's text.
     """
 
     def __init__(self, token_text: dict[int, bytes], silent: frozenset[int]) -> None:
@@ -56,23 +81,50 @@ class CompletionLogprobsWriter:
         self._silent = silent
         self._decoder = _utf8("replace")
         self._offset = 0
+        self._written = CompletionLogprobs([], [], [], [])
 
-    def write(self, entries: Logprobs) -> CompletionLogprobs:
-        written = CompletionLogprobs([], [], [], [])
-        for (token_id, logprob), *likeliest in entries:
-            raw = self._token_text.get(token_id, b"")
-            written.tokens.append(_name(raw))
-            written.token_logprobs.append(max(logprob, LOWEST))
-            written.top_logprobs.append(
-                {
-                    _name(self._token_text.get(other, b"")): max(its, LOWEST)
-                    for other, its in likeliest
-                }
-            )
-            written.text_offset.append(self._offset)
+    def add_prompt(self, text: str, first: int, entries: PipelinePromptLogprobs) -> None:
+        """Adds the prompt that the completion begins with.
+
+        Args:
+            text: the prompt's, which may lack tokens that the tokenizer puts first.
+            first: the prompt's first token.
+            entries: an entry a prompt token; None for the first.
+        """
+        ids = [entry[0][0] if entry else first for entry in entries]
+        self._offset = len(text) - len(text_of(ids, self._token_text))
+        for token_id, entry in zip(ids, entries, strict=True):
+            self._add(token_id, entry)
+            self._offset += len(self._decoder.decode(self._token_text.get(token_id, b"")))
+        self._decoder.reset()
+        self._offset = len(text)
+
+    def add(self, entries: Logprobs) -> None:
+        """Adds output: an entry a token, the chosen token first."""
+        for entry in entries:
+            token_id = entry[0][0]
+            self._add(token_id, entry)
             if token_id not in self._silent:
-                self._offset += len(self._decoder.decode(raw))
-        return written
+                self._offset += len(self._decoder.decode(self._token_text.get(token_id, b"")))
+
+    def take(self) -> CompletionLogprobs | None:
+        """What was added since it was last taken; None if that is nothing."""
+        written, self._written = self._written, CompletionLogprobs([], [], [], [])
+        return written if written.tokens else None
+
+    def _add(self, token_id: int, entry: list[tuple[int, float]] | None) -> None:
+        written = self._written
+        written.tokens.append(_name(self._token_text.get(token_id, b"")))
+        written.text_offset.append(max(self._offset, 0))
+        if entry is None:
+            written.token_logprobs.append(None)
+            written.top_logprobs.append(None)
+            return
+        (_, logprob), *likeliest = entry
+        written.token_logprobs.append(max(logprob, LOWEST))
+        written.top_logprobs.append(
+            {_name(self._token_text.get(other, b"")): max(its, LOWEST) for other, its in likeliest}
+        )
 
 
 def _name(raw: bytes) -> str:
@@ -80,3 +132,9 @@ def _name(raw: bytes) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def text_of(token_ids: Iterable[int], token_text: dict[int, bytes]) -> str:
+    """The text of tokens, special ones included."""
+    raw = b"".join(token_text.get(token_id, b"") for token_id in token_ids)
+    return raw.decode(errors="replace")

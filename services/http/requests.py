@@ -35,8 +35,8 @@ _NOT_SERVED: Final = frozenset(
         *("response_format", "structured_outputs", "guided_json", "guided_regex"),
         *("guided_choice", "guided_grammar", "tool_choice", "functions"),
         *("function_call", "modalities", "audio", "prediction", "web_search_options"),
-        *("reasoning_effort", "verbosity", "service_tier", "suffix", "best_of", "echo"),
-        *("store", "parallel_tool_calls", "prompt_logprobs", "add_generation_prompt"),
+        *("reasoning_effort", "verbosity", "service_tier", "suffix", "best_of"),
+        *("store", "parallel_tool_calls", "add_generation_prompt"),
     }
 )
 _PART_TYPE: Final = re.compile(r"messages\[\d+\]\.content\[\d+\]\.type")
@@ -75,6 +75,7 @@ class SamplingKeys(msgspec.Struct, kw_only=True):
     allowed_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     cache_salt: NonEmptyStr | None = None
     user: str | None = None
 
@@ -85,11 +86,14 @@ class SamplingKeys(msgspec.Struct, kw_only=True):
     guided_regex: None = None
     guided_choice: None = None
     guided_grammar: None = None
-    prompt_logprobs: None = None
 
     def __post_init__(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: goes with stream only", "stream_options")
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class Part(msgspec.Struct):
@@ -171,18 +175,20 @@ class ChatRequest(SamplingKeys):
             raise ApiError(400, "top_logprobs: goes with logprobs true only", "top_logprobs")
 
 
-class CompletionRequest(SamplingKeys):
+class CompletionRequest(SamplingKeys, kw_only=True):
     prompt: NonEmptyStr | Annotated[list[NonEmptyStr | TokenId | list[TokenId]], Meta(min_length=1)]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
 
     # Not served.
-    echo: bool | None = None
     suffix: Literal[""] | None = None
     best_of: Annotated[int, Meta(ge=1, le=1)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _only(self.echo, False, "echo")
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens: 0 goes with echo only", "max_tokens")
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -51,13 +51,26 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
-def usage_of(outputs: list[PipelineUsage], choices: int) -> Usage:
-    """The usage of `choices` outputs for each prompt, of which the first counts the prompt."""
+def usage_of(outputs: list[PipelineUsage], *, choices: int = 1, prompt_only: bool = False) -> Usage:
+    """The usage of `choices` outputs for each prompt, of which the first counts the prompt.
+
+    Args:
+        prompt_only: whether the outputs are not part of the answer.
+    """
     prompts = outputs[::choices]
     prompt = sum(output.prompt_tokens for output in prompts)
-    completion = sum(output.completion_tokens for output in outputs)
+    completion = 0 if prompt_only else sum(output.completion_tokens for output in outputs)
     cached = sum(output.cached_tokens for output in prompts)
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+
+
+class LikelyPromptToken(msgspec.Struct):
+    logprob: float
+    decoded_token: str
+
+
+# An entry a prompt token, by token id; None for the first.
+PromptLogprobs = list[dict[int, LikelyPromptToken] | None]
 
 
 # Chats ------------------------------------------------------------------------------------------
@@ -109,6 +122,7 @@ class ChatChoice(msgspec.Struct):
     message: AssistantMessage
     finish_reason: ChatFinishReason
     logprobs: ChatLogprobs | None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -132,6 +146,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     finish_reason: ChatFinishReason | None = None
     logprobs: ChatLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
@@ -149,11 +164,12 @@ class ChatChunk(msgspec.Struct, kw_only=True):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """An entry a token. A token that is not UTF-8 is written as `bytes:\\xf0\\x9f`."""
+    """An entry a token, with no logprobs for a prompt's first. A token that is not UTF-8 is
+    written as `bytes:\\xf0\\x9f`."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -162,6 +178,7 @@ class TextChoice(msgspec.Struct):
     text: str
     finish_reason: Literal["stop", "length"] | None = None
     logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class TextCompletion(msgspec.Struct, kw_only=True):

@@ -35,6 +35,7 @@ def sampling(
         ignore_eos=bool(ask.ignore_eos),
         seed=ask.seed,
         logprobs=logprobs,
+        prompt_logprobs=ask.prompt_logprobs,
         repetition_penalty=_first(ask.repetition_penalty, None, own.repetition_penalty),
         frequency_penalty=ask.frequency_penalty or 0.0,
         presence_penalty=ask.presence_penalty or 0.0,

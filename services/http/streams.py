@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -17,7 +17,7 @@ from nanovllm.client.results import Usage as PipelineUsage
 from nanovllm.services.http.calls import Calls
 from nanovllm.services.http.context import Observer
 from nanovllm.services.http.errors import ApiError, ErrorAnswer
-from nanovllm.services.http.responses import ChatChunk, TextCompletion, usage_of
+from nanovllm.services.http.responses import ChatChunk, TextCompletion, Usage
 
 # A client for which so much waits is disconnected.
 MAX_WAITING_BYTES: Final = 4 << 20
@@ -53,8 +53,8 @@ class EventStream(Response):
         chunk: a chunk without choices.
         calls: the requests; closed with the stream.
         outputs: what makes chunks of each request's output.
-        choices: how many requests there are for each prompt.
-        include_usage: whether the usage comes in a chunk of its own at the end.
+        usage: the answer's, of the requests' in order, which comes in a chunk of its own at the
+            end; None for no such chunk.
     """
 
     def __init__(
@@ -63,9 +63,7 @@ class EventStream(Response):
         calls: Calls,
         outputs: Sequence[Output],
         observer: Observer,
-        *,
-        choices: int,
-        include_usage: bool,
+        usage: Callable[[list[PipelineUsage]], Usage] | None,
     ) -> None:
         super().__init__(
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
@@ -73,15 +71,14 @@ class EventStream(Response):
         )
         del self.headers["content-length"]
         self._chunk = chunk
-        if include_usage:
+        if usage is not None:
             chunk.usage = None
         before, mark, after = _encode(chunk).partition(b'"choices":[')
         self._head, self._tail = b"data: " + before + mark, after + b"\n\n"
         self._calls = calls
         self._running = dict(zip(calls.streams, outputs, strict=True))
         self._observer = observer
-        self._choices = choices
-        self._include_usage = include_usage
+        self._usage = usage
         self._output_at: dict[AsyncStream, float] = {}  # when a stream last had output
         self._sending = 0  # bytes that wait for room in the socket
         self._sent_at = time.monotonic()
@@ -111,9 +108,8 @@ class EventStream(Response):
                 body = await self._news(usages)
                 if not body and self._sent_at + COMMENT_S <= time.monotonic():
                     body = b": waiting\n\n"
-            if self._include_usage:
-                outputs = [usages[stream] for stream in self._calls.streams]
-                self._chunk.usage = usage_of(outputs, self._choices)
+            if self._usage is not None:
+                self._chunk.usage = self._usage([usages[s] for s in self._calls.streams])
                 body += b"data: " + _encode(self._chunk) + b"\n\n"
         except ApiError as error:
             body = b"data: " + _encode(ErrorAnswer(error.body)) + b"\n\n"
@@ -190,4 +186,5 @@ def merged(deltas: list[Delta]) -> Delta:
         [token for delta in deltas for token in delta.token_ids],
         [entry for delta in deltas for entry in delta.logprobs or ()],
         answer_at,
+        deltas[0].prompt_logprobs,
     )

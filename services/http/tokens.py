@@ -1,10 +1,11 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize; the token ids of prompts."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from starlette.requests import Request
@@ -39,8 +40,7 @@ class PromptTokens:
         ask = parse(body, TokenizeRequest)
         if ask.model is not None:
             check_model(ask.model, self._model.name)
-        loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(self._thread, self._ids, ask, body)
+        ids = await self._in_thread(partial(self._ids, ask, body))
         texts = None
         if ask.return_token_strs:
             text_of = self._model.token_text
@@ -61,10 +61,19 @@ class PromptTokens:
             Text(b"".join(text_of[token] for token in ask.tokens).decode(errors="replace"))
         )
 
+    async def ids(self, text: str) -> list[int]:
+        """The token ids of a prompt that is text."""
+        return await self._in_thread(partial(self._encode, text, True))
+
+    async def _in_thread(self, work: Callable[[], list[int]]) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
     def _ids(self, ask: TokenizeRequest, body: bytes) -> list[int]:
-        text, add_special_tokens = ask.prompt, ask.add_special_tokens
-        if text is None:
-            text, add_special_tokens = self._render(ask, body), False
+        if ask.prompt is not None:
+            return self._encode(ask.prompt, ask.add_special_tokens)
+        return self._encode(self._render(ask, body), add_special_tokens=False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         (encoding,) = self._files.tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from nanovllm.services.http.logprobs import LOWEST, CompletionLogprobsWriter, chat_logprobs
 
 # A smile in two tokens, a letter, and a special token.
@@ -23,10 +25,36 @@ def test_a_chat_has_the_true_bytes_of_half_characters() -> None:
 
 
 def test_a_completion_has_offsets_into_its_text() -> None:
-    whole = CompletionLogprobsWriter(TEXT, frozenset({4})).write(ENTRIES)
+    writer = CompletionLogprobsWriter(TEXT, frozenset({4}))
+    writer.add(ENTRIES)
+    whole = writer.take()
+    assert whole is not None
     assert whole.tokens == ["bytes:\\xf0\\x9f", "bytes:\\x98\\x80", "<|end|>", "a"]
     assert whole.text_offset == [0, 0, 1, 1]
     assert whole.top_logprobs[1] == {"bytes:\\xf0\\x9f": -1.0, "a": -2.0}
+    assert writer.take() is None
     writer = CompletionLogprobsWriter(TEXT, frozenset({4}))
-    pieces = [writer.write([entry]) for entry in ENTRIES]
-    assert [offset for piece in pieces for offset in piece.text_offset] == whole.text_offset
+    offsets: list[int] = []
+    for entry in ENTRIES:
+        writer.add([entry])
+        piece = writer.take()
+        assert piece is not None
+        offsets += piece.text_offset
+    assert offsets == whole.text_offset
+
+
+@pytest.mark.parametrize(
+    ("text", "offsets"),
+    [("<|end|>\N{GRINNING FACE}a", [0, 7, 7, 8, 9]), ("\N{GRINNING FACE}a", [0, 0, 0, 1, 2])],
+)
+def test_a_prompt_counts_its_special_tokens_where_its_text_has_them(
+    text: str, offsets: list[int]
+) -> None:
+    writer = CompletionLogprobsWriter(TEXT, frozenset({4}))
+    writer.add_prompt(text, 4, [None, [(1, -1.0), (3, -0.5)], [(2, -2.0)], [(3, -3.0)]])
+    writer.add([[(4, -0.25)]])
+    written = writer.take()
+    assert written is not None
+    assert written.text_offset == offsets
+    assert written.token_logprobs == [None, -1.0, -2.0, -3.0, -0.25]
+    assert written.top_logprobs == [None, {"a": -0.5}, {}, {}, {}]

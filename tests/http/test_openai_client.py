@@ -160,6 +160,13 @@ def test_completions_come_in_order(client: openai.OpenAI) -> None:
     [
         ({"model": "other"}, openai.NotFoundError, "model"),
         ({"temperature": 11}, openai.BadRequestError, "temperature"),
+        ({"max_tokens": 2, "extra_body": {"min_tokens": 3}}, openai.BadRequestError, "min_tokens"),
+        ({"logit_bias": {"99999": 1}}, openai.BadRequestError, "logit_bias"),
+        (
+            {"extra_body": {"bad_words": [chr(i) for i in range(65, 98)]}},
+            openai.BadRequestError,
+            "bad_words",
+        ),
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError, None),
         ({"stream": True, "messages": [*STORY * 4000]}, openai.BadRequestError, None),
     ],

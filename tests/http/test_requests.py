@@ -65,7 +65,6 @@ def test_a_wrong_value_is_refused_by_name(keys: dict[str, Any], param: str) -> N
         (ChatRequest, {"audio": {}}),
         (ChatRequest, {"reasoning_effort": "low"}),
         (ChatRequest, {"tools": [STRICT]}),
-        (CompletionRequest, {"echo": True}),
         (CompletionRequest, {"suffix": "x"}),
         (CompletionRequest, {"best_of": 2}),
     ],
