@@ -4,9 +4,10 @@
     python -m tests.chaos --kills 20 --streams 100 --http
 
 At any time so many requests are unfinished, greedy and seeded, texts and chats, some with stop
-strings, emoji in many. Every one to three seconds a service gets SIGKILL, sometimes two at once,
-and now and then one gets SIGSTOP: it goes on after a while, or the supervisor must find it. Each
-stream must bring what the same request brings undisturbed. Prints one JSON line:
+strings, emoji in many, a third with penalties, logit_bias, min_tokens, bad_words, prompt_logprobs
+and the like, over HTTP with n too. Every one to three seconds a service gets SIGKILL, sometimes two
+at once, and now and then one gets SIGSTOP: it goes on after a while, or the supervisor must find
+it. Each stream must bring what the same request brings undisturbed. Prints one JSON line:
 
     kills        by SIGKILL, for each service and rank
     stops        by SIGSTOP: those that were continued, and those that were left to be found

@@ -6,12 +6,13 @@ What the tests of recovery share with `tests.chaos` and `tests.recovery`.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -20,6 +21,7 @@ from nanovllm import AsyncClient, SamplingParams
 from nanovllm.client.control import Control
 from nanovllm.client.requests import Prompt
 from nanovllm.control import SchedulerStats
+from nanovllm.protocol import PromptLogprobs
 
 TIMEOUT_S = 60.0
 NEW_TOKENS = 200
@@ -42,12 +44,17 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a client has at the end of a stream, joined from its deltas."""
+    """What a client has at the end of a stream, joined from its deltas.
+
+    Attributes:
+        prompt: if `prompt_logprobs` were asked for, the prompt's tokens that they are of.
+    """
 
     token_ids: list[int]
     text: str
     finish_reason: str
     completion_tokens: int
+    prompt: tuple[int, ...] = ()
 
 
 class Streamed(NamedTuple):
@@ -85,7 +92,7 @@ def mixed_cases(stops: Sequence[str]) -> list[Case]:
 
 def random_cases(draw: random.Random, count: int, stops: Sequence[str]) -> list[Case]:
     """Of every kind: text and chats, greedy and seeded, with filters, stop strings and logprobs.
-    One in ten is aborted."""
+    One in three has further parameters, one in ten is aborted."""
     cases = []
     for _ in range(count):
         text = " ".join(draw.choices(PROMPTS, k=draw.randint(1, 12)))
@@ -99,6 +106,7 @@ def random_cases(draw: random.Random, count: int, stops: Sequence[str]) -> list[
             seed=draw.getrandbits(32),
             stop=list(stops) if draw.random() < 0.4 else [],
             logprobs=draw.choice((None, None, None, 2)),
+            **(further_params(draw, max_tokens) if draw.random() < 1 / 3 else {}),
         )
         prompt: Prompt = chat if draw.random() < 0.25 else text
         leaves_after = draw.randint(1, max_tokens) if draw.random() < 0.1 else None
@@ -106,16 +114,38 @@ def random_cases(draw: random.Random, count: int, stops: Sequence[str]) -> list[
     return cases
 
 
+def further_params(draw: random.Random, max_tokens: int) -> dict[str, Any]:
+    """Two to four of the parameters that change logits, text or what is told."""
+    tokens = range(260, 900)  # of the demo model: no special ones
+    params = {
+        "repetition_penalty": draw.choice((1.1, 1.5)),
+        "frequency_penalty": draw.choice((-0.5, 0.5, 1.0)),
+        "presence_penalty": draw.choice((-0.5, 0.5, 1.0)),
+        "logit_bias": {token: draw.uniform(-5, 5) for token in draw.sample(tokens, 20)},
+        "min_tokens": draw.randint(1, max_tokens),
+        "bad_words": ["the", " fox", *([token] for token in draw.sample(tokens, 10))],
+        "allowed_token_ids": draw.sample(tokens, 400),
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "prompt_logprobs": draw.randint(0, 5),
+        "n": draw.randint(2, 3),
+    }
+    return dict(draw.sample(sorted(params.items()), draw.randint(2, 4)))
+
+
 async def stream(client: AsyncClient, number: int, case: Case, news: threading.Event) -> Streamed:
     tokens: list[int] = []
     chosen: list[int] = []
     text: list[str] = []
+    told: list[PromptLogprobs] = []
     times = [time.monotonic()]
-    deltas = client.generate(case.prompt, case.params, stream=True)
+    # Only HTTP has `n`.
+    deltas = client.generate(case.prompt, dataclasses.replace(case.params, n=1), stream=True)
     async for delta in deltas:
         tokens += delta.token_ids
         chosen += [entry[0][0] for entry in delta.logprobs or ()]
         text.append(delta.text)
+        told += [] if delta.prompt_logprobs is None else [delta.prompt_logprobs]
         times.append(time.monotonic())
         news.set()
         if case.leaves_after is not None and len(tokens) >= case.leaves_after:
@@ -128,6 +158,9 @@ async def stream(client: AsyncClient, number: int, case: Case, news: threading.E
     if case.params.logprobs is not None and chosen != tokens:
         raise RuntimeError(f"{case}: logprobs are of the tokens {chosen}, and there are {tokens}")
     outcome = Outcome(tokens, "".join(text), end.finish_reason, end.usage.completion_tokens)
+    if case.params.prompt_logprobs is not None:
+        (entries,) = told  # once
+        outcome = outcome._replace(prompt=tuple(entry[0][0] for entry in entries if entry))
     return Streamed(number, outcome, times)
 
 
