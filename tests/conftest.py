@@ -30,6 +30,40 @@ settings.load_profile("nanovllm")
 torch.set_num_threads(1)
 
 
+# The directories whose files take longest, so that no process is left with a long one in the end.
+LONGEST = ("recovery", "pipeline", "launch", "kernels", "gpu_worker", "http", "examples", "bench")
+MOST_PROCESSES = 8
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: many tests wait. On a GPU, whose memory they would
+    share, none but this one."""
+    if torch.cuda.is_available():
+        return 0
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_PROCESSES)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        directory = item.path.parent.name
+        return LONGEST.index(directory) if directory in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Says last which tests failed and why; pytest's own line ends where the terminal does."""
+    yield
+    for outcome in ("failed", "error"):
+        for report in terminalreporter.getreports(outcome):
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = crash.message if crash else str(report.longrepr)
+            where = f"{crash.path}:{crash.lineno}: " if crash else ""
+            terminalreporter.write_line(f"{outcome.upper()} {report.nodeid}", red=True)
+            terminalreporter.write_line(f"    {where}{why.strip().splitlines()[0][:400]}")
+
+
 @pytest.fixture(scope="session")
 def pipeline() -> Iterator[Pipeline]:
     """A pipeline that serves the demo checkpoint in float32, for the whole test run."""

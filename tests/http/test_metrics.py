@@ -17,9 +17,9 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.support.pipeline import LOOK_AGAIN_S, Pipeline
-from nanovllm.control import HttpStats
 from tests.http.server import TIMEOUT_S, Server
 from tests.http.test_door import HTTP, SIM
+from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.recovery.streams import services, wait_for_another
 
 ROOT = Path(__file__).parents[2]
@@ -39,22 +39,13 @@ def doors() -> Iterator[Pipeline]:
             keys = {"prompt": "Once upon a time", "max_tokens": 8, "ignore_eos": True}
             assert door.complete(**keys, stream=number % 2 == 0).status == 200
         assert door.complete(prompt="x " * 9000, max_tokens=8).status == 400
+        wait_until_nothing_is_left(running)  # by then every service has reported the requests
         yield running
 
 
 @pytest.fixture
 def door(doors: Pipeline) -> Server:
-    """The pipeline's HTTP servers, once they have reported the requests."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while ended(doors) < 5:
-        assert time.monotonic() < deadline, doors.status()
-        time.sleep(LOOK_AGAIN_S)
     return Server(doors.http_port)
-
-
-def ended(doors: Pipeline) -> int:
-    found = [one.stats for one in doors.status().services if isinstance(one.stats, HttpStats)]
-    return sum(sum(stats.finished.values()) for stats in found)
 
 
 def families(door: Server) -> dict[str, Metric]:
