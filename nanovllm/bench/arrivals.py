@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 
-from nanovllm.bench.files import InputFileError, json_lines
+from nanovllm.bench.files import InputFileError, json_lines, read
 from nanovllm.bench.work import MAX_LENGTH
 
 Length = Annotated[int, msgspec.Meta(ge=1, le=MAX_LENGTH)]
@@ -102,7 +102,7 @@ def read_trace(path: Path) -> list[Arrival]:
     Raises:
         InputFileError: the file cannot be read, or a line is not valid.
     """
-    lines = list(json_lines(path, _Line))
+    lines = list(json_lines(read(path), _Line, path))
     stamps = [line.timestamp for line in lines if line.timestamp is not None]
     first = min(stamps, default=0.0)
     arrivals = []

@@ -34,8 +34,8 @@ def decoded(raw: bytes, kind: type[T], where: str) -> T:
         raise InputFileError(f"{where}: no JSON: {error}") from None
 
 
-def json_lines(path: Path, kind: type[T]) -> Iterator[T]:
-    """A `kind` of each line that is not empty."""
-    for number, line in enumerate(read(path).splitlines(), 1):
+def json_lines(raw: bytes, kind: type[T], path: Path) -> Iterator[T]:
+    """A `kind` of each line of `path`, whose bytes are `raw`, that is not empty."""
+    for number, line in enumerate(raw.splitlines(), 1):
         if line.strip():
             yield decoded(line, kind, f"{path}, line {number}")

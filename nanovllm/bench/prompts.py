@@ -146,12 +146,13 @@ def read_prompts(path: Path) -> list[list[Prompt]]:
     Raises:
         InputFileError: the file cannot be read, is neither, or has no prompt.
     """
-    if read(path).lstrip()[:1] == b"[":
-        entries = decoded(read(path), list[_ShareGPT], str(path))
+    raw = read(path)  # once: it may be a pipe
+    if raw.lstrip()[:1] == b"[":
+        entries = decoded(raw, list[_ShareGPT], str(path))
         prompts = [_spoken(entry.conversations) for entry in entries]
     else:
         prompts = []
-        for number, line in enumerate(json_lines(path, _Line), 1):
+        for number, line in enumerate(json_lines(raw, _Line, path), 1):
             if bool(line.prompt) == bool(line.messages):
                 raise InputFileError(
                     f"{path}, entry {number}: give it prompt or messages, and only one of the two"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_json_lines_give_prompts_and_chats(tmp_path: Path) -> None:
     chat = '{"messages": [{"role": "user", "content": "Hi"}]}'
     path = written(tmp_path, f'{{"prompt": "Once", "source": "a book"}}\n\n{chat}\n')
     assert read_prompts(path) == [["Once"], [[{"role": "user", "content": "Hi"}]]]
+
+
+def test_prompts_may_come_through_a_pipe() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b'{"prompt": "Once"}')
+    os.close(writer)
+    assert read_prompts(Path(f"/dev/fd/{reader}")) == [["Once"]]
+    os.close(reader)
 
 
 @pytest.mark.parametrize(
