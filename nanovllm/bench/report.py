@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nanovllm.bench.load import Record
 from nanovllm.protocol import Usage
 
-# Above this share of a core, the loop that sends and reads is taken for the bottleneck.
+# Above this share of the time, the loop that sends and reads is taken for the bottleneck.
 BUSY_LOOP: Final = 0.8
 # A shorter measurement says nothing of it.
 SHORTEST_S: Final = 0.5
@@ -27,7 +27,7 @@ class Used(NamedTuple):
 
     at_s: float
     cpu_s: float  # of all threads
-    loop_s: float  # of the thread that sends and reads
+    loop_s: float  # the thread that sends and reads ran, or waited for a core
     tokens: int
 
 
@@ -85,7 +85,7 @@ class Tokens(msgspec.Struct):
 
 class Generator(msgspec.Struct):
     """What the generator itself did. `lateness_ms`: from when requests were due until they were
-    sent; `loop_share`: of a core, by the thread that sends and reads."""
+    sent; `loop_share`: of the time, the thread that sends and reads ran, or waited for a core."""
 
     lateness_ms: Spread | None
     cpu_share: float | None
@@ -237,8 +237,8 @@ def _generator(measured: Sequence[Record], used: Sequence[Used], seconds: float)
             generator.cpu_us_a_token = (last.cpu_s - first.cpu_s) / tokens * 1e6
         if generator.loop_share > BUSY_LOOP and passed_s > SHORTEST_S:
             generator.warnings.append(
-                f"this generator was the bottleneck: its loop took {generator.loop_share:.0%} of a"
-                " core. Lower the load, or run several generators side by side"
+                f"this generator was the bottleneck: its loop ran, or waited for a core, for"
+                f" {generator.loop_share:.0%} of the time. Lower the load, or give it more cores"
             )
     if lateness is not None and lateness.median > LATE_MS:
         generator.warnings.append(

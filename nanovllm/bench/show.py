@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Final, Self
 
 from rich import box
@@ -54,7 +55,7 @@ class Watch:
     def tick(self) -> None:
         load = self._load
         now_s = time.monotonic() - load.begins_at
-        self.used.append(Used(now_s, time.process_time(), time.thread_time(), load.tokens))
+        self.used.append(Used(now_s, time.process_time(), _loop_s(), load.tokens))
         if self._bar.disable:
             return
         stage = "warming up"
@@ -86,6 +87,15 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+def _loop_s() -> float:
+    """Seconds that this thread has run, or has waited for a core."""
+    try:
+        ran, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    except FileNotFoundError:  # a kernel that does not count the wait
+        return time.thread_time()
+    return (int(ran) + int(waited)) / 1e9
 
 
 def print_report(report: Report, head: str) -> None:

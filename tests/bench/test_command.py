@@ -34,13 +34,18 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def told(stderr: str) -> str:
+    """Without the warnings, which a busy machine gives cause for."""
+    return "".join(line for line in stderr.splitlines(True) if not line.startswith("Warning: "))
+
+
 def test_a_run_shows_a_table_and_writes_everything(pipeline: Pipeline, tmp_path: Path) -> None:
     written = [str(tmp_path / name) for name in ("run.json", "run.png")]
     ran = run(
         *("--endpoint", pipeline.endpoint, "--concurrency", "3", "--requests", "7", *QUICK),
         *("--turns", "2", "--json", written[0], "--plot", written[1], "--seed", "5"),
     )
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (ran.returncode, told(ran.stderr)) == (0, "")
     assert "14 sent, 14 finished (14 length)" in ran.stdout
     assert re.search(r"time to first token +\d", ran.stdout)
     assert Path(written[1]).read_bytes().startswith(b"\x89PNG")
@@ -77,8 +82,8 @@ def test_errors_are_counted_by_code(pipeline: Pipeline) -> None:
     ran = run("--endpoint", pipeline.endpoint, *arguments)
     assert ran.returncode == 1
     assert "2 requests: context_length_exceeded" in ran.stdout
-    assert ran.stderr.startswith("Error: no request succeeded: context_length_exceeded: ")
-    assert ran.stderr.count("\n") == 1
+    (line,) = told(ran.stderr).splitlines()
+    assert line.startswith("Error: no request succeeded: context_length_exceeded: ")
 
 
 def test_ctrl_c_shows_what_there_is(pipeline: Pipeline) -> None:
@@ -119,7 +124,7 @@ def test_a_server_that_dies_is_told_in_a_line(start_pipeline: Callable[..., Pipe
             os.kill(service.pid, signal.SIGKILL)
     output, errors = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 1
-    assert errors == (
+    assert told(errors) == (
         f"Error: the pipeline at {server.endpoint} is gone: the connection has ended\n"
     )
     assert re.search(r"time to first token +\d", output)
@@ -175,7 +180,7 @@ def test_what_is_written_needs_no_reader_of_the_table(pipeline: Pipeline, tmp_pa
 def test_a_full_disk_is_told_with_the_files_name(pipeline: Pipeline) -> None:
     ran = run("--endpoint", pipeline.endpoint, "--requests", "1", *QUICK, "--json", "/dev/full")
     assert ran.returncode == 1
-    assert ran.stderr == "Error: cannot write /dev/full: No space left on device\n"
+    assert told(ran.stderr) == "Error: cannot write /dev/full: No space left on device\n"
     assert "time to first token" in ran.stdout
 
 
@@ -185,7 +190,7 @@ def test_neither_a_narrow_terminal_nor_its_encoding_cuts_figures(
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     ran = run("--endpoint", pipeline.endpoint, "--requests", "2", *QUICK)
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (ran.returncode, told(ran.stderr)) == (0, "")
     assert len(re.findall(r"\d+\.\d\d", next(re.finditer("time to first.*", ran.stdout))[0])) == 5
     assert "s a token" in ran.stdout
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +24,8 @@ from nanovllm.bench.show import RECENT, Watch
 from nanovllm.bench.work import Lengths
 from nanovllm.client.results import PipelineUnavailable
 from nanovllm.protocol import Delta, Finish, Generate, Sampling, ServerMessage, Usage
+
+SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 
 class Answering:
@@ -81,6 +86,31 @@ def test_the_bar_shows_the_first_tokens_of_an_overloaded_server(
     with Watch(load, None, math.inf) as watch:
         watch.tick()
     assert "first token 250.0 ms" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not SCHEDSTAT.exists(), reason="this kernel does not count the wait")
+def test_the_loops_wait_for_a_core_is_counted() -> None:
+    cores = os.sched_getaffinity(0)
+    core = min(cores)
+    spin = f"import os; os.sched_setaffinity(0, {{{core}}}); print(flush=True)\nwhile True: pass"
+    with (
+        subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other,
+        Watch(Load(Trace([], 0.0), [], 0.0), None, math.inf) as watch,
+    ):
+        try:
+            assert other.stdout is not None
+            other.stdout.readline()
+            os.sched_setaffinity(0, {core})
+            watch.tick()
+            began = time.thread_time()
+            while time.thread_time() < began + 0.1:
+                pass
+            watch.tick()
+        finally:
+            os.sched_setaffinity(0, cores)
+            other.kill()
+    first, last = watch.used
+    assert last.loop_s - first.loop_s > last.cpu_s - first.cpu_s + 0.02
 
 
 def test_a_models_name_is_no_formula(tmp_path: Path) -> None:
