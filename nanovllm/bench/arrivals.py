@@ -103,16 +103,16 @@ def read_trace(path: Path) -> list[Arrival]:
         InputFileError: the file cannot be read, or a line is not valid.
     """
     lines = list(json_lines(read(path), _Line, path))
-    stamps = [line.timestamp for line in lines if line.timestamp is not None]
+    stamps = [line.timestamp for _, line in lines if line.timestamp is not None]
     first = min(stamps, default=0.0)
     arrivals = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         if line.at_s is not None:
             at_s = line.at_s
         elif line.timestamp is not None:
             at_s = line.timestamp - first
         else:
-            raise InputFileError(f"{path}, entry {number}: there is neither at_s nor timestamp")
+            raise InputFileError(f"{path}, line {number}: there is neither at_s nor timestamp")
         arrivals.append(Arrival(at_s, line.input, line.output))
     if not arrivals:
         raise InputFileError(f"{path} has no arrival")

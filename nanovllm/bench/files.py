@@ -34,8 +34,9 @@ def decoded(raw: bytes, kind: type[T], where: str) -> T:
         raise InputFileError(f"{where}: no JSON: {error}") from None
 
 
-def json_lines(raw: bytes, kind: type[T], path: Path) -> Iterator[T]:
-    """A `kind` of each line of `path`, whose bytes are `raw`, that is not empty."""
+def json_lines(raw: bytes, kind: type[T], path: Path) -> Iterator[tuple[int, T]]:
+    """The number, from 1, and a `kind` of each line of `path`, whose bytes are `raw`, that is not
+    empty."""
     for number, line in enumerate(raw.splitlines(), 1):
         if line.strip():
-            yield decoded(line, kind, f"{path}, line {number}")
+            yield number, decoded(line, kind, f"{path}, line {number}")

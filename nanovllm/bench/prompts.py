@@ -152,10 +152,10 @@ def read_prompts(path: Path) -> list[list[Prompt]]:
         prompts = [_spoken(entry.conversations) for entry in entries]
     else:
         prompts = []
-        for number, line in enumerate(json_lines(raw, _Line, path), 1):
+        for number, line in json_lines(raw, _Line, path):
             if bool(line.prompt) == bool(line.messages):
                 raise InputFileError(
-                    f"{path}, entry {number}: give it prompt or messages, and only one of the two"
+                    f"{path}, line {number}: give it prompt or messages, and only one of the two"
                 )
             prompts.append([line.prompt or line.messages or ""])
     prompts = [prompt for prompt in prompts if prompt]

@@ -52,7 +52,7 @@ def test_prompts_may_come_through_a_pipe() -> None:
         ("[]", "has no prompt"),
         ("once upon a time", "line 1: no JSON"),
         ('{"prompt": "a"}\n{"prompt": 3}', "line 2: prompt: Expected `str | null`, got `int`"),
-        ('{"text": "a"}', "entry 1: give it prompt or messages"),
+        ('\n{"text": "a"}', "line 2: give it prompt or messages"),
         ('[{"text": "a"}]', "missing required field `conversations`"),
     ],
 )
@@ -77,7 +77,7 @@ def test_a_trace_is_sorted_and_its_time_stamps_begin_at_zero(tmp_path: Path) -> 
     ("text", "says"),
     [
         ("", "has no arrival"),
-        ('{"at": 3}', "entry 1: there is neither at_s nor timestamp"),
+        ('\n{"at": 3}', "line 2: there is neither at_s nor timestamp"),
         ('{"at_s": -1}', "line 1: at_s: Expected `float` >= 0.0"),
         ('{"at_s": 1, "input": 0}', "line 1: input: Expected `int` >= 1"),
         ('{"at_s": 1, "output": 100000000000}', "line 1: output: Expected `int` <= 10000000"),
