@@ -157,6 +157,10 @@ def read_prompts(path: Path) -> list[list[Prompt]]:
                 raise InputFileError(
                     f"{path}, line {number}: give it prompt or messages, and only one of the two"
                 )
+            try:
+                msgspec.msgpack.encode(line.messages)
+            except OverflowError as error:
+                raise InputFileError(f"{path}, line {number}: messages: {error}") from None
             prompts.append([line.prompt or line.messages or ""])
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:

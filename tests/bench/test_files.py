@@ -53,6 +53,7 @@ def test_prompts_may_come_through_a_pipe() -> None:
         ("once upon a time", "line 1: no JSON"),
         ('{"prompt": "a"}\n{"prompt": 3}', "line 2: prompt: Expected `str | null`, got `int`"),
         ('\n{"text": "a"}', "line 2: give it prompt or messages"),
+        (f'{{"messages": [{{"year": {2**70}}}]}}', "line 1: messages: can't serialize ints"),
         ('[{"text": "a"}]', "missing required field `conversations`"),
     ],
 )
