@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import tests.interpreter  # noqa: F401
 from benchmarks.support.pipeline import Pipeline
 
 # A shell ignores SIGINT for what it starts in the background, and so do the children of that. Tests

@@ -20,9 +20,10 @@ from nanovllm.client.control import NEXT_REPORT_S, Control
 from nanovllm.control import SchedulerStats, Stats, Status, WorkerStats
 from nanovllm.service import LIFELINE_VARIABLE
 
-READY_TIMEOUT_S = 120.0
-END_TIMEOUT_S = 20.0
-REPORT_TIMEOUT_S = 30.0
+# Long enough for a machine whose cores are busy.
+READY_TIMEOUT_S = 200.0
+END_TIMEOUT_S = 60.0
+REPORT_TIMEOUT_S = 60.0
 # Between two looks at the status or at processes: looking takes time from the pipeline.
 LOOK_AGAIN_S = 0.02
 

@@ -26,7 +26,7 @@ from nanovllm.protocol import (
     Usage,
 )
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 SEED = 77
 
 

@@ -237,7 +237,7 @@ def test_a_timeout_that_is_shorter_holds() -> None:
 def test_an_ingress_that_falls_silent_is_given_up() -> None:
     with (
         ingress(some_then_silence, on_ping=say_nothing) as double,
-        Client(double.endpoint, timeout=1.0) as client,
+        Client(double.endpoint, timeout=3.0) as client,
     ):
         stream = client.generate("hello", stream=True)
         assert next(stream).text == "a"
@@ -262,7 +262,7 @@ def test_an_answer_may_take_longer_than_the_timeout_while_pings_are_answered() -
 
     with (
         ingress(hold, answer_at_the_third_ping) as double,
-        Client(double.endpoint, timeout=1.2) as client,
+        Client(double.endpoint, timeout=3.0) as client,
     ):
         assert client.generate("x", SamplingParams(max_tokens=1)).token_ids == [1]
         assert len(asked) == 1

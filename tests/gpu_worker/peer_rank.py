@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+import tests.interpreter  # noqa: F401
 from nanovllm.kernels.collectives import reference
 from nanovllm.kernels.collectives.peers import WORD, PeerRows, Watch
 from nanovllm.kernels.layers.ops import Norm

@@ -130,6 +130,7 @@ def scheduled_steps() -> list[Scheduled]:
 
 def triton_backend(shape: AttentionShape) -> AttentionBackend:
     # Imported where it is used: it takes its time, and most ranks do not.
+    import tests.interpreter  # noqa: F401
     from nanovllm.kernels.attention.choose import ByPhaseBackend
     from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
     from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend

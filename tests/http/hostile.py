@@ -8,7 +8,7 @@ import socket
 import struct
 from typing import Any, Final
 
-TIMEOUT_S: Final = 5.0
+TIMEOUT_S: Final = 30.0
 VALID: dict[str, Any] = {"model": "demo", "prompt": "Once", "max_tokens": 4, "ignore_eos": True}
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")

@@ -21,7 +21,7 @@ from nanovllm.services.http.context import DoorContext, NoObserver, Observer, Se
 from nanovllm.services.http.gate import Guard, RequestLog
 from nanovllm.services.http.limits import LimitedProtocol
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 HELLO = [{"role": "user", "content": "hello"}]
 
 

@@ -17,8 +17,8 @@ POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 @pytest.fixture
 def hurried(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that waits neither for headers nor for bodies for long."""
-    monkeypatch.setattr(limits, "HEADERS_S", 0.2)
-    monkeypatch.setattr(gate, "BODY_S", 0.2)
+    monkeypatch.setattr(limits, "HEADERS_S", 1.0)
+    monkeypatch.setattr(gate, "BODY_S", 1.0)
     with serving(pipeline.endpoint) as running:
         yield running
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -33,6 +33,13 @@ ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer")
 @pytest.fixture
 def sim() -> Iterator[Pipeline]:
     with Pipeline("", *SIM, lifeline=False) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Pipeline]:
+    """For tests after which it serves as before."""
+    with Pipeline("", *SIM) as running:
         yield running
 
 
@@ -67,23 +74,21 @@ def test_a_killed_launcher_takes_its_services_along(sim: Pipeline) -> None:
     for process in running[::2]:
         process.suspend()
     sim.process.kill()
-    assert gone(running, 2.0)
+    assert gone(running, END_TIMEOUT_S)
     again = Pipeline("", *SIM, "--runtime-dir", str(sim.runtime_dir))
     again.start().stop()
 
 
-def test_a_service_that_dies_is_named_and_comes_back(sim: Pipeline) -> None:
+def test_a_service_that_dies_is_named_and_comes_back(shared: Pipeline) -> None:
     for role in ROLES:
-        next(process for process in services(sim) if role_of(process) == role).kill()
-        sim.wait_for(f"supervisor | {role} 0 was killed by SIGKILL", END_TIMEOUT_S)
-        sim.wait_for(f"{role} 0 | ready", END_TIMEOUT_S)
-    assert [service.restarts for service in sim.status().services] == [1] * len(ROLES)
+        next(process for process in services(shared) if role_of(process) == role).kill()
+        shared.wait_for(f"supervisor | {role} 0 was killed by SIGKILL", END_TIMEOUT_S)
+        shared.wait_for(f"{role} 0 | ready", END_TIMEOUT_S)
+    assert [service.restarts for service in shared.status().services] == [1] * len(ROLES)
 
 
-def test_services_log_with_their_names_in_front(sim: Pipeline) -> None:
-    sim.stop()
-    logged = [line for line in sim.output if " gpu_worker 0 | " in line]
-    assert logged
+def test_services_log_with_their_names_in_front(shared: Pipeline) -> None:
+    assert any(" gpu_worker 0 | " in line for line in shared.output)
 
 
 def refused(*arguments: str) -> str:
@@ -135,13 +140,13 @@ def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_a_taken_endpoint_and_a_taken_runtime_dir_are_named(
-    sim: Pipeline, start_pipeline: Callable[..., Pipeline]
+    shared: Pipeline,
 ) -> None:
-    line = refused("--runtime-dir", str(sim.runtime_dir), "--ingress", "", *SIM)
-    assert f"--runtime-dir {sim.runtime_dir} is in use" in line
+    line = refused("--runtime-dir", str(shared.runtime_dir), "--ingress", "", *SIM)
+    assert f"--runtime-dir {shared.runtime_dir} is in use" in line
     with socket.create_server(("127.0.0.1", 0)) as held:
         endpoint = f"tcp://127.0.0.1:{held.getsockname()[1]}"
-        other = str(sim.runtime_dir) + "-2"
+        other = str(shared.runtime_dir) + "-2"
         line = refused("--runtime-dir", other, "--ingress", endpoint, *SIM)
         assert f"--ingress {endpoint} is taken by another process" in line
         assert not os.path.exists(other)

@@ -41,6 +41,13 @@ LLM("model", max_sequences=3)
 LLM("model", dtype="fp16")
 Client().generate("a").txt
 """
+# To read these packages, which are not under test, takes mypy half a minute.
+MYPY = """
+[mypy]
+strict = true
+[mypy-torch.*,transformers.*,matplotlib.*]
+follow_imports = skip
+"""
 
 
 @pytest.fixture
@@ -67,6 +74,7 @@ def test_mypy_sees_the_types_of_the_wheel(
     assert where.startswith(str(tmp_path)), "it is the wheel that is looked at"
     (tmp_path / "good.py").write_text(GOOD)
     (tmp_path / "bad.py").write_text(BAD)
-    told = run("-m", "mypy", "--strict", "--cache-dir", os.devnull, "good.py", "bad.py")
+    (tmp_path / "mypy.ini").write_text(MYPY)
+    told = run("-m", "mypy", "--cache-dir", os.devnull, "good.py", "bad.py")
     errors = [line.partition(" error: ")[0] for line in told if " error: " in line]
     assert errors == ["bad.py:3:", "bad.py:4:", "bad.py:5:"], told

@@ -16,7 +16,7 @@ from nanovllm.control import (
     WorkerStats,
 )
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 def wait_until_nothing_is_left(pipeline: Pipeline) -> None:

@@ -24,7 +24,7 @@ from nanovllm.control import SchedulerStats
 from nanovllm.protocol import PromptLogprobs
 
 TIMEOUT_S = 60.0
-NEW_TOKENS = 200
+NEW_TOKENS = 120
 PROMPTS = ("Once upon a time", "🦊🐻 Once", "Zoë", "A lighthouse keeper")
 # Strings in what each device writes. In float32 the demo model writes the same on both.
 MODEL_STOPS = (" lantern", "kettle", ". T")
@@ -81,7 +81,7 @@ def mixed_cases(stops: Sequence[str]) -> list[Case]:
         temperature = (0.0, 1.0, 1.5)[number % 3]
         params = SamplingParams(
             temperature=temperature,
-            max_tokens=NEW_TOKENS - 15 * number,
+            max_tokens=NEW_TOKENS - 7 * number,
             ignore_eos=True,
             seed=number,
             stop=list(stops) if number % 2 else [],

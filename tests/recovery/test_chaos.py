@@ -9,11 +9,11 @@ import pytest
 from tests.chaos import wreak_havoc
 
 
-@pytest.mark.parametrize("http", [False, True])
-def test_nothing_is_lost_whatever_dies(http: bool) -> None:
+@pytest.mark.parametrize(("device", "http"), [("cpu", False), ("sim", True)])
+def test_nothing_is_lost_whatever_dies(device: str, http: bool) -> None:
     seed = random.randrange(2**31)
     print(f"seed {seed}")
-    figures = wreak_havoc(10, 40, "cpu", tp=2, seed=seed, pauses_s=(0.3, 1.2), http=http)
+    figures = wreak_havoc(10, 40, device, tp=2, seed=seed, pauses_s=(0.3, 1.2), http=http)
     assert sum(figures["kills"].values()) == 10
     assert figures["streams"]["hit"] >= 40
     assert figures["changed"] == 0

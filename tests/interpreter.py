@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter twice as fast.
+"""Makes Triton's interpreter twice as fast, in each process that imports this module.
 
 At every call of a device function the interpreter looks through `triton.language` for the functions
 to replace by its own. The first call for a module or class replaces them all, so here it is the
