@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from importlib import import_module
 from typing import Any, Final
 
 import msgspec
@@ -23,6 +25,7 @@ RESERVED: Final = frozenset(
     }
 )
 LONGEST_REASON: Final = 500
+RENDERER: Final = "transformers.utils.chat_template_utils"
 
 
 class ChatTemplateError(ValueError):
@@ -40,6 +43,16 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         self._source = source
         self._special_tokens = special_tokens
+        self._importing: threading.Thread | None = None
+
+    def imported(self) -> bool:
+        """Whether the modules that `render` needs are there. The first call begins to import them,
+        in a thread: a service whose own thread did so would give no sign of life meanwhile, which
+        may be long on a busy machine or a slow disk."""
+        if self._importing is None:
+            self._importing = threading.Thread(target=import_module, args=[RENDERER], daemon=True)
+            self._importing.start()
+        return not self._importing.is_alive()
 
     def render(self, chat: Chat) -> str:
         """The prompt's text. It ends with the generation prompt, or inside the last message if that

@@ -25,15 +25,19 @@ class TokenizerLoop:
         )
 
     def step(self, now: float) -> float | None:
+        again_s = None
         while not self._queue.idle:
-            self._queue.work()
+            if not self._queue.work():
+                again_s = RETRY_S
+                break
             if time.monotonic() - now > WORK_S:
+                again_s = 0.0
                 break
         while self._ingress.peer is not None and (frame := self._queue.frame()):
             if not self._ingress.send(frame):
                 return RETRY_S
             self._queue.sent(frame)
-        return None if self._queue.idle else 0.0
+        return again_s
 
     def _on_ingress(self, event: Event[IngressToTokenizer]) -> None:
         if isinstance(event, Received):
@@ -46,7 +50,7 @@ def serve(service: Service) -> NoReturn:
     encoder = PromptEncoder.from_checkpoint(
         service.directory, service.config, service.settings.max_model_len
     )
-    queue = TokenizeQueue(encoder.encode)
+    queue = TokenizeQueue(encoder.encode, encoder.prepared)
     loop = TokenizerLoop(service, queue)
     service.ready()
     service.run(loop.step, queue.stats)

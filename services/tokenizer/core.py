@@ -12,10 +12,20 @@ from nanovllm.transport.links import one_frame
 
 class TokenizeQueue:
     """Requests in order of arrival, and their answers. The ingress counts what is here, and gives
-    it to another tokenizer when the link is lost."""
+    it to another tokenizer when the link is lost.
 
-    def __init__(self, encode: Callable[[Tokenize], Tokenized | Refused]) -> None:
+    Args:
+        encode: tokenizes a request.
+        prepared: whether a request can be tokenized by now.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Tokenize], Tokenized | Refused],
+        prepared: Callable[[Tokenize], bool] = lambda _: True,
+    ) -> None:
         self._encode = encode
+        self._prepared = prepared
         self._requests: deque[Tokenize] = deque()
         self._answers: deque[TokenizerToIngress] = deque()
         self._tokenized = 0
@@ -33,10 +43,13 @@ class TokenizeQueue:
         self._requests.clear()
         self._answers.clear()
 
-    def work(self) -> None:
-        """Tokenizes the request that has waited longest."""
+    def work(self) -> bool:
+        """Tokenizes the request that has waited longest. Returns False if it has to wait still."""
+        if not self._prepared(self._requests[0]):
+            return False
         self._answers.append(self._encode(self._requests.popleft()))
         self._tokenized += 1
+        return True
 
     def frame(self) -> list[TokenizerToIngress]:
         """The next frame for the ingress; empty if there is none. `sent` was sent."""

@@ -91,6 +91,11 @@ class PromptEncoder:
             max_model_len,
         )
 
+    def prepared(self, request: Tokenize) -> bool:
+        """Whether `encode` would answer without first importing what renders chats."""
+        chats = self._chat_template
+        return request.chat is None or chats is None or chats.imported()
+
     def encode(self, request: Tokenize) -> Tokenized | Refused:
         try:
             return self._encode(request)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
+from nanovllm.control import Report, TokenizerStats, ToSupervisor
 from nanovllm.messages import (
     IngressToTokenizer,
     Refused,
@@ -45,6 +49,43 @@ def test_each_ingress_is_answered_what_it_asked() -> None:
         ingress.come_back(reborn=True)
         ingress.send(request(uid=4, prompt=text))
         assert ingress.expect(Tokenized).uid == 4, "nothing that another one asked"
+
+
+# Python imports it first where its directory is on the PYTHONPATH.
+LATE_IMPORT = """
+import pathlib, sys, time
+
+class Late:
+    def find_spec(self, name, path=None, target=None):
+        while name == "transformers" and not pathlib.Path({go_on!r}).exists():
+            time.sleep(0.01)
+
+sys.meta_path.insert(0, Late())
+"""
+
+
+def test_it_gives_signs_of_life_while_it_imports_what_renders_chats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = tmp_path / "go on"
+    (tmp_path / "sitecustomize.py").write_text(LATE_IMPORT.format(go_on=str(go_on)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with Neighbourhood(max_model_len=64) as here:
+        (Path(here.settings.model) / "chat_template.jinja").write_text("{{ messages }}")
+        supervisor = here.binds("supervisor", here.settings.control_endpoint, list[ToSupervisor])
+        ingress = here.binds("ingress", here.settings.services_endpoint, list[TokenizerToIngress])
+        here.start("tokenizer")
+        chat = [{"role": "user", "content": "the fox"}]
+        ingress.send(request(uid=1, messages=chat), request(uid=2, prompt="the fox"))
+
+        def waits(report: Report) -> bool:
+            assert isinstance(report.stats, TokenizerStats)
+            return report.stats.queued == 2
+
+        for _ in range(2):
+            supervisor.expect(Report, waits)
+        go_on.touch()
+        assert [ingress.expect(Tokenized).uid for _ in range(2)] == [1, 2]
 
 
 def test_requests_sent_before_a_reconnect_are_not_tokenized() -> None:
