@@ -20,7 +20,7 @@ from nanovllm.protocol import (
     ServerMessage,
 )
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ from nanovllm.client.requests import Prompt
 from nanovllm.control import SchedulerStats
 from nanovllm.protocol import PromptLogprobs
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 NEW_TOKENS = 120
 PROMPTS = ("Once upon a time", "🦊🐻 Once", "Zoë", "A lighthouse keeper")
 # Strings in what each device writes. In float32 the demo model writes the same on both.
