@@ -96,11 +96,11 @@ class Decoding:
         self.count += 1
         text = self._decoder.step(token_id)
         if self._finder is not None:
-            self._release(self._finder.reasoning(token_id, text))
+            self._release(self._finder.reasoning(token_id, text), stops=None)
             if not self._finder.found:
                 return
             text = self._begin_answer(self._finder)
-        self._answer(text)
+        self._release(text, self._stops)
 
     def finish(self, reason: EndReason, completion_tokens: int) -> None:
         """The output ends with its `completion_tokens`-th token, unless a stop string ended it."""
@@ -149,12 +149,12 @@ class Decoding:
         rest = self._decoder.rest()
         if self._finder is not None:
             if self._finder.reasons:
-                self._release(rest)
+                self._release(rest, stops=None)
                 return
             rest = self._begin_answer(self._finder) + rest
-        self._answer(rest)
+        self._release(rest, self._stops)
         if self._stops is not None and not self._stops.found:
-            self._release(self._stops.rest())
+            self._release(self._stops.rest(), stops=None)
 
     def _begin_answer(self, finder: AnswerFinder) -> str:
         """The answer begins here; returns the text of it that was held."""
@@ -162,15 +162,12 @@ class Decoding:
         self._finder = None
         return finder.held
 
-    def _answer(self, text: str) -> None:
-        """Releases text of the answer, but for what may become a stop string."""
-        if self._stops is not None and self.count > self._min_tokens:
-            text = self._stops.feed(text)
-            if self._stops.found:
+    def _release(self, text: str, stops: StopFinder | None) -> None:
+        """Releases text, but for what may become one of these stop strings."""
+        if stops is not None and self.count > self._min_tokens:
+            text = stops.feed(text)
+            if stops.found:
                 self._reason = "stop"
-        self._release(text)
-
-    def _release(self, text: str) -> None:
         if text:
             self._pieces.append(text)
             self._chars += len(text)

@@ -181,7 +181,7 @@ class Executor:
         batch = self.slots.apply(plan)
         started = _event(self._device)
         self._state.update(batch)
-        self.processors.admit(batch.admitted)
+        self.processors.admit(batch.admitted_processed)
         if not len(batch.query_lens):
             return self._pending(plan.number, self._steps.no_tokens, None, started)
         output = None

@@ -26,7 +26,6 @@ from nanovllm.messages import Admission, unpack
 from nanovllm.protocol import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS
 from nanovllm.services.gpu_worker.model.parallel import VocabShard
 from nanovllm.services.gpu_worker.slot_state import to_device
-from nanovllm.services.gpu_worker.slots import processes_logits
 
 NO_TOKEN = -1  # in `LogitsProcessors._words` and `_tail`
 
@@ -83,10 +82,9 @@ class LogitsProcessors:
         return sum(tensor.nbytes for tensor in tensors)
 
     def admit(self, admissions: Iterable[Admission]) -> None:
-        """Fills the slots of the sequences that ask for processors."""
+        """Fills the slots of sequences that ask for processors."""
         for admission in admissions:
-            if processes_logits(admission.sampling):
-                self._admit(admission)
+            self._admit(admission)
 
     def process(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Applies the processors in place.

@@ -28,7 +28,7 @@ from nanovllm.messages import (
 )
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence, check_room_for_one
 from nanovllm.services.gpu_worker.runner import Loaded, Report
-from nanovllm.services.gpu_worker.slots import Batch, PromptSpan, SlotTable, processes_logits
+from nanovllm.services.gpu_worker.slots import Batch, PromptSpan, SlotTable
 from nanovllm.settings import Settings
 from nanovllm.timer import Timer
 from nanovllm.vocabulary import Vocabulary
@@ -83,8 +83,8 @@ class SimRunner:
             if (seed := admission.sampling.seed) is None:
                 raise ValueError(f"the admission to slot {admission.slot} has no seed")
             self._seeds[admission.slot] = seed
-            if processes_logits(admission.sampling):
-                self._choices[admission.slot] = Choice.of(admission, self._vocabulary)
+        for admission in batch.admitted_processed:
+            self._choices[admission.slot] = Choice.of(admission, self._vocabulary)
         indices = draw(
             self._seeds[batch.sampling_slots],
             batch.sampled_positions,

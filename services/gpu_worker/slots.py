@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     together; s of the rows sample."""
 
     admitted: Sequence[Admission]  # sequences that take a slot
+    admitted_processed: Sequence[Admission]  # of these, the ones that ask for a logits processor
     block_updates: Int32s  # [u, 3], (slot, column, block): entries of the block tables to write
     decode_slots: Int32s  # [d]; the tokens and positions of decodes are on the device
     chunk_slots: Int32s  # [p]
@@ -133,6 +134,7 @@ class SlotTable:
         samples = self._indices[: len(sampling_slots)]
         return Batch(
             admitted=plan.admit,
+            admitted_processed=[one for one in plan.admit if self._processes_logits[one.slot]],
             block_updates=np.array(updates, dtype=np.int32).reshape(-1, 3),
             decode_slots=decode_slots,
             chunk_slots=chunks.slots,
@@ -159,7 +161,7 @@ class SlotTable:
         self._logprobs[slot] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
         if sampling.prompt_logprobs is not None:
             self._prompt_logprobs[slot] = sampling.prompt_logprobs, admission.prompt_tokens
-        processes = processes_logits(sampling)
+        processes = _processes_logits(sampling)
         self._processes_logits[slot] = processes
         self._needs_whole_logits[slot] = not processes and _needs_whole_logits(sampling)
 
@@ -196,7 +198,7 @@ class SlotTable:
         )
 
 
-def processes_logits(sampling: Sampling) -> bool:
+def _processes_logits(sampling: Sampling) -> bool:
     """Whether the request asks for a logits processor."""
     return bool(
         sampling.repetition_penalty != 1
