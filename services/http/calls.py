@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
 
 from starlette.requests import Request
 
@@ -15,6 +15,8 @@ from nanovllm.client.results import Completion, PipelineUnavailable, RequestErro
 from nanovllm.protocol import Generate
 from nanovllm.services.http.context import DoorContext
 from nanovllm.services.http.errors import ApiError, api_error
+
+T = TypeVar("T")
 
 MAX_CLIENT_BYTES: Final = 128
 
@@ -133,6 +135,11 @@ class Calls:
             pass
         self.gone = True
         self.changed.set()
+
+
+async def made(make: Callable[[], T], *, large: bool) -> T:
+    """What `make` makes; in a thread if that may be large, so that the event loop goes on."""
+    return await asyncio.to_thread(make) if large else make()
 
 
 def client_name(request: Request) -> str:

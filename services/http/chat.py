@@ -15,7 +15,7 @@ from starlette.responses import Response
 from nanovllm.client.results import Completion, Delta
 from nanovllm.protocol import Generate, Logprobs
 from nanovllm.services.http.answers import AnswerReader, Markers, Piece, Reasoning
-from nanovllm.services.http.calls import Calls, client_name
+from nanovllm.services.http.calls import Calls, client_name, made
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import check_model, json_response
 from nanovllm.services.http.logprobs import chat_logprobs, prompt_logprobs
@@ -67,7 +67,7 @@ async def chat(request: Request, context: DoorContext) -> Response:
     choices = ask.n or 1
     outputs = [ChatOutput(index, model, tools=uses_tools) for index in range(choices)]
     answer_id, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-    calls = Calls(context, request, copies(context, [message], choices))
+    calls = Calls(context, request, copies(context, [message], choices, body))
     usage = partial(usage_of, choices=choices)
     if ask.stream:
         await calls.answered()
@@ -79,15 +79,19 @@ async def chat(request: Request, context: DoorContext) -> Response:
             usage if ask.include_usage else None,
         )
     completions = await calls.results()
-    return json_response(
-        ChatCompletion(
-            id=answer_id,
-            created=created,
-            model=model.name,
-            choices=[o.whole(c) for o, c in zip(outputs, completions, strict=True)],
-            usage=usage([completion.usage for completion in completions]),
+
+    def whole() -> Response:
+        return json_response(
+            ChatCompletion(
+                id=answer_id,
+                created=created,
+                model=model.name,
+                choices=[o.whole(c) for o, c in zip(outputs, completions, strict=True)],
+                usage=usage([completion.usage for completion in completions]),
+            )
         )
-    )
+
+    return await made(whole, large=bool(ask.logprobs) or ask.prompt_logprobs is not None)
 
 
 def template_keys(body: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:

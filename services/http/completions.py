@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from nanovllm.client.results import Completion, Delta
 from nanovllm.protocol import Generate
-from nanovllm.services.http.calls import Calls, client_name
+from nanovllm.services.http.calls import Calls, client_name, made
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import ApiError, check_model, json_response
 from nanovllm.services.http.logprobs import CompletionLogprobsWriter, prompt_logprobs, text_of
@@ -39,7 +39,8 @@ async def complete(
     Args:
         tokenize: tells the token ids of a text.
     """
-    ask = parse(await request.body(), CompletionRequest)
+    body = await request.body()
+    ask = parse(body, CompletionRequest)
     model = context.model
     check_model(ask.model, model.name)
     prompts, choices = ask.prompts, ask.n or 1
@@ -68,7 +69,7 @@ async def complete(
         )
         for prompt in prompts
     ]
-    calls = Calls(context, request, copies(context, messages, choices))
+    calls = Calls(context, request, copies(context, messages, choices, body))
     outputs = [
         TextOutput(index, ask, model, echoes[index // choices])
         for index in range(len(calls.streams))
@@ -83,9 +84,15 @@ async def complete(
             answer, calls, outputs, context.observer, usage if ask.include_usage else None
         )
     completions = await calls.results()
-    answer.choices = [o.whole(c) for o, c in zip(outputs, completions, strict=True)]
     answer.usage = usage([completion.usage for completion in completions])
-    return json_response(answer)
+
+    def whole() -> Response:
+        answer.choices = [o.whole(c) for o, c in zip(outputs, completions, strict=True)]
+        return json_response(answer)
+
+    return await made(
+        whole, large=params.logprobs is not None or params.prompt_logprobs is not None
+    )
 
 
 class TextOutput:

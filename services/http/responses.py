@@ -64,7 +64,7 @@ def usage_of(outputs: list[PipelineUsage], *, choices: int = 1, prompt_only: boo
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
-class LikelyPromptToken(msgspec.Struct):
+class LikelyPromptToken(msgspec.Struct, gc=False):
     logprob: float
     decoded_token: str
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Final, TypeVar
 
 import msgspec
 
 from nanovllm.protocol import Generate, Sampling
 from nanovllm.services.http.context import DoorContext, ServedModel
+from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.requests import SamplingKeys
 
 T = TypeVar("T")
+
+# An HTTP request for several outputs gets so many log-probabilities of prompts at most: the server
+# holds them all at once, at about 100 bytes each.
+MAX_PROMPT_LOGPROBS: Final = 4 << 20
 
 
 def sampling(
@@ -48,8 +53,26 @@ def sampling(
     )
 
 
-def copies(context: DoorContext, messages: Iterable[Generate], count: int) -> list[Generate]:
-    """`count` requests for each message, with ids of their own and seeds seed, seed + 1, …"""
+def copies(
+    context: DoorContext, messages: Sequence[Generate], count: int, body: bytes
+) -> list[Generate]:
+    """`count` requests for each message, with ids of their own and seeds seed, seed + 1, …
+
+    Args:
+        body: what the HTTP client has sent. The prompts have no more tokens than this has bytes.
+
+    Raises ApiError if together they ask for too many log-probabilities of prompts.
+    """
+    likeliest = messages[0].sampling.prompt_logprobs
+    if likeliest is not None and len(messages) * count > 1:
+        tokens = count * min(len(body), len(messages) * context.model.max_model_len)
+        if tokens * (1 + likeliest) > MAX_PROMPT_LOGPROBS:
+            raise ApiError(
+                400,
+                "prompt_logprobs: too many at once, of all prompts and choices; ask for fewer"
+                " likeliest tokens, or in several requests",
+                "prompt_logprobs",
+            )
     return [
         msgspec.structs.replace(
             message,

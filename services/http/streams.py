@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -14,12 +15,12 @@ from starlette.types import Receive, Scope, Send
 from nanovllm.client.aio import AsyncStream
 from nanovllm.client.results import Completion, Delta
 from nanovllm.client.results import Usage as PipelineUsage
-from nanovllm.services.http.calls import Calls
+from nanovllm.services.http.calls import Calls, made
 from nanovllm.services.http.context import Observer
 from nanovllm.services.http.errors import ApiError, ErrorAnswer
 from nanovllm.services.http.responses import ChatChunk, TextCompletion, Usage
 
-# A client for which so much waits is disconnected.
+# A client for which so much waits, beside what is being sent, is disconnected.
 MAX_WAITING_BYTES: Final = 4 << 20
 # A comment is sent when nothing was for so long, lest something on the way takes the connection
 # for dead.
@@ -131,13 +132,18 @@ class EventStream(Response):
         for stream, output in list(self._running.items()):
             if deltas := stream.take():
                 self._observe(stream, deltas)
-                events += map(self._event, output.news(merged(deltas)))
+                delta = merged(deltas)
+                make = partial(self._news_of, output, delta)
+                events.append(await made(make, large=delta.prompt_logprobs is not None))
             if stream.ended:
                 completion = await self._calls.result(stream)
                 usages[stream] = completion.usage
                 events += map(self._event, output.end(completion))
                 del self._running[stream]
         return b"".join(events)
+
+    def _news_of(self, output: Output, delta: Delta) -> bytes:
+        return b"".join(map(self._event, output.news(delta)))
 
     def _observe(self, stream: AsyncStream, deltas: list[Delta]) -> None:
         now = time.monotonic()
@@ -158,10 +164,8 @@ class EventStream(Response):
             if not self._sending:
                 if self._sent_at + COMMENT_S <= time.monotonic():
                     self._calls.changed.set()
-            elif transport is not None:
-                waiting = self._sending + transport.get_write_buffer_size()
-                if waiting + self._unread_bytes() > MAX_WAITING_BYTES:
-                    transport.abort()
+            elif transport is not None and self._unread_bytes() > MAX_WAITING_BYTES:
+                transport.abort()
 
     def _unread_bytes(self) -> int:
         """About what the output takes that no event was made of."""

@@ -161,6 +161,7 @@ def test_a_chat_has_the_logprobs_of_its_prompt(server: Server, raw: Client, stre
         ({"prompt": "x", "echo": 1}, "echo"),
         ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt": "x", "prompt_logprobs": True}, "prompt_logprobs"),
+        ({"prompt": [[300] * 4000] * 2, "n": 64, "prompt_logprobs": 20}, "prompt_logprobs"),
     ],
 )
 def test_what_cannot_come_back_is_refused(server: Server, keys: Any, param: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.messages import Decoded, TokenLogprobs, pack
+from nanovllm.messages import Decoded, PromptPart, TokenLogprobs, pack
 from nanovllm.protocol import Delta
 from nanovllm.services.ingress.output import Output
 
@@ -135,3 +135,24 @@ def test_resumed_text_goes_on_where_the_first_delta_says() -> None:
     assert output.add(Decoded(1, 2, 2, 40, pack([3, 4]), "abcd", [], None))
     assert output.take("a") == Delta(id="a", offset=2, token_ids=[3, 4], text="abcd")
     assert output.tokens == pack([1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("width", [1, 2, 21])
+def test_a_prompt_is_told_once_and_as_it_is(width: int) -> None:
+    lengths = (0, 3, 1)
+    values = [-0.5, float("-inf"), -1e-8, -3.25] * 21
+    parts: list[PromptPart] = []
+    expected: list[list[tuple[int, float]] | None] = [None]
+    for length in lengths:
+        ids = [2**31 - 1 - i for i in range(length * width)]
+        floats = struct.pack(f"<{len(ids)}f", *values[: len(ids)])
+        parts.append(PromptPart(len(expected), width, pack(ids), floats))
+        pairs = list(zip(ids, struct.unpack(f"<{len(ids)}f", floats), strict=True))
+        expected += [pairs[begin : begin + width] for begin in range(0, len(pairs), width)]
+    output = Output(b"", with_logprobs=False)
+    for again in range(2):
+        decoded = Truth([4, 5], ["a", "b"], 0).decoded(0, 1 + again)
+        decoded.prompt_parts = parts
+        output.add(decoded)
+        told = msgspec.msgpack.decode(msgspec.msgpack.encode(output.take("id")), type=Delta)
+        assert told.prompt_logprobs == (msgspec.UNSET if again else expected)
