@@ -20,7 +20,9 @@ MAX_LOGIT_BIAS = 300
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-RepetitionPenalty = Annotated[float, Meta(gt=0, le=10)]
+# A tiny one would make large logits infinite.
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=10)]
+MinTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 LogitBias = Annotated[dict[TokenId, Bias], Meta(max_length=MAX_LOGIT_BIAS)]
@@ -74,7 +76,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_de
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
     logit_bias: LogitBias = {}
-    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    min_tokens: MinTokens = 0
     bad_words: BadWords = []
     allowed_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False

@@ -35,7 +35,7 @@ class SamplingParams:
             None reports nothing.
         prompt_logprobs: as many of the likeliest tokens to report beside each prompt token, 0 to
             20; None reports nothing.
-        repetition_penalty: above 0 to 10; logits of tokens in prompt or output are divided by it
+        repetition_penalty: 0.01 to 10; logits of tokens in prompt or output are divided by it
             if they are positive, else multiplied. 1 is off.
         frequency_penalty: -2 to 2; subtracted from the logit of a token for each time that the
             token is in the output.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 import msgspec
+
+_WHERE = re.compile(r"(.*) - at (`key` in )?`\$\.(.*)`", re.DOTALL)
 
 
 def counted(number: int, noun: str) -> str:
@@ -21,10 +24,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"there are {', '.join(names)}"
 
 
-def key_and_reason(error: msgspec.ValidationError) -> tuple[str, str]:
-    """Where msgspec found a mistake, and which: ("stop[1]", "Expected `str` of length >= 1")."""
-    reason, _, where = str(error).partition(" - at `$.")
-    return where.rstrip("`"), reason
+def key_and_reason(error: Exception | str) -> tuple[str, str]:
+    """Where msgspec found a mistake, and which: ("stop[1]", "Expected `str` of length >= 1"). The
+    mistake may be a key of a map, whose values are "…[...]" to msgspec."""
+    found = _WHERE.fullmatch(str(error))
+    if found is None:
+        return "", str(error)
+    reason, is_key, where = found.groups()
+    return where.removesuffix("[...]"), f"a key: {reason}" if is_key else reason
 
 
 def mistake(error: msgspec.ValidationError) -> str:

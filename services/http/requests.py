@@ -16,6 +16,7 @@ from nanovllm.protocol import (
     BadWords,
     Int64,
     LogitBias,
+    MinTokens,
     NonEmptyStr,
     Penalty,
     RepetitionPenalty,
@@ -70,7 +71,7 @@ class SamplingKeys(msgspec.Struct, kw_only=True):
     frequency_penalty: Penalty | None = None
     repetition_penalty: RepetitionPenalty | None = None
     logit_bias: LogitBias | None = None
-    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    min_tokens: MinTokens | None = None
     bad_words: BadWords | None = None
     allowed_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None

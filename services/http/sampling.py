@@ -34,7 +34,8 @@ def sampling(
         top_p=_first(ask.top_p, defaults.top_p, own.top_p),
         top_k=_first(top_k, defaults.top_k, own.top_k),
         min_p=_first(ask.min_p, defaults.min_p, own.min_p),
-        max_tokens=max_tokens or model.max_model_len,
+        # The pipeline cuts `max_tokens` to what fits. MessagePack has no larger numbers.
+        max_tokens=min(max_tokens or model.max_model_len, 2**31 - 1),
         stop=[ask.stop] if isinstance(ask.stop, str) else ask.stop or [],
         stop_token_ids=ask.stop_token_ids or [],
         ignore_eos=bool(ask.ignore_eos),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from nanovllm.protocol import ClientMessage, Error, ErrorCode, Generate
+from nanovllm.wording import key_and_reason
 
 T = TypeVar("T")
 
@@ -122,9 +123,7 @@ def _key_of_broken_text(value: bytes | msgspec.Raw, levels: int = 3) -> str:
 
 def _naming_the_key(reason: str) -> str:
     """msgspec's "Expected `int` … - at `$.sampling.seed`", with the key in front."""
-    what, at, where = reason.rpartition(" - at `$.")
-    if at:
-        reason = f"{where.removesuffix('`')}: {what}"
+    reason = ": ".join(filter(None, key_and_reason(reason)))
     if len(reason) > MAX_REASON_CHARS:
         reason = reason[:MAX_REASON_CHARS] + "…"
     return reason

@@ -47,6 +47,8 @@ def test_more_tokens_than_any_model_allows_are_not_refused() -> None:
         ("max_tokens", None, 64),
         ("stop", None, []),
         ("stop_token_ids", None, []),
+        ("logit_bias", {np.int64(3): np.float32(1.5)}, {3: 1.5}),
+        ("bad_words", [np.array([1, 2]), np.str_("a")], [[1, 2], "a"]),
     ],
 )
 def test_a_value_is_taken_for_what_it_is(name: str, value: Any, meant: Any) -> None:
@@ -80,6 +82,15 @@ def test_a_value_is_taken_for_what_it_is(name: str, value: Any, meant: Any) -> N
         ("seed", 2**63),
         ("logprobs", 21),
         ("ignore_eos", "yes"),
+        ("logit_bias", {"1": 1.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {1: 101}),
+        ("logit_bias", {1: float("nan")}),
+        ("logit_bias", dict.fromkeys(range(301), 1.0)),
+        ("repetition_penalty", 1e-30),
+        ("min_tokens", 2**31),
+        ("bad_words", "x"),
+        ("bad_words", [[]]),
     ],
 )
 def test_a_parameter_out_of_range_is_named(name: str, value: Any) -> None:

@@ -117,6 +117,13 @@ def test_sampling_parameters_reach_the_pipeline(client: openai.OpenAI, pipeline:
     assert answer.choices[0].finish_reason == expected.finish_reason
 
 
+def test_no_number_of_tokens_is_too_many(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="demo", prompt="Once", max_tokens=10**30, stop="a", temperature=0
+    )
+    assert answer.choices[0].finish_reason == "stop"
+
+
 def test_an_assistants_message_is_continued(client: openai.OpenAI) -> None:
     begun = [*STORY, {"role": "assistant", "content": "Once upon a"}]
     answer = client.chat.completions.create(

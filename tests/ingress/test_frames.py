@@ -152,6 +152,8 @@ def test_a_map_of_any_size_is_known_as_one(keys: int) -> None:
         ({"prompt": None, "messages": [{"role": ""}]}, r"messages\[0\].role"),
         ({"prompt": None, "messages": [{"role": "u", "content": b"x"}]}, "messages: only maps"),
         ({"prompt": None, "messages": [{"role": "u", "x": deep(32)}]}, "messages: .*32 deep"),
+        ({"sampling": {"logit_bias": {"a": 1}}}, "^sampling.logit_bias: a key: "),
+        ({"sampling": {"logit_bias": {1: "a"}}}, "^sampling.logit_bias: "),
         ({"tools": []}, "tools: goes with messages only"),
         ({"continue_final_message": True}, "continue_final_message: goes with messages only"),
         ({**CHAT, "tools": [5]}, r"tools\[0\]"),
