@@ -39,6 +39,7 @@ COMPILERS = 14
 # A GEMM's inputs are cut into at most this many tiles. They are unrolled, and more of them take
 # minutes to compile.
 MOST_TILES = 16
+PER_LOAD = gemv.LOAD_BYTES // torch.bfloat16.itemsize
 SHOWN = 3
 
 
@@ -147,7 +148,7 @@ def tunings(gemm: Gemm, rows: int) -> list[GemvTuning]:
         GemvTuning(outputs, warps)
         for warps in (1, 2, 4, 8)
         for outputs in (1, 2, 4, 8)
-        if gemm.inputs / MOST_TILES <= 32 * warps * gemv.PER_LOAD <= gemm.inputs
+        if gemm.inputs / MOST_TILES <= 32 * warps * PER_LOAD <= gemm.inputs
         and rows * outputs * (1 + gemm.gated) <= 32
         and (outputs > 1 or gemm.gated)
     ]

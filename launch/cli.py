@@ -96,7 +96,7 @@ class _AboveTheBar(logging.Handler):
 
 def _launch(settings: Settings, bar: LoadingBar, lifeline: int | None) -> None:
     directory = resolve_model(settings.model)
-    config = ModelConfig.from_checkpoint(directory)
+    config = ModelConfig.from_checkpoint(directory, settings.quantization)
     if settings.device != "sim":
         config.check_tensor_parallel(settings.tensor_parallel_size)
     name = model_name(directory)

@@ -52,7 +52,6 @@ LAUNCH_HINTS = {
     "--num-gpu-blocks-override": "--num-kvcache-blocks",
     "--attention-backend": "--attention",
     "--disable-cuda-graph": "--enforce-eager",
-    "--quantization": _AS_IT_IS,
     "--trust-remote-code": _AS_IT_IS,
 }
 _ENDPOINT = "--endpoint tcp://HOST:PORT"

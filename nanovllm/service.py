@@ -77,7 +77,7 @@ class Service:
 
     def __init__(self, role: str, index: int, settings: Settings) -> None:
         self.directory: Path = resolve_model(settings.model)
-        self.config = ModelConfig.from_checkpoint(self.directory)
+        self.config = ModelConfig.from_checkpoint(self.directory, settings.quantization)
         self.settings = settled(settings, self.directory, self.config)
         self.me = Peer(role, index, new_incarnation())
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -142,6 +142,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["auto", "float32", "bfloat16", "float16"],
         _option("auto: the checkpoint's on cuda, float32 on a cpu."),
     ] = "auto"
+    quantization: Annotated[
+        Literal["auto", "fp8"],
+        _option("auto: as the checkpoint is. fp8: quantizes the projections' weights on loading."),
+    ] = "auto"
     attention: Annotated[
         Literal["auto", "flash-attn", "triton", "sdpa"],
         _option("Attention backend; auto takes the fastest that can run."),

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention.interface import LayerCache
-from nanovllm.kernels.layers import gemv
-from nanovllm.kernels.layers.ops import Fusion, LayerOps, Norm
+from nanovllm.kernels.layers import fp8_gemm, gemv
+from nanovllm.kernels.layers.fp8 import Fp8Weight
+from nanovllm.kernels.layers.ops import Fusion, LayerOps, Norm, Weight
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 # Elements of a row for each thread: 16 bytes in bfloat16.
@@ -50,7 +51,7 @@ class FusedOps(LayerOps):
         )
         return normed, total
 
-    def fuses_norm(self, rows: int, weight: Tensor, bias: Tensor | None, gated: bool) -> bool:
+    def fuses_norm(self, rows: int, weight: Weight, bias: Tensor | None, gated: bool) -> bool:
         return bias is None and _tuning(rows, weight, gated) is not None
 
     def norm_linear(
@@ -58,7 +59,7 @@ class FusedOps(LayerOps):
         x: Tensor,
         residual: Tensor | None,
         norm: Norm,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         gated: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -67,14 +68,27 @@ class FusedOps(LayerOps):
             return super().norm_linear(x, residual, norm, weight, bias, gated)
         return gemv.linear(x, weight, Fusion(norm, gated), tuning), x
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+    def gemm(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        if not isinstance(weight, Fp8Weight):
+            return super().gemm(x, weight, bias)
+        out = _fp8_linear(x, weight, gated=False)
+        return out if bias is None else out.add_(bias)
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, gated: bool = False) -> Tensor:
         tuning = _tuning(len(x), weight, gated)
         if bias is not None or tuning is None:
+            if (
+                gated
+                and bias is None
+                and isinstance(weight, Fp8Weight)
+                and len(x) <= fp8_gemm.MAX_ROWS
+            ):
+                return _fp8_linear(x, weight, gated)
             return super().linear(x, weight, bias, gated)
         return gemv.linear(x, weight, Fusion(gated=gated), tuning)
 
     def linear_add(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+        self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         tuning = _tuning(len(x), weight, gated=False)
         if bias is not None or tuning is None:
@@ -129,7 +143,18 @@ class FusedOps(LayerOps):
         return out
 
 
-def _tuning(rows: int, weight: Tensor, gated: bool) -> gemv.GemvTuning | None:
+def _fp8_linear(x: Tensor, weight: Fp8Weight, gated: bool) -> Tensor:
+    outputs, inputs = weight.values.shape
+    rows = fp8_gemm.quantize_rows(x)
+    tuning = fp8_gemm.choose_tuning(len(x), inputs, outputs, gated)
+    if tuning is None:
+        return fp8_gemm.linear_of_many(rows, len(x), weight, x.dtype)
+    return fp8_gemm.linear(rows, len(x), weight, x.dtype, gated, tuning)
+
+
+def _tuning(rows: int, weight: Weight, gated: bool) -> gemv.GemvTuning | None:
+    if isinstance(weight, Fp8Weight):
+        return gemv.choose_fp8_tuning(rows, gated)
     outputs, inputs = weight.shape
     return gemv.choose_tuning(rows, inputs, outputs // 2 if gated else outputs, gated)
 

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.layers.ops import Fusion
+from nanovllm.kernels.layers.fp8 import BLOCK, Fp8Weight
+from nanovllm.kernels.layers.ops import Fusion, Weight
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 MAX_ROWS = 4
@@ -28,11 +29,12 @@ FEW_OUTPUTS = 2048
 MANY_OUTPUTS = 4096
 # Programs are small up to this number of inputs.
 FEW_INPUTS = 2560
-# A thread loads this many neighbouring inputs of a tile: 16 bytes in bfloat16, its widest load. All
-# threads lie side by side along the inputs, so each multiplies what it has loaded itself.
-PER_LOAD = 8
-# The most weights that a thread loads before the inputs are there: they take registers.
-AHEAD = 32
+# A thread loads so many bytes of neighbouring weights of a tile, its widest load; of float32 twice
+# as many. All threads lie side by side along the inputs, so each multiplies what it has loaded
+# itself.
+LOAD_BYTES = 16
+# The most bytes of weights that a thread loads before the inputs are there: they take registers.
+AHEAD_BYTES = 64
 
 
 class GemvTuning(NamedTuple):
@@ -42,18 +44,21 @@ class GemvTuning(NamedTuple):
     warps: int
 
 
-def linear(x: Tensor, weight: Tensor, fusion: Fusion, tuning: GemvTuning) -> Tensor:
+def linear(x: Tensor, weight: Weight, fusion: Fusion, tuning: GemvTuning) -> Tensor:
     """See `ops.fused_linear`; x has at most `MAX_ROWS` rows."""
     rows, inputs = x.shape
-    outputs = len(weight) // 2 if fusion.gated else len(weight)
+    values, scales = weight if isinstance(weight, Fp8Weight) else (weight, weight)
+    outputs = len(values) // 2 if fusion.gated else len(values)
+    per_load = LOAD_BYTES // min(values.itemsize, 2)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     norm, residual = fusion.norm, fusion.residual
     # Two kernels instead of four, since each has to be compiled.
     padded = 1 if rows == 1 else MAX_ROWS
-    tile = 32 * tuning.warps * PER_LOAD
+    tile = 32 * tuning.warps * per_load
     _linear[(triton.cdiv(outputs, tuning.outputs),)](
         x,
-        weight,
+        values,
+        scales,
         x if norm is None else norm.weight,
         x if residual is None else residual,
         out,
@@ -67,9 +72,12 @@ def linear(x: Tensor, weight: Tensor, fusion: Fusion, tuning: GemvTuning) -> Ten
         INPUTS=inputs,
         TILE_OUT=tuning.outputs,
         TILE_IN=tile,
-        PER_LOAD=PER_LOAD,
+        PER_LOAD=per_load,
+        BLOCK=BLOCK if isinstance(weight, Fp8Weight) else 0,
+        SCALES_STRIDE=scales.stride(0),
         TILES_AHEAD=min(
-            triton.cdiv(inputs, tile), AHEAD // (PER_LOAD * tuning.outputs * (1 + fusion.gated))
+            triton.cdiv(inputs, tile),
+            AHEAD_BYTES // (LOAD_BYTES * tuning.outputs * (1 + fusion.gated)),
         ),
         num_warps=tuning.warps,
         **overlapped(),
@@ -95,10 +103,16 @@ def choose_tuning(rows: int, inputs: int, outputs: int, gated: bool) -> GemvTuni
     return GemvTuning(2, 4) if outputs < MANY_OUTPUTS else GemvTuning(4, 8)
 
 
+def choose_fp8_tuning(rows: int, gated: bool) -> GemvTuning | None:
+    """As `choose_tuning`, for FP8 weights; None where `fp8_gemm` is faster."""
+    return GemvTuning(2, 2 if gated else 4) if rows == 1 else None
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _linear(
     x_ptr,  # [rows, INPUTS]
     weight_ptr,  # [OUTPUTS, INPUTS], twice if GATED
+    scales_ptr,  # float32, of each BLOCK x BLOCK of the weight, if BLOCK
     norm_ptr,  # [INPUTS], if NORM
     residual_ptr,  # [rows, OUTPUTS], if ADD
     out_ptr,  # [rows, OUTPUTS]
@@ -113,6 +127,8 @@ def _linear(
     TILE_OUT: tl.constexpr,
     TILE_IN: tl.constexpr,
     PER_LOAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALES_STRIDE: tl.constexpr,
     TILES_AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -124,6 +140,9 @@ def _linear(
     weights = weight_ptr + outputs_of.to(tl.int64) * INPUTS + inputs_of
     ups = weights + OUTPUTS * INPUTS
     is_output = outputs_of < OUTPUTS
+    if BLOCK:
+        load_of = tl.arange(0, THREADS)[None, None, :] * PER_LOAD
+        scale_ptrs = scales_ptr + (outputs_of // BLOCK) * SCALES_STRIDE + load_of // BLOCK
 
     ahead = _load_tiles(weights, inputs_of, is_output, INPUTS, TILE_IN, TILES_AHEAD)
     if GATED:
@@ -151,9 +170,18 @@ def _linear(
         if NORM:
             squares += x * x
             x *= tl.load(norm_ptr + inputs, mask=is_input, other=0.0).to(tl.float32)
-        sums += _sum_of_loads(x * weight.to(tl.float32), PER_LOAD)
+        loaded = _sum_of_loads(x * weight.to(tl.float32), PER_LOAD)
         if GATED:
-            up_sums += _sum_of_loads(x * up.to(tl.float32), PER_LOAD)
+            up_loaded = _sum_of_loads(x * up.to(tl.float32), PER_LOAD)
+        if BLOCK:
+            scales = scale_ptrs + start // BLOCK
+            loaded *= tl.load(scales, mask=is_output & (start + load_of < INPUTS), other=0.0)
+            if GATED:
+                scales += (OUTPUTS // BLOCK) * SCALES_STRIDE
+                up_loaded *= tl.load(scales, mask=is_output & (start + load_of < INPUTS), other=0.0)
+        sums += loaded
+        if GATED:
+            up_sums += up_loaded
 
     out = tl.sum(sums, 2)
     if NORM:

@@ -7,6 +7,7 @@ them may leave the sum to the next one, which can fuse it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.attention.interface import LayerCache, store_kv
+from nanovllm.kernels.layers.fp8 import BLOCK, Fp8Weight, dequantize
+
+Weight = Tensor | Fp8Weight
+"""[outputs, inputs]."""
+
+
+def whole(weight: Weight) -> Tensor:
+    """The weight as one tensor."""
+    return dequantize(weight) if isinstance(weight, Fp8Weight) else weight
+
+
+def split(weight: Weight, sizes: list[int]) -> Sequence[Weight]:
+    """Views of so many outputs each, in FP8 multiples of `BLOCK`."""
+    if not isinstance(weight, Fp8Weight):
+        return torch.split(weight, sizes)
+    scales = torch.split(weight.scales, [size // BLOCK for size in sizes])
+    return [*map(Fp8Weight, torch.split(weight.values, sizes), scales)]
 
 
 class Norm(NamedTuple):
@@ -38,7 +56,7 @@ class Fusion(NamedTuple):
     residual: Tensor | None = None
 
 
-def fused_linear(x: Tensor, weight: Tensor, fusion: Fusion) -> Tensor:
+def fused_linear(x: Tensor, weight: Weight, fusion: Fusion) -> Tensor:
     """The reference of `gemv.linear`: a GEMM with what is fused into it, all in float32.
 
     Args:
@@ -50,8 +68,8 @@ def fused_linear(x: Tensor, weight: Tensor, fusion: Fusion) -> Tensor:
     """
     out = x.float()
     if fusion.norm is not None:
-        out = F.rms_norm(out, weight.shape[1:], fusion.norm.weight.float(), fusion.norm.eps)
-    out = F.linear(out, weight.float())
+        out = F.rms_norm(out, out.shape[1:], fusion.norm.weight.float(), fusion.norm.eps)
+    out = F.linear(out, whole(weight).float())
     if fusion.gated:
         gate, up = out.chunk(2, dim=-1)
         out = F.silu(gate) * up
@@ -68,7 +86,11 @@ class LayerOps:
         total = x if residual is None else residual + x
         return F.rms_norm(total, norm.weight.shape, norm.weight, norm.eps), total
 
-    def fuses_norm(self, rows: int, weight: Tensor, bias: Tensor | None, gated: bool) -> bool:
+    def gemm(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """x [T, inputs] times the weight [outputs, inputs]."""
+        return F.linear(x, whole(weight).to(x.dtype), bias)
+
+    def fuses_norm(self, rows: int, weight: Weight, bias: Tensor | None, gated: bool) -> bool:
         """Whether `norm_linear` of so many rows without a residual is one kernel."""
         return False
 
@@ -77,7 +99,7 @@ class LayerOps:
         x: Tensor,
         residual: Tensor | None,
         norm: Norm,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         gated: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -91,19 +113,18 @@ class LayerOps:
             The projection [T, outputs], half as wide where gated, and the stream.
         """
         normed, total = self.add_rms_norm(x, residual, norm)
-        out = F.linear(normed, weight, bias)
-        return self.silu_mul(out) if gated else out, total
+        return self.linear(normed, weight, bias, gated), total
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, gated: bool = False) -> Tensor:
         """Projects x [T, inputs], gated as by `norm_linear`."""
-        out = F.linear(x, weight, bias)
+        out = self.gemm(x, weight, bias)
         return self.silu_mul(out) if gated else out
 
     def linear_add(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+        self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Projects x [T, inputs], to be added to the stream `residual`. Returns the stream."""
-        return F.linear(x, weight, bias), residual
+        return self.gemm(x, weight, bias), residual
 
     def norm_rope_store(
         self,
@@ -164,3 +185,8 @@ def choose_ops(device: torch.device) -> LayerOps:
     from nanovllm.kernels.layers.fused import FusedOps
 
     return FusedOps()
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether `choose_ops(device)` takes FP8 weights: of GPUs, Hopper's cuBLAS has their scales."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from nanovllm.checkpoint.files import CheckpointError, read_json
 from nanovllm.checkpoint.generation import read_eos_token_ids
+from nanovllm.checkpoint.quantization import FP8_BLOCK, stores_fp8
 from nanovllm.checkpoint.rope import Rope, RopeKeys, YarnRope, read_rope
 from nanovllm.wording import counted
 
@@ -71,7 +72,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `attention_bias` is config.json's; a family may have biases without that key.
     `dtype`: None means the weights' own. `eos_token_ids`: None means the tokenizer's own
-    end-of-sequence token.
+    end-of-sequence token. `stores_fp8`: the projections are FP8 in the checkpoint. `fp8`: they are
+    FP8 in the model that is served.
     """
 
     model_type: str
@@ -89,10 +91,17 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     rope: Rope
     dtype: str | None
     eos_token_ids: tuple[int, ...] | None
+    stores_fp8: bool
+    fp8: bool
 
     @classmethod
-    def from_checkpoint(cls, directory: Path) -> ModelConfig:
+    def from_checkpoint(
+        cls, directory: Path, quantization: Literal["auto", "fp8"] = "auto"
+    ) -> ModelConfig:
         """Reads config.json, and the end-of-sequence ids in generation_config.json.
+
+        Args:
+            quantization: see `Settings`.
 
         Raises:
             CheckpointError: if it is missing, malformed, not of one of FAMILIES, or asks for what
@@ -100,9 +109,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         path = directory / "config.json"
         try:
-            family = _family(path, read_json(path, _Kind))
+            kind = read_json(path, _Kind)
         except FileNotFoundError:
             raise CheckpointError(f"{directory} has no config.json: not a checkpoint") from None
+        family, stored = _family(path, kind), stores_fp8(path, kind.quantization_config)
         raw = read_json(path, _RawConfig)
         if refused := _refused(raw):
             raise CheckpointError(f"{path}: {refused} is not served")
@@ -128,6 +138,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             rope=read_rope(path, raw, raw.max_position_embeddings),
             dtype=raw.dtype or raw.torch_dtype,
             eos_token_ids=read_eos_token_ids(directory, raw.vocab_size),
+            stores_fp8=stored,
+            fp8=stored or quantization == "fp8",
         )
 
     @property
@@ -151,10 +163,30 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise CheckpointError(
                 f"--tp {size} and the model's {kv_heads} key/value heads: one must divide the other"
             )
+        if self.fp8:
+            self._check_blocks(size)
+
+    def _check_blocks(self, size: int) -> None:
+        """Raises CheckpointError where a rank of `size` would hold a part of an FP8 block."""
+        ranks = f" on each of {size} ranks" if size > 1 else ""
+        for name, value in (
+            ("hidden_size", self.hidden_size),
+            (f"intermediate_size{ranks}", self.intermediate_size // size),
+            (f"width of the query heads{ranks}", self.num_attention_heads * self.head_dim // size),
+            (
+                f"width of the key/value heads{ranks}",
+                max(1, self.num_key_value_heads // size) * self.head_dim,
+            ),
+        ):
+            if value % FP8_BLOCK:
+                raise CheckpointError(
+                    f"FP8 weights have blocks of {FP8_BLOCK}, and the {name}, {value}, is no"
+                    " multiple"
+                )
 
 
 def _family(path: Path, kind: _Kind) -> Family:
-    """Raises CheckpointError for a model that is not of FAMILIES, or not in plain floats."""
+    """Raises CheckpointError for a model that is not of FAMILIES."""
     served = " and ".join(map(repr, FAMILIES))
     if not kind.model_type:
         raise CheckpointError(f"{path} has no model_type; only dense {served} models are served")
@@ -168,16 +200,11 @@ def _family(path: Path, kind: _Kind) -> Family:
             f"{path}: architectures {', '.join(kind.architectures)} is not served; only the causal"
             f" language model {family.architecture} is"
         )
-    for key, value in (
-        ("quantization_config", kind.quantization_config),
-        ("compression_config", kind.compression_config),
-    ):
-        if value is not None:
-            method = value.get("quant_method") or "unknown method"
-            raise CheckpointError(
-                f"{path}: {key} ({method}): quantized weights are not served; take the model's"
-                " checkpoint in bfloat16, float16 or float32"
-            )
+    if kind.compression_config is not None:
+        raise CheckpointError(
+            f"{path}: compression_config: quantized weights are not served; take the model's"
+            " checkpoint in bfloat16, float16 or float32"
+        )
     return family
 
 

@@ -27,10 +27,10 @@ from nanovllm.services.gpu_worker.slot_state import COSTLIEST
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.wording import counted
 
-# How many weights make one more CPU thread worthwhile. Threads wait for one another at every
-# operation. With fewer weights one more thread gains nothing, and costs much if another service
-# takes the core of one of the threads.
-WEIGHTS_PER_THREAD = 1 << 22
+# How many bytes of weights make one more CPU thread worthwhile. Threads wait for one another at
+# every operation. With fewer weights one more thread gains nothing, and costs much if another
+# service takes the core of one of the threads.
+BYTES_PER_THREAD = 1 << 24
 
 
 def choose_device(settings: Settings, rank: int) -> torch.device:
@@ -181,8 +181,8 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def _use_worthwhile_threads(model: Model) -> None:
     """Lets torch use no more threads than are worthwhile for this rank's shard."""
-    weights = sum(tensor.target.numel() for tensor in model.checkpoint_tensors())
-    torch.set_num_threads(min(torch.get_num_threads(), 1 + weights // WEIGHTS_PER_THREAD))
+    weights = sum(tensor.target.nbytes for tensor in model.checkpoint_tensors())
+    torch.set_num_threads(min(torch.get_num_threads(), 1 + weights // BYTES_PER_THREAD))
 
 
 def _blocks_on_cuda(

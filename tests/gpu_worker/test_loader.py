@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
+from nanovllm.kernels.layers.ops import whole
 from nanovllm.services.gpu_worker.model import loader
 from nanovllm.services.gpu_worker.model.loader import as_stored, load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
@@ -46,14 +47,14 @@ def test_the_ranks_parts_make_up_the_checkpoint(
     for rank in range(size):
         model = load_model(directory, TensorParallel(rank, size))
         for tensor in model.checkpoint_tensors():
-            parts.setdefault(tensor.name, []).append(tensor.target)
+            parts.setdefault(tensor.name, []).append(whole(tensor.target))
             dims[tensor.name] = tensor.dim
-    whole = all_tensors(directory)
-    assert set(parts) == set(whole)
+    stored = all_tensors(directory)
+    assert set(parts) == set(stored)
     for name, pieces in parts.items():
         dim = dims[name]
         if dim is None:
-            assert all(torch.equal(piece, whole[name]) for piece in pieces)
+            assert all(torch.equal(piece, stored[name]) for piece in pieces)
             continue
         if name.split(".")[-2] in ("k_proj", "v_proj"):
             # Two key/value heads: where there are more ranks, neighbours hold the same one.
@@ -61,7 +62,7 @@ def test_the_ranks_parts_make_up_the_checkpoint(
             groups = [pieces[i : i + copies] for i in range(0, size, copies)]
             assert all(torch.equal(piece, group[0]) for group in groups for piece in group)
             pieces = pieces[::copies]
-        assert torch.equal(torch.cat(pieces, dim), whole[name])
+        assert torch.equal(torch.cat(pieces, dim), stored[name])
 
 
 def test_a_padded_vocabulary_shard_ends_in_zeros(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_weights_are_converted_and_progress_reaches_its_total(tmp_path: Path) ->
     assert {of for _, of in seen} == {total}
     stored = all_tensors(directory)
     for tensor in tensors:
-        assert torch.equal(tensor.target, stored[tensor.name].to(torch.bfloat16))
+        assert torch.equal(whole(tensor.target), stored[tensor.name].to(torch.bfloat16))
 
 
 def test_a_tied_checkpoint_may_repeat_its_head(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
     wanted = read_model(directory).state_dict()
     for _ in range(2):
         for tensor in load_model(directory).checkpoint_tensors():
-            assert torch.equal(tensor.target, wanted[tensor.name])
+            assert torch.equal(whole(tensor.target), wanted[tensor.name])
         for shard in directory.glob("model-*"):
             shard.unlink()
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from benchmarks.support.random_model import store_in_fp8
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.choose import choose
+from nanovllm.kernels.layers.fp8 import dequantize, dequantize_rows, quantize, quantize_rows
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.qwen3 import Qwen3ForCausalLM as Model
@@ -78,3 +80,44 @@ def _logits(directory: Path, ids: torch.Tensor, dtype: torch.dtype, attention: s
         )
         found.append(model.logits(hidden))
     return torch.cat(found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@torch.inference_mode()
+def test_fp8_logits_are_those_of_the_same_quantization(tmp_path: Path) -> None:
+    """Many rows have quantized inputs, one row has not."""
+    directory = write_checkpoint(tmp_path / "checkpoint", dtype=torch.bfloat16, **SHAPE)
+    store_in_fp8(directory)
+    ids = torch.randint(SHAPE["vocab_size"], (1, TOKENS), device=CUDA)
+
+    def of_transformers(precision: torch.dtype, quantized: bool = False) -> torch.Tensor:
+        """Of the dequantized weights."""
+        plain = write_checkpoint(tmp_path / "plain", dtype=torch.bfloat16, **SHAPE)
+        model = Qwen3ForCausalLM.from_pretrained(plain, dtype=torch.float32).to(CUDA).eval()
+        for name, module in model.named_modules():
+            if name.endswith("_proj"):
+                module.weight.copy_(dequantize(quantize(module.weight)))
+                if quantized:
+                    module.register_forward_pre_hook(_quantize_inputs)
+        logits: torch.Tensor = model.to(precision)(ids).logits[0].float()
+        return logits
+
+    def error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+        norm = torch.linalg.vector_norm
+        return float(norm(logits.float() - expected) / norm(expected))
+
+    plain, quantized = of_transformers(torch.float32), of_transformers(torch.float32, True)
+    bar = 1.5 * error(of_transformers(torch.bfloat16), plain)
+    ours = _logits(directory, ids[0], torch.bfloat16, "auto")
+    many, one = error(ours[:-1], quantized[:-1]), error(ours[-1:], plain[-1:])
+    print(
+        f"many rows {many:.4f}, one row {one:.4f}, bar {bar:.4f}, between the two"
+        f" {error(quantized, plain):.4f}"
+    )
+    assert many < bar
+    assert one < bar
+
+
+def _quantize_inputs(module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+    (x,) = args
+    return dequantize_rows(quantize_rows(x.flatten(0, -2))).view_as(x).to(x.dtype)

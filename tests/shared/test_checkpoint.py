@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.support.random_model import FP8_CONFIG
 from nanovllm.checkpoint import (
     DEMO_CHECKPOINT,
     CheckpointError,
@@ -78,11 +79,22 @@ def test_the_older_and_the_newer_form_of_rope(tmp_path: Path) -> None:
         *(
             (
                 {**SHAPE, "quantization_config": {"quant_method": method}},
-                rf"\({method}\): quantized",
+                rf"\({method}\): such quantized",
             )
-            for method in ("gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes")
+            for method in ("gptq", "awq", "compressed-tensors", "bitsandbytes")
         ),
-        ({**SHAPE, "compression_config": {}}, "compression_config .*quantized weights"),
+        *(
+            ({**SHAPE, "quantization_config": {**FP8_CONFIG, **keys}}, rf"\(fp8\): {reason}")
+            for keys, reason in (
+                ({"weight_block_size": [64, 128]}, r"weight_block_size \[64, 128\]: only"),
+                ({"weight_block_size": None}, "weight_block_size: .*served is e4m3"),
+                ({"fmt": "e5m2"}, "fmt: .*served is e4m3"),
+                ({"activation_scheme": "static"}, "activation_scheme: .*dynamic"),
+                ({"kv_cache_scheme": {}}, ".*kv_cache_scheme.*served is e4m3"),
+                ({"modules_to_not_convert": ["lm_head", "mlp"]}, ".*has 'mlp': only"),
+            )
+        ),
+        ({**SHAPE, "compression_config": {}}, "compression_config: quantized weights"),
         ({**SHAPE, "max_position_embeddings": 0}, "max_position_embeddings 0: .* at least 2"),
         ({**SHAPE, "max_position_embeddings": 1}, "max_position_embeddings 1: .* at least 2"),
         ({**SHAPE, "head_dim": 31}, "head_dim 31: it must be even"),
@@ -239,6 +251,35 @@ def test_a_tp_that_does_not_divide_the_heads_is_refused(tmp_path: Path, size: in
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_key_value_heads_may_be_fewer_than_ranks(tmp_path: Path, size: int) -> None:
     ModelConfig.from_checkpoint(write(tmp_path, **SHAPE)).check_tensor_parallel(size)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tp", "reason"),
+    [
+        ({"num_key_value_heads": 1}, 1, "key/value heads, 64"),
+        ({"hidden_size": 192}, 1, "the hidden_size, 192, is no multiple"),
+        ({"intermediate_size": 640}, 2, "the intermediate_size on each of 2 ranks, 320"),
+        ({"head_dim": 32}, 2, "query heads on each of 2 ranks, 64"),
+    ],
+)
+def test_ranks_hold_whole_fp8_blocks(
+    tmp_path: Path, sizes: dict[str, int], tp: int, reason: str
+) -> None:
+    fits = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    keys: dict[str, Any] = {
+        **SHAPE,
+        **fits,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **sizes,
+    }
+    path = write(tmp_path, **keys)
+    for config in (
+        ModelConfig.from_checkpoint(path, quantization="fp8"),
+        ModelConfig.from_checkpoint(write(tmp_path, **keys, quantization_config=FP8_CONFIG)),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            config.check_tensor_parallel(tp)
 
 
 def test_end_of_sequence_ids_come_from_the_generation_config_first(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache
-from nanovllm.kernels.layers.ops import Norm, choose_ops
+from nanovllm.kernels.layers.ops import Norm, choose_ops, has_fp8
 from nanovllm.services.gpu_worker.model.layers import (
     CheckpointTensor,
     ColumnParallelLinear,
@@ -48,7 +48,7 @@ class Decoder(ABC):
     ) -> None:
         """Allocates the weights, see `registry.build_model`."""
         config.check_tensor_parallel(tp.size)
-        factory = Factory(dtype, device, choose_ops(device))
+        factory = Factory(dtype, device, choose_ops(device), config.fp8 and has_fp8(device))
         self.config = config
         self.tp = tp
         self.ops = factory.ops

@@ -16,19 +16,27 @@ from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.checkpoint.rope import LinearRope, Llama3Rope, Rope, YarnRope
-from nanovllm.kernels.layers.ops import LayerOps, Norm
+from nanovllm.kernels.layers.fp8 import Fp8Weight
+from nanovllm.kernels.layers.ops import LayerOps, Norm, Weight, split
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
 
 
 class Factory(NamedTuple):
-    """Makes weights of one dtype on one device. `ops` are the fastest layer ops there."""
+    """Makes weights of one dtype on one device, those of projections in FP8 if `fp8`. `ops` are the
+    fastest layer ops there."""
 
     dtype: torch.dtype
     device: torch.device
     ops: LayerOps
+    fp8: bool
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def projection(self, outputs: int, inputs: int) -> Weight:
+        if self.fp8:
+            return Fp8Weight.empty(outputs, inputs, self.device)
+        return self.empty(outputs, inputs)
 
     def norm(self, size: int, eps: float) -> Norm:
         return Norm(self.empty(size), eps)
@@ -39,9 +47,12 @@ class CheckpointTensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor
-    target: Tensor  # the view of a weight to fill, as large as the part
+    target: Weight  # the view of a weight to fill, as large as the part
     dim: int | None = None  # along which the part is cut out; None if it is the whole tensor
     start: int = 0  # the part's first index along `dim`
+    projection: bool = (
+        False  # whether it is the weight of a projection, which FP8 models have in FP8
+    )
 
     @classmethod
     def whole(cls, name: str, target: Tensor) -> CheckpointTensor:
@@ -75,7 +86,7 @@ class ColumnParallelLinear:
         self.tp = tp
         outputs = sum(projection.local_size for projection in projections)
         self.projections = projections
-        self.weight = factory.empty(outputs, len(self.norm.weight))
+        self.weight = factory.projection(outputs, len(self.norm.weight))
         self.bias = factory.empty(outputs) if bias else None
         self.gated = gated
         self.ops = factory.ops
@@ -93,17 +104,15 @@ class ColumnParallelLinear:
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
         sizes = [projection.local_size for projection in self.projections]
-        for kind, held in (("weight", self.weight), ("bias", self.bias)):
-            if held is None:
-                continue
-            for projection, target in zip(self.projections, torch.split(held, sizes), strict=True):
-                yield CheckpointTensor(
-                    name=f"{prefix}.{projection.name}.{kind}",
-                    shape=(projection.size, *held.shape[1:]),
-                    target=target,
-                    dim=0,
-                    start=projection.start,
-                )
+        biases = [None] * len(sizes) if self.bias is None else torch.split(self.bias, sizes)
+        for projection, weight, bias in zip(
+            self.projections, split(self.weight, sizes), biases, strict=True
+        ):
+            name, (size, start) = f"{prefix}.{projection.name}", (projection.size, projection.start)
+            shape = size, len(self.norm.weight)
+            yield CheckpointTensor(f"{name}.weight", shape, weight, 0, start, projection=True)
+            if bias is not None:
+                yield CheckpointTensor(f"{name}.bias", (size,), bias, 0, start)
 
 
 class RowParallelLinear:
@@ -113,9 +122,9 @@ class RowParallelLinear:
     def __init__(
         self, inputs: int, outputs: int, bias: bool, tp: TensorParallel, factory: Factory
     ) -> None:
-        self.inputs = inputs
+        self.inputs, self.outputs = inputs, outputs
         self.tp = tp
-        self.weight = factory.empty(outputs, inputs // tp.size)
+        self.weight = factory.projection(outputs, inputs // tp.size)
         self.bias = factory.empty(outputs) if bias else None
         self.ops = factory.ops
 
@@ -128,10 +137,9 @@ class RowParallelLinear:
         return self.ops.linear(x, self.weight, bias), residual
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
-        outputs, local = self.weight.shape
-        yield CheckpointTensor(
-            f"{name}.weight", (outputs, self.inputs), self.weight, 1, self.tp.rank * local
-        )
+        start = self.tp.rank * (self.inputs // self.tp.size)
+        shape = self.outputs, self.inputs
+        yield CheckpointTensor(f"{name}.weight", shape, self.weight, 1, start, projection=True)
         if self.bias is not None:
             yield CheckpointTensor.whole(f"{name}.bias", self.bias)
 

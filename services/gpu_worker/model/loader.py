@@ -15,9 +15,13 @@ from typing import Any
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.checkpoint.files import read_json, refuse_pointer
+from nanovllm.checkpoint.quantization import FP8_BLOCK
+from nanovllm.kernels.layers.fp8 import Fp8Weight, quantize
+from nanovllm.kernels.layers.ops import Weight, whole
 from nanovllm.services.gpu_worker.model.layers import CheckpointTensor
 from nanovllm.services.gpu_worker.model.registry import Model
 
@@ -26,6 +30,9 @@ log = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What follows an FP8 weight's name in that of its scales.
+SCALES = "_scale_inv"
+STORED_FP8 = "F8_E4M3"
 # The types that are read, by safetensors' names, and torch's names of them.
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 # How many values of two matrices are compared at once.
@@ -83,7 +90,9 @@ def load_checkpoint(model: Model, directory: Path, progress: Callable[[int, int]
     """
     wanted = {tensor.name: tensor for tensor in model.checkpoint_tensors()}
     files = _files_of_tensors(directory)
-    _check_names(directory, set(files), set(wanted), model.config)
+    scaled = {name for name, tensor in wanted.items() if _is_stored_in_fp8(tensor, model.config)}
+    names = wanted.keys() | {name + SCALES for name in scaled}
+    _check_names(directory, set(files), names, model.config)
     total = sum(tensor.target.nbytes for tensor in wanted.values())
     done = 0
     progress(done, total)
@@ -91,7 +100,12 @@ def load_checkpoint(model: Model, directory: Path, progress: Callable[[int, int]
         present = [tensor for name, tensor in wanted.items() if files[name] == path]
         with _opened(path) as opened:
             for tensor in present:
-                _load(tensor, opened.get_slice(tensor.name), path, model.config)
+                part = _read(tensor, opened.get_slice(tensor.name), path, model.config)
+                if tensor.name in scaled:
+                    scales = _scales(tensor, files[tensor.name + SCALES])
+                    _fill(tensor, Fp8Weight(part, scales), model.config)
+                else:
+                    _fill(tensor, part, model.config)
                 done += tensor.target.nbytes
                 progress(done, total)
 
@@ -144,8 +158,12 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join([first, *others[:2]]) + (f" and {len(others) - 2} more" * (len(others) > 2))
 
 
-def _load(tensor: CheckpointTensor, source: Any, path: Path, config: ModelConfig) -> None:
-    """Copies this rank's part; `source` is the safetensors slice of the whole tensor."""
+def _is_stored_in_fp8(tensor: CheckpointTensor, config: ModelConfig) -> bool:
+    return config.stores_fp8 and tensor.projection
+
+
+def _read(tensor: CheckpointTensor, source: Any, path: Path, config: ModelConfig) -> Tensor:
+    """This rank's part; `source` is the safetensors slice of the whole tensor."""
     shape = tuple(source.get_shape())
     if shape != tensor.shape:
         reason = (
@@ -155,13 +173,55 @@ def _load(tensor: CheckpointTensor, source: Any, path: Path, config: ModelConfig
             head_dim = shape[0] // config.num_attention_heads
             reason += f", with head_dim {config.head_dim}: is it {head_dim}? Set it there"
         raise CheckpointError(reason)
-    if (dtype := source.get_dtype()) not in FLOATS:
+    dtype = source.get_dtype()
+    if _is_stored_in_fp8(tensor, config):
+        if dtype != STORED_FP8:
+            raise CheckpointError(
+                f"{path}: {tensor.name} is {dtype}; config.json's quantization_config says"
+                f" {STORED_FP8}"
+            )
+    elif dtype not in FLOATS:
         raise CheckpointError(
             f"{path}: {tensor.name} is {dtype}; only {', '.join(FLOATS)} are served"
         )
+    return _part(tensor, source)
+
+
+def _scales(tensor: CheckpointTensor, path: Path) -> Tensor:
+    """The scales of this rank's part of an FP8 weight."""
+    name = tensor.name + SCALES
+    with _opened(path) as opened:
+        source = opened.get_slice(name)
+        shape, expected = source.get_shape(), [size // FP8_BLOCK for size in tensor.shape]
+        if shape != expected or source.get_dtype() not in FLOATS:
+            raise CheckpointError(
+                f"{path}: {name} is {source.get_dtype()} of shape {shape}; it must be floats of"
+                f" shape {expected}, one for each block of {FP8_BLOCK} x {FP8_BLOCK}"
+            )
+        return _part(tensor, source, FP8_BLOCK).float()
+
+
+def _part(tensor: CheckpointTensor, source: Any, block: int = 1) -> Tensor:
+    """This rank's part of a slice that has one value for each `block` of the tensor's."""
+    part: Tensor
     if tensor.dim is None:
         part = source[:]
-    else:
-        end = tensor.start + tensor.target.shape[tensor.dim]
-        part = source[tensor.start : end] if tensor.dim == 0 else source[:, tensor.start : end]
-    tensor.target.copy_(part)
+        return part
+    target = tensor.target.values if isinstance(tensor.target, Fp8Weight) else tensor.target
+    start, end = tensor.start // block, (tensor.start + target.shape[tensor.dim]) // block
+    part = source[start:end] if tensor.dim == 0 else source[:, start:end]
+    return part
+
+
+def _fill(tensor: CheckpointTensor, part: Weight, config: ModelConfig) -> None:
+    """Fills the target. The weights are the same wherever they run: a device without FP8 holds the
+    values of the FP8 weights in its own dtype."""
+    target = tensor.target
+    if isinstance(part, Fp8Weight):
+        part = Fp8Weight(part.values.to(target.device), part.scales.to(target.device))
+    elif tensor.projection and config.fp8:
+        part = quantize(part.to(target.device))
+    if isinstance(target, Tensor):
+        target.copy_(whole(part))
+    elif isinstance(part, Fp8Weight):
+        target.copy_(part)
