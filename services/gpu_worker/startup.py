@@ -137,7 +137,8 @@ def load(
             " lower --max-num-batched-tokens or --num-kvcache-blocks"
         ) from None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    described = f"{name}, {str(dtype).removeprefix('torch.')}, {attention} attention"
+    weights = str(dtype).removeprefix("torch.") + (", FP8 projections" if config.fp8 else "")
+    described = f"{name}, {weights}, {attention} attention"
     blocks = f"{counted(num_blocks, 'block')} of {settings.kvcache_block_size} tokens"
     processors = f"{loaded.processors.bytes >> 20} MiB for logits processors"
     return loaded, Loaded(num_blocks, f"{described}, {blocks}, {processors}")
