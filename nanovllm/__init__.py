@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nanovllm.client.sync import Stream as Stream
     from nanovllm.llm import LLM as LLM
     from nanovllm.llm_requests import LLMOutput as LLMOutput
+    from nanovllm.protocol import StructuredOutputs as StructuredOutputs
     from nanovllm.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _MODULES = {
     "nanovllm.client.sync": ("Client", "Stream"),
     "nanovllm.llm": ("LLM",),
     "nanovllm.llm_requests": ("LLMOutput",),
+    "nanovllm.protocol": ("StructuredOutputs",),
     "nanovllm.sampling_params": ("SamplingParams",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

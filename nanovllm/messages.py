@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.protocol import FinishReason, Reasoning, Sampling, Usage
+from nanovllm.protocol import FinishReason, Reasoning, Sampling, StructuredOutputs, Usage
 
 
 def pack(values: Iterable[int] | NDArray[np.int32]) -> bytes:
@@ -82,15 +82,15 @@ class Chat(Message):
 
 class Tokenize(Message, tag="tokenize"):
     """A request as its client sent it. Exactly one of `prompt`, `prompt_token_ids` (int32) and
-    `chat` is given; the client brings `resumed` output tokens. `chat` is a `Chat` in MessagePack:
-    decoded maps take up to 64 times their bytes."""
+    `chat` is given; `resumed` (int32) are the output tokens that the client brings. `chat` is a
+    `Chat` in MessagePack: decoded maps take up to 64 times their bytes."""
 
     uid: int
     prompt: str | None
     prompt_token_ids: bytes | None
     chat: bytes | None
     sampling: Sampling
-    resumed: int
+    resumed: bytes
     reasoning: Reasoning | None = None
 
 
@@ -206,9 +206,10 @@ SchedulerToIngress = Missing | EngineState | Lost
 # scheduler -> detokenizer -----------------------------------------------------------------------
 
 
-EndReason = Literal[FinishReason, "not_finite", "no_token"]
+EndReason = Literal[FinishReason, "not_finite", "no_token", "too_costly"]
 """Why an output ended; "not_finite": the logits of its next token are not; "no_token": the request
-rules out every token that could come next."""
+rules out every token that could come next; "too_costly": to follow its grammar takes too much
+work."""
 
 
 class TextOptions(Message):
@@ -323,12 +324,39 @@ class Reset(Message, tag="reset"):
     number: int
 
 
+class Prepare(Message, tag="prepare"):
+    """Make the matcher of a sequence that waits for a slot: from its grammar and from the `output`
+    (int32) so far. Answered by `Prepared`, once all ranks have the matcher. `number` is the
+    matcher's, which no scheduler gives twice. `alone`: the matcher shares nothing, see
+    `Grammars.matcher`."""
+
+    number: int
+    structured_outputs: StructuredOutputs
+    output: bytes
+    answer_marks: AnswerMarks | None
+    alone: bool
+
+
+class Prepared(Message, tag="prepared"):
+    """The matcher is ready; `failed`: the grammar does not take the output, or costs too much."""
+
+    number: int
+    failed: bool
+
+
+class Keep(Message, tag="keep"):
+    """Of the matchers that are prepared or in preparation, only these (int64[n]) are needed."""
+
+    numbers: bytes
+
+
 class Admission(Message):
     """A sequence takes a slot.
 
     `tokens` (int32) are the prompt, of `prompt_tokens` tokens, and the output so far; `blocks`
     (int32) is the slot's block table so far. The KV of the first `computed` tokens is in these
-    blocks already (prefix cache).
+    blocks already (prefix cache). `matcher` is the number of its matcher, if it has a grammar; the
+    grammar itself is not in `sampling`.
     """
 
     slot: int
@@ -337,6 +365,7 @@ class Admission(Message):
     blocks: bytes
     computed: int
     sampling: Sampling
+    matcher: int | None = None
 
 
 class StepPlan(Message, tag="step_plan"):
@@ -372,11 +401,13 @@ class RowLogprobs(Message):
 
 
 NO_TOKEN_LEFT = -2
+TOO_COSTLY = -3
 
 
 class StepResult(Message, tag="step_result"):
     """What step `number` sampled: int32[rows]; -1 for a row whose logits are not finite,
-    NO_TOKEN_LEFT for one whose request rules out every token.
+    NO_TOKEN_LEFT for one whose request rules out every token, TOO_COSTLY for one whose grammar
+    takes too much work.
     `logprobs` for the rows that asked. `prompt_parts`: one for each prefill chunk of a sequence
     that asks for log-probabilities of its prompt, in the plan's order.
 
@@ -392,5 +423,5 @@ class StepResult(Message, tag="step_result"):
     prompt_parts: list[PromptPart] = []
 
 
-SchedulerToWorker = Reset | StepPlan
-WorkerToScheduler = GroupReady | StepResult
+SchedulerToWorker = Reset | Keep | Prepare | StepPlan
+WorkerToScheduler = GroupReady | Prepared | StepResult

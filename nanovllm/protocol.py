@@ -19,6 +19,8 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 MAX_LOGIT_BIAS = 300
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
+# Of the text of a `StructuredOutputs`.
+MAX_GRAMMAR_BYTES = 256 << 10
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 # A tiny one would make large logits infinite.
 RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=10)]
@@ -60,6 +62,40 @@ class Reasoning(msgspec.Struct, forbid_unknown_fields=True):
     close: TokenId
 
 
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What the whole answer must be. Exactly one key is given.
+
+    Attributes:
+        json_schema: JSON that this schema, itself JSON text, takes.
+        json_object: any JSON object.
+        regex: text that the whole expression matches.
+        choice: one of these texts.
+        grammar: text of this grammar, in llguidance's form of Lark.
+
+    Raises:
+        ValueError: unless exactly one is given, of MAX_GRAMMAR_BYTES at most.
+    """
+
+    json_schema: NonEmptyStr | None = None
+    json_object: Literal[True] | None = None
+    regex: NonEmptyStr | None = None
+    choice: Annotated[list[NonEmptyStr], Meta(min_length=1)] | None = None
+    grammar: NonEmptyStr | None = None
+
+    def __post_init__(self) -> None:
+        given = [getattr(self, key) for key in self.__struct_fields__]
+        if len(given) - given.count(None) != 1:
+            raise ValueError(f"exactly one of {', '.join(self.__struct_fields__)} must be given")
+        if self.size > MAX_GRAMMAR_BYTES:
+            raise ValueError(f"{self.size} bytes, and at most {MAX_GRAMMAR_BYTES} are possible")
+
+    @property
+    def size(self) -> int:
+        """The bytes of its text."""
+        texts = [self.json_schema or self.regex or self.grammar or "", *(self.choice or ())]
+        return sum(len(text.encode()) for text in texts)
+
+
 class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     temperature: Annotated[float, Meta(ge=0, le=10)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -81,6 +117,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_de
     allowed_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
 
 class Generate(Public, tag="generate", forbid_unknown_fields=True):

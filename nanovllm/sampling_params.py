@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import msgspec
 
 from nanovllm.plain import plain
-from nanovllm.protocol import Sampling
+from nanovllm.protocol import Sampling, StructuredOutputs
 from nanovllm.wording import key_and_reason
 
 
@@ -48,6 +50,9 @@ class SamplingParams:
         allowed_token_ids: no other tokens come.
         include_stop_str_in_output: the text ends behind the stop string, not before it.
         skip_special_tokens: special tokens add nothing to the text.
+        structured_outputs: what the whole answer must be, in a dict (or `StructuredOutputs`) of one
+            key: {"json_schema": …} with a schema as a dict or as JSON text, {"json_object": True},
+            {"regex": "…"}, {"choice": ["…", "…"]}, or {"grammar": "…"} in llguidance's Lark.
         n: how many outputs `LLM.generate` gives for a prompt: as many requests, with the seeds
             seed, seed + 1, …. Other clients ask n times.
 
@@ -75,6 +80,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     n: int = 1
 
     def __post_init__(self) -> None:
@@ -95,6 +101,9 @@ class SamplingParams:
                 del values[name]
         if isinstance(stop := values.get("stop"), str):
             values["stop"] = [stop]
+        outputs = values["structured_outputs"]
+        if isinstance(outputs, dict) and isinstance(outputs.get("json_schema"), dict | bool):
+            outputs["json_schema"] = msgspec.json.encode(outputs["json_schema"]).decode()
         for name, value in values.items():
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"{name} is not a number")
@@ -105,5 +114,5 @@ class SamplingParams:
             return msgspec.convert(values, Sampling)
         except msgspec.ValidationError as error:
             key, reason = key_and_reason(error)
-            name = key.partition("[")[0]
+            name = re.split(r"[.\[]", key)[0]
             raise ValueError(f"{name}={given[name]!r}: {reason}") from None

@@ -14,7 +14,9 @@ from typing import Final
 
 import msgspec
 
+from nanovllm.checkpoint.config import ModelConfig
 from nanovllm.checkpoint.files import CheckpointError, read_json
+from nanovllm.checkpoint.generation import check_eos
 from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
 
 
@@ -40,6 +42,13 @@ class Vocabulary(msgspec.Struct, frozen=True):
     def whole_text(self) -> Mapping[int, bytes]:
         """`text` and `special` together."""
         return ChainMap(self.special, self.text)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of the token with this name in tokenizer.json, if there is one."""
+        if token in self.added:
+            return self.added[token]
+        raw = token_bytes(token)
+        return next((i for i, text in self.text.items() if text == raw), None)
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> Vocabulary:
@@ -72,6 +81,22 @@ class Vocabulary(msgspec.Struct, frozen=True):
             special=special,
             added={added.content: added.id for added in file.added_tokens},
         )
+
+
+def end_of_sequence(directory: Path, model: ModelConfig, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """The end-of-sequence ids: those of the model's files, else the tokenizer's, if it has one.
+
+    Raises CheckpointError if the model does not have the tokenizer's.
+    """
+    if model.eos_token_ids is not None:
+        return model.eos_token_ids
+    name = TokenizerConfig.from_checkpoint(directory).special_tokens().get("eos_token", "")
+    own = vocabulary.id_of(name) if name else None
+    if own is None:
+        return ()
+    source = f"{directory / 'tokenizer_config.json'}: eos_token {name!r}, id"
+    check_eos(source, own, model.vocab_size)
+    return (own,)
 
 
 def token_bytes(token: str) -> bytes:

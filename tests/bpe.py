@@ -51,6 +51,11 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def token_id(token: str) -> int:
+    """Raises KeyError if the tokenizer has no such token."""
+    return int(tiny_tokenizer().get_vocab()[token])
+
+
 def write_tokenizer(directory: Path, **overrides: Any) -> Path:
     """Writes tokenizer.json and tokenizer_config.json (with `overrides`), returns `directory`."""
     directory.mkdir(parents=True, exist_ok=True)

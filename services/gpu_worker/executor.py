@@ -6,7 +6,7 @@ its tokens to the host. The next step finds the tokens on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.grammars import Matcher
 from nanovllm.kernels.attention.interface import AttentionBackend, LayerCache
+from nanovllm.kernels.logits.processors import WORD_BITS
 from nanovllm.messages import (
+    TOO_COSTLY,
     PromptPart,
     RowLogprobs,
     StepPlan,
@@ -32,6 +35,8 @@ from nanovllm.services.gpu_worker.graphs import (
     pinned,
 )
 from nanovllm.services.gpu_worker.logits import LogitsProcessors
+from nanovllm.services.gpu_worker.masks import MaskBuffers
+from nanovllm.services.gpu_worker.matchers import SlotMatchers
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import Model
@@ -40,6 +45,9 @@ from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
 from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, SlotTable, columns
 from nanovllm.services.gpu_worker.steps import Lengths, StepOutput, Steps
 from nanovllm.settings import Settings
+
+NO_ROWS: Int32s = np.empty(0, dtype=np.int32)
+NO_MATCHERS: Mapping[int, Matcher] = {}
 
 
 class SampledLogprobs(NamedTuple):
@@ -74,6 +82,7 @@ class PendingResult(NamedTuple):
     on_host: torch.cuda.Event | None  # the end of the copies to the host; None on a CPU
     tp: TensorParallel
     prompt: Sequence[PromptLogprobs] = ()
+    too_costly: Int32s = NO_ROWS  # the rows whose grammars took too much work
 
     def wait(self) -> None:
         """Raises GroupBroken if another rank did not take part in the step."""
@@ -89,9 +98,13 @@ class PendingResult(NamedTuple):
 
     def result(self, busy_us: int, at_us: int) -> StepResult:
         """The step's result as a message. Call `wait` first."""
+        token_ids = self.token_ids.numpy()
+        if len(self.too_costly):
+            token_ids = token_ids.copy()
+            token_ids[self.too_costly] = TOO_COSTLY
         return StepResult(
             number=self.number,
-            token_ids=pack(self.token_ids.numpy()),
+            token_ids=pack(token_ids),
             logprobs=[] if self.logprobs is None else _rows(self.logprobs),
             busy_us=busy_us,
             at_us=at_us,
@@ -132,6 +145,11 @@ class Executor:
             device,
         )
         self._steps = Steps(model, backend, kv_cache, self._state, settings, device)
+        self._matchers = SlotMatchers()
+        words = -(-model.config.vocab_size // WORD_BITS)
+        self._masks = MaskBuffers(settings.max_num_seqs, words, device)
+        # The latest step that sampled rows with a grammar.
+        self._constrained: PendingResult | None = None
         self._graphs: StepGraphs | None = None
         self._draws: list[DrawGraph] = []
 
@@ -174,11 +192,17 @@ class Executor:
     def reset(self) -> None:
         """Empties all slots."""
         self.slots.reset()
+        self._matchers.reset()
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> PendingResult:
-        """Enqueues a step. All ranks must be given the same plans in the same order."""
+    def step(self, plan: StepPlan, matchers: Mapping[int, Matcher] = NO_MATCHERS) -> PendingResult:
+        """Enqueues a step. All ranks must be given the same plans in the same order.
+
+        Args:
+            matchers: of the sequences that the plan admits and that have a grammar, by slot.
+        """
         batch = self.slots.apply(plan)
+        self._matchers.admit(matchers)
         started = _event(self._device)
         self._state.update(batch)
         self.processors.admit(batch.admitted_processed)
@@ -196,6 +220,7 @@ class Executor:
             output = self._steps.mixed(flat, layout, lengths)
         if len(batch.whole_rows) and self._ids.tp.size > 1:
             self._draw(output, batch.whole_rows, batch.sampling_slots[batch.whole_rows], draws)
+        too_costly = self._constrain(batch) if len(batch.constrained_rows) else NO_ROWS
         if len(batch.processed_rows):
             self._draw_processed(output, batch)
         found = self._logprobs(batch, output.logits, output.token_ids)
@@ -205,7 +230,10 @@ class Executor:
                 raise ValueError("a captured step keeps no hidden states")
             ids, values = self._steps.prompt_logprobs(output.hidden, span)
             prompt.append(PromptLogprobs(span.first, _to_host(ids), _to_host(values)))
-        return self._pending(plan.number, output.token_ids, found, started, prompt)
+        pending = self._pending(plan.number, output.token_ids, found, started, prompt)
+        if len(batch.constrained_rows):
+            pending = self._constrained = pending._replace(too_costly=too_costly)
+        return pending
 
     def _draw(
         self, output: StepOutput, rows: Int32s, slots: Int32s, draws: list[DrawGraph]
@@ -232,6 +260,23 @@ class Executor:
             on_device.copy_(pinned(both), non_blocking=True)
             token_ids = graph.replay()
         output.token_ids[on_device[0]] = token_ids
+
+    def _constrain(self, batch: Batch) -> Int32s:
+        """Sets what the grammars of the batch's rows allow, while the forward pass runs. This
+        depends on the tokens of the step before, and waits for these.
+
+        Returns:
+            The rows whose grammars took too much work.
+        """
+        if self._constrained is not None and self._matchers.awaits_tokens:
+            self._constrained.wait()
+            self._matchers.advance(self._constrained.token_ids.numpy())
+        rows = batch.constrained_rows
+        slots = batch.sampling_slots[rows]
+        masks = self._masks.host[: len(rows)].numpy()
+        failed = self._matchers.fill(rows, self._matchers.of(slots), masks)
+        self.processors.restrict(slots, self._masks.upload(len(rows)))
+        return rows[failed]
 
     def _draw_processed(self, output: StepOutput, batch: Batch) -> None:
         """Samples again the rows whose logits are processed; overwrites their token ids."""

@@ -57,6 +57,8 @@ class LogitsProcessors:
         self._shard_size = shard_size
         self._process = choose_process(device)
         self._words_of_sets = -(-vocab_size // WORD_BITS)
+        # Of the slots that have a grammar: the sets that the grammar's masks are cut down to.
+        self._static: dict[int, Tensor] = {}
         self._held = ProcessorState(
             repetition=zeros(torch.float32),
             frequency=zeros(torch.float32),
@@ -85,6 +87,18 @@ class LogitsProcessors:
         """Fills the slots of sequences that ask for processors."""
         for admission in admissions:
             self._admit(admission)
+
+    def restrict(self, slots: NDArray[np.int32], masks: Tensor) -> None:
+        """Sets what the grammars of some slots allow next.
+
+        Args:
+            slots: int32 [n].
+            masks: int32 [n, words], sets as `ProcessorState` has them; overwritten.
+        """
+        for mask, slot in zip(masks, slots.tolist(), strict=True):
+            if slot in self._static:
+                mask &= self._static[slot]
+        self._held.allowed[self._on_device(slots.astype(np.int64))] = masks
 
     def process(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Applies the processors in place.
@@ -128,6 +142,9 @@ class LogitsProcessors:
         single = [word[0] for word in words if len(word) == 1]
         allowed = sampling.allowed_token_ids
         held.allowed[slot] = self._set_of(allowed, single)
+        self._static.pop(slot, None)
+        if admission.matcher is not None and (single or allowed is not None):
+            self._static[slot] = held.allowed[slot].clone()
         held.held_off[slot] = self._set_of(sampling.stop_token_ids)
         self._set_bias(slot, sampling.logit_bias)
         self._set_words(slot, [word for word in words if len(word) > 1])

@@ -7,12 +7,26 @@ in the same order. The other ranks answer nothing. The group ends when one rank 
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import NoReturn
 
 from nanovllm.control import WorkerStats
-from nanovllm.messages import GroupReady, Message, Reset, SchedulerToWorker, StepPlan, StepResult
+from nanovllm.grammars import Grammars
+from nanovllm.messages import (
+    GroupReady,
+    Keep,
+    Message,
+    Prepare,
+    Prepared,
+    Reset,
+    SchedulerToWorker,
+    StepPlan,
+    StepResult,
+    unpack_int64,
+)
 from nanovllm.service import RETRY_S, Service
 from nanovllm.services.gpu_worker.dialogue import Dialogue, DialoguePhase
+from nanovllm.services.gpu_worker.matchers import Preparer
 from nanovllm.services.gpu_worker.runner import GroupBroken, Listening, Loaded, Progress, Runner
 from nanovllm.transport.links import HEARTBEAT_S, BoundLink, Down, Event, Peer, Received, Up
 
@@ -27,15 +41,17 @@ class Rendezvous(Message, tag="rendezvous"):
     port: int
 
 
-LeaderToFollower = Rendezvous | Reset | StepPlan
+LeaderToFollower = Rendezvous | Reset | Keep | Prepare | StepPlan
+FollowerToLeader = Prepared
 
 
 def serve(service: Service) -> NoReturn:
     """Runs the rank whose number is `service.me.index`."""
     runner = _make_runner(service)
-    role: Leader | Follower
-    role = Leader(service, runner) if service.me.index == 0 else Follower(service, runner)
+    preparer = Preparer(partial(Grammars.from_checkpoint, service.directory, service.config))
+    role = (Leader if service.me.index == 0 else Follower)(service, runner, preparer)
     service.watch(runner.descriptor, role.take_reports)
+    service.watch(preparer.descriptor, role.take_prepared)
     try:
         service.run(role.step, role.counts.stats)
     finally:
@@ -45,7 +61,8 @@ def serve(service: Service) -> NoReturn:
 def _make_runner(service: Service) -> Runner:
     settings = service.settings
     if settings.device == "sim":
-        from nanovllm.services.gpu_worker.sim import SimRunner, ordinary_tokens
+        from nanovllm.services.gpu_worker.sim import SimRunner
+        from nanovllm.services.gpu_worker.sim_tokens import ordinary_tokens
 
         return SimRunner(settings, ordinary_tokens(service.directory, service.config))
     spin_briefly()
@@ -93,22 +110,25 @@ class Counts:
 class Leader:
     """Rank 0: takes plans from the scheduler, passes them on, runs them, and sends results."""
 
-    def __init__(self, service: Service, runner: Runner) -> None:
+    def __init__(self, service: Service, runner: Runner, preparer: Preparer) -> None:
         self.counts = Counts(runner)
         self._service = service
         self._runner = runner
         self._dialogue = Dialogue(service.settings.pipeline_depth)
+        self._preparer = preparer
+        # Of each matcher in preparation, whether it failed at the ranks that have answered.
+        self._answers: dict[int, dict[int, bool]] = {}
+        self._prepared: list[Prepared] = []  # to be sent
         self._served: Peer | None = None  # the latest incarnation of the scheduler
         self._loaded: Loaded | None = None
         self._port: int | None = None
         self._next_announcement = 0.0
         self._followers: set[Peer] = set()
         self._num_followers = service.settings.tensor_parallel_size - 1
-        self._workers: BoundLink[None] | None = None
+        self._workers: BoundLink[FollowerToLeader] | None = None
         if self._num_followers:
-            # Followers send nothing but heartbeats.
             self._workers = service.bind(
-                service.settings.workers_endpoint, list[None], self._on_follower
+                service.settings.workers_endpoint, list[FollowerToLeader], self._on_follower
             )
         self._scheduler = service.connect(
             service.settings.scheduler_endpoint, list[SchedulerToWorker], self._on_scheduler
@@ -129,11 +149,16 @@ class Leader:
                     self._loaded = report
                     self._service.ready(report.detail)
 
+    def take_prepared(self) -> None:
+        for prepared in self._preparer.reports():
+            self._rank_prepared(0, prepared)
+
     def step(self, now: float) -> float | None:
         """Sends results, or announces the group. Returns in how many seconds to call again at the
         latest; None: when an event comes."""
-        if results := self._dialogue.unsent:
-            if self._scheduler.send(results):
+        if messages := [*self._prepared, *self._dialogue.unsent]:
+            if self._scheduler.send(messages):
+                self._prepared.clear()
                 self._dialogue.sent()
             elif self._scheduler.peer is not None:
                 return RETRY_S
@@ -157,24 +182,46 @@ class Leader:
                     self._dialogue.reconnected()
                 else:
                     self._dialogue.reborn()
+                    self._prepared.clear()
                 self._served = peer
                 self._next_announcement = 0.0
             case Received(message=Reset(number=number) as reset):
                 if self._dialogue.accepts_reset(number):
                     self._tell_followers(reset)
+                    self._answers.clear()
+                    self._preparer.reset()
                     self._runner.reset()
+            case Received(message=Prepare() as message):
+                self._tell_followers(message)
+                self._preparer.prepare(message)
+            case Received(message=Keep(numbers=numbers) as message):
+                self._tell_followers(message)
+                self._preparer.keep(unpack_int64(numbers))
+                self._answers = {n: a for n, a in self._answers.items() if self._preparer.makes(n)}
             case Received(message=StepPlan(number=number) as plan):
                 if self._dialogue.accepts_plan(number):
                     self._tell_followers(plan)
-                    self._runner.launch(plan)
+                    self._runner.launch(plan, self._preparer.take(plan.admit))
                     self.counts.launched()
 
-    def _on_follower(self, event: Event[None]) -> None:
+    def _rank_prepared(self, rank: int, prepared: Prepared) -> None:
+        """Tells the scheduler once all ranks have the matcher."""
+        if not self._preparer.makes(prepared.number):
+            return  # not needed any more
+        answers = self._answers.setdefault(prepared.number, {})
+        answers[rank] = prepared.failed
+        if len(answers) > self._num_followers:
+            del self._answers[prepared.number]
+            self._prepared.append(Prepared(prepared.number, any(answers.values())))
+
+    def _on_follower(self, event: Event[FollowerToLeader]) -> None:
         match event:
             case Up(peer=peer):
                 self._followers.add(peer)
                 if self._port is not None:
                     self._tell(peer, Rendezvous(self._port))
+            case Received(peer=peer, message=prepared):
+                self._rank_prepared(peer.index, prepared)
             case Down(peer=peer):
                 raise GroupBroken(f"{peer} is gone, and with it this tensor-parallel group")
 
@@ -191,11 +238,15 @@ class Follower:
     """Any other rank: runs the plans that rank 0 runs. Its results equal rank 0's, and are
     not sent."""
 
-    def __init__(self, service: Service, runner: Runner) -> None:
+    def __init__(self, service: Service, runner: Runner, preparer: Preparer) -> None:
         self.counts = Counts(runner)
         self._service = service
         self._runner = runner
-        service.connect(service.settings.workers_endpoint, list[LeaderToFollower], self._on_leader)
+        self._preparer = preparer
+        self._prepared: list[Prepared] = []  # to be sent
+        self._leader = service.connect(
+            service.settings.workers_endpoint, list[LeaderToFollower], self._on_leader
+        )
 
     def take_reports(self) -> None:
         for report in self._runner.reports():
@@ -207,8 +258,17 @@ class Follower:
                 case Loaded():
                     self._service.ready(report.detail)
 
-    def step(self, now: float) -> None:
-        """Does nothing: a follower sends nothing, and waits for no time."""
+    def take_prepared(self) -> None:
+        self._prepared += self._preparer.reports()
+
+    def step(self, now: float) -> float | None:
+        """Tells rank 0 which matchers are ready."""
+        if not self._prepared:
+            return None
+        if not self._leader.send(self._prepared):
+            return RETRY_S
+        self._prepared.clear()
+        return None
 
     def _on_leader(self, event: Event[LeaderToFollower]) -> None:
         match event:
@@ -217,7 +277,12 @@ class Follower:
             case Received(message=Rendezvous(port=port)):
                 self._runner.join(port)
             case Received(message=Reset()):
+                self._preparer.reset()
                 self._runner.reset()
+            case Received(message=Prepare() as message):
+                self._preparer.prepare(message)
+            case Received(message=Keep(numbers=numbers)):
+                self._preparer.keep(unpack_int64(numbers))
             case Received(message=StepPlan() as plan):
-                self._runner.launch(plan)
+                self._runner.launch(plan, self._preparer.take(plan.admit))
                 self.counts.launched()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from nanovllm.control import LoadingStage
+from nanovllm.grammars import Matcher
 from nanovllm.messages import StepPlan, StepResult
 
 
@@ -53,8 +52,12 @@ class Runner(Protocol):
     def join(self, port: int) -> None:
         """Tells a rank other than 0 where rank 0 listens."""
 
-    def launch(self, plan: StepPlan) -> None:
-        """Enqueues a step, without waiting for the device. Call this after `Loaded` only."""
+    def launch(self, plan: StepPlan, matchers: Mapping[int, Matcher]) -> None:
+        """Enqueues a step, without waiting for the device. Call this after `Loaded` only.
+
+        Args:
+            matchers: of the sequences that the plan admits and that have a grammar, by slot.
+        """
 
     def reset(self) -> None:
         """Empties all slots, after the steps launched so far."""
@@ -64,32 +67,3 @@ class Runner(Protocol):
 
         Raises the exception that ended one of the runner's threads, if one has ended.
         """
-
-
-class ReportQueue:
-    """Reports on their way from a runner's threads to the loop, which a pipe wakes up."""
-
-    def __init__(self) -> None:
-        self.descriptor, self._write_end = os.pipe()
-        os.set_blocking(self.descriptor, False)
-        os.set_blocking(self._write_end, False)
-        self._reports: deque[Report | BaseException] = deque()
-
-    def put(self, report: Report | BaseException) -> None:
-        """Passes on a report, or the exception that ends a thread."""
-        self._reports.append(report)
-        with suppress(BlockingIOError):  # full, so the loop wakes up anyway
-            os.write(self._write_end, b"\0")
-
-    def take(self) -> list[Report]:
-        """All reports so far. Raises the exception that was put, if there is one."""
-        # The pipe first: a report put in between then costs a wake-up, but is not lost.
-        with suppress(BlockingIOError):
-            os.read(self.descriptor, 65536)
-        taken: list[Report] = []
-        while self._reports:
-            report = self._reports.popleft()
-            if isinstance(report, BaseException):
-                raise report
-            taken.append(report)
-        return taken

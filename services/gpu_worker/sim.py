@@ -7,18 +7,18 @@ resumed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.checkpoint import CheckpointError, ModelConfig
+from nanovllm.grammars import Masks, Matcher
 from nanovllm.messages import (
-    NO_TOKEN_LEFT,
-    Admission,
+    TOO_COSTLY,
     PromptPart,
     RowLogprobs,
     StepPlan,
@@ -26,23 +26,25 @@ from nanovllm.messages import (
     TokenLogprobs,
     pack,
 )
+from nanovllm.services.gpu_worker.matchers import SlotMatchers
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence, check_room_for_one
 from nanovllm.services.gpu_worker.runner import Loaded, Report
-from nanovllm.services.gpu_worker.slots import Batch, PromptSpan, SlotTable
+from nanovllm.services.gpu_worker.sim_tokens import Choice, draw, draw_of, rules_tokens_out
+from nanovllm.services.gpu_worker.slots import Batch, Int32s, PromptSpan, SlotTable
 from nanovllm.settings import Settings
 from nanovllm.timer import Timer
-from nanovllm.vocabulary import Vocabulary
 
-_SEED_FACTOR = np.uint64(0xD1342543DE82EF95)
-_POSITION_FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
-_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 # Every integer below it is a float32: 16.8 s in µs.
 STAMP_MODULO = 1 << 24
+
+_NO_MASKS: Masks = np.empty((0, 1), dtype=np.int32)
 
 
 class SimRunner:
     """Implements `Runner`.
+
+    A step with rows that have a grammar is like a device's: the masks depend on the tokens of the
+    step before, which are known when that has ended; and the step ends once the masks are there.
 
     Args:
         vocabulary: int32 [v], the token ids to draw from.
@@ -57,13 +59,18 @@ class SimRunner:
         self._seeds = np.zeros(settings.max_num_seqs, dtype=np.int64)
         self._vocabulary = vocabulary
         self._choices: dict[int, Choice] = {}  # of the slots whose requests rule tokens out
+        self._matchers = SlotMatchers()
         self._start = time.monotonic()
         self._device = SimDevice(settings.sim_step_ms / 1000, self._start)
         self._timer = Timer()
+        # Steps whose end is not known: an earlier one has not ended, and gives tokens for masks.
+        self._queue: deque[QueuedStep] = deque()
         # Reports and when each is due. Steps end in the order of their launch.
         loaded = Loaded(num_blocks, f"sim, {settings.sim_step_ms:g} ms a step")
         self._coming: deque[tuple[float, Report]] = deque([(self._start, loaded)])
-        self._timer.set(self._start)
+        self._sampled = np.empty(0, dtype=np.int32)  # by the latest step with masks
+        self._wake_at = math.inf
+        self._set_timer()
 
     @property
     def descriptor(self) -> int:
@@ -76,50 +83,103 @@ class SimRunner:
     def join(self, port: int) -> None:
         """Does nothing: simulated ranks form no process group."""
 
-    def launch(self, plan: StepPlan) -> None:
-        step = self._device.launch(time.monotonic())
+    def launch(self, plan: StepPlan, matchers: Mapping[int, Matcher]) -> None:
+        now = time.monotonic()
         batch = self._slots.apply(plan)
+        self._matchers.admit(matchers)
         for admission in plan.admit:
             if (seed := admission.sampling.seed) is None:
                 raise ValueError(f"the admission to slot {admission.slot} has no seed")
             self._seeds[admission.slot] = seed
         for admission in batch.admitted_processed:
-            self._choices[admission.slot] = Choice.of(admission, self._vocabulary)
-        indices = draw(
+            slot = admission.slot
+            self._choices.pop(slot, None)
+            if rules_tokens_out(admission):
+                self._choices[slot] = Choice.of(admission, self._vocabulary, matchers.get(slot))
+        slots = batch.sampling_slots[batch.constrained_rows]
+        step = QueuedStep(
+            plan.number,
+            now,
+            batch,
             self._seeds[batch.sampling_slots],
-            batch.sampled_positions,
-            len(self._vocabulary),
+            {
+                row: self._choices[slot]
+                for row in batch.processed_rows.tolist()
+                if (slot := int(batch.sampling_slots[row])) in self._choices
+            },
+            self._matchers.of(slots),
         )
-        token_ids = self._vocabulary[indices]
-        for row in batch.processed_rows.tolist():
-            slot, position = batch.sampling_slots[row], batch.sampled_positions[row]
-            token_ids[row] = self._choices[int(slot)].draw(self._seeds[slot], position)
-        result = StepResult(
-            number=plan.number,
-            token_ids=pack(token_ids),
-            logprobs=self._logprobs(batch, indices, step.end),
-            busy_us=round(step.busy * 1e6),
-            at_us=round((step.end - self._start) * 1e6),
-            prompt_parts=[_prompt_part(span) for span in batch.prompt_spans],
-        )
-        self._coming.append((step.end, result))
-        if len(self._coming) == 1:
-            self._timer.set(step.end)
+        self._queue.append(step)
+        self._run()
+        self._set_timer()
 
     def reset(self) -> None:
         self._slots.reset()
+        self._matchers.reset()
 
     def reports(self) -> list[Report]:
         now = time.monotonic()
-        if not self._coming or self._coming[0][0] > now:
+        if now < self._wake_at:
             return []
         self._timer.clear()
+        self._run()
         reports: list[Report] = []
         while self._coming and self._coming[0][0] <= now:
             reports.append(self._coming.popleft()[1])
-        if self._coming:
-            self._timer.set(self._coming[0][0])
+        self._set_timer()
         return reports
+
+    def _set_timer(self) -> None:
+        """The next wake-up: when a report is due, or tokens are known that masks depend on."""
+        wake_at = self._coming[0][0] if self._coming else math.inf
+        if self._queue:
+            wake_at = min(wake_at, self._device.free_at)
+        if wake_at != self._wake_at:
+            self._wake_at = wake_at
+            if wake_at < math.inf:
+                self._timer.set(wake_at)
+
+    def _run(self) -> None:
+        """Runs the queued steps whose masks do not depend on tokens that are still to come."""
+        while self._queue:
+            step, masks_at = self._queue[0], 0.0
+            if step.matchers and self._device.free_at > time.monotonic():
+                return
+            self._queue.popleft()
+            masks, failed = _NO_MASKS, np.array([], dtype=np.int32)
+            rows = step.batch.constrained_rows
+            if step.matchers:
+                if self._matchers.awaits_tokens:
+                    self._matchers.advance(self._sampled)
+                masks = np.empty((len(rows), step.matchers[0].words), dtype=np.int32)
+                failed = rows[self._matchers.fill(rows, step.matchers, masks)]
+                masks_at = time.monotonic()
+            self._finish(step, masks, failed, self._device.launch(step.launched_at, masks_at))
+
+    def _finish(self, step: QueuedStep, masks: Masks, failed: Int32s, ran: SimStep) -> None:
+        """Draws the tokens of a step, and reports them when the step ends."""
+        batch = step.batch
+        indices = draw(step.seeds, batch.sampled_positions, len(self._vocabulary))
+        token_ids = self._vocabulary[indices]
+        if len(masks):
+            rows = batch.constrained_rows
+            token_ids[rows] = draw_of(masks, step.seeds[rows], batch.sampled_positions[rows])
+            self._sampled = token_ids
+        mask_of_row = dict(zip(batch.constrained_rows.tolist(), masks, strict=True))
+        for row, choice in step.choices.items():
+            token_ids[row] = choice.draw(
+                step.seeds[row], batch.sampled_positions[row], mask_of_row.get(row)
+            )
+        token_ids[failed] = TOO_COSTLY
+        result = StepResult(
+            number=step.number,
+            token_ids=pack(token_ids),
+            logprobs=self._logprobs(batch, indices, ran.end),
+            busy_us=round(ran.busy * 1e6),
+            at_us=round((ran.end - self._start) * 1e6),
+            prompt_parts=[_prompt_part(span) for span in batch.prompt_spans],
+        )
+        self._coming.append((ran.end, result))
 
     def _logprobs(self, batch: Batch, indices: NDArray[np.int64], end: float) -> list[RowLogprobs]:
         """The likeliest tokens are the chosen one and others, each half as likely as the last.
@@ -147,35 +207,21 @@ def _prompt_part(span: PromptSpan) -> PromptPart:
     return PromptPart(span.first, len(ranks), pack(ids), values.tobytes())
 
 
-class Choice(NamedTuple):
-    """What a sequence draws from. There are no logits, so that penalties and bias, and bad words of
-    several tokens, change nothing.
+class QueuedStep(NamedTuple):
+    """A step that was launched: what it needs of its slots as they were then.
 
     Attributes:
-        early, later: int32, the tokens for positions before `min_length`, and from there on.
+        seeds: int64 [s], of the rows that sample.
+        choices: of rows whose requests rule tokens out.
+        matchers: of the batch's rows with a grammar.
     """
 
-    early: NDArray[np.int32]
-    later: NDArray[np.int32]
-    min_length: int
-
-    @classmethod
-    def of(cls, admission: Admission, vocabulary: NDArray[np.int32]) -> Choice:
-        sampling = admission.sampling
-        later = vocabulary
-        if sampling.allowed_token_ids is not None:
-            later = np.array(sorted({*sampling.allowed_token_ids}), dtype=np.int32)
-        bad = [word[0] for word in sampling.bad_words if len(word) == 1]
-        later = np.setdiff1d(later, np.array(bad, dtype=np.int32))
-        stops = np.array(sampling.stop_token_ids, dtype=np.int32)
-        min_length = admission.prompt_tokens + sampling.min_tokens
-        return cls(np.setdiff1d(later, stops), later, min_length)
-
-    def draw(self, seed: np.int64, position: np.int32) -> int:
-        tokens = self.early if position < self.min_length else self.later
-        if not len(tokens):
-            return NO_TOKEN_LEFT
-        return int(tokens[draw(np.array([seed]), np.array([position]), len(tokens))[0]])
+    number: int
+    launched_at: float
+    batch: Batch
+    seeds: NDArray[np.int64]
+    choices: dict[int, Choice]
+    matchers: list[Matcher]
 
 
 class SimStep(NamedTuple):
@@ -188,38 +234,21 @@ class SimStep(NamedTuple):
 class SimDevice:
     """A queue of steps of equal length. A step starts when the step before it has ended.
 
+    Attributes:
+        free_at: when the last of the steps so far ends.
+
     Ends are computed, not observed. So a host that notices an end late makes the device neither
     slower nor seemingly busier.
     """
 
     def __init__(self, step_s: float, start: float) -> None:
         self._step = step_s
-        self._free_at = start
+        self.free_at = start
         self._launched = 0
 
-    def launch(self, now: float) -> SimStep:
-        self._free_at = max(self._free_at, now) + self._step
+    def launch(self, now: float, masks_at: float = 0.0) -> SimStep:
+        """A step that was launched at `now`, and that does not end before its masks are there; the
+        device waits for these idly."""
+        self.free_at = max(max(self.free_at, now) + self._step, masks_at)
         self._launched += 1
-        return SimStep(self._free_at, self._launched * self._step)
-
-
-def draw(seeds: NDArray[np.int64], positions: NDArray[np.int32], size: int) -> NDArray[np.int64]:
-    """An index in [0, size) for each (seed, position): the finalizer of splitmix64 (Steele et al.,
-    2014) over the sum of both, each times an odd constant, modulo 2**64."""
-    x = seeds.view(np.uint64) * _SEED_FACTOR + positions.astype(np.uint64) * _POSITION_FACTOR
-    x = (x ^ (x >> _SHIFTS[0])) * _FACTORS[0]
-    x = (x ^ (x >> _SHIFTS[1])) * _FACTORS[1]
-    indices: NDArray[np.int64] = ((x ^ (x >> _SHIFTS[2])) % np.uint64(size)).astype(np.int64)
-    return indices
-
-
-def ordinary_tokens(directory: Path, config: ModelConfig) -> NDArray[np.int32]:
-    """int32 [v], the ids of tokens that are text: neither special nor an end of sequence.
-
-    Raises CheckpointError if the tokenizer cannot be read, or has no such token.
-    """
-    special = set(config.eos_token_ids or ())
-    known = Vocabulary.from_checkpoint(directory).text.keys() & range(config.vocab_size)
-    if not known - special:
-        raise CheckpointError(f"{directory} has no token that is not special")
-    return np.array(sorted(known - special), dtype=np.int32)
+        return SimStep(self.free_at, self._launched * self._step)

@@ -59,6 +59,7 @@ class Batch(NamedTuple):
     # Rows whose logits are processed are not among them.
     whole_rows: Int32s
     processed_rows: Int32s  # which of the s rows have their logits processed
+    constrained_rows: Int32s  # which of the processed rows have a grammar
     logprobs: Int32s  # [s], how many likeliest tokens to report, or NO_LOGPROBS
     prompt_spans: Sequence[PromptSpan] = ()
 
@@ -81,6 +82,7 @@ class SlotTable:
         self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
         self._needs_whole_logits = np.zeros(max_num_seqs, dtype=np.bool_)
         self._processes_logits = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._constrained = np.zeros(max_num_seqs, dtype=np.bool_)
         # Of the sequences that ask for log-probabilities of their prompts: how many likeliest
         # tokens, and the prompt's length.
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
@@ -147,6 +149,7 @@ class SlotTable:
             sampled_positions=sampled_positions,
             whole_rows=samples[self._needs_whole_logits[sampling_slots]],
             processed_rows=samples[self._processes_logits[sampling_slots]],
+            constrained_rows=samples[self._constrained[sampling_slots]],
             logprobs=self._logprobs[sampling_slots],
             prompt_spans=prompt_spans,
         )
@@ -161,8 +164,9 @@ class SlotTable:
         self._logprobs[slot] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
         if sampling.prompt_logprobs is not None:
             self._prompt_logprobs[slot] = sampling.prompt_logprobs, admission.prompt_tokens
-        processes = _processes_logits(sampling)
+        processes = _processes_logits(admission)
         self._processes_logits[slot] = processes
+        self._constrained[slot] = admission.matcher is not None
         self._needs_whole_logits[slot] = not processes and _needs_whole_logits(sampling)
 
     def _append(self, slot: int, blocks: list[int], updates: list[tuple[int, int, int]]) -> None:
@@ -198,10 +202,12 @@ class SlotTable:
         )
 
 
-def _processes_logits(sampling: Sampling) -> bool:
+def _processes_logits(admission: Admission) -> bool:
     """Whether the request asks for a logits processor."""
+    sampling = admission.sampling
     return bool(
-        sampling.repetition_penalty != 1
+        admission.matcher is not None
+        or sampling.repetition_penalty != 1
         or sampling.frequency_penalty
         or sampling.presence_penalty
         or sampling.logit_bias

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.control import LoadingStage
+from nanovllm.grammars import Matcher
+from nanovllm.mailbox import Mailbox
 from nanovllm.messages import StepPlan
-from nanovllm.services.gpu_worker.runner import Listening, Progress, Report, ReportQueue
+from nanovllm.services.gpu_worker.runner import Listening, Progress, Report
 from nanovllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
     from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 
 PROGRESS_INTERVAL_S = 0.1
+
+
+class Launched(NamedTuple):
+    """A step, and the matchers of the sequences that it admits, by slot."""
+
+    plan: StepPlan
+    matchers: Mapping[int, Matcher]
 
 
 class TorchRunner:
@@ -49,9 +58,9 @@ class TorchRunner:
         self._start = time.monotonic()
         self._busy = BusyMeter()
         self._device_busy = 0.0
-        self._report_queue = ReportQueue()
+        self._report_queue = Mailbox[Report]()
         self._port: SimpleQueue[int] = SimpleQueue()
-        self._launched: SimpleQueue[StepPlan | None] = SimpleQueue()  # None is a reset
+        self._launched: SimpleQueue[Launched | None] = SimpleQueue()  # None is a reset
         self._enqueued: SimpleQueue[PendingResult] = SimpleQueue()
         self._executor: Executor | None = None
         self._start_thread("device", self._execute)
@@ -67,9 +76,9 @@ class TorchRunner:
     def join(self, port: int) -> None:
         self._port.put(port)
 
-    def launch(self, plan: StepPlan) -> None:
+    def launch(self, plan: StepPlan, matchers: Mapping[int, Matcher]) -> None:
         self._busy.launched(time.monotonic())
-        self._launched.put(plan)
+        self._launched.put(Launched(plan, matchers))
 
     def reset(self) -> None:
         self._launched.put(None)
@@ -105,11 +114,11 @@ class TorchRunner:
             self._start_thread("results", partial(self._finish_enqueued, device))
             finish = self._enqueued.put
         while True:
-            plan = self._launched.get()
-            if plan is None:
+            launched = self._launched.get()
+            if launched is None:
                 executor.reset()
             else:
-                finish(executor.step(plan))
+                finish(executor.step(launched.plan, launched.matchers))
 
     def _finish_enqueued(self, device: torch.device) -> None:
         import torch

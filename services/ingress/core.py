@@ -234,7 +234,14 @@ class Core:
             elif ending.reason == "no_token":
                 message = (
                     f"sampling: after {request.output.num_tokens} output tokens, the parameters"
-                    " (logit_bias, min_tokens, bad_words, allowed_token_ids) leave no token"
+                    " (logit_bias, min_tokens, bad_words, allowed_token_ids, structured_outputs)"
+                    " leave no token"
+                )
+                request.outcome = Error(id=request.id, code="invalid_request", message=message)
+            elif ending.reason == "too_costly":
+                message = (
+                    f"sampling.structured_outputs: after {request.output.num_tokens} output tokens"
+                    " the grammar takes too much work"
                 )
                 request.outcome = Error(id=request.id, code="invalid_request", message=message)
             else:

@@ -190,7 +190,7 @@ class Engine:
             return []
         held: list[IngressToScheduler] = [] if self._held is None else [self._held]
         ends = (End(uid, attempt) for uid, attempt in self._ends.items())
-        submits = one_frame(self._submits.values(), lambda r: len(r.prompt) + len(r.output.tokens))
+        submits = one_frame(self._submits.values(), lambda r: r.size + len(r.output.tokens))
         return [*held, *ends, *(request.submit() for request in submits)]
 
     def sent(self, frame: list[IngressToScheduler]) -> None:

@@ -153,6 +153,9 @@ def _checked(ask: Generate, limits: Limits) -> Generate | Error:
     if ask.sampling.min_tokens > ask.sampling.max_tokens:
         most = ask.sampling.max_tokens
         return _invalid(ask.id, f"sampling.min_tokens: more than max_tokens ({most})")
+    if ask.sampling.structured_outputs is not None and ask.sampling.ignore_eos:
+        reason = "sampling.ignore_eos: not beside structured_outputs, which say where to end"
+        return _invalid(ask.id, reason)
     if wrong := _wrong_in_chat(ask):
         return _invalid(ask.id, wrong)
     prompt_length = len(ask.prompt_token_ids or ())

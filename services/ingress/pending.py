@@ -77,7 +77,7 @@ class PendingRequests:
             sampling=sampling,
             output=Output(resumed, with_logprobs=sampling.logprobs is not None),
             size=size,
-            tokenize=_tokenize(uid, ask, sampling),
+            tokenize=_tokenize(uid, ask, sampling, resumed),
         )
         return request
 
@@ -99,7 +99,7 @@ class PendingRequests:
         self._bytes += size
 
 
-def _tokenize(uid: int, ask: Generate, sampling: Sampling) -> Tokenize:
+def _tokenize(uid: int, ask: Generate, sampling: Sampling, resumed: bytes) -> Tokenize:
     chat = None
     if ask.messages is not None:
         chat = _encode(
@@ -113,7 +113,7 @@ def _tokenize(uid: int, ask: Generate, sampling: Sampling) -> Tokenize:
         prompt_token_ids=None if ask.prompt_token_ids is None else pack(ask.prompt_token_ids),
         chat=chat,
         sampling=sampling,
-        resumed=len(ask.resume_token_ids),
+        resumed=resumed,
         reasoning=ask.reasoning,
     )
 

@@ -61,6 +61,8 @@ class Request:
         self.prompt = answer.prompt
         self.sampling = answer.sampling
         self.size = len(self.prompt) + 4 * self.resumed
+        if (asked := self.sampling.structured_outputs) is not None:
+            self.size += asked.size
 
     def accepted(self) -> Accepted:
         """The message for the client of a stream once its request is tokenized."""

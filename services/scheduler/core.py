@@ -19,6 +19,7 @@ from nanovllm.messages import (
     InHand,
     Lost,
     Missing,
+    Prepared,
     RowLogprobs,
     SchedulerToIngress,
     StepPlan,
@@ -32,6 +33,7 @@ from nanovllm.messages import (
 from nanovllm.services.scheduler.detokenizers import Detokenizers
 from nanovllm.services.scheduler.group import WorkerGroup
 from nanovllm.services.scheduler.planner import StepPlanner
+from nanovllm.services.scheduler.preparations import Preparations
 from nanovllm.services.scheduler.sequences import Sequence
 from nanovllm.services.scheduler.steps import Sampled
 from nanovllm.settings import Settings
@@ -41,17 +43,21 @@ from nanovllm.transport.links import Peer
 class Scheduler:
     """Every request from its `Submit` to its `End`.
 
+    Args:
+        first_matcher: the number of the first matcher, see `Preparations`.
+
     Attributes:
         group: the worker group, and the messages for its rank 0.
         detokenizers: the messages for the detokenizers.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, first_matcher: int = 0) -> None:
         self._settings = settings
         self._records: dict[int, Sequence] = {}
-        self._planner = StepPlanner(settings)
+        preparations = Preparations(first_matcher)
+        self._planner = StepPlanner(settings, preparations)
         self.detokenizers = Detokenizers(self._planner.slots)
-        self.group = WorkerGroup(settings.pipeline_depth)
+        self.group = WorkerGroup(settings.pipeline_depth, preparations)
         self._unsettled: list[tuple[Sampled, list[RowLogprobs]]] = []
         self._missing: Missing | None = None
         self._lost: list[Lost] = []
@@ -159,6 +165,11 @@ class Scheduler:
         if peer == self.group.peer:
             self._note_lost(peer, self._planner.in_hand)
         self.group.down(peer)
+
+    def prepared(self, peer: Peer, message: Prepared) -> None:
+        if peer == self.group.peer:
+            self._planner.prepared(message)
+            self._tell_of_ended()
 
     def result(self, peer: Peer, result: StepResult) -> None:
         """Commits a step: adds its tokens to their sequences, and ends sequences.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from nanovllm.messages import Reset, SchedulerToWorker, StepResult
+from nanovllm.services.scheduler.preparations import Preparations
 from nanovllm.services.scheduler.steps import Step
 from nanovllm.transport.links import Peer
 
@@ -16,14 +17,16 @@ class WorkerGroup:
 
     Args:
         depth: how many plans may be in flight.
+        preparations: the matchers that the group is asked for.
 
     Attributes:
         peer: rank 0 of the group that was sent a `Reset`; None before the first group.
         next_number: the number of the next plan. A new group does not start again at 0.
     """
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, preparations: Preparations) -> None:
         self._depth = depth
+        self._preparations = preparations
         self._connected = False
         self._reset = Reset(0)
         self._reset_unsent = False
@@ -95,9 +98,13 @@ class WorkerGroup:
     @property
     def unsent(self) -> list[SchedulerToWorker]:
         """The messages to send, in order."""
-        if not self._connected or not (self._unsent or self._reset_unsent):
+        preparing = self._preparations.has_news
+        if not self._connected or not (self._unsent or self._reset_unsent or preparing):
             return []
         messages: list[SchedulerToWorker] = [self._reset] if self._reset_unsent else []
+        if preparing:
+            admitted = [a.matcher for step in self._in_flight for a in step.plan.admit]
+            messages += self._preparations.unsent(n for n in admitted if n is not None)
         first = len(self._in_flight) - self._unsent
         messages.extend(self._in_flight[i].plan for i in range(first, len(self._in_flight)))
         return messages
@@ -106,7 +113,9 @@ class WorkerGroup:
         """All of `unsent` was sent."""
         self._reset_unsent = False
         self._unsent = 0
+        self._preparations.sent()
 
     def _say_again(self) -> None:
         self._reset_unsent = not self._heard
         self._unsent = len(self._in_flight)
+        self._preparations.say_again()

@@ -8,6 +8,7 @@ from typing import NoReturn
 from nanovllm.messages import (
     GroupReady,
     IngressToScheduler,
+    Prepared,
     StepResult,
     WorkerToScheduler,
 )
@@ -91,6 +92,8 @@ class SchedulerLoop:
             case Received(peer=peer, message=StepResult() as result):
                 core.result(peer, result)
                 self._launch()
+            case Received(peer=peer, message=Prepared() as message):
+                core.prepared(peer, message)
             case Received(peer=peer, message=GroupReady() as message):
                 core.group_ready(peer, message)
             case Up(peer=Peer(role="gpu_worker") as peer):
@@ -111,7 +114,7 @@ class SchedulerLoop:
 
 
 def serve(service: Service) -> NoReturn:
-    core = Scheduler(service.settings)
+    core = Scheduler(service.settings, service.me.incarnation << 32)
     loop = SchedulerLoop(service, core)
     service.ready()
     try:

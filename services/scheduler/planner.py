@@ -9,8 +9,9 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from nanovllm.messages import NO_TOKEN_LEFT, Admission, InHand, pack, unpack
+from nanovllm.messages import NO_TOKEN_LEFT, TOO_COSTLY, Admission, InHand, Prepared, pack, unpack
 from nanovllm.services.scheduler.blocks import TOKEN_BYTES, BlockManager, root
+from nanovllm.services.scheduler.preparations import Preparations
 from nanovllm.services.scheduler.sequences import NO_SLOT, OutputEnd, Sequence
 from nanovllm.services.scheduler.slots import Indices, Ints, Slots
 from nanovllm.services.scheduler.steps import Draft, Ended, Sampled, Step
@@ -38,8 +39,9 @@ class StepPlanner:
     every waiting one.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, preparations: Preparations) -> None:
         self._settings = settings
+        self._preparations = preparations
         self.slots = Slots(settings.max_num_seqs, settings.max_model_len)
         self.blocks = BlockManager(0, settings.kvcache_block_size)
         # Sequences by uid: those that wait, preempted ones included, in the order of their turns;
@@ -76,6 +78,9 @@ class StepPlanner:
         self._leftovers.clear()
         self._stuck = None
         self._committed = next_plan - 1
+        self._preparations.reset()
+        for sequence in self.waiting.values():
+            self._prepare(sequence)
         self.blocks = BlockManager(num_blocks, block_size)
 
     def add(self, sequence: Sequence) -> None:
@@ -84,20 +89,29 @@ class StepPlanner:
             self._end(sequence, finish)
         else:
             self.waiting[sequence.uid] = sequence
+            self._prepare(sequence)
+
+    def prepared(self, message: Prepared) -> None:
+        """The worker group has made a matcher, or failed to."""
+        sequence = self._preparations.answered(message)
+        if sequence is not None and message.failed:
+            self._costly(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Removes a sequence. Its blocks are freed when its rows in flight have come back."""
         self.waiting.pop(sequence.uid, None)
         self.running.pop(sequence.uid, None)
         self._draining.pop(sequence.uid, None)
+        self._preparations.drop(sequence)
         if sequence.slot != NO_SLOT:
             self._vacate(sequence)
 
     @property
     def in_hand(self) -> InHand:
-        """The requests in hand of the worker group: those in slots. A request is alone only if no
-        other left its slot with rows in flight."""
+        """The requests in hand of the worker group: those in slots, and those whose matchers it
+        makes. A request is alone only if no other left its slot with rows in flight."""
         uids = [sequence.uid for sequence in self.slots.sequences if sequence is not None]
+        uids += self._preparations.in_hand
         return InHand(uids, alone=len(uids) == 1 and not self._leftovers)
 
     # A step -------------------------------------------------------------------------------------
@@ -219,6 +233,7 @@ class StepPlanner:
             self._draining[sequence.uid] = sequence
         else:
             self._vacate(sequence)
+            self._prepare(sequence)
 
     def _blocks_to_come(self) -> int:
         """How many blocks results in flight will free, at most."""
@@ -250,9 +265,12 @@ class StepPlanner:
         return length
 
     def _admit(self, draft: Draft) -> Sequence | None:
-        """Admits the first waiting sequence, if there are a slot and blocks for all its tokens."""
-        while self.waiting and self.slots.any_empty:
-            sequence = next(iter(self.waiting.values()))
+        """Admits the first waiting sequence that awaits no matcher, if there are a slot and blocks
+        for all its tokens."""
+        while self.slots.any_empty:
+            sequence = next((s for s in self.waiting.values() if not s.awaits_matcher), None)
+            if sequence is None:
+                return None
             if sequence.slot != NO_SLOT:
                 return None  # preempted, with rows in flight
             limit = self._limit(sequence)
@@ -265,7 +283,6 @@ class StepPlanner:
                 num_tokens,
                 limit,
             )
-            self.waiting.popitem(last=False)
             self._end(sequence, OutputEnd("length", num_tokens - sequence.prompt_tokens))
         return None
 
@@ -293,7 +310,7 @@ class StepPlanner:
         if blocks is None:
             self._stuck = (sequence.uid, self.blocks.releases)
             return None
-        self.waiting.popitem(last=False)
+        del self.waiting[sequence.uid]
         self.running[sequence.uid] = sequence
         sequence.blocks = blocks
         sequence.prefix = prefix
@@ -304,6 +321,8 @@ class StepPlanner:
         sampling = sequence.submit.sampling
         if not wants_prompt and sampling.prompt_logprobs is not None:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        if sampling.structured_outputs is not None:
+            sampling = msgspec.structs.replace(sampling, structured_outputs=None)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(computed, sequence.prompt_tokens)
             self.prompt_tokens += sequence.prompt_tokens
@@ -316,6 +335,7 @@ class StepPlanner:
                 pack(blocks),
                 computed,
                 sampling,
+                self._preparations.admitted(sequence),
             )
         )
         return sequence
@@ -327,10 +347,32 @@ class StepPlanner:
         self.remove(sequence)
         sequence.end(finish)
 
+    def _prepare(self, sequence: Sequence) -> None:
+        """Asks for the matcher of a waiting sequence that has no slot, if it has a grammar."""
+        if sequence.submit.sampling.structured_outputs is not None:
+            self._preparations.begin(sequence)
+
+    def _costly(self, sequence: Sequence) -> None:
+        """Its grammar took too much work. What matchers have found out together counts in this
+        work: so the sequence waits again, for a matcher that shares nothing; or it ends."""
+        if sequence.matcher_alone:
+            count = len(self.slots.output(sequence)) // TOKEN_BYTES
+            self._end(sequence, OutputEnd("too_costly", count))
+            return
+        sequence.matcher_alone = True
+        if sequence.slot != NO_SLOT:
+            self.running.pop(sequence.uid, None)
+            self._draining.pop(sequence.uid, None)
+            self._vacate(sequence)
+            self._to_the_front(sequence)
+        self._prepare(sequence)
+
     def _fail(self, sequence: Sequence, result: int) -> None:
         """There is no next token; `result` stands in its place."""
         count = int(self.slots.known[sequence.slot]) - sequence.prompt_tokens
-        if result == NO_TOKEN_LEFT:
+        if result == TOO_COSTLY:
+            self._costly(sequence)
+        elif result == NO_TOKEN_LEFT:
             self._end(sequence, OutputEnd("no_token", count))
         else:
             self.failed += 1
@@ -361,6 +403,7 @@ class StepPlanner:
             if self.slots.last_plan[sequence.slot] <= self._committed:
                 del self._draining[sequence.uid]
                 self._vacate(sequence)
+                self._prepare(sequence)
 
     def _register(self, sequence: Sequence, full: int) -> None:
         slots, slot, size = self.slots, sequence.slot, self.blocks.block_size

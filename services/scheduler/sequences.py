@@ -38,6 +38,11 @@ class Sequence:
     # Log-probabilities of its prompt, in order: all of them once the first token is sampled.
     prompt_parts: list[PromptPart] = field(default_factory=list)
     finish: OutputEnd | None = None
+    # The number of the matcher that is made for it, while it waits; whether the matcher is not
+    # ready yet; and whether the matcher has to share nothing with others, since one failed.
+    matcher: int | None = None
+    awaits_matcher: bool = False
+    matcher_alone: bool = False
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.submit.prompt) // TOKEN_BYTES

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import NoReturn
 
+from nanovllm.grammars import Grammars
 from nanovllm.messages import IngressToTokenizer
 from nanovllm.service import RETRY_S, Service, service_command
 from nanovllm.services.tokenizer.core import TokenizeQueue
+from nanovllm.services.tokenizer.grammar_checks import GrammarChecks
 from nanovllm.services.tokenizer.prompts import PromptEncoder
 from nanovllm.transport.links import Event, Received
 
@@ -18,8 +21,10 @@ WORK_S = 0.005
 class TokenizerLoop:
     """Feeds the queue from the ingress, and the ingress from the queue."""
 
-    def __init__(self, service: Service, queue: TokenizeQueue) -> None:
+    def __init__(self, service: Service, queue: TokenizeQueue, checks: GrammarChecks) -> None:
         self._queue = queue
+        self._checks = checks
+        service.watch(checks.descriptor, self._take_checked)
         self._ingress = service.connect(
             service.settings.services_endpoint, list[IngressToTokenizer], self._on_ingress
         )
@@ -39,6 +44,10 @@ class TokenizerLoop:
             self._queue.sent(frame)
         return again_s
 
+    def _take_checked(self) -> None:
+        for answer in self._checks.take():
+            self._queue.checked(answer)
+
     def _on_ingress(self, event: Event[IngressToTokenizer]) -> None:
         if isinstance(event, Received):
             self._queue.add(event.message)
@@ -50,8 +59,9 @@ def serve(service: Service) -> NoReturn:
     encoder = PromptEncoder.from_checkpoint(
         service.directory, service.config, service.settings.max_model_len
     )
-    queue = TokenizeQueue(encoder.encode, encoder.prepared)
-    loop = TokenizerLoop(service, queue)
+    checks = GrammarChecks(partial(Grammars.from_checkpoint, service.directory, service.config))
+    queue = TokenizeQueue(encoder.encode, checks.start, encoder.prepared)
+    loop = TokenizerLoop(service, queue, checks)
     service.ready()
     service.run(loop.step, queue.stats)
 

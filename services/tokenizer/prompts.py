@@ -13,12 +13,11 @@ from tokenizers import Tokenizer
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.checkpoint.chat_template import ChatTemplate, ChatTemplateError
-from nanovllm.checkpoint.generation import check_eos
 from nanovllm.checkpoint.tokenizer import load_tokenizer, read_chat_template
 from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
 from nanovllm.messages import Chat, Refused, Tokenize, Tokenized, pack, unpack
 from nanovllm.protocol import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, Reasoning
-from nanovllm.vocabulary import Vocabulary
+from nanovllm.vocabulary import Vocabulary, end_of_sequence
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +69,6 @@ class PromptEncoder:
         config = TokenizerConfig.from_checkpoint(directory)
         tokenizer = load_tokenizer(directory, config)
         special_tokens = config.special_tokens()
-        eos = model.eos_token_ids
-        if eos is None:
-            eos = _own_eos(tokenizer, special_tokens, directory, model.vocab_size)
         if vocabulary.size > model.vocab_size:
             log.warning(
                 "%s: token ids go up to %d, and the model's vocab_size is %d: prompts with a higher"
@@ -85,7 +81,7 @@ class PromptEncoder:
         return cls(
             tokenizer,
             None if source is None else ChatTemplate(source, special_tokens),
-            list(eos),
+            list(end_of_sequence(directory, model, vocabulary)),
             vocabulary.longest_entry,
             model.vocab_size,
             max_model_len,
@@ -109,7 +105,7 @@ class PromptEncoder:
     def _encode(self, request: Tokenize) -> Tokenized:
         prompt = self._prompt(request)
         ids = unpack(prompt)
-        length, resumed = len(ids), request.resumed
+        length, resumed = len(ids), len(request.resumed) // 4
         if length == 0:
             raise _Refusal("invalid_request", "the prompt is empty: it has no token")
         if (highest := int(ids.max())) >= self._vocab_size:
@@ -204,18 +200,3 @@ class PromptEncoder:
             [text], add_special_tokens=add_special_tokens
         )
         return pack(encoding.ids)
-
-
-def _own_eos(
-    tokenizer: Tokenizer, special_tokens: dict[str, str], directory: Path, vocab_size: int
-) -> tuple[int, ...]:
-    """The id of the tokenizer's end of sequence, if there is one.
-
-    Raises CheckpointError if the model does not have it.
-    """
-    name = special_tokens.get("eos_token", "")
-    own = tokenizer.token_to_id(name)
-    if own is None:
-        return ()
-    check_eos(f"{directory / 'tokenizer_config.json'}: eos_token {name!r}, id", own, vocab_size)
-    return (own,)

@@ -215,7 +215,7 @@ def test_plans_are_launched_ahead_of_their_results(directory: Path) -> None:
     assert all(isinstance(report, Progress) for report in progress)
     assert progress[-1].done == progress[-1].total > 0
     for plan, _ in schedule:
-        runner.launch(plan)
+        runner.launch(plan, {})
     results = reports(runner, StepResult, len(schedule))
     assert outputs(schedule, results, 9) == generate(executor(directory), requests, seed=11)
     busy, at = [r.busy_us for r in results], [r.at_us for r in results]
@@ -223,7 +223,7 @@ def test_plans_are_launched_ahead_of_their_results(directory: Path) -> None:
     assert at == sorted(at)
     runner.reset()
     for plan, _ in schedule:
-        runner.launch(plan)
+        runner.launch(plan, {})
     again = reports(runner, StepResult, len(schedule))
     assert [r.token_ids for r in again] == [r.token_ids for r in results]
 
@@ -231,7 +231,7 @@ def test_plans_are_launched_ahead_of_their_results(directory: Path) -> None:
 def test_an_exception_in_the_device_thread_is_raised(directory: Path) -> None:
     runner = TorchRunner(directory, ModelConfig.from_checkpoint(directory), SETTINGS, rank=0)
     reports(runner, Loaded)
-    runner.launch(step_plan(0, decode=[6]))
+    runner.launch(step_plan(0, decode=[6]), {})
     with pytest.raises(IndexError):
         reports(runner, StepResult)
 

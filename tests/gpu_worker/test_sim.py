@@ -17,7 +17,8 @@ from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.messages import NO_TOKEN_LEFT, Admission, StepResult, pack, unpack
 from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.runner import Loaded, Runner
-from nanovllm.services.gpu_worker.sim import SimDevice, SimRunner, draw, ordinary_tokens
+from nanovllm.services.gpu_worker.sim import SimDevice, SimRunner
+from nanovllm.services.gpu_worker.sim_tokens import draw, ordinary_tokens
 from nanovllm.settings import Settings, SettingsError
 from tests.bpe import SPECIAL, tiny_tokenizer, write_checkpoint_files
 from tests.gpu_worker.plans import Request, floats, outputs, random_schedule, step_plan
@@ -61,9 +62,9 @@ def test_tokens_that_are_ruled_out_do_not_come() -> None:
         admit=[Admission(i, pack([1]), 1, pack([i]), 0, s) for i, s in enumerate((asked, nothing))],
         prefill=[(0, 0, 1), (1, 0, 1)],
     )
-    runner.launch(schedule)
+    runner.launch(schedule, {})
     for number in range(1, 20):
-        runner.launch(step_plan(number, decode=[0, 1]))
+        runner.launch(step_plan(number, decode=[0, 1]), {})
     drawn = [unpack(result.token_ids).tolist() for result in results(runner, 20)]
     first, second = zip(*drawn, strict=True)
     assert set(first[:3]) == {100}
@@ -87,7 +88,7 @@ def test_a_device_executes_one_step_after_the_other(gaps: list[float], step: flo
 def test_steps_are_reported_as_long_as_they_were_told_to_be() -> None:
     runner = SimRunner(SETTINGS, VOCABULARY)
     for number in range(50):
-        runner.launch(step_plan(number))
+        runner.launch(step_plan(number), {})
     found = results(runner, 50)
     assert [result.number for result in found] == list(range(50))
     assert [result.busy_us for result in found] == [10 * (n + 1) for n in range(50)]
@@ -98,7 +99,7 @@ def run(requests: list[Request], rng: random.Random) -> list[list[int]]:
     schedule = random_schedule(requests, rng, slots=8, blocks=200, block_size=4, largest_chunk=5)
     runner = SimRunner(SETTINGS, VOCABULARY)
     for plan, _ in schedule:
-        runner.launch(plan)
+        runner.launch(plan, {})
     return outputs(schedule, results(runner, len(schedule)), len(requests))
 
 
@@ -131,7 +132,7 @@ def test_logprobs_have_the_chosen_token_first() -> None:
         Admission(slot, pack([1, 2]), 2, pack([slot]), 0, sampling(slot, logprobs))
         for slot, logprobs in enumerate((None, 0, 3))
     ]
-    runner.launch(step_plan(0, admit=admit, prefill=[(0, 0, 2), (1, 0, 2), (2, 0, 2)]))
+    runner.launch(step_plan(0, admit=admit, prefill=[(0, 0, 2), (1, 0, 2), (2, 0, 2)]), {})
     (result,) = results(runner, 1)
     tokens = unpack(result.token_ids).tolist()
     assert [entry.row for entry in result.logprobs] == [1, 2]

@@ -63,6 +63,17 @@ def test_every_kind_of_message() -> None:
     assert read_message({"type": "ping"}) == Ping()
 
 
+def test_structured_outputs_say_where_to_end() -> None:
+    asked = {"structured_outputs": {"regex": "a+"}}
+    assert isinstance(read_message(ask(sampling=asked)), Generate)
+    error = read_message(ask(sampling={**asked, "ignore_eos": True}))
+    assert isinstance(error, Error)
+    assert error.message.startswith("sampling.ignore_eos: not beside structured_outputs")
+    error = read_message(ask(sampling={"structured_outputs": {"regex": "a", "choice": ["b"]}}))
+    assert isinstance(error, Error)
+    assert error.message.startswith("sampling.structured_outputs: exactly one of json_schema,")
+
+
 @given(st.binary(max_size=200))
 def test_random_bytes_never_raise(frame: bytes) -> None:
     message = read(frame)

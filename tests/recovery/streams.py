@@ -70,21 +70,30 @@ class Streamed(NamedTuple):
     times: list[float]
 
 
+# Most end by `max_tokens`, some before.
+GRAMMARS: list[dict[str, Any]] = [
+    {"json_schema": {"type": "array", "items": {"type": "integer"}, "minItems": 20}},
+    {"regex": "([A-Z][a-z]* ){1,40}[.!?]"},
+    {"json_object": True},
+    {"grammar": 'start: line{3,}\nline: /[0-9]+/ ": " WORDS "\\n"\nWORDS: /[ -~]{1,60}/'},
+]
+
 # Asks the case of a number, and tells of news.
 Ask = Callable[[int, Case, threading.Event], Awaitable[Streamed]]
 
 
 def mixed_cases(stops: Sequence[str]) -> list[Case]:
-    """Greedy and seeded, long and short, with and without stop strings."""
+    """Greedy and seeded, long and short, with and without stop strings and grammars."""
     cases = []
     for number in range(12):
         temperature = (0.0, 1.0, 1.5)[number % 3]
         params = SamplingParams(
             temperature=temperature,
             max_tokens=NEW_TOKENS - 7 * number,
-            ignore_eos=True,
+            ignore_eos=number % 3 != 1,
             seed=number,
             stop=list(stops) if number % 2 else [],
+            structured_outputs=GRAMMARS[number % len(GRAMMARS)] if number % 3 == 1 else None,
         )
         cases.append(Case(PROMPTS[number % len(PROMPTS)], params))
     return cases
@@ -92,21 +101,23 @@ def mixed_cases(stops: Sequence[str]) -> list[Case]:
 
 def random_cases(draw: random.Random, count: int, stops: Sequence[str]) -> list[Case]:
     """Of every kind: text and chats, greedy and seeded, with filters, stop strings and logprobs.
-    One in three has further parameters, one in ten is aborted."""
+    One in three has a grammar, one in three has further parameters, one in ten is aborted."""
     cases = []
     for _ in range(count):
         text = " ".join(draw.choices(PROMPTS, k=draw.randint(1, 12)))
         chat = [{"role": "user", "content": text}]
         max_tokens = draw.randint(20, 120)
+        outputs = draw.choice(GRAMMARS) if draw.random() < 1 / 3 else None
         params = SamplingParams(
             temperature=draw.choice((0.0, 1.0, 1.5)),
             top_p=draw.choice((1.0, 0.9)),
             max_tokens=max_tokens,
-            ignore_eos=draw.random() < 0.75,
+            ignore_eos=outputs is None and draw.random() < 0.75,
             seed=draw.getrandbits(32),
             stop=list(stops) if draw.random() < 0.4 else [],
             logprobs=draw.choice((None, None, None, 2)),
-            **(further_params(draw, max_tokens) if draw.random() < 1 / 3 else {}),
+            **(further_params(draw, max_tokens) if outputs is None and draw.random() < 0.5 else {}),
+            structured_outputs=outputs,
         )
         prompt: Prompt = chat if draw.random() < 0.25 else text
         leaves_after = draw.randint(1, max_tokens) if draw.random() < 0.1 else None

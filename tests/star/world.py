@@ -34,6 +34,7 @@ from nanovllm.transport.links import Peer
 from nanovllm.vocabulary import Vocabulary
 from tests.star.links import End as Side
 from tests.star.links import Link
+from tests.tokenizer.test_core import no_grammars
 
 LETTERS = 26
 VOCABULARY = Vocabulary(
@@ -195,7 +196,7 @@ class World:
         self.scheduler = Scheduler(self.settings)
         self.worker = Worker()
         self.worker_peer = self._peer("gpu_worker", 0)
-        self.tokenizers = {i: TokenizeQueue(encode) for i in range(tokenizers)}
+        self.tokenizers = {i: TokenizeQueue(encode, no_grammars) for i in range(tokenizers)}
         self.detokenizers = {i: Detokenizer(VOCABULARY) for i in range(detokenizers)}
         ingress, scheduler = self._peer("ingress", 0), self._peer("scheduler", 0)
         self.engine_link = Link(self._ingress_side(ingress), self._scheduler_side(scheduler))
@@ -367,7 +368,7 @@ class World:
         self._start_worker()
 
     def tokenizer_dies(self, i: int) -> None:
-        self.tokenizers[i] = TokenizeQueue(encode)
+        self.tokenizers[i] = TokenizeQueue(encode, no_grammars)
         link = self.tokenizer_links[i]
         link.replace(link.connector, self._tokenizer_side(i), self.draw)
 

@@ -22,6 +22,10 @@ def encode(request: Tokenize) -> Tokenized | Refused:
     return Tokenized(request.uid, bytes(4 * count), Sampling())
 
 
+def no_grammars(request: Tokenize, answer: Tokenized) -> None:
+    raise AssertionError("none of these requests has a grammar")
+
+
 def size(frame: list[TokenizerToIngress]) -> int:
     fields = (a.prompt if isinstance(a, Tokenized) else a.message for a in frame)
     return sum(MESSAGE_BYTES + len(longest) for longest in fields)
@@ -46,7 +50,7 @@ def send_all(queue: TokenizeQueue) -> list[TokenizerToIngress]:
 def test_answers_go_in_order_in_frames_of_one_mebibyte_or_one_answer(
     counts: list[int], choices: random.Random
 ) -> None:
-    queue = TokenizeQueue(encode)
+    queue = TokenizeQueue(encode, no_grammars)
     requests = [request(uid=uid, prompt_token_ids=pack([c])) for uid, c in enumerate(counts)]
     for one in requests:
         queue.add(one)
@@ -62,7 +66,7 @@ def test_answers_go_in_order_in_frames_of_one_mebibyte_or_one_answer(
 
 
 def test_a_connection_to_the_ingress_begins_with_nothing_in_hand() -> None:
-    queue = TokenizeQueue(encode)
+    queue = TokenizeQueue(encode, no_grammars)
     queue.add(request(uid=1))
     queue.add(request(uid=2))
     queue.work()

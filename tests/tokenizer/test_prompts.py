@@ -48,7 +48,7 @@ def request(
         "prompt_token_ids": None,
         "chat": chat,
         "sampling": Sampling(max_tokens=16),
-        "resumed": 0,
+        "resumed": b"",
         **fields,
     }
     return Tokenize(**values)
@@ -440,9 +440,9 @@ def test_prompt_and_resumed_output_must_fit(
     encoder: PromptEncoder, refused: Callable[..., tuple[str, str]]
 ) -> None:
     prompt = pack(range(MAX_MODEL_LEN - 4))
-    result = tokenized(encoder, prompt_token_ids=prompt, resumed=4)
+    result = tokenized(encoder, prompt_token_ids=prompt, resumed=pack([1] * 4))
     assert result.sampling.max_tokens == 4
-    code, message = refused(prompt_token_ids=prompt, resumed=5)
+    code, message = refused(prompt_token_ids=prompt, resumed=pack([1] * 5))
     assert code == "context_length_exceeded"
     assert "resume_token_ids 5" in message
 

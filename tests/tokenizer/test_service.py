@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from nanovllm.control import Report, TokenizerStats, ToSupervisor
+from nanovllm.grammars import Grammars
 from nanovllm.messages import (
     IngressToTokenizer,
     Refused,
@@ -18,12 +19,15 @@ from nanovllm.messages import (
     TokenizerToIngress,
     unpack,
 )
+from nanovllm.protocol import Sampling, StructuredOutputs
 from nanovllm.service import EXIT_MISCONFIGURED, REASON_PREFIX, Service
 from nanovllm.services.tokenizer.__main__ import TokenizerLoop
 from nanovllm.services.tokenizer.core import TokenizeQueue
+from nanovllm.services.tokenizer.grammar_checks import GrammarChecks
 from nanovllm.transport.links import Down, Event, Peer, Received, Up
 from tests.bpe import tiny_tokenizer
 from tests.peer import Neighbourhood, imported_modules
+from tests.tokenizer.test_core import no_grammars
 from tests.tokenizer.test_prompts import request
 
 
@@ -44,6 +48,15 @@ def test_each_ingress_is_answered_what_it_asked() -> None:
         tokenized, refused = ingress.expect(Tokenized), ingress.expect(Refused)
         assert (tokenized.uid, unpack(tokenized.prompt).tolist()) == (1, token_ids)
         assert (refused.uid, refused.code) == (2, "invalid_request")
+
+        for uid, regex in ((5, "a+"), (6, "(?=a)b")):
+            outputs = StructuredOutputs(regex=regex)
+            sampling = Sampling(structured_outputs=outputs)
+            ingress.send(request(uid=uid, prompt=text, sampling=sampling))
+        assert ingress.expect(Tokenized).uid == 5
+        refused = ingress.expect(Refused)
+        assert refused.uid == 6
+        assert "look-around" in refused.message
 
         ingress.send(request(uid=3, prompt=text))
         ingress.come_back(reborn=True)
@@ -99,8 +112,14 @@ def test_requests_sent_before_a_reconnect_are_not_tokenized() -> None:
             events.append(handler)
             return SimpleNamespace(peer=None)
 
-    queue = TokenizeQueue(lambda asked: Refused(asked.uid, "internal", ""))
-    loop = TokenizerLoop(cast(Service, Stub()), queue)
+        def watch(self, _readable: int, _handler: Callable[[], None]) -> None:
+            """Nothing is checked here."""
+
+    def no_vocabulary() -> Grammars:
+        raise AssertionError("no request has a grammar")
+
+    queue = TokenizeQueue(lambda asked: Refused(asked.uid, "internal", ""), no_grammars)
+    loop = TokenizerLoop(cast(Service, Stub()), queue, GrammarChecks(no_vocabulary))
     ingress = Peer("ingress", 0, 1)
     (on_event,) = events
     on_event(Up(ingress))

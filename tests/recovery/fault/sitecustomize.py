@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 
+from nanovllm.grammars import Matcher
 from nanovllm.messages import StepPlan, Tokenize, unpack
 
 ROLE, _, TOKEN = os.environ["NANOVLLM_TEST_FAULT"].partition(":")
@@ -27,10 +29,10 @@ def break_gpu_worker() -> None:
 
     launch = SimRunner.launch
 
-    def launch_or_crash(self: SimRunner, plan: StepPlan) -> None:
+    def launch_or_crash(self: SimRunner, plan: StepPlan, matchers: Mapping[int, Matcher]) -> None:
         for admission in plan.admit:
             crash_if_in(admission.tokens)
-        launch(self, plan)
+        launch(self, plan, matchers)
 
     SimRunner.launch = launch_or_crash  # type: ignore[method-assign]
 

@@ -1,0 +1,343 @@
+"""Grammars of structured outputs: which tokens may come next.
+
+The tokenizer makes a request's matcher to see whether the request can be served; each rank of a
+worker group makes the matcher anew, and fills the masks of its rows. Both decide alike: they read
+the same vocabulary, and their limits count work, never time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from llguidance import (
+    LLExecutor,
+    LLMatcher,
+    LLParserLimits,
+    LLTokenizer,
+    TokenizerWrapper,
+    regex_to_lark,
+)
+from numpy.typing import NDArray
+
+from nanovllm.checkpoint import ModelConfig
+from nanovllm.messages import AnswerMarks
+from nanovllm.protocol import StructuredOutputs
+from nanovllm.vocabulary import Vocabulary, end_of_sequence
+
+# How many compiled grammars are kept. A state of a lexer takes 1 to 2 kB.
+KEPT: Final = 64
+# With llguidance's own limits a mask of an ambiguous grammar takes seconds.
+LIMITS: Final = LLParserLimits(
+    max_items_in_row=1000,
+    step_max_items=5000,
+    max_lexer_states=20_000,
+    verbose_errors=False,
+)
+MAX_REASON_CHARS: Final = 300
+# Between the parts of JSON. Some models would never end it.
+WHITE_SPACE: Final = r"[ \t\n\r]{1,32}"
+WORD_BITS: Final = 32
+
+Masks = NDArray[np.int32]
+
+
+class GrammarError(ValueError):
+    """The grammar is wrong, not supported or too costly, or does not take the output."""
+
+
+class _Phase(Enum):
+    START = auto()
+    """The output may begin with reasoning or with the answer."""
+    REASONING = auto()
+    ANSWER = auto()
+    ENDED = auto()
+    """No token counts any more."""
+
+
+class Grammars:
+    """Compiles grammars for one vocabulary, and keeps some. Threads may share it.
+
+    Args:
+        text: of each token id its bytes, without special tokens.
+        special: the special tokens' names.
+        eos: end-of-sequence ids.
+        vocab_size: how many token ids the model has logits of.
+
+    Attributes:
+        words: the int32 words of a mask: token t is bit t % WORD_BITS of word t // WORD_BITS.
+    """
+
+    def __init__(
+        self,
+        text: Mapping[int, bytes],
+        special: Mapping[int, bytes],
+        eos: Sequence[int],
+        vocab_size: int,
+    ) -> None:
+        self.words = -(-vocab_size // WORD_BITS)
+        self.text = text
+        self.eos = frozenset(eos)
+        self._tokenizer = None
+        if eos:
+            tokens = _Tokens(text, special, eos, vocab_size)
+            self._tokenizer = LLTokenizer(TokenizerWrapper(tokens), vocab_size, list(eos))
+        known = {*text, *special}.intersection(range(vocab_size)) - self.eos
+        self.reasoning_mask = mask_of(known, self.words)
+        self._kept: OrderedDict[bytes, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path, config: ModelConfig) -> Grammars:
+        """Raises CheckpointError if the tokenizer's files cannot be used."""
+        vocabulary = Vocabulary.from_checkpoint(directory)
+        eos = end_of_sequence(directory, config, vocabulary)
+        return cls(vocabulary.text, vocabulary.special, eos, config.vocab_size)
+
+    def matcher(
+        self,
+        asked: StructuredOutputs,
+        marks: AnswerMarks | None = None,
+        output: Sequence[int] = (),
+        *,
+        alone: bool = False,
+    ) -> Matcher:
+        """The matcher of a sequence whose output so far is `output`.
+
+        Args:
+            alone: whether to share nothing with other matchers. Matchers of one grammar share what
+                they have found out, and the limit of how much that may be: give True where such a
+                matcher has failed. It is not shared any more, then.
+
+        Raises:
+            GrammarError: if there can be none; says why.
+        """
+        if alone:
+            with self._lock:
+                self._kept.pop(msgspec.msgpack.encode(asked), None)
+        compiled = self._compile(asked) if alone else self._kept_grammar(asked)
+        matcher = Matcher(self, compiled, marks)
+        for count, token_id in enumerate(output):
+            if not matcher.advance(token_id):
+                raise GrammarError(f"does not take token {token_id}, the output's token {count}")
+        return matcher
+
+    def _kept_grammar(self, asked: StructuredOutputs) -> LLMatcher:
+        key = msgspec.msgpack.encode(asked)
+        with self._lock:
+            kept = self._kept.get(key)
+        if kept is None:
+            kept = self._compile(asked)
+        with self._lock:
+            self._kept[key] = kept
+            self._kept.move_to_end(key)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return kept.deep_copy()
+
+    def _compile(self, asked: StructuredOutputs) -> LLMatcher:
+        if self._tokenizer is None:
+            raise GrammarError("this model has no end-of-sequence token")
+        compiled = LLMatcher(self._tokenizer, _source(asked), log_level=0, limits=LIMITS)
+        if compiled.is_error():
+            raise GrammarError(_reason(compiled, asked))
+        return compiled
+
+
+class Matcher:
+    """The way of one output through its grammar.
+
+    The grammar begins where the answer does (see `AnswerMarks`). Before, all tokens may come but
+    the end of sequence; and at the start of the output, what opens reasoning.
+    """
+
+    __slots__ = ("_grammars", "_held", "_marks", "_matcher", "_phase")
+
+    def __init__(self, grammars: Grammars, matcher: LLMatcher, marks: AnswerMarks | None) -> None:
+        self._grammars = grammars
+        self._matcher = matcher
+        self._marks = marks
+        self._held = b""  # the text of the output, while it is white space
+        if marks is None:
+            self._phase = _Phase.ANSWER
+        else:
+            self._phase = _Phase.REASONING if marks.reasons else _Phase.START
+
+    @property
+    def failed(self) -> bool:
+        """Whether the grammar took too much work, or a token that it does not allow came."""
+        return bool(self._matcher.is_error())
+
+    @property
+    def words(self) -> int:
+        """The int32 words of its masks."""
+        return self._grammars.words
+
+    @property
+    def has_begin(self) -> bool:
+        """Whether the grammar allows a first token."""
+        return any(self._matcher.compute_bitmask()) and not self.failed
+
+    def advance(self, token_id: int) -> bool:
+        """The output goes on with this token. Returns whether the grammar allows the token. After
+        the end of sequence, or no token (a negative id), nothing counts."""
+        if self._phase is _Phase.ENDED:
+            return True
+        if token_id < 0:
+            self._phase = _Phase.ENDED
+            return True
+        if self._marks is not None and self._before_answer(token_id, self._marks):
+            return True
+        if token_id in self._grammars.eos:
+            self._phase = _Phase.ENDED
+        return bool(self._matcher.consume_token(token_id))
+
+    def _before_answer(self, token_id: int, marks: AnswerMarks) -> bool:
+        """Whether the token is none of the answer."""
+        if self._phase is _Phase.REASONING:
+            if token_id == marks.close:
+                self._phase = _Phase.ANSWER
+            return True
+        if self._phase is _Phase.START:
+            if token_id == marks.open:
+                self._phase = _Phase.REASONING
+                return bool(self._matcher.reset())
+            self._held += self._grammars.text.get(token_id, b"")
+            text = self._held.decode(errors="replace")
+            if text and not text.isspace():
+                self._phase = _Phase.ANSWER
+        return False
+
+    def whole_mask(self) -> Masks | int | None:
+        """The mask, int32 [words] or a value for every word, where the grammar does not say."""
+        if self._phase is _Phase.ENDED:
+            return -1
+        return self._grammars.reasoning_mask if self._phase is _Phase.REASONING else None
+
+    def widen(self, mask: Masks) -> None:
+        """Allows in the grammar's `mask` what opens reasoning, if it may come."""
+        if self._phase is _Phase.START and self._marks is not None:
+            opening = self._marks.open
+            mask[opening // WORD_BITS] |= np.uint32(1 << opening % WORD_BITS).view(np.int32)
+
+    @property
+    def ll_matcher(self) -> LLMatcher:
+        return self._matcher
+
+
+class MaskFiller:
+    """Fills masks on threads of its own, which need no interpreter lock."""
+
+    def __init__(self) -> None:
+        self._executor = LLExecutor()
+
+    def fill(self, matchers: Sequence[Matcher], masks: Masks) -> list[int]:
+        """Writes the tokens that may come next.
+
+        Args:
+            masks: int32 [n, words], C-contiguous, one row a matcher. Empty for one that failed.
+
+        Returns:
+            The indices of the matchers that failed.
+        """
+        asked = []
+        for index, matcher in enumerate(matchers):
+            whole = matcher.whole_mask()
+            if whole is None:
+                asked.append(index)
+            else:
+                masks[index] = whole
+        if asked:
+            self._executor.unsafe_compute_mask_ptr(
+                [(matchers[index].ll_matcher, index) for index in asked],
+                masks.ctypes.data,
+                masks.strides[0],
+                len(matchers),
+            )
+        failed = []
+        for index in asked:
+            if matchers[index].failed:
+                masks[index] = 0
+                failed.append(index)
+            else:
+                matchers[index].widen(masks[index])
+        return failed
+
+
+def mask_of(token_ids: Iterable[int], words: int) -> Masks:
+    """The mask int32 [words] of these tokens."""
+    members = np.zeros(words * WORD_BITS, dtype=np.uint8)
+    members[np.fromiter(token_ids, dtype=np.int64)] = 1
+    return np.packbits(members, bitorder="little").view("<i4")
+
+
+class _Tokens:
+    """The vocabulary as llguidance reads it. No token is forced, so nothing is tokenized."""
+
+    bos_token_id = None
+
+    def __init__(
+        self,
+        text: Mapping[int, bytes],
+        special: Mapping[int, bytes],
+        eos: Sequence[int],
+        vocab_size: int,
+    ) -> None:
+        self.eos_token_id = eos[0]
+        self.special_token_ids = sorted(i for i in {*special, *eos} if i < vocab_size)
+        self.tokens = [text.get(i, special.get(i, b"")) for i in range(vocab_size)]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return []
+
+
+def _source(asked: StructuredOutputs) -> str:
+    """The grammar in llguidance's form of Lark.
+
+    Raises GrammarError if a schema is no JSON.
+    """
+    if asked.grammar is not None:
+        grammar = asked.grammar
+    elif asked.regex is not None:
+        grammar = f"start: /{regex_to_lark(asked.regex)}/"
+    elif asked.choice is not None:
+        choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in asked.choice)
+        grammar = f"start: {choices}"
+    else:
+        schema = asked.json_schema or '{"type": "object"}'
+        grammar = f"start: %json {_strict(schema)}"
+    # Else llguidance would allow but one tokenization of text that must come.
+    return f'{grammar}\n%llguidance {{"no_forcing": true}}'
+
+
+def _strict(schema: str) -> str:
+    """The schema, so that an unsupported keyword is an error, and that white space ends."""
+    try:
+        value = msgspec.json.decode(schema, type=dict[str, Any] | bool)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"json_schema: {error}") from None
+    if isinstance(value, bool):
+        value = {} if value else {"enum": []}
+    own = value.get("x-guidance")
+    own = own if isinstance(own, dict) else {}
+    if not own.keys() & {"whitespace_pattern", "whitespace_flexible"}:
+        own["whitespace_pattern"] = WHITE_SPACE
+    value["x-guidance"] = {**own, "lenient": False}
+    return msgspec.json.encode(value).decode()
+
+
+def _reason(matcher: LLMatcher, asked: StructuredOutputs) -> str:
+    """Why the grammar cannot be compiled."""
+    reason, _, _ = matcher.get_error().partition("\n   1 | ")
+    if asked.grammar is None:  # the client knows no lines of ours
+        reason = re.sub(r"^at 1\(\d+\): (failed to compile JSON schema: )?", "", reason)
+    reason = " ".join(reason.split())
+    return reason if len(reason) <= MAX_REASON_CHARS else reason[:MAX_REASON_CHARS] + "…"

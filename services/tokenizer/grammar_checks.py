@@ -1,0 +1,76 @@
+"""Whether grammars can be served: found out on threads, so that a costly grammar delays its own
+request alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from nanovllm.grammars import GrammarError, Grammars
+from nanovllm.mailbox import Mailbox
+from nanovllm.messages import AnswerMarks, Refused, Tokenize, Tokenized, unpack
+
+log = logging.getLogger(__name__)
+
+THREADS = 4
+
+
+class GrammarChecks:
+    """Checks grammars.
+
+    Args:
+        load: reads the vocabulary. Called once, when the first grammar comes.
+    """
+
+    def __init__(self, load: Callable[[], Grammars]) -> None:
+        self._mailbox: Mailbox[Tokenized | Refused] = Mailbox()
+        self._threads = ThreadPoolExecutor(THREADS, "grammars")
+        self._load = load
+        self._grammars: Future[Grammars] | None = None
+
+    @property
+    def descriptor(self) -> int:
+        """Readable when there are answers."""
+        return self._mailbox.descriptor
+
+    def start(self, request: Tokenize, answer: Tokenized) -> None:
+        """Begins the check of a request; `answer` is due if its grammar can be served."""
+        if self._grammars is None:
+            self._grammars = self._threads.submit(self._load)
+        self._threads.submit(self._check, self._grammars, request, answer)
+
+    def take(self) -> list[Tokenized | Refused]:
+        """The answers since the last call."""
+        return self._mailbox.take()
+
+    def _check(self, grammars: Future[Grammars], request: Tokenize, answer: Tokenized) -> None:
+        try:
+            self._mailbox.put(checked(grammars.result(), request, answer))
+        except Exception:  # whatever a grammar brings about ends this request, and no other
+            log.exception("the grammar of request %x could not be checked", request.uid)
+            message = "the grammar could not be checked"
+            self._mailbox.put(Refused(request.uid, "internal", message))
+
+
+def checked(grammars: Grammars, request: Tokenize, answer: Tokenized) -> Tokenized | Refused:
+    """`answer`, or the reason why the request's grammar cannot be served."""
+    asked, marks = answer.sampling.structured_outputs, None
+    if asked is None:
+        return answer
+    if request.reasoning is not None:
+        marks = AnswerMarks(request.reasoning.open, request.reasoning.close, answer.reasons)
+    resumed = unpack(request.resumed).tolist()
+    stops = {*answer.sampling.stop_token_ids}
+    end = next((i for i, token in enumerate(resumed, 1) if token in stops), len(resumed))
+    key = "sampling.structured_outputs"
+    try:
+        if not grammars.matcher(asked).has_begin:
+            raise GrammarError("no text fits, or the grammar takes too much work")
+    except GrammarError as error:
+        return Refused(request.uid, "invalid_request", f"{key}: {error}")
+    try:
+        grammars.matcher(asked, marks, resumed[:end])
+    except GrammarError as error:
+        return Refused(request.uid, "invalid_request", f"resume_token_ids: {key} {error}")
+    return answer
