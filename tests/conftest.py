@@ -36,6 +36,7 @@ LONGEST = ("recovery", "pipeline", "launch", "kernels", "gpu_worker", "http", "e
 MOST_PROCESSES = 8
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than there are cores: many tests wait. On a GPU, whose memory they would
     share, none but this one."""

@@ -40,7 +40,7 @@ def test_a_disconnection_leaves_nothing_behind(pipeline: Pipeline) -> None:
     with Client(pipeline.endpoint) as client:
         assert client.generate("y", SamplingParams(max_tokens=1)).usage.completion_tokens == 1
     with Control(str(pipeline.runtime_dir)) as control:
-        for _ in range(20):
+        for _ in range(60):
             before, now = control.two_reports()
             if "0 running, 0 waiting, 0 records" in render(before, now):
                 return

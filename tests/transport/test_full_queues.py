@@ -22,7 +22,7 @@ from nanovllm.transport.connection import WINDOW
 from nanovllm.transport.links import BoundLink, ConnectedLink, Down, Link, Peer, Received, Up
 from tests.transport.test_links import SCHEDULER, WORKER, events_until, has
 
-TIMEOUT_S = 30
+TIMEOUT_S = 60
 HEARTBEAT_MS = 100
 SOON = f"""
 import sys, time, zmq

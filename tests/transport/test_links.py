@@ -20,7 +20,7 @@ from tests.readers import free_tcp_endpoint
 
 SCHEDULER = Peer("scheduler", 0, 101)
 WORKER = Peer("gpu_worker", 0, 202)
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 # To and from which incarnation, on which connection, and how many frames were read.
 HEADER = struct.Struct("<QQIQ")
 
