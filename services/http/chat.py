@@ -16,6 +16,7 @@ from nanovllm.client.results import Completion, Delta
 from nanovllm.protocol import Generate, Logprobs
 from nanovllm.services.http.answers import AnswerReader, Markers, Piece, Reasoning
 from nanovllm.services.http.calls import Calls, client_name, made
+from nanovllm.services.http.constraints import tool_outputs
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import check_model, json_response
 from nanovllm.services.http.logprobs import chat_logprobs, prompt_logprobs
@@ -52,6 +53,9 @@ async def chat(request: Request, context: DoorContext) -> Response:
     uses_tools = bool(ask.tools) and ask.tool_choice != "none"
     asked_logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
     messages, tools = template_keys(body)
+    params = sampling(ask, model, ask.max_completion_tokens or ask.max_tokens, asked_logprobs)
+    if (outputs_of_tools := tool_outputs(ask)) is not None:
+        params.structured_outputs = outputs_of_tools
     message = Generate(
         id="",
         messages=messages,
@@ -59,7 +63,7 @@ async def chat(request: Request, context: DoorContext) -> Response:
         chat_template_kwargs=ask.chat_template_kwargs,
         continue_final_message=is_continued(ask.messages[-1]),
         reasoning=model.reasoning,
-        sampling=sampling(ask, model, ask.max_completion_tokens or ask.max_tokens, asked_logprobs),
+        sampling=params,
         stream=bool(ask.stream),
         cache_salt=ask.cache_salt,
         client=client_name(request),

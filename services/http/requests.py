@@ -24,6 +24,13 @@ from nanovllm.protocol import (
     TokenId,
     TokenIds,
 )
+from nanovllm.services.http.constraints import (
+    Choices,
+    JsonSchema,
+    ResponseFormat,
+    StructuredKeys,
+    ToolChoice,
+)
 from nanovllm.services.http.errors import ApiError
 from nanovllm.wording import key_and_reason
 
@@ -33,11 +40,9 @@ MAX_CHOICES: Final = 128
 
 _NOT_SERVED: Final = frozenset(
     {
-        *("response_format", "structured_outputs", "guided_json", "guided_regex"),
-        *("guided_choice", "guided_grammar", "tool_choice", "functions"),
-        *("function_call", "modalities", "audio", "prediction", "web_search_options"),
+        *("functions", "function_call", "modalities", "audio", "prediction", "web_search_options"),
         *("reasoning_effort", "verbosity", "service_tier", "suffix", "best_of"),
-        *("store", "parallel_tool_calls", "add_generation_prompt"),
+        *("store", "add_generation_prompt"),
     }
 )
 _PART_TYPE: Final = re.compile(r"messages\[\d+\]\.content\[\d+\]\.type")
@@ -45,10 +50,6 @@ _PART_TYPE: Final = re.compile(r"messages\[\d+\]\.content\[\d+\]\.type")
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
-
-
-class TextFormat(msgspec.Struct):
-    type: Literal["text"]
 
 
 class SamplingKeys(msgspec.Struct, kw_only=True):
@@ -79,14 +80,12 @@ class SamplingKeys(msgspec.Struct, kw_only=True):
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     cache_salt: NonEmptyStr | None = None
     user: str | None = None
-
-    # Not served.
-    response_format: TextFormat | None = None
-    structured_outputs: None = None
-    guided_json: None = None
-    guided_regex: None = None
-    guided_choice: None = None
-    guided_grammar: None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredKeys | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: NonEmptyStr | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: NonEmptyStr | None = None
 
     def __post_init__(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -134,10 +133,6 @@ class Function(msgspec.Struct):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
-    def __post_init__(self) -> None:
-        if self.strict:
-            raise ValueError("strict: true is not served")
-
 
 class Tool(msgspec.Struct):
     function: Function
@@ -152,9 +147,10 @@ class ChatRequest(SamplingKeys):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
-    # Served in part, or not.
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+
+    # Served in part, or not.
     functions: None = None
     function_call: None = None
     modalities: list[Literal["text"]] | None = None
@@ -169,7 +165,6 @@ class ChatRequest(SamplingKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _only(self.parallel_tool_calls, True, "parallel_tool_calls")
         _only(self.store, False, "store")
         _only(self.add_generation_prompt, True, "add_generation_prompt")
         if self.top_logprobs is not None and not self.logprobs:

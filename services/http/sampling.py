@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from nanovllm.protocol import Generate, Sampling
+from nanovllm.services.http.constraints import structured_outputs
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.requests import SamplingKeys
@@ -51,6 +52,7 @@ def sampling(
         allowed_token_ids=ask.allowed_token_ids,
         include_stop_str_in_output=bool(ask.include_stop_str_in_output),
         skip_special_tokens=_first(ask.skip_special_tokens, None, own.skip_special_tokens),
+        structured_outputs=structured_outputs(ask),
     )
 
 

@@ -174,7 +174,6 @@ def test_completions_come_in_order(client: openai.OpenAI) -> None:
             openai.BadRequestError,
             "bad_words",
         ),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, None),
         ({"stream": True, "messages": [*STORY * 4000]}, openai.BadRequestError, None),
     ],
 )
