@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,10 @@ from nanovllm import Client, SamplingParams
 from tests.http.server import Server
 
 STORY: list[Any] = [{"role": "user", "content": "Tell me a story."}]
+NO_THINKING: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+FOUND = '{"temperature": 12, "sky": "rain"}'
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
 
 
 @pytest.fixture
@@ -31,11 +36,16 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_a_chat_says_what_the_pipeline_does(client: openai.OpenAI, pipeline: Pipeline) -> None:
     answer = client.chat.completions.create(
-        model="demo", messages=STORY, seed=7, max_tokens=40, temperature=1
+        model="demo",
+        messages=STORY,
+        seed=7,
+        max_tokens=40,
+        temperature=1,
+        extra_body=NO_THINKING,
     )
     with Client(pipeline.endpoint) as raw:
         params = SamplingParams(seed=7, max_tokens=40)
-        expected = raw.chat(STORY, params)
+        expected = raw.chat(STORY, params, **NO_THINKING)
     (choice,) = answer.choices
     assert choice.message.content == expected.text
     assert choice.finish_reason == expected.finish_reason
@@ -54,6 +64,7 @@ def test_a_stream_says_what_the_whole_does(client: openai.OpenAI) -> None:
         "logprobs": True,
         "top_logprobs": 2,
         "stop": ["forest", "."],
+        "extra_body": NO_THINKING,
     }
     whole = client.chat.completions.create(**asked)
     texts, reasons, logprobs = ["", ""], ["", ""], [[], []]  # type: ignore[var-annotated]
@@ -82,12 +93,76 @@ def test_a_stream_says_what_the_whole_does(client: openai.OpenAI) -> None:
             assert len(entry.top_logprobs) == 2
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_chat_has_what_the_model_thinks_beside_its_answer(
+    client: openai.OpenAI, pipeline: Pipeline, thinking: bool, stream: bool
+) -> None:
+    template = {"enable_thinking": thinking}
+    with Client(pipeline.endpoint) as raw:
+        params = SamplingParams(temperature=0, max_tokens=100)
+        whole = raw.chat("Who lives in the harbour?", params, chat_template_kwargs=template)
+    thought, _, answer = whole.text.rpartition("</think>")
+    said = asked(
+        client,
+        [{"role": "user", "content": "Who lives in the harbour?"}],
+        stream,
+        extra_body={"chat_template_kwargs": template},
+    )
+    assert said["content"] == answer
+    assert answer.strip().startswith("Pip the fox")
+    assert said["reasoning"].strip() == thought.removeprefix("<think>").strip()
+    assert bool(thought) == thinking
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_model_calls_a_tool_and_says_what_that_has_answered(
+    client: openai.OpenAI, stream: bool
+) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Bern?"}]
+    said = asked(client, messages, stream, tools=TOOLS)
+    assert said["finish_reason"] == "tool_calls"
+    assert said["reasoning"]
+    assert said["name"] == "get_weather"
+    assert list(json.loads(said["arguments"])) == ["city"]
+    function = {"name": said["name"], "arguments": said["arguments"]}
+    call = {"id": said["id"], "type": "function", "function": function}
+    messages += [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": said["id"], "content": FOUND},
+    ]
+    said = asked(client, messages, stream, tools=TOOLS)
+    assert said["finish_reason"] == "stop"
+    assert " degrees: rain." in said["content"]
+
+
+def asked(client: openai.OpenAI, messages: list[Any], stream: bool, **keys: Any) -> dict[str, str]:
+    """The greedy answer's texts, joined, those of a tool call among them."""
+    ask: dict[str, Any] = {"model": "demo", "messages": messages, "temperature": 0}
+    answer: Any = client.chat.completions.create(**ask, max_tokens=100, stream=stream, **keys)
+    said: dict[str, str] = {}
+    for part in answer if stream else [answer]:
+        (choice,) = part.choices
+        message = choice.delta if stream else choice.message
+        found = {"content": message.content, "finish_reason": choice.finish_reason}
+        found["reasoning"] = getattr(message, "reasoning_content", None)
+        for call in message.tool_calls or ():
+            found |= {"id": call.id, **dict(call.function)}
+        for name, text in found.items():
+            said[name] = said.get(name, "") + (text or "")
+    return said
+
+
 def test_extra_keys_reach_the_pipeline(client: openai.OpenAI) -> None:
     greedy = client.chat.completions.create(
-        model="demo", messages=STORY, max_tokens=20, temperature=0
+        model="demo", messages=STORY, max_tokens=20, temperature=0, extra_body=NO_THINKING
     )
     one = client.chat.completions.create(
-        model="demo", messages=STORY, max_tokens=20, temperature=1, extra_body={"top_k": 1}
+        model="demo",
+        messages=STORY,
+        max_tokens=20,
+        temperature=1,
+        extra_body={"top_k": 1, **NO_THINKING},
     )
     assert one.choices[0].message.content == greedy.choices[0].message.content
 
@@ -194,6 +269,7 @@ def test_many_streams_at_once(server: Server) -> None:
             "messages": STORY,
             "seed": seed,
             "max_tokens": 24,
+            "extra_body": NO_THINKING,
         }
         if not stream:
             answer = await client.chat.completions.create(**asked)

@@ -94,6 +94,7 @@ def test_stop_strings_wherever_they_begin_and_end(wire: Wire) -> None:
     (story,) = wire.run(STORY)
     text, tokens = story.text, story.token_ids
     ends = [len(decode(tokens[:count])) for count in range(1, 40)]
+    several_bytes = next(i for i, character in enumerate(text) if not character.isascii())
     stops: list[list[str]] = [
         [text[ends[5] : ends[6]]],  # a whole token
         [text[ends[10] - 1 : ends[10] + 1]],  # over the border of two
@@ -102,7 +103,7 @@ def test_stop_strings_wherever_they_begin_and_end(wire: Wire) -> None:
         [text[ends[8] : ends[9]], text[ends[7] : ends[12]]],  # the later one to start ends first
         ["never to be read", text[-256:]],  # as long as may be, the last characters included
         [text[:3]],  # at once
-        ["oë, w"],
+        [text[several_bytes - 1 : several_bytes + 4]],
     ]
     for stream in (True, False):
         answers = wire.run(*(with_stops(STORY, *some, stream=stream) for some in stops))

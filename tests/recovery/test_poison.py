@@ -16,7 +16,7 @@ from tests.pipeline.wire import Answer, Wire
 from tests.recovery.streams import kill, living, wait_for_another
 
 FAULT = Path(__file__).parent / "fault"
-GUILTY = 1276  # <|im_start|>, which the simulated device never samples
+GUILTY = 1272  # <|im_start|>, which the simulated device never samples
 SIM = ("--device", "sim", "--sim-step-ms", "4", "--kvcache-block-size", "16")
 WORKER, SCHEDULER = ("gpu_worker", 0), ("scheduler", 0)
 ALONE_AND_TOGETHER = 5  # deaths after which a guilty request is found at the latest

@@ -1,7 +1,6 @@
-"""Generate the demo checkpoint's training text: short stories, and chats about them.
+"""Write the demo checkpoint's stories, as a function of a random number generator.
 
-Everything is a function of a seed. `documents` is the whole of it; the grammar is data in
-`world.py` and `plots.py`, and the conversations are in `chats.py`.
+The grammar is data in `world.py` and `plots.py`. Chats about the stories are in `chats.py`.
 """
 
 import random

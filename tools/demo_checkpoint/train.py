@@ -1,7 +1,7 @@
 """Train the demo checkpoint: `python -m tools.demo_checkpoint.train --out DIR`.
 
-Trains a byte-level BPE tokenizer of Qwen2's make and a Qwen3 model of a million parameters on text
-from `chats.documents`, in a few minutes on two cores, and writes a Hugging Face checkpoint of less
+Trains a byte-level BPE tokenizer of Qwen3's make and a Qwen3 model of a million parameters on text
+from `documents`, in a quarter of an hour of one core, and writes a Hugging Face checkpoint of less
 than 4 MB. The same seed and steps give the same text and tokenizer, and the same weights as far as
 torch's kernels are deterministic on the machine.
 """
@@ -19,47 +19,31 @@ from typing import Final, NamedTuple
 import click
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
-from tokenizers.models import BPE
+from tokenizers import Tokenizer
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from tools.demo_checkpoint.chats import Document, documents
+from tools.demo_checkpoint.documents import Document, documents
+from tools.demo_checkpoint.tokenizer import (
+    END_OF_TEXT,
+    MAX_MODEL_LEN,
+    TURN_END,
+    render,
+    train_tokenizer,
+    wrap,
+)
 
 log = logging.getLogger(__name__)
 
-END_OF_TEXT: Final = "<|endoftext|>"
-TURN_START: Final = "<|im_start|>"
-TURN_END: Final = "<|im_end|>"
-MAX_MODEL_LEN: Final = 4096
-
-SPLIT: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""The pattern that cuts text into words before BPE, as in the Qwen2 and Qwen3 tokenizers."""
-
-CHAT_TEMPLATE: Final = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false %}
-{{- '<think>\\n\\n</think>\\n\\n' }}
-{%- endif %}
-{%- endif %}
-"""
-"""ChatML; `enable_thinking` false opens the answer with empty thoughts, as Qwen3's does."""
-
-VOCAB_SIZE: Final = 1280
 BATCH_DOCUMENTS: Final = 10
 SORTED_BATCHES: Final = 40
-TOKENIZER_DOCUMENTS: Final = 4000
 PEAK_LEARNING_RATE: Final = 3e-3
+PEAK_OF_MORE_TRAINING: Final = 1e-3
 WARM_UP_STEPS: Final = 50
 IGNORED: Final = -100
+THINKING: Final = 0.65
+"""The share of chats in which the model thinks."""
 
 
 class Example(NamedTuple):
@@ -79,51 +63,6 @@ class Batch(NamedTuple):
 
     tokens: torch.Tensor
     labels: torch.Tensor
-
-
-def train_tokenizer(seed: int) -> Tokenizer:
-    """Train the byte-level BPE on a sample of the text; every byte is in its alphabet."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    added = [AddedToken(token, special=True) for token in (END_OF_TEXT, TURN_START, TURN_END)]
-    added += [AddedToken(token, special=False) for token in ("<think>", "</think>")]
-    sample = (
-        text
-        for document in itertools.islice(documents(seed), TOKENIZER_DOCUMENTS)
-        for text in ([document] if isinstance(document, str) else [t.content for t in document])
-    )
-    tokenizer.train_from_iterator(
-        itertools.chain(sample, ["system", "user", "assistant"] * TOKENIZER_DOCUMENTS),
-        trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE - len(added),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    # After the vocabulary rather than before it, as Qwen has them.
-    tokenizer.add_special_tokens(added[:3])
-    tokenizer.add_tokens(added[3:])
-    return tokenizer
-
-
-def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Give the tokenizer its special tokens' roles and the chat template."""
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=TURN_END,
-        pad_token=END_OF_TEXT,
-        model_max_length=MAX_MODEL_LEN,
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
 
 
 def model_config(tokenizer: Tokenizer) -> Qwen3Config:
@@ -149,18 +88,12 @@ def model_config(tokenizer: Tokenizer) -> Qwen3Config:
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Example:
-    """Tokenize a document with its end of sequence; of a chat, the last answer is learned."""
+    """Tokenize a document with its end of sequence; of a chat, the last turn is learned."""
     if isinstance(document, str):
         return Example(list(tokenizer.encode(document + END_OF_TEXT)), given=1)
-    opened = tokenizer.apply_chat_template(
-        [turn._asdict() for turn in document[:-1]],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=rng.random() < 0.8,
-    )
-    given = list(tokenizer.encode(opened))
-    answer = tokenizer.encode(document[-1].content + TURN_END)
-    return Example([*given, *answer], given=len(given))
+    rendered = render(document, thinking=rng.random() < THINKING)
+    given = list(tokenizer.encode(rendered.prompt))
+    return Example([*given, *tokenizer.encode(rendered.output)], given=len(given))
 
 
 def batches(examples: Iterator[Example], rng: random.Random, pad: int) -> Iterator[Batch]:
@@ -191,18 +124,20 @@ def collate(examples: list[Example], pad: int) -> Batch:
     return Batch(tokens, labels)
 
 
-def fit(model: Qwen3ForCausalLM, training: Iterator[Batch], steps: int, minutes: float) -> float:
+def fit(
+    model: Qwen3ForCausalLM, training: Iterator[Batch], peak: float, steps: int, minutes: float
+) -> float:
     """Train in place with AdamW and a cosine schedule; returns the mean loss of the last steps.
 
-    The schedule follows whichever is further along, the steps or the minutes, so that the learning
-    rate reaches its end when training does.
+    The schedule goes down from the learning rate `peak`. It follows whichever is further along, the
+    steps or the minutes, so that the learning rate reaches its end when training does.
     """
     model.train()
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=PEAK_LEARNING_RATE,
+        lr=peak,
         betas=(0.9, 0.98),
     )
     started = time.monotonic()
@@ -213,7 +148,7 @@ def fit(model: Qwen3ForCausalLM, training: Iterator[Batch], steps: int, minutes:
             if done >= 1:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, done)
+                group["lr"] = peak * schedule(step, done)
             hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
             learned = batch.labels != IGNORED
             loss = functional.cross_entropy(model.lm_head(hidden[learned]), batch.labels[learned])
@@ -227,10 +162,10 @@ def fit(model: Qwen3ForCausalLM, training: Iterator[Batch], steps: int, minutes:
     return sum(recent) / len(recent)
 
 
-def learning_rate(step: int, done: float) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth of the peak; `done` is from 0 to 1."""
+def schedule(step: int, done: float) -> float:
+    """Linear warm-up to 1, then a cosine down to a fiftieth; `done` is from 0 to 1."""
     warm = min(1.0, (step + 1) / WARM_UP_STEPS)
-    return PEAK_LEARNING_RATE * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+    return warm * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -266,7 +201,7 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 @click.option(
     "--minutes",
     type=click.FloatRange(min=0, min_open=True),
-    default=10.0,
+    default=60.0,
     show_default=True,
     help="Train for no longer than this; fewer steps then, and weights that depend on the machine.",
 )
@@ -274,18 +209,27 @@ def write_json(path: Path, content: dict[str, object]) -> None:
     "--steps", type=click.IntRange(min=1), default=2400, show_default=True, help="Optimizer steps."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the text and the weights.")
-def main(out: Path, minutes: float, steps: int, seed: int) -> None:
+@click.option(
+    "--start",
+    type=click.Path(exists=True, path_type=Path),
+    help="Train this checkpoint further; with another --seed, so that the text is new.",
+)
+def main(out: Path, minutes: float, steps: int, seed: int, start: Path | None) -> None:
     """Train the demo checkpoint and write it to --out."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(seed)
-    bare = train_tokenizer(seed)
-    tokenizer = wrap(bare)
-    model = Qwen3ForCausalLM(model_config(bare)).float()
+    if start is None:
+        bare = train_tokenizer(seed)
+        tokenizer, peak = wrap(bare), PEAK_LEARNING_RATE
+        model = Qwen3ForCausalLM(model_config(bare)).float()
+    else:
+        tokenizer, peak = PreTrainedTokenizerFast.from_pretrained(start), PEAK_OF_MORE_TRAINING
+        model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
     log.info("%d parameters, %d tokens", model.num_parameters(), len(tokenizer))
     rng = random.Random(seed)
     examples = (encode(document, tokenizer, rng) for document in documents(seed + 1))
     training = batches(examples, rng, tokenizer.pad_token_id)
-    loss = fit(model, training, steps, minutes)
+    loss = fit(model, training, peak, steps, minutes)
     save(model, tokenizer, out)
     size = sum(path.stat().st_size for path in out.iterdir())
     log.info("loss %.3f; %s holds %.2f MB", loss, out, size / 1e6)
