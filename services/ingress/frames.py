@@ -173,6 +173,13 @@ def _checked(ask: Generate, limits: Limits) -> Generate | Error:
             f" max_model_len ({longest})"
         )
         return _invalid(ask.id, reason, "context_length_exceeded")
+    for key, listed in (
+        ("stop_token_ids", ask.sampling.stop_token_ids),
+        ("allowed_token_ids", ask.sampling.allowed_token_ids or []),
+    ):
+        if len(listed) > limits.vocab_size:
+            reason = f"{len(listed)} token ids, and the vocabulary has {limits.vocab_size}"
+            return _invalid(ask.id, f"sampling.{key}: {reason}")
     for key, ids in (
         ("prompt_token_ids", ask.prompt_token_ids),
         ("resume_token_ids", ask.resume_token_ids),

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from nanovllm.services.ingress.sessions import Session
 
 
+# What a token id in a list takes.
+LISTED_ID_BYTES = 36
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A client's request, and its progress. A request is over when it has its outcome, or when its
@@ -60,7 +64,8 @@ class Request:
         self.tokenize = None
         self.prompt = answer.prompt
         self.sampling = answer.sampling
-        self.size = len(self.prompt) + 4 * self.resumed
+        listed = len(self.sampling.stop_token_ids) + len(self.sampling.allowed_token_ids or ())
+        self.size = len(self.prompt) + 4 * self.resumed + LISTED_ID_BYTES * listed
         if (asked := self.sampling.structured_outputs) is not None:
             self.size += asked.size
 

@@ -109,6 +109,19 @@ def test_the_bytes_of_requests_that_are_held_are_bounded(monkeypatch: pytest.Mon
     assert not refused("z", b"third")
 
 
+def test_token_ids_that_are_listed_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pending, "MAX_REQUEST_BYTES", 60_000)
+    world = World()
+    world.generate("a", prompt="x", sampling={"allowed_token_ids": list(range(1000))})
+    (ask,) = world.tokenizes()
+    world.core.from_tokenizer(TOKENIZER, Tokenized(ask.uid, pack([1]), ask.sampling))
+    world.heard()
+    world.generate("b", prompt="x")
+    (error,) = world.heard()
+    assert isinstance(error, Error)
+    assert error.code == "overloaded"
+
+
 def pings(world: World, submit: Submit) -> None:
     world.say({"type": "ping", "id": "x" * 30_000})
 

@@ -163,6 +163,8 @@ def test_a_map_of_any_size_is_known_as_one(keys: int) -> None:
         ({"prompt": None, "messages": [{"role": ""}]}, r"messages\[0\].role"),
         ({"prompt": None, "messages": [{"role": "u", "content": b"x"}]}, "messages: only maps"),
         ({"prompt": None, "messages": [{"role": "u", "x": deep(32)}]}, "messages: .*32 deep"),
+        ({"sampling": {"allowed_token_ids": [1] * 1001}}, "^sampling.allowed_token_ids: 1001 "),
+        ({"sampling": {"stop_token_ids": [1] * 1001}}, "^sampling.stop_token_ids: 1001 "),
         ({"sampling": {"logit_bias": {"a": 1}}}, "^sampling.logit_bias: a key: "),
         ({"sampling": {"logit_bias": {1: "a"}}}, "^sampling.logit_bias: "),
         ({"tools": []}, "tools: goes with messages only"),
