@@ -27,6 +27,8 @@ from nanovllm.messages import (
     pack,
 )
 from nanovllm.services.gpu_worker.graphs import (
+    PROCESSED_SHARES,
+    WHOLE_SHARES,
     Capture,
     DrawGraph,
     Sizes,
@@ -151,7 +153,10 @@ class Executor:
         # The latest step that sampled rows with a grammar.
         self._constrained: PendingResult | None = None
         self._graphs: StepGraphs | None = None
-        self._draws: list[DrawGraph] = []
+        self._whole_draws: list[DrawGraph] = []
+        self._processed_draws: list[DrawGraph] = []
+        # What captured draws of processed rows read: the rows' tokens without processors.
+        self._raw = self._steps.no_tokens
 
     @torch.inference_mode()
     def capture_graphs(
@@ -180,14 +185,26 @@ class Executor:
         self._graphs = StepGraphs(
             decode, mixed, sizes, padding_slot, self._device, capture, progress
         )
-        self._draws = capture_draws(
-            partial(steps.draw_whole, logits),
-            self._ids.tp.size,
-            sizes.decodes[-1],
-            padding_slot,
-            self._device,
-            capture,
+        ranks, most = self._ids.tp.size, sizes.decodes[-1]
+        raw = self._raw = self._raw.new_zeros(max(PROCESSED_SHARES) * ranks)
+        processors = self.processors
+
+        # It does not refer to this executor, or what only a cycle holds would stay for a while: the
+        # group's connections, which tell the other ranks that this one is gone.
+        def draw_processed(drawn: Tensor) -> Tensor:
+            return steps.draw_processed(logits, raw[: drawn.shape[1]], drawn, processors)
+
+        draws = partial(
+            capture_draws,
+            ranks=ranks,
+            max_num_seqs=most,
+            padding_slot=padding_slot,
+            device=self._device,
+            capture=capture,
         )
+        if ranks > 1:
+            self._whole_draws = draws(partial(steps.draw_whole, logits), WHOLE_SHARES)
+        self._processed_draws = draws(draw_processed, PROCESSED_SHARES)
 
     def reset(self) -> None:
         """Empties all slots."""
@@ -212,17 +229,17 @@ class Executor:
         if self._graphs is not None and not batch.prompt_spans:
             output = self._graphs.replay(batch)
         # Captured draws read the logits that captured steps write.
-        draws = [] if output is None else self._draws
+        replayed = output is not None
         if output is None:
             layout = Layout.of(batch)
             flat = to_device(columns(batch, layout, self._state.padding_slot), self._device)
             lengths = Lengths(batch.query_lens, batch.context_lens)
             output = self._steps.mixed(flat, layout, lengths)
         if len(batch.whole_rows) and self._ids.tp.size > 1:
-            self._draw(output, batch.whole_rows, batch.sampling_slots[batch.whole_rows], draws)
+            self._draw_whole(output, batch, self._whole_draws if replayed else [])
         too_costly = self._constrain(batch) if len(batch.constrained_rows) else NO_ROWS
         if len(batch.processed_rows):
-            self._draw_processed(output, batch)
+            self._draw_processed(output, batch, self._processed_draws if replayed else [])
         found = self._logprobs(batch, output.logits, output.token_ids)
         prompt: list[PromptLogprobs] = []
         for span in batch.prompt_spans:
@@ -235,31 +252,14 @@ class Executor:
             pending = self._constrained = pending._replace(too_costly=too_costly)
         return pending
 
-    def _draw(
-        self, output: StepOutput, rows: Int32s, slots: Int32s, draws: list[DrawGraph]
-    ) -> None:
-        """Samples again the rows that need whole logits.
-
-        Args:
-            output: the step's result. The token ids of `rows` are overwritten.
-            rows: int32 [w], indices into `output`.
-            slots: int32 [w], the rows' slots.
-            draws: captured, the fewest rows first.
-        """
-        ranks = self._ids.tp.size
-        share = -(-len(rows) // ranks)
-        graph = next((draw for draw in draws if draw.share >= share), None)
-        # All ranks draw equally many rows, so some rows are drawn twice.
-        drawn = np.arange((share if graph is None else graph.share) * ranks) % len(rows)
-        both = np.stack((rows, slots)).astype(np.int64)[:, drawn]
+    def _draw_whole(self, output: StepOutput, batch: Batch, draws: list[DrawGraph]) -> None:
+        """Samples again the rows that need whole logits; overwrites their token ids."""
+        drawn, graph = self._to_draw(batch, batch.whole_rows, draws)
         if graph is None:
-            on_device = to_device(both, self._device)
-            token_ids = self._steps.draw_whole(output.logits, on_device)
+            token_ids = self._steps.draw_whole(output.logits, drawn)
         else:
-            on_device = graph.drawn
-            on_device.copy_(pinned(both), non_blocking=True)
             token_ids = graph.replay()
-        output.token_ids[on_device[0]] = token_ids
+        output.token_ids[drawn[0]] = token_ids
 
     def _constrain(self, batch: Batch) -> Int32s:
         """Sets what the grammars of the batch's rows allow, while the forward pass runs. This
@@ -278,15 +278,39 @@ class Executor:
         self.processors.restrict(slots, self._masks.upload(len(rows)))
         return rows[failed]
 
-    def _draw_processed(self, output: StepOutput, batch: Batch) -> None:
+    def _draw_processed(self, output: StepOutput, batch: Batch, draws: list[DrawGraph]) -> None:
         """Samples again the rows whose logits are processed; overwrites their token ids."""
-        rows, ranks = batch.processed_rows, self._ids.tp.size
-        # All ranks draw equally many rows, so some rows are drawn twice.
-        drawn = rows[np.arange(-(-len(rows) // ranks) * ranks) % len(rows)]
+        drawn, graph = self._to_draw(batch, batch.processed_rows, draws)
+        if graph is None:
+            raw = output.token_ids[drawn[0]]
+            token_ids = self._steps.draw_processed(output.logits, raw, drawn, self.processors)
+        else:
+            torch.index_select(output.token_ids, 0, drawn[0], out=self._raw[: drawn.shape[1]])
+            token_ids = graph.replay()
+        output.token_ids[drawn[0]] = token_ids
+
+    def _to_draw(
+        self, batch: Batch, rows: Int32s, draws: list[DrawGraph]
+    ) -> tuple[Tensor, DrawGraph | None]:
+        """What `Steps` draws, int64 [2, ranks * k] on the device, and the graph that draws it, if
+        one has room.
+
+        Args:
+            rows: int32 [w], of the rows that sample.
+            draws: captured, the fewest rows first.
+        """
+        ranks = self._ids.tp.size
+        share = -(-len(rows) // ranks)
+        graph = next((draw for draw in draws if draw.share >= share), None)
+        # All ranks draw equally many rows, and a graph as many as it has room for: rows are drawn
+        # again.
+        repeated = np.arange((share if graph is None else graph.share) * ranks) % len(rows)
+        drawn = rows[repeated]
         both = np.stack((drawn, batch.sampling_slots[drawn])).astype(np.int64)
-        self._steps.draw_processed(
-            output, to_device(both, self._device), len(rows), self.processors
-        )
+        if graph is None:
+            return to_device(both, self._device), None
+        graph.drawn.copy_(pinned(both), non_blocking=True)
+        return graph.drawn, graph
 
     def _pending(
         self,

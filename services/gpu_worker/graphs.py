@@ -24,7 +24,9 @@ MAX_CHUNKS = 32
 FEWEST_CHUNK_TOKENS = 128
 # How many rows that need whole logits a rank draws in a replay. With more, launching the kernels
 # takes less than the kernels do.
-DRAW_SHARES = (1, 2, 4, 8, 16)
+WHOLE_SHARES = (1, 2, 4, 8, 16)
+# As many of rows whose logits are processed: their draw is more kernels, some of them small.
+PROCESSED_SHARES = (1, 4, 16, 64, 256)
 
 
 class Sizes(NamedTuple):
@@ -130,7 +132,7 @@ class StepGraphs:
 
 
 class DrawGraph(NamedTuple):
-    """A captured draw of rows that need whole logits, see `Steps.draw_whole`.
+    """A captured draw of a step's rows, see `Steps.draw_whole` and `Steps.draw_processed`.
 
     Attributes:
         share: how many rows each rank draws.
@@ -144,6 +146,7 @@ class DrawGraph(NamedTuple):
 
 def capture_draws(
     draw: Callable[[Tensor], Tensor],
+    shares: Sequence[int],
     ranks: int,
     max_num_seqs: int,
     padding_slot: int,
@@ -155,13 +158,13 @@ def capture_draws(
 
     Args:
         draw: enqueues the draw of the rows and slots int64 [2, share * ranks] given.
+        shares: how many rows each rank draws, at most as many as there are slots.
     """
     graphs = []
-    for share in DRAW_SHARES:
-        if ranks > 1 and (share - 1) * ranks < max_num_seqs:
-            drawn = torch.zeros(2, share * ranks, dtype=torch.int64, device=device)
-            drawn[1] = padding_slot
-            graphs.append(DrawGraph(share, drawn, capture(partial(draw, drawn))))
+    for share in sorted({min(share, -(-max_num_seqs // ranks)) for share in shares}):
+        drawn = torch.zeros(2, share * ranks, dtype=torch.int64, device=device)
+        drawn[1] = padding_slot
+        graphs.append(DrawGraph(share, drawn, capture(partial(draw, drawn))))
     return graphs
 
 

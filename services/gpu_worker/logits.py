@@ -1,7 +1,7 @@
 """The rows whose requests ask for logits processors: penalties, bias, tokens ruled out.
 
 Few rows of few requests ask for any, and a captured step has no room for them. So their tokens are
-drawn again, beside the graph: from a copy of their logits, since log-probabilities are of the raw
+drawn again, after the step: from a copy of their logits, since log-probabilities are of the raw
 ones.
 """
 
@@ -120,7 +120,7 @@ class LogitsProcessors:
         logits.scatter_add_(1, columns, penalty)
 
     def advance(self, slots: Tensor, token_ids: Tensor) -> None:
-        """Each slot of int64 [n] has got a token of int64 [n]."""
+        """Each slot of int64 [n] has got a token of int64 [n]; one, also if both occur again."""
         columns = token_ids - self._first
         inside = (columns >= 0) & (columns < self._shard_size)
         columns = columns.clamp(0, self._shard_size - 1)

@@ -186,29 +186,31 @@ class Steps:
         return token_ids.int()
 
     def draw_processed(
-        self, output: StepOutput, drawn: Tensor, count: int, processors: LogitsProcessors
-    ) -> None:
-        """Samples rows again, from logits that are processed.
+        self, logits: Tensor, raw: Tensor, drawn: Tensor, processors: LogitsProcessors
+    ) -> Tensor:
+        """Samples rows from logits that are processed.
 
         Args:
-            output: the step's result. The token ids of the rows are overwritten; NO_TOKEN_LEFT
-                where the processors leave a row no token.
-            drawn: int64 [2, ranks * k], the rows' indices into `output`, and their slots. Those
-                from `count` on are repeated.
+            logits: [n, shard], of the step that these rows are in.
+            raw: int32 [ranks * k], the tokens that these rows have without processors.
+            drawn: int64 [2, ranks * k], see `draw_whole`.
+
+        Returns:
+            Their tokens, int32 [ranks * k]; NO_TOKEN_LEFT where the processors leave a row none.
         """
         rows, slots = drawn
         held, tp = self._state.held, self._shard.tp
-        logits = output.logits[rows].float()
+        processed = logits[rows].float()
         positions = held.num_tokens[slots] - 1  # the length includes the sampled token
-        processors.process(logits, slots, positions)
+        processors.process(processed, slots, positions)
         if tp.size == 1:
-            token_ids = sample(logits, self._state.sampling(slots), positions, self._shard)
+            token_ids = sample(processed, self._state.sampling(slots), positions, self._shard)
         else:
             own = slots.view(tp.size, -1)[tp.rank]
-            own_positions = held.num_tokens[own] - 1
-            token_ids = sample_whole(logits, self._state.sampling(own), own_positions, self._shard)
-        finite = output.token_ids[rows] >= 0
-        token_ids.masked_fill_(finite & (token_ids < 0), NO_TOKEN_LEFT)
-        output.token_ids[rows] = token_ids.int()
-        held.last_tokens[slots] = token_ids.clamp_min(0)
-        processors.advance(slots[:count], token_ids[:count].clamp_min(0))
+            params, own_positions = self._state.sampling(own), held.num_tokens[own] - 1
+            token_ids = sample_whole(processed, params, own_positions, self._shard)
+        token_ids.masked_fill_((raw >= 0) & (token_ids < 0), NO_TOKEN_LEFT)
+        sampled = token_ids.clamp_min(0)
+        held.last_tokens[slots] = sampled
+        processors.advance(slots, sampled)
+        return token_ids.int()

@@ -93,15 +93,14 @@ def execute(on: Executor, schedule: list[Scheduled], requests: int) -> list[list
     return outputs(schedule, [step.result(busy_us=0, at_us=0) for step in sampled], requests)
 
 
-def test_padded_steps_sample_what_exact_ones_do(tmp_path: Path) -> None:
+def replayed_and_exact(
+    tmp_path: Path, requests: list[Request], schedule: list[Scheduled], sizes: Sizes
+) -> tuple[list[list[list[int]]], RunAgain]:
+    """The outputs of steps that are replayed where they fit, and of steps that are not."""
     directory = write_checkpoint(
         tmp_path / "checkpoint", vocab_size=515, num_hidden_layers=1, num_attention_heads=4
     )
     used = msgspec.structs.replace(SETTINGS, max_num_seqs=5, max_model_len=96)
-    requests = random_requests(8, 6, seed=4)
-    schedule = random_schedule(
-        requests, random.Random(2), slots=5, blocks=40, block_size=16, largest_chunk=25
-    )
     model = load_model(directory, device=DEVICE)
     shape = attention_shape(model.config, TensorParallel(), 16)
     backend = ByPhaseBackend(TritonDecodeBackend(shape), TritonPrefillBackend(shape))
@@ -111,11 +110,39 @@ def test_padded_steps_sample_what_exact_ones_do(tmp_path: Path) -> None:
         cache = allocate_kv_cache(model.config, shape, 40, torch.float32, DEVICE)
         executor = Executor(model, backend, cache, used, DEVICE)
         if replayed:
-            mixed = [Layout(5, 3, tokens, 8) for tokens in (30, 60)]
-            executor.capture_graphs(Sizes([2, 5], mixed), capture, lambda done, total: None)
+            executor.capture_graphs(sizes, capture, lambda done, total: None)
         found.append(execute(executor, schedule, len(requests)))
+    return found, capture
+
+
+def test_padded_steps_sample_what_exact_ones_do(tmp_path: Path) -> None:
+    requests = random_requests(8, 6, seed=4)
+    schedule = random_schedule(
+        requests, random.Random(2), slots=5, blocks=40, block_size=16, largest_chunk=25
+    )
+    sizes = Sizes([2, 5], [Layout(5, 3, tokens, 8) for tokens in (30, 60)])
+    found, capture = replayed_and_exact(tmp_path, requests, schedule, sizes)
     assert found[0] == found[1]
     assert len(schedule) // 2 < capture.replays < len(schedule), "some steps fit, and some do not"
+
+
+def test_processed_rows_are_drawn_again_in_a_replay_of_their_own(tmp_path: Path) -> None:
+    """By graphs with room for more rows, which draw some twice but count them once."""
+    used = {"frequency_penalty": 1.5, "repetition_penalty": 1.3, "min_tokens": 3}
+    requests = [
+        request._replace(sampling=msgspec.structs.replace(request.sampling, **used, logprobs=None))
+        for request in random_requests(6, 6, seed=5)
+    ]
+    schedule = random_schedule(
+        requests, random.Random(3), slots=5, blocks=40, block_size=16, largest_chunk=25
+    )
+    sizes = Sizes([5], [Layout(5, 5, 5 * 25, 10)])
+    found, capture = replayed_and_exact(tmp_path, requests, schedule, sizes)
+    assert found[0] == found[1]
+    sampling_steps = sum(bool(owners) for _, owners in schedule)
+    assert capture.replays == len(schedule) + sampling_steps
+    drawn = {len(owners) for _, owners in schedule}
+    assert drawn & {2, 3}, "a graph has room for more"
 
 
 def test_the_smallest_graph_with_room_is_replayed() -> None:

@@ -119,7 +119,7 @@ def test_logprobs_of_a_sharded_vocabulary(root: Path, size: int) -> None:
         assert distinct == [LOGPROBS] * len(distinct)
 
 
-def test_rows_that_need_whole_logits_go_on_with_what_was_drawn(root: Path) -> None:
+def test_rows_drawn_again_go_on_with_what_was_drawn(root: Path) -> None:
     """In steps that are replayed and in steps that are not, as without tensor parallelism."""
     expected = run_steps(root, TensorParallel(), replayed=False)
     for rank in range(2):
@@ -129,7 +129,7 @@ def test_rows_that_need_whole_logits_go_on_with_what_was_drawn(root: Path) -> No
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 @pytest.mark.parametrize("size", SIZES)
-def test_rows_that_need_whole_logits_on_gpus(tmp_path: Path, size: int) -> None:
+def test_rows_drawn_again_on_gpus(tmp_path: Path, size: int) -> None:
     if torch.cuda.device_count() < size:
         pytest.skip(f"fewer than {size} GPUs")
     write_checkpoint(

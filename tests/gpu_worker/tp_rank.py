@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,18 +113,25 @@ def steps_file(root: Path, size: int, rank: int) -> Path:
 
 
 def scheduled_steps() -> list[Scheduled]:
-    """Of requests some of whose rows need whole logits: often not as many as there are ranks."""
+    """Of requests some of whose rows need whole logits, or have their logits processed: often not
+    as many as there are ranks."""
     rng = random.Random(3)
-    samplings = [(0.9, 0, 0.0), (1.0, 100, 0.0), (1.0, 20, 0.0), (1.0, 0, 0.05), (1.0, 0, 0.0)]
+    samplings = [
+        Sampling(top_p=0.9),
+        Sampling(top_k=100),
+        Sampling(top_k=20),
+        Sampling(min_p=0.05),
+        Sampling(),
+        Sampling(top_p=0.9, frequency_penalty=1.5),
+        Sampling(repetition_penalty=1.5),
+    ]
     requests = [
         Request(
             rng.choices(range(515), k=rng.randint(1, 20)),
             rng.randint(2, 5),
-            Sampling(
-                temperature=0.8, top_p=top_p, top_k=top_k, min_p=min_p, seed=number, logprobs=2
-            ),
+            msgspec.structs.replace(sampling, temperature=0.8, seed=number, logprobs=2),
         )
-        for number, (top_p, top_k, min_p) in enumerate(samplings)
+        for number, sampling in enumerate(samplings)
     ]
     return random_schedule(requests, rng, slots=4, blocks=12, block_size=16, largest_chunk=15)
 
