@@ -9,6 +9,8 @@ Prints one JSON line for each load and pipeline depth:
     lag_ms             from the end of a step on the device to its token at the client
     scheduler_us       CPU time of the scheduler, a step
     plan_bytes         size of a steady step plan
+    constrained        of requests with a grammar (`--constrained`): their share, and their tokens a
+                       second while they run, over those of the others
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from nanovllm.bench.prompts import Conversation, Shape, random_conversations
 from nanovllm.bench.report import arrived
 from nanovllm.bench.work import Lengths
 from nanovllm.control import IngressStats, SchedulerStats, Status, WorkerStats
-from nanovllm.protocol import Delta, Sampling, ServerMessage
+from nanovllm.protocol import Delta, Sampling, ServerMessage, StructuredOutputs
 
 PROMPT_TOKENS = 16
 OUTPUT_TOKENS = Lengths(50, 300)
@@ -41,6 +43,18 @@ OUTPUT_TOKENS = Lengths(50, 300)
 # the machine's monotonic clock in µs, modulo this.
 STAMP_MODULO = 1 << 24
 WARM_UP_S = 4.0
+# Longer than any output, so that the rows with a grammar end as the others do.
+SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    },
+    "minItems": 1000,
+}
+OUTPUTS = StructuredOutputs(json_schema=json.dumps(SCHEMA))
 
 
 class Case(NamedTuple):
@@ -57,21 +71,40 @@ CASES = (Case(256, 2.0), Case(1, 0.5))
 @click.option("--seconds", default=12.0, show_default=True, help="Length of each measurement.")
 @click.option("--depth", "depths", type=int, multiple=True, default=(3, 1), show_default=True)
 @click.option("--sequences", type=int, help="Only the load with so many sequences.")
-def main(seconds: float, depths: tuple[int, ...], sequences: int | None) -> None:
-    for case in CASES:
+@click.option("--step-ms", type=float, help="Of the load with --sequences, whatever their number.")
+@click.option(
+    "--constrained",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="The share of requests whose answers must be JSON of a schema.",
+)
+def main(
+    seconds: float,
+    depths: tuple[int, ...],
+    sequences: int | None,
+    step_ms: float | None,
+    constrained: float,
+) -> None:
+    cases = [case for case in CASES if sequences in (None, case.sequences)]
+    if sequences is not None and step_ms is not None:
+        cases = [Case(sequences, step_ms)]
+    for case in cases:
         for depth in depths:
-            if sequences in (None, case.sequences):
-                click.echo(json.dumps(measure(case, depth, seconds)))
+            click.echo(json.dumps(measure(case, depth, seconds, constrained)))
 
 
-def measure(case: Case, depth: int, seconds: float) -> dict[str, Any]:
-    """Runs a pipeline of its own under `case` for `seconds` after a warm-up."""
+def measure(case: Case, depth: int, seconds: float, constrained: float = 0.0) -> dict[str, Any]:
+    """Runs a pipeline of its own under `case` for `seconds` after a warm-up.
+
+    Args:
+        constrained: the share of requests with a grammar.
+    """
     arguments = f"--device sim --sim-step-ms {case.step_ms} --pipeline-depth {depth}"
     arguments += f" --max-num-seqs {case.sequences} --max-model-len 1024 --log-level warning"
     # A few more than run, so that whenever a sequence ends another is waiting.
     outstanding = case.sequences + max(1, case.sequences // 16)
     with Pipeline("", *arguments.split()) as pipeline, SocketClient(pipeline.endpoint) as client:
-        conversations = _probed(case.sequences > 1)
+        conversations = _probed(case.sequences > 1, constrained)
         load = Load(Concurrency(outstanding), conversations, time.monotonic())
         stamps = Stamps(client)
         run_for(load, stamps, WARM_UP_S)
@@ -86,16 +119,36 @@ def measure(case: Case, depth: int, seconds: float) -> dict[str, Any]:
         "step_ms": case.step_ms,
         "pipeline_depth": depth,
         **_figures(before, after, load, stamps.lags_s),
+        **({"constrained": _constrained(load, constrained)} if constrained else {}),
     }
 
 
-def _probed(several: bool) -> Iterator[Conversation]:
-    """Random conversations, some of which ask for logprobs, which carry the device's stamps."""
+def _is_constrained(number: int, share: float) -> bool:
+    """Whether request `number` has a grammar: spread evenly."""
+    return int((number + 1) * share) > int(number * share)
+
+
+def _constrained(load: Load, share: float) -> dict[str, float | None]:
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for number, record in enumerate(load.records):
+        if len(times := record.arrived_s) > 1 and times[-1] > times[0] >= 0:
+            rates[_is_constrained(number, share)].append((len(times) - 1) / (times[-1] - times[0]))
+    others = statistics.median(rates[False]) if rates[False] else None
+    of_others = None if others is None else round(statistics.median(rates[True]) / others, 4)
+    return {"share": share, "of_the_others_tokens": of_others}
+
+
+def _probed(several: bool, constrained: float) -> Iterator[Conversation]:
+    """Random conversations, some of which ask for logprobs, which carry the device's stamps, and
+    some of which have a grammar."""
     every = 64 if several else 2
     shape = Shape(Lengths(PROMPT_TOKENS, PROMPT_TOKENS), OUTPUT_TOKENS)
     for number, (turn,) in enumerate(random_conversations(0, shape, Sampling(ignore_eos=True))):
         logprobs = None if number % every else 0
         sampling = msgspec.structs.replace(turn.sampling, logprobs=logprobs)
+        if _is_constrained(number, constrained):
+            sampling.ignore_eos = False
+            sampling.structured_outputs = OUTPUTS
         yield [turn._replace(sampling=sampling)]
 
 

@@ -174,14 +174,16 @@ class SimRunner:
         result = StepResult(
             number=step.number,
             token_ids=pack(token_ids),
-            logprobs=self._logprobs(batch, indices, ran.end),
+            logprobs=self._logprobs(batch, token_ids, indices, ran.end),
             busy_us=round(ran.busy * 1e6),
             at_us=round((ran.end - self._start) * 1e6),
             prompt_parts=[_prompt_part(span) for span in batch.prompt_spans],
         )
         self._coming.append((ran.end, result))
 
-    def _logprobs(self, batch: Batch, indices: NDArray[np.int64], end: float) -> list[RowLogprobs]:
+    def _logprobs(
+        self, batch: Batch, token_ids: Int32s, indices: NDArray[np.int64], end: float
+    ) -> list[RowLogprobs]:
         """The likeliest tokens are the chosen one and others, each half as likely as the last.
 
         The value of the chosen token is no probability but a time stamp, which tells the lag from
@@ -192,7 +194,7 @@ class SimRunner:
         for row, count in batch.wants_logprobs:
             ranks = np.arange(count)
             others = self._vocabulary[(indices[row] + ranks) % len(self._vocabulary)]
-            tokens = np.concatenate((self._vocabulary[indices[row : row + 1]], others))
+            tokens = np.concatenate((token_ids[row : row + 1], others))
             values = np.concatenate(([stamp], (ranks + 1) * -np.log(2))).astype("<f4")
             found.append(RowLogprobs(row, TokenLogprobs(pack(tokens), values.tobytes())))
         return found

@@ -94,6 +94,13 @@ def test_tokens_are_of_the_grammar(grammars: Grammars) -> None:
     assert set(tokens(few, 0)) <= {token_id("a"), NO_TOKEN_LEFT}
 
 
+def test_logprobs_are_of_the_tokens_drawn(grammars: Grammars) -> None:
+    matcher = grammars.matcher(StructuredOutputs(regex="[a-z]+"))
+    for result in run(matcher, sampling=Sampling(seed=5, logprobs=1)):
+        (entry,) = result.logprobs
+        assert unpack(entry.logprobs.token_ids)[0] == unpack(result.token_ids)[0]
+
+
 def test_masks_that_come_late_make_the_device_idle(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:

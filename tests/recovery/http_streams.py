@@ -77,9 +77,16 @@ async def _asked(client: AsyncOpenAI, case: Case) -> Any:
         "logit_bias": params.logit_bias or {},
         "n": params.n,
     }
+    outputs = params.structured_outputs
+    if isinstance(outputs, dict):
+        keys["extra_body"]["structured_outputs"] = {
+            key.removesuffix("_schema"): value for key, value in outputs.items()
+        }
     if isinstance(case.prompt, str):
         return await client.completions.create(prompt=case.prompt, logprobs=params.logprobs, **keys)
-    keys |= {"messages": case.prompt, "tools": TOOLS}
+    keys["messages"] = case.prompt
+    if outputs is None:
+        keys["tools"] = TOOLS
     if params.logprobs is not None:
         keys |= {"logprobs": True, "top_logprobs": params.logprobs}
     return await client.chat.completions.create(**keys)
