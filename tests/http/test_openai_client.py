@@ -133,7 +133,7 @@ def test_the_model_calls_a_tool_and_says_what_that_has_answered(
     ]
     said = asked(client, messages, stream, tools=TOOLS)
     assert said["finish_reason"] == "stop"
-    assert " degrees: rain." in said["content"]
+    assert " degrees: " in said["content"]
 
 
 def asked(client: openai.OpenAI, messages: list[Any], stream: bool, **keys: Any) -> dict[str, str]:

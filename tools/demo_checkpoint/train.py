@@ -3,7 +3,8 @@
 Trains a byte-level BPE tokenizer of Qwen3's make and a Qwen3 model of a million parameters on text
 from `documents`, in a quarter of an hour of one core, and writes a Hugging Face checkpoint of less
 than 4 MB. The same seed and steps give the same text and tokenizer, and the same weights as far as
-torch's kernels are deterministic on the machine.
+torch's kernels are deterministic on the machine. The checkpoint that is served had 2400 steps, and
+then 360 more: `--start DIR --seed 1`.
 """
 
 import itertools
@@ -181,7 +182,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     config = model.config.to_dict()
     for clutter in ("_name_or_path", "id2label", "label2id", "problem_type", "return_dict"):
         config.pop(clutter, None)
-    config["architectures"] = ["Qwen3ForCausalLM"]
+    config |= {"architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}
     write_json(out / "config.json", config)
     ends = tokenizer.convert_tokens_to_ids([TURN_END, END_OF_TEXT])
     write_json(
@@ -219,12 +220,12 @@ def main(out: Path, minutes: float, steps: int, seed: int, start: Path | None) -
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(seed)
     if start is None:
-        bare = train_tokenizer(seed)
-        tokenizer, peak = wrap(bare), PEAK_LEARNING_RATE
+        bare, peak = train_tokenizer(seed), PEAK_LEARNING_RATE
         model = Qwen3ForCausalLM(model_config(bare)).float()
     else:
-        tokenizer, peak = PreTrainedTokenizerFast.from_pretrained(start), PEAK_OF_MORE_TRAINING
+        bare, peak = Tokenizer.from_file(str(start / "tokenizer.json")), PEAK_OF_MORE_TRAINING
         model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
+    tokenizer = wrap(bare)
     log.info("%d parameters, %d tokens", model.num_parameters(), len(tokenizer))
     rng = random.Random(seed)
     examples = (encode(document, tokenizer, rng) for document in documents(seed + 1))
