@@ -12,6 +12,7 @@ it. Each stream must bring what the same request brings undisturbed. Prints one 
     kills        by SIGKILL, for each service and rank
     stops        by SIGSTOP: those that were continued, and those that were left to be found
     streams      that ended, and how many of them lived through a kill
+    chats        over HTTP: how many answers have content, reasoning and a tool call
     changed      streams whose tokens, text, reason or usage differ from the undisturbed ones
     recovery_s   from a kill until all streams of that moment have gone on: median and maximum
 
@@ -39,6 +40,7 @@ from tqdm import tqdm
 from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline
 from tests.pipeline.leftovers import wait_until_nothing_is_left
+from tests.recovery.http_streams import chat_parts
 from tests.recovery.streams import (
     STOPS,
     Outcome,
@@ -141,6 +143,7 @@ def wreak_havoc(
             "ended": len(ended),
             "hit": sum(any(_lived_at(one, at) for at, _ in struck) for one in ended),
         },
+        **({"chats": chat_parts(expected)} if http else {}),
         "changed": len(changed),
         "recovery_s": _recoveries(struck, ended),
     }

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from openai import AsyncOpenAI
 
 from tests.recovery.streams import TIMEOUT_S, Case, Outcome, Streamed
 
-# Tools make the door look for calls in every piece of text.
-TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
-
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+FUNCTION = {"name": "get_weather", "description": "The weather in a city", "parameters": PARAMETERS}
+TOOLS = [{"type": "function", "function": FUNCTION}]
 
 # The keys that are not OpenAI's.
 EXTRA_KEYS = (
@@ -58,6 +59,16 @@ async def stream_over_http(
         raise RuntimeError(f"{case}: the stream has no end: {choices}")
     text = json.dumps(choices, sort_keys=True)
     return Streamed(number, Outcome([], text, "each its own", completion_tokens), times)
+
+
+def chat_parts(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """How many answers of chats have content, reasoning and a tool call."""
+    found: collections.Counter[str] = collections.Counter()
+    for outcome in outcomes:
+        if outcome.finish_reason != "left":
+            found.update(name for choice in json.loads(outcome.text) for name in choice)
+    names = {"content": "content", "reasoning": "reasoning", "tool_call": "arguments 0"}
+    return {name: found[piece] for name, piece in names.items()}
 
 
 async def _asked(client: AsyncOpenAI, case: Case) -> Any:

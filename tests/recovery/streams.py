@@ -26,6 +26,8 @@ from nanovllm.protocol import PromptLogprobs
 TIMEOUT_S = 120.0
 NEW_TOKENS = 120
 PROMPTS = ("Once upon a time", "🦊🐻 Once", "Zoë", "A lighthouse keeper")
+# Over HTTP the demo model calls a tool for the first.
+QUESTIONS = ("What is the weather in Bern?", "Tell me a story about a fox.")
 # Strings in what each device writes. In float32 the demo model writes the same on both.
 MODEL_STOPS = (" lantern", "kettle", ". T")
 STOPS = {"sim": ("ree", "old "), "cpu": MODEL_STOPS, "cuda": MODEL_STOPS}
@@ -100,26 +102,30 @@ def mixed_cases(stops: Sequence[str]) -> list[Case]:
 
 
 def random_cases(draw: random.Random, count: int, stops: Sequence[str]) -> list[Case]:
-    """Of every kind: text and chats, greedy and seeded, with filters, stop strings and logprobs.
-    One in three has a grammar, one in three has further parameters, one in ten is aborted."""
+    """Of every kind: text and (every other) chats, greedy and seeded, with filters, stop strings
+    and logprobs. One in ten is aborted. One in four asks for a tool; of the others one in three has
+    a grammar, and one in three has further parameters."""
     cases = []
-    for _ in range(count):
-        text = " ".join(draw.choices(PROMPTS, k=draw.randint(1, 12)))
-        chat = [{"role": "user", "content": text}]
+    for number in range(count):
+        prompt: Prompt = " ".join(draw.choices(PROMPTS, k=draw.randint(1, 12)))
         max_tokens = draw.randint(20, 120)
-        outputs = draw.choice(GRAMMARS) if draw.random() < 1 / 3 else None
+        asks_for_a_tool = number % 4 == 1
+        if number % 2:
+            question = QUESTIONS[0 if asks_for_a_tool else 1]
+            prompt = [{"role": "user", "content": question}]
+            max_tokens += 40  # the model thinks first
+        kind = "plain" if asks_for_a_tool else draw.choice(("plain", "grammar", "further"))
         params = SamplingParams(
             temperature=draw.choice((0.0, 1.0, 1.5)),
             top_p=draw.choice((1.0, 0.9)),
             max_tokens=max_tokens,
-            ignore_eos=outputs is None and draw.random() < 0.75,
+            ignore_eos=kind != "grammar" and draw.random() < 0.75,
             seed=draw.getrandbits(32),
             stop=list(stops) if draw.random() < 0.4 else [],
             logprobs=draw.choice((None, None, None, 2)),
-            **(further_params(draw, max_tokens) if outputs is None and draw.random() < 0.5 else {}),
-            structured_outputs=outputs,
+            **(further_params(draw, max_tokens) if kind == "further" else {}),
+            structured_outputs=draw.choice(GRAMMARS) if kind == "grammar" else None,
         )
-        prompt: Prompt = chat if draw.random() < 0.25 else text
         leaves_after = draw.randint(1, max_tokens) if draw.random() < 0.1 else None
         cases.append(Case(prompt, params, leaves_after))
     return cases

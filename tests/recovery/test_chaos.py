@@ -17,3 +17,5 @@ def test_nothing_is_lost_whatever_dies(device: str, http: bool) -> None:
     assert sum(figures["kills"].values()) == 10
     assert figures["streams"]["hit"] >= 40
     assert figures["changed"] == 0
+    if http:
+        assert all(figures["chats"].values())
