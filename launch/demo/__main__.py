@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 import click
 
 from nanovllm import Client, SamplingParams
+from nanovllm.client.answers import show
 from nanovllm.client.control import Control
 from nanovllm.client.private_pipeline import PrivatePipeline
+from nanovllm.client.sync import Stream
 from nanovllm.control import Status, WorkerStats
 from nanovllm.progress import LoadingBar
 from nanovllm.settings import Settings
 
 STORY = "Once upon a time"
 QUESTIONS = ("Tell me a story about a fox.", "Who lives in the harbour?")
+TOOL_QUESTION = "What is the weather in Bern?"
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
 # Streams at the same time, to see them batched.
 CROWD = 32
 # The longest bar, in characters.
@@ -56,16 +60,15 @@ def _watch_start(pipeline: PrivatePipeline) -> None:
 
 
 def _answer(client: Client) -> None:
-    """Streams a continuation, and answers to a few questions."""
+    """Streams a continuation, answers to a few questions, and a tool call."""
     sampling = SamplingParams(temperature=0.6, max_tokens=250, seed=7)
     click.secho(f"\n{STORY}", bold=True, nl=False)
-    for delta in client.generate(STORY, sampling, stream=True):
-        _write(delta.text)
+    _show(client.generate(STORY, sampling, stream=True))
     for question in QUESTIONS:
-        click.secho(f"\n\n> {question}", bold=True)
-        for delta in client.chat(question, sampling, stream=True):
-            _write(delta.text)
-    click.echo()
+        click.secho(f"\n> {question}", bold=True)
+        _show(client.chat(question, sampling, stream=True))
+    click.secho(f"\n> {TOOL_QUESTION} (with the tool get_weather)", bold=True)
+    _show(client.chat(TOOL_QUESTION, sampling, stream=True, tools=[TOOL]))
 
 
 def _crowd(client: Client) -> None:
@@ -83,9 +86,10 @@ def _crowd(client: Client) -> None:
     )
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _show(stream: Stream) -> None:
+    """Raises KeyboardInterrupt if Ctrl-C stopped the answer."""
+    if show(stream).completion is None:
+        raise KeyboardInterrupt
 
 
 def _reported(control: Control, later_than: float = 0.0) -> Status:
