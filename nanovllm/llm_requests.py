@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 from nanovllm.client.requests import Prompt
 from nanovllm.client.results import PendingRequest, RequestError
 from nanovllm.protocol import FinishReason, Generate, Logprobs, PromptLogprobs
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, following_seed
 from nanovllm.wording import counted
 
 
@@ -86,8 +86,10 @@ def _one_by_one(sampling: SamplingParams | None) -> list[SamplingParams | None]:
     """The parameters of the requests for the n outputs of one prompt."""
     if sampling is None or sampling.n == 1:
         return [sampling]
-    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(sampling.n)]
-    return [dataclasses.replace(sampling, n=1, seed=seed) for seed in seeds]
+    seed = None if sampling.seed is None else int(sampling.seed)
+    return [
+        dataclasses.replace(sampling, n=1, seed=following_seed(seed, i)) for i in range(sampling.n)
+    ]
 
 
 def output_of(request: PendingRequest, index: int) -> LLMOutput | RequestError:

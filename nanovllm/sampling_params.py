@@ -15,6 +15,11 @@ from nanovllm.protocol import Sampling, StructuredOutputs
 from nanovllm.wording import key_and_reason
 
 
+def following_seed(seed: int | None, index: int) -> int | None:
+    """The seed `index` after this one, as an int64: after the largest comes the smallest."""
+    return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
+
+
 @dataclass(slots=True)
 class SamplingParams:
     """How the tokens of one request are drawn, and when its output ends.

@@ -18,7 +18,7 @@ RETRY_AFTER_S: Final = "1"
 # The key that a message of the pipeline begins with.
 _KEY: Final = re.compile(
     r"((?:messages|tools|chat_template_kwargs|stop_token_ids|logit_bias|min_tokens|bad_words"
-    r"|allowed_token_ids)[\w.\[\]]*): "
+    r"|allowed_token_ids|prompt)[\w.\[\]]*): "
 )
 
 
@@ -64,6 +64,8 @@ def api_error(error: RequestError | PipelineUnavailable) -> ApiError:
     if isinstance(error, PipelineUnavailable):
         return ApiError(503, "the pipeline does not answer; try again", code="unavailable")
     message = error.message.removeprefix("sampling.")
+    if message.startswith("prompt_token_ids: "):
+        message = message.replace("prompt_token_ids", "prompt", 1)  # over HTTP one key has both
     key = _KEY.match(message)
     return ApiError(_STATUS_OF[error.code], message, key and key[1], error.code)
 

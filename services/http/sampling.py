@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from nanovllm.protocol import Generate, Sampling
+from nanovllm.sampling_params import following_seed
 from nanovllm.services.http.constraints import structured_outputs
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import ApiError
@@ -81,17 +82,12 @@ def copies(
             message,
             id=context.client.new_id(),
             sampling=msgspec.structs.replace(
-                message.sampling, seed=_following(message.sampling.seed, index)
+                message.sampling, seed=following_seed(message.sampling.seed, index)
             ),
         )
         for message in messages
         for index in range(count)
     ]
-
-
-def _following(seed: int | None, index: int) -> int | None:
-    """The seed `index` after this one, as an int64."""
-    return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
 
 
 def _first(asked: T | None, default: T | None, own: T) -> T:

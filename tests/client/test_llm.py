@@ -289,6 +289,10 @@ def test_n_outputs_are_those_of_n_requests(pipeline: Pipeline) -> None:
             llm.generate(["Once", [10**6]], params, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == [one["token_ids"] for one in singles]
     assert [output["seed"] for output in outputs] == [5, 6, 7] * 2
+    greedy = SamplingParams(temperature=0, max_tokens=1, seed=2**63 - 1, n=2)
+    with LLM(endpoint=pipeline.endpoint) as llm:
+        ends = llm.generate(["Once"], greedy, use_tqdm=False)
+    assert [output["seed"] for output in ends] == [2**63 - 1, -(2**63)]
     with pytest.raises(ValueError, match="n=0"):
         SamplingParams(n=0)
 

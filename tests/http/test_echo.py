@@ -157,6 +157,8 @@ def test_a_chat_has_the_logprobs_of_its_prompt(server: Server, raw: Client, stre
 @pytest.mark.parametrize(
     ("keys", "param"),
     [
+        ({"prompt": [300, 10**6], "echo": True}, "prompt"),
+        ({"prompt": [300] * 5000}, "prompt"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "echo": 1}, "echo"),
         ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs"),
