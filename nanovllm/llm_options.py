@@ -19,6 +19,7 @@ class LLMOptions(TypedDict, total=False):
     detokenizers: int
     device: Literal["auto", "cuda", "cpu", "sim"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    quantization: Literal["auto", "fp8"]
     attention: Literal["auto", "flash-attn", "triton", "sdpa"]
     enforce_eager: bool
     gpu_memory_utilization: float

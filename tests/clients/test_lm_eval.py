@@ -19,7 +19,7 @@ pytest.importorskip("lm_eval")
 
 TIMEOUT_S = 240.0
 QUESTIONS = ["Once upon a time there was a", "The fox and the"]
-ANSWERS = [" clever cat", " bird", " cat. \N{GRINNING FACE}"]
+OTHERS = [" bird", " cat. \N{GRINNING FACE}"]
 
 COMMON = """
 task: {task}
@@ -45,12 +45,15 @@ metric_list: [{metric: exact_match}]
 
 @pytest.fixture(scope="module")
 def samples(
-    server: Server, tmp_path_factory: pytest.TempPathFactory
+    server: Server, pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
-    """What lm-eval says of each question, by task."""
+    """What lm-eval says of each question, by task. The first answer is the model's own."""
     directory = tmp_path_factory.mktemp("lm_eval")
     data = directory / "questions.jsonl"
-    rows = [{"question": question, "answers": ANSWERS} for question in QUESTIONS]
+    own = SamplingParams(temperature=0, max_tokens=3)
+    with Client(pipeline.endpoint) as raw:
+        answers = [[raw.generate(question, own).text, *OTHERS] for question in QUESTIONS]
+    rows = [{"question": q, "answers": a} for q, a in zip(QUESTIONS, answers, strict=True)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for task, rest in (("choices", CHOICES), ("generation", GENERATION)):
         (directory / f"{task}.yaml").write_text(COMMON.format(task=task, data=data) + rest)
@@ -59,9 +62,9 @@ def samples(
     command += ["--model_args", f"{model},tokenizer_backend=huggingface,max_retries=1"]
     command += ["--tasks", "choices,generation", "--include_path", str(directory)]
     command += ["--batch_size", "4", "--log_samples", "--output_path", str(directory / "out")]
-    own = {"HF_HOME": str(directory / "hf"), "HF_HUB_OFFLINE": "1"}
+    offline = {"HF_HOME": str(directory / "hf"), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(
-        command, env={**os.environ, **own}, capture_output=True, text=True, timeout=TIMEOUT_S
+        command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
     found: dict[str, list[dict[str, Any]]] = {}
@@ -78,7 +81,8 @@ def test_loglikelihoods_are_the_models(
     with Client(pipeline.endpoint) as raw:
         for sample, question in zip(samples["choices"], QUESTIONS, strict=True):
             context = len(tokens_of(server, question))
-            for answer, response in zip(ANSWERS, sample["filtered_resps"], strict=True):
+            answers = sample["doc"]["answers"]
+            for answer, response in zip(answers, sample["filtered_resps"], strict=True):
                 params = SamplingParams(max_tokens=1, prompt_logprobs=1)
                 prompt = tokens_of(server, question + answer)
                 entries = raw.generate(prompt, params).prompt_logprobs
