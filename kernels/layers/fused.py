@@ -24,6 +24,8 @@ MAX_WARPS = 16
 # A program of `_norm_rope_store` takes this many heads of one token, with this many warps.
 HEADS = 8
 HEADS_WARPS = 4
+# Of a vocabulary's logits.
+HEAD_TUNING = gemv.GemvTuning(2, 2)
 # A program of `_silu_mul` takes this many elements.
 SILU_TILE = 1024
 
@@ -94,6 +96,12 @@ class FusedOps(LayerOps):
         if bias is not None or tuning is None:
             return super().linear_add(x, weight, bias, residual)
         return gemv.linear(x, weight, Fusion(residual=residual), tuning), None
+
+    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        # Nothing else has been measured with so many outputs.
+        if len(hidden) > 1 or hidden.shape[1] > gemv.SMALL:
+            return super().logits(hidden, weight, out)
+        return gemv.linear(hidden, weight, Fusion(), HEAD_TUNING, out)
 
     def norm_rope_store(
         self,

@@ -44,13 +44,16 @@ class GemvTuning(NamedTuple):
     warps: int
 
 
-def linear(x: Tensor, weight: Weight, fusion: Fusion, tuning: GemvTuning) -> Tensor:
-    """See `ops.fused_linear`; x has at most `MAX_ROWS` rows."""
+def linear(
+    x: Tensor, weight: Weight, fusion: Fusion, tuning: GemvTuning, out: Tensor | None = None
+) -> Tensor:
+    """See `ops.fused_linear`; x has at most `MAX_ROWS` rows. Writes to `out`, if given."""
     rows, inputs = x.shape
     values, scales = weight if isinstance(weight, Fp8Weight) else (weight, weight)
     outputs = len(values) // 2 if fusion.gated else len(values)
     per_load = LOAD_BYTES // min(values.itemsize, 2)
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     norm, residual = fusion.norm, fusion.residual
     # Two kernels instead of four, since each has to be compiled.
     padded = 1 if rows == 1 else MAX_ROWS

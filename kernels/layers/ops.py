@@ -126,6 +126,11 @@ class LayerOps:
         """Projects x [T, inputs], to be added to the stream `residual`. Returns the stream."""
         return self.gemm(x, weight, bias), residual
 
+    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        """hidden [T, inputs] times weight [vocab, inputs]: [T, vocab], in `out` if given, which is
+        contiguous."""
+        return torch.mm(hidden, weight.t(), out=out)
+
     def norm_rope_store(
         self,
         qkv: Tensor,

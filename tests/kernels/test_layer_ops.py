@@ -60,6 +60,24 @@ def test_add_rms_norm(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+def test_logits(dtype: torch.dtype) -> None:
+    """One row goes to a kernel of ours; all may be written where the caller says."""
+    sizes = [(1, 48, 37), (3, 48, 37), (1, 1040, 5)]
+    if ON_CUDA:
+        sizes += [(1, 1024, 151_936), (2, 1024, 151_936)]
+    random = Random(dtype)
+    for rows, inputs, vocab in sizes:
+        hidden, weight = random(rows, inputs), random(vocab, inputs)
+        expected = LayerOps().logits(hidden, weight, None)
+        out = torch.empty_like(expected)
+        found = FusedOps().logits(hidden, weight, out)
+        assert found.data_ptr() == out.data_ptr()
+        for logits in (out, FusedOps().logits(hidden, weight, None)):
+            error = (logits.float() - expected.float()).norm() / expected.float().norm()
+            assert error.item() < TOLERANCES[dtype]
+
+
+@DTYPES
 def test_norm_rope_store(dtype: torch.dtype) -> None:
     shapes = [(1, 2, 2, 16), (5, 3, 1, 32), (3, 16, 8, 128), (2, 4, 2, 24)]
     if ON_CUDA:

@@ -154,6 +154,7 @@ class VocabParallelMatrix:
     def __init__(self, vocab_size: int, width: int, tp: TensorParallel, factory: Factory) -> None:
         self.vocab_size = vocab_size
         self.tp = tp
+        self._ops = factory.ops
         self.shard = -(-vocab_size // tp.size)
         self.start = tp.rank * self.shard
         self.ids = VocabShard(tp, self.start)
@@ -175,7 +176,7 @@ class VocabParallelMatrix:
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [rows, width]. Returns [rows, shard], in `out` if given: the logits of this rank's
         ids, and -inf where the shard is padded."""
-        local = torch.mm(hidden, self.weight.t(), out=out)
+        local = self._ops.logits(hidden, self.weight, out)
         if self.rows < self.shard:
             local[:, self.rows :] = -torch.inf
         return local
