@@ -130,7 +130,7 @@ class EventStream(Response):
         """
         events: list[bytes] = []
         for stream, output in list(self._running.items()):
-            if deltas := stream.take():
+            while deltas := stream.take():  # more may come, and the end, while events are made
                 self._observe(stream, deltas)
                 delta = merged(deltas)
                 make = partial(self._news_of, output, delta)
