@@ -93,8 +93,9 @@ class Sequence:
     def ending(self) -> OutputEnd | None:
         """The end of the sequence, if its output holds one. Not for a sequence in a slot."""
         output = unpack(self.output).tolist()
-        max_tokens = self.submit.sampling.max_tokens
+        sampling = self.submit.sampling
+        max_tokens = sampling.max_tokens
         for count, token_id in enumerate(output[:max_tokens], 1):
-            if token_id in self.stop_ids:
+            if token_id in self.stop_ids and count > sampling.min_tokens:
                 return OutputEnd("stop", count)
         return OutputEnd("length", max_tokens) if len(output) >= max_tokens else None

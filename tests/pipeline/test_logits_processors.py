@@ -93,11 +93,13 @@ def test_min_tokens_hold_off_every_end(wire: Wire) -> None:
     stop_id = ended.token_ids[4]
     stop = ended.text[:5]
     more = {**free, "min_tokens": count + 5}
-    longer, by_id, by_string, after = wire.run(
+    by_id_or_string = {**free, "min_tokens": 9, "stop_token_ids": [stop_id], "stop": [stop]}
+    longer, by_id, by_string, after, resumed = wire.run(
         {**story, "sampling": more},
         {**story, "sampling": {**free, "min_tokens": 9, "stop_token_ids": [stop_id]}},
         {**story, "sampling": {**free, "min_tokens": 9, "stop": [stop]}},
         {**story, "sampling": {**more, "max_tokens": count + 5}},
+        {**story, "sampling": by_id_or_string, "resume_token_ids": ended.token_ids[:6]},
     )
     assert not set(EOS) & set(longer.token_ids[: count + 5])
     assert longer.token_ids[: count - 1] == ended.token_ids[:-1]
@@ -105,6 +107,7 @@ def test_min_tokens_hold_off_every_end(wire: Wire) -> None:
     assert stop_id not in by_id.token_ids[:9]
     assert by_string.text.startswith(stop)
     assert after.finish.finish_reason == "length"
+    assert resumed.finish.usage.completion_tokens > 9
 
 
 def test_bad_words_do_not_come(wire: Wire) -> None:
