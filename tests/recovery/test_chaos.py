@@ -9,7 +9,7 @@ import pytest
 from tests.chaos import wreak_havoc
 
 
-@pytest.mark.parametrize(("device", "http"), [("cpu", False), ("sim", True)])
+@pytest.mark.parametrize(("device", "http"), [("sim", False), ("cpu", True)])
 def test_nothing_is_lost_whatever_dies(device: str, http: bool) -> None:
     seed = random.randrange(2**31)
     print(f"seed {seed}")
