@@ -12,7 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from nanovllm.service import API_KEY_VARIABLE, LISTENER_VARIABLE
+from nanovllm.api_keys import API_KEY_VARIABLE, api_keys
+from nanovllm.service import LISTENER_VARIABLE
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.transport.endpoints import host_and_port, is_loopback
 
@@ -35,7 +36,7 @@ class Listener:
 
     def __init__(self, settings: Settings) -> None:
         host, port = host_and_port(settings.http)
-        self._keys = _keys(settings.api_key_file)
+        self._keys = api_keys(os.environ.pop(API_KEY_VARIABLE, ""), settings.api_key_file)
         self._host = host
         self._tls_certificate = settings.tls_certificate
         if not is_loopback(host) and not self._keys and not settings.insecure:
@@ -84,28 +85,6 @@ class Listener:
 
     def close(self) -> None:
         self._socket.close()
-
-
-def _keys(file: str) -> list[str]:
-    """The keys of the variable, which is removed, and of the file."""
-    given = os.environ.pop(API_KEY_VARIABLE, "").split(",")
-    if file:
-        try:
-            lines = Path(file).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "it is no text"
-            raise SettingsError(f"--api-key-file {file} cannot be read: {why}") from None
-        lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        if not lines:
-            raise SettingsError(f"--api-key-file {file} has no key: write one into each line")
-        given += lines
-    keys = [key.strip() for key in given if key.strip()]
-    if not all(key.isascii() and key.isprintable() and not set(key) & {" ", ","} for key in keys):
-        raise SettingsError(
-            f"--api-key-file or {API_KEY_VARIABLE}: a key is printable ASCII without spaces and"
-            " commas"
-        )
-    return keys
 
 
 def _check_tls(certificate: str, key: str) -> None:

@@ -67,9 +67,8 @@ TURN_S = 0.02
 GREETING_S = 2.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"
-# What HTTP servers alone inherit: the socket that listens, and the keys, with commas.
+# What HTTP servers alone inherit: the socket that listens.
 LISTENER_VARIABLE = "NANOVLLM_HTTP_FD"
-API_KEY_VARIABLE = "NANOVLLM_API_KEY"
 
 
 class Service:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from click.core import ParameterSource
 
+from nanovllm.api_keys import API_KEY_VARIABLE, api_keys
 from nanovllm.bench.work import MAX_LENGTH, Lengths, Work
 from nanovllm.client.where import Where, pipeline_options
+
+if TYPE_CHECKING:
+    from nanovllm.bench.target import Target
 
 DEFAULT_REQUESTS: Final = 100
 DEFAULT_CONCURRENCY: Final = 16
@@ -64,10 +69,29 @@ class _Finite(click.FloatRange):
       nanovllm bench --concurrency 64 --input 100:1024 --output 100:1024
       nanovllm bench --rate 5 --seconds 60 --prompts sharegpt.json
       nanovllm bench --trace arrivals.jsonl --json run.json --plot run.png
+      nanovllm bench --http --concurrency 64
+      nanovllm bench --http http://gpu:8000/v1 --prompts chats.jsonl
     """,
     short_help="Load a running pipeline, and measure it.",
 )
 @pipeline_options
+@click.option(
+    "--http",
+    is_flag=False,
+    flag_value="",
+    metavar="[URL]",
+    help="Load the pipeline's HTTP servers, or any server of OpenAI's API: its base URL.",
+)
+@click.option(
+    "--model",
+    show_default="the first that the server lists",
+    help="The model to ask for over HTTP.",
+)
+@click.option(
+    "--api-key-file",
+    default="",
+    help=f"File whose first key is sent over HTTP; else the first of {API_KEY_VARIABLE}.",
+)
 @click.option(
     "--concurrency",
     type=click.IntRange(1),
@@ -168,6 +192,9 @@ class _Finite(click.FloatRange):
 )
 def bench(
     where: Where,
+    http: str | None,
+    model: str | None,
+    api_key_file: str,
     json_path: Path | None,
     plot_path: Path | None,
     **options: Any,
@@ -193,7 +220,21 @@ def bench(
         options["ignore_eos"] = options["prompts"] is None
     if options["requests"] is None and options["seconds"] is None and not options["trace"]:
         options["requests"] = DEFAULT_REQUESTS
+    if http is None and (model or api_key_file):
+        raise click.UsageError("--model and --api-key-file go with --http")
+    if http is not None and options["turns"] > 1 and options["prompts"] is None:
+        raise click.UsageError(
+            "--turns over HTTP needs --prompts with chats: the token ids of answers are not told"
+        )
     with told_in_one_line():
         from nanovllm.bench.command import run  # takes a while: Ctrl-C may come
+        from nanovllm.bench.target import http_target, socket_target
 
-        run(where, Work(**options), json_path, plot_path)
+        def find() -> Target:
+            if http is None:
+                return socket_target(where)
+            variable = "" if api_key_file else os.environ.get(API_KEY_VARIABLE, "")
+            key = next(iter(api_keys(variable, api_key_file)), "")
+            return http_target(where, http, key, model)
+
+        run(find, Work(**options), json_path, plot_path)

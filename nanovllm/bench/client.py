@@ -1,4 +1,4 @@
-"""Clients that carry a load: one of the ingress' socket so far."""
+"""What carries a load: the Protocol, and the client of the ingress' socket."""
 
 from __future__ import annotations
 

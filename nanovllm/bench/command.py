@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import click
 import msgspec
 
 from nanovllm import __version__
 from nanovllm.bench.arrivals import Arrival, Arrivals, Concurrency, Poisson, Trace, read_trace
-from nanovllm.bench.client import SocketClient
 from nanovllm.bench.load import Load, Record
 from nanovllm.bench.plot import check_plot, plot
 from nanovllm.bench.prompts import (
@@ -32,23 +31,17 @@ from nanovllm.bench.prompts import (
 from nanovllm.bench.report import Detail, Report, details, report
 from nanovllm.bench.run import drive
 from nanovllm.bench.show import Watch, print_report
+from nanovllm.bench.target import Target
 from nanovllm.bench.work import Work
-from nanovllm.client.cli import answering
 from nanovllm.client.results import PipelineUnavailable, RequestError
-from nanovllm.client.sync import Client
-from nanovllm.client.where import Where
-from nanovllm.protocol import Pong, Sampling
-
-# Between two questions to a pipeline that still loads.
-ASK_AGAIN_S: Final = 0.2
+from nanovllm.protocol import Sampling
 
 
 class Document(msgspec.Struct):
-    """What `--json` writes. `device`: what the workers say that they run on; None if the pipeline's
-    supervisor could not be asked."""
+    """What `--json` writes; of the server, as in `Target`."""
 
     version: str
-    server_version: str
+    server_version: str | None
     model: str
     endpoint: str
     device: str | None
@@ -59,8 +52,13 @@ class Document(msgspec.Struct):
     requests: list[Detail]
 
 
-def run(where: Where, work: Work, json_path: Path | None, plot_path: Path | None) -> None:
+def run(
+    find: Callable[[], Target], work: Work, json_path: Path | None, plot_path: Path | None
+) -> None:
     """The whole command.
+
+    Args:
+        find: waits for what is to be loaded; called once the files are read.
 
     Raises:
         KeyboardInterrupt, PipelineUnavailable, RequestError: what ended the run before it was over,
@@ -75,12 +73,11 @@ def run(where: Where, work: Work, json_path: Path | None, plot_path: Path | None
         check_plot(plot_path)
     prompts = None if work.prompts is None else read_prompts(work.prompts)
     trace = None if work.trace is None else read_trace(work.trace)
-    pong = _ready(where.ingress)
-    device = _device(where)
+    target = find()
     began_at = datetime.now(UTC).isoformat(timespec="seconds")
-    run = _measure(work, sampling, where.ingress, prompts, trace)
+    run = _measure(work, sampling, target, prompts, trace)
 
-    head = f"{pong.model} at {where.ingress}" + (f", {device}" if device else "")
+    head = f"{target.model} at {target.name}" + (f", {target.device}" if target.device else "")
     # One of the three may fail, as where nobody reads the table: the others are there nevertheless.
     with contextlib.ExitStack() as after:
         if plot_path is not None:
@@ -88,10 +85,10 @@ def run(where: Where, work: Work, json_path: Path | None, plot_path: Path | None
         if json_path is not None:
             document = Document(
                 version=__version__,
-                server_version=pong.version,
-                model=pong.model,
-                endpoint=where.ingress,
-                device=device,
+                server_version=target.version,
+                model=target.model,
+                endpoint=target.name,
+                device=target.device,
                 machine=f"{platform.node()}, {os.cpu_count()} CPU cores",
                 began_at=began_at,
                 work=work,
@@ -120,7 +117,7 @@ class _Run(NamedTuple):
 def _measure(
     work: Work,
     sampling: Sampling,
-    endpoint: str,
+    target: Target,
     prompts: list[list[Prompt]] | None,
     trace: list[Arrival] | None,
 ) -> _Run:
@@ -137,7 +134,7 @@ def _measure(
     else:
         arrivals = Concurrency(work.concurrency or 1)
     failure = None
-    with SocketClient(endpoint) as client:
+    with target.connect() as client:
         load = Load(
             arrivals,
             _conversations(work, sampling, prompts, trace, work.seed),
@@ -176,29 +173,6 @@ def _conversations(
         return file_conversations(prompts, seed, work.turns, work.output, sampling, trace)
     shape = Shape(work.input, work.output, work.shared_prefix, work.prefixes, work.turns)
     return random_conversations(seed, shape, sampling, trace)
-
-
-def _ready(endpoint: str) -> Pong:
-    """Waits for a pipeline that can start requests."""
-    with Client(endpoint) as client:
-        pong = answering(client, endpoint)
-        if not pong.ready:
-            click.echo(f"{pong.model} at {endpoint} is not ready yet: waiting …", err=True)
-        while not pong.ready:
-            time.sleep(ASK_AGAIN_S)
-            pong = client.ping()
-        return pong
-
-
-def _device(where: Where) -> str | None:
-    """What the workers say that they run on; None if the pipeline's supervisor is out of reach."""
-    try:
-        with where._replace(endpoint=where.ingress).control() as control:
-            services = control.status().services
-    except PipelineUnavailable:
-        return None
-    said = {service.detail for service in services if service.role == "gpu_worker"}
-    return "; ".join(sorted(filter(None, said))) or None
 
 
 def _encoded(document: Document) -> bytes:

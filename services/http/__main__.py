@@ -20,10 +20,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from nanovllm.api_keys import API_KEY_VARIABLE
 from nanovllm.checkpoint import model_name
 from nanovllm.client.aio import AsyncClient
 from nanovllm.control import Drain, FromSupervisor, Status
-from nanovllm.service import API_KEY_VARIABLE, LISTENER_VARIABLE, TURN_S, Service, service_command
+from nanovllm.service import LISTENER_VARIABLE, TURN_S, Service, service_command
 from nanovllm.services.http.app import make_app
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import ApiError
