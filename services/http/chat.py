@@ -124,7 +124,8 @@ class ChatOutput:
         self._index = index
         self._token_text = model.token_text
         self._reader = AnswerReader(_markers(model), tools=tools)
-        self._tool_calls = 0
+        self._tool_calls = 0  # that have begun
+        self._called = False  # whether one is complete
         # Of tokens that no chunk was made of yet.
         self._logprobs: Logprobs = []
         self._prompt_logprobs: PromptLogprobs | UnsetType = UNSET
@@ -145,8 +146,9 @@ class ChatOutput:
         pieces = self._reader.feed(completion.text, completion.answer_at) + self._reader.rest()
         content = "".join(piece for piece in pieces if isinstance(piece, str))
         reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
-        calls = [_called(piece) for piece in pieces if isinstance(piece, ToolCall)]
-        self._tool_calls = len(calls)
+        whole = [piece for piece in pieces if isinstance(piece, ToolCall) and piece.complete]
+        calls = [_called(call) for call in whole]
+        self._called = bool(calls)
         self._take_prompt(completion)
         logprobs = completion.logprobs
         return ChatChoice(
@@ -179,12 +181,12 @@ class ChatOutput:
 
     def _tool_call(self, call: ToolCall) -> list[ChatDelta]:
         """First the name, then the arguments."""
-        index = self._tool_calls
-        self._tool_calls += 1
-        begin = _called(ToolCall(call.name, ""))
-        begin.index = index
-        arguments = ToolCalled(FunctionCalled(arguments=call.arguments), index=index)
-        return [ChatDelta(tool_calls=[begin]), ChatDelta(tool_calls=[arguments])]
+        self._called |= call.complete
+        self._tool_calls += call.name is not None
+        pieces = [call._replace(arguments="")] if call.name is not None else []
+        pieces += [call._replace(name=None)] if call.arguments else []
+        index = self._tool_calls - 1
+        return [ChatDelta(tool_calls=[_called(piece, index)]) for piece in pieces]
 
     def _with_logprobs(self, chunks: list[ChatChunkChoice]) -> list[ChatChunkChoice]:
         if self._logprobs and chunks:
@@ -198,12 +200,14 @@ class ChatOutput:
     def _reason(self, completion: Completion) -> ChatFinishReason:
         if completion.finish_reason == "length":
             return "length"
-        return "tool_calls" if self._tool_calls else "stop"
+        return "tool_calls" if self._called else "stop"
 
 
-def _called(call: ToolCall) -> ToolCalled:
-    function = FunctionCalled(call.name, call.arguments)
-    return ToolCalled(function, f"call_{secrets.token_hex(12)}", "function")
+def _called(call: ToolCall, index: int | UnsetType = UNSET) -> ToolCalled:
+    if call.name is None:
+        return ToolCalled(FunctionCalled(arguments=call.arguments), index=index)
+    call_id = f"call_{secrets.token_hex(12)}"
+    return ToolCalled(FunctionCalled(call.name, call.arguments), call_id, "function", index)
 
 
 def _markers(model: ServedModel) -> Markers | None:

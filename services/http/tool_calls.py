@@ -4,7 +4,8 @@
     {"name": "get_weather", "arguments": {"city": "Bern"}}
     </tool_call>
 
-What is found is a function of the text alone, however the text comes in pieces.
+What is content and which calls are complete is a function of the text alone, however the text comes
+in pieces.
 """
 
 from __future__ import annotations
@@ -16,20 +17,35 @@ from typing import Annotated, Any, Final, NamedTuple
 import msgspec
 from msgspec import Meta
 
+from nanovllm.services.http.json_object import JsonObjectReader
+
 OPEN: Final = "<tool_call>"
 CLOSE: Final = "</tool_call>"
 
-# Within a JSON string: what ends the string, escapes a character, or may not be there.
-_IN_STRING: Final = re.compile(r'["\\\x00-\x1f]')
-# Between strings: what is not white space, a number, a literal, a comma or a colon.
-_BETWEEN_STRINGS: Final = re.compile(r"[^ \t\r\n\w+\-.,:]")
+# A call up to the bracket of its arguments, as models write it. Group 1 is the name, as JSON.
+_NAMED: Final = re.compile(
+    r"""
+    \s* \{ \s* "name" \s* : \s* ("[^"\\]* (?: \\. [^"\\]* )*") \s* ,
+    \s* "arguments" \s* : \s* \{
+    """,
+    re.VERBOSE,
+)
 
 
 class ToolCall(NamedTuple):
-    """`arguments` is the text of a JSON object, as the model has written it."""
+    """A call, or a piece of one.
 
-    name: str
+    Attributes:
+        name: None in a piece that goes on with the latest call.
+        arguments: text of a JSON object, as the model has written it.
+        complete: whether this is the end of a call. A call without its end is none: text that began
+            like a call, and is given as content, too. Its arguments are no JSON: their last bracket
+            comes with the end alone.
+    """
+
+    name: str | None
     arguments: str
+    complete: bool = True
 
 
 class _State(Enum):
@@ -41,28 +57,23 @@ class _State(Enum):
 class ToolCallParser:
     """Splits an answer into its content and its tool calls.
 
-    A call is given once it is complete, so that its arguments are valid JSON. Text that begins like
-    a call and is none stays content, markers included. White space beside a call belongs to the
-    call.
+    A call whose name comes before its arguments is given in pieces: the name once the arguments
+    begin, then what comes of them. Another is given once it is complete. Text that begins like a
+    call and is none stays content, markers included. White space beside a call belongs to the call.
     """
 
     def __init__(self) -> None:
         self._state = _State.CONTENT
         self._text = ""
-        self._at = 0  # what of `_text` was given
+        self._at = 0  # what of `_text` was given as content or as complete calls
         self._beside_call = False  # whether a call was what was given last
-        # In a call: where its JSON begins and how far it was read, whether the reading is within a
-        # string, and how many brackets are open.
-        self._begin = self._read = 0
-        self._in_string = False
-        self._depth = 0
 
     def feed(self, text: str) -> list[str | ToolCall]:
         """The content and the calls that are certain, now that `text` has come."""
-        self._text = self._text[self._at :] + text
-        self._begin -= self._at
-        self._read -= self._at
-        self._at = 0
+        if self._state is not _State.IN_CALL:
+            self._text = self._text[self._at :]
+            self._at = 0
+        self._text += text
         return self._parse(final=False)
 
     def rest(self) -> list[str | ToolCall]:
@@ -88,18 +99,19 @@ class ToolCallParser:
                 return False
             self._state = _State.CONTENT
             return True
-        end = self._end_of_json()
-        if end is None and not final:
+        self._read_call()
+        if not (self._json.ended or self._json.broken or final):
+            self._give_arguments(found)
             return False
-        call = _tool_call(self._text[self._begin : end]) if end else None
-        if call is None or end is None:
+        if (call := self._call()) is None:
             self._state = _State.CONTENT
             self._give(found, self._begin)
         else:
             self._state = _State.BEHIND_CALL
             self._beside_call = True
-            self._at = end
-            found.append(call)
+            self._at = self._read
+            rest = self._text[self._given : self._end]
+            found.append(ToolCall(None, rest) if self._name_given else call)
         return True
 
     def _content(self, found: list[str | ToolCall], final: bool) -> bool:
@@ -111,9 +123,7 @@ class ToolCallParser:
             self._give(found, end if final else self._without_space(_marker_at_end(self._text)))
             return False
         self._give(found, self._without_space(begin))
-        self._begin = self._read = begin + len(OPEN)
-        self._in_string, self._depth = False, 0
-        self._state = _State.IN_CALL
+        self._begin_call(begin + len(OPEN))
         return True
 
     def _give(self, found: list[str | ToolCall], end: int) -> None:
@@ -133,33 +143,52 @@ class ToolCallParser:
             end -= 1
         return end
 
-    def _end_of_json(self) -> int | None:
-        """Where the call's JSON object ends; 0 if it cannot be JSON, None if it has not ended."""
-        text = self._text
-        while self._read < len(text):
-            found = (_IN_STRING if self._in_string else _BETWEEN_STRINGS).search(text, self._read)
-            if not self._depth and text[self._read : found and found.start()].strip():
-                return 0
-            if found is None:
-                self._read = len(text)
-                break
-            sign = found.group()
-            if sign == "\\":
-                if found.end() == len(text):
-                    self._read = found.start()
-                    break
-                self._read = found.end() + 1
-                continue
-            self._read = found.end()
-            if sign == '"' and self._depth:
-                self._in_string = not self._in_string
-            elif self._in_string or not (sign == "{" or (sign in "[]}" and self._depth)):
-                return 0
-            else:
-                self._depth += 1 if sign in "{[" else -1
-                if not self._depth:
-                    return self._read
-        return None
+    def _begin_call(self, begin: int) -> None:
+        self._state = _State.IN_CALL
+        self._begin = self._read = begin
+        self._json = JsonObjectReader()
+        # Of a call that is given in pieces.
+        self._name: str | None = None
+        self._name_given = False
+        # Of its arguments: where they begin and end, and what was given.
+        self._arguments = self._end = self._given = 0
+
+    def _read_call(self) -> None:
+        """Reads on in the call's JSON. Finds where the arguments begin and end."""
+        reader, text = self._json, self._text
+        while not reader.ended:
+            depth, before = reader.depth, self._read
+            self._read = reader.read(text, before)
+            if self._read == before:
+                return
+            if (depth, reader.depth) == (1, 2) and not self._arguments:
+                if named := _NAMED.fullmatch(text, self._begin, self._read):
+                    self._name = _name(named[1])
+                    self._arguments = self._given = self._read - 1
+            elif (depth, reader.depth) == (2, 1) and not self._end:
+                self._end = self._read
+
+    def _give_arguments(self, found: list[str | ToolCall]) -> None:
+        """Gives what has come of the arguments, but for their last bracket."""
+        if self._name is None:
+            return
+        if not self._name_given:
+            self._name_given = True
+            found.append(ToolCall(self._name, "", complete=False))
+        end = self._end - 1 if self._end else self._read
+        if end > self._given:
+            found.append(ToolCall(None, self._text[self._given : end], complete=False))
+            self._given = end
+
+    def _call(self) -> ToolCall | None:
+        """The call that has ended; None if it is none, or not the one that was given in pieces."""
+        if not self._json.ended:
+            return None
+        call = _tool_call(self._text[self._begin : self._read])
+        arguments = self._text[self._arguments : self._end]
+        if self._name_given and call != ToolCall(self._name, arguments):
+            return None
+        return call
 
 
 class _Call(msgspec.Struct):
@@ -178,6 +207,14 @@ def _tool_call(text: str) -> ToolCall | None:
     except (ValueError, RecursionError):
         return None
     return ToolCall(call.name, bytes(call.arguments).decode())
+
+
+def _name(text: str) -> str | None:
+    """The name that is written so in JSON; None if it is none."""
+    try:
+        return msgspec.json.decode(text, type=str) or None
+    except ValueError:
+        return None
 
 
 def _marker_at_end(text: str) -> int:

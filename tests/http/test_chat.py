@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -116,6 +117,42 @@ def test_a_stream_says_what_the_whole_does(cuts: list[int]) -> None:
     assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 2)
     assert all(chunk["usage"] is None for chunk in chunks)
     assert len({chunk["id"] for chunk in answer.chunks}) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"), [('rich"}}\n</tool_call>', "tool_calls"), ("rich, and no end", "stop")]
+)
+def test_arguments_come_while_they_are_written(end: str, reason: str) -> None:
+    """Of a call that breaks, too: then all of its text is content as well."""
+    begin = '<tool_call>{"name": "weather", "arguments": {"city": "Zü'
+    seen = threading.Event()
+
+    def script(message: Any, session: str) -> Iterator[Answer]:
+        text, at = f"</think>{begin}{end}", len("</think>")
+        for answer in writes(text, at, [at + len(begin)])(message, session):
+            if isinstance(answer, Delta) and answer.offset:
+                assert seen.wait(TIMEOUT_S)
+            yield answer
+
+    body = {"model": "demo", "messages": HELLO, "tools": TOOLS, "stream": True}
+    with ingress(script) as double, serving(double.endpoint) as server:
+        with server.send("/v1/chat/completions", body) as connection:
+            received = b""
+            while "Zü".encode() not in received:
+                received += connection.recv(4096)
+            seen.set()
+            received += read_all(connection.recv)
+        (whole,) = server.chat(tools=TOOLS).json["choices"]
+    events = re.findall(r"data: (\{.*\})", received.decode())
+    message = joined([json.loads(event) for event in events])
+    complete = reason == "tool_calls"
+    assert message["content"] == ("" if complete else begin + end)
+    (call,) = message["tool_calls"]
+    assert call[0] == "weather"
+    assert call[1].startswith('{"city": "Zürich')
+    assert call[1].endswith("}") == complete
+    assert message["content"] == (whole["message"]["content"] or "")
+    assert json.loads(events[-1])["choices"][0]["finish_reason"] == whole["finish_reason"] == reason
 
 
 def test_output_that_ends_before_the_answer_is_reasoning() -> None:

@@ -32,16 +32,33 @@ fragments = st.lists(st.sampled_from([OPEN, CLOSE, WEATHER, *SIGNS, *NAMED]), ma
 )
 
 
-def parse(text: str, cuts: list[int]) -> tuple[str, list[ToolCall]]:
-    """The content and the calls of `text`, fed in pieces that end at the `cuts`."""
+def pieces(text: str, cuts: list[int]) -> list[str | ToolCall]:
+    """What is found in `text`, fed in pieces that end at the `cuts`."""
     parser = ToolCallParser()
     bounds = sorted(cut % (len(text) + 1) for cut in cuts)
     found: list[str | ToolCall] = []
     for begin, end in zip([0, *bounds], [*bounds, len(text)], strict=True):
         found += parser.feed(text[begin:end])
-    found += parser.rest()
-    content = "".join(piece for piece in found if isinstance(piece, str))
-    return content, [piece for piece in found if isinstance(piece, ToolCall)]
+    return found + parser.rest()
+
+
+def joined(found: list[str | ToolCall]) -> tuple[str, list[ToolCall]]:
+    """The content, and the calls as a client joins them, the incomplete ones too."""
+    calls: list[ToolCall] = []
+    for piece in found:
+        if isinstance(piece, ToolCall):
+            if piece.name is None:
+                begun = calls.pop()
+                assert not begun.complete
+                piece = ToolCall(begun.name, begun.arguments + piece.arguments, piece.complete)
+            calls.append(piece)
+    return "".join(piece for piece in found if isinstance(piece, str)), calls
+
+
+def parse(text: str, cuts: list[int]) -> tuple[str, list[ToolCall]]:
+    """The content and the complete calls."""
+    content, calls = joined(pieces(text, cuts))
+    return content, [call for call in calls if call.complete]
 
 
 def written(name: str, values: dict[str, Any], ascii_only: bool) -> str:
@@ -65,6 +82,44 @@ def test_calls_are_found_whatever_their_arguments(
     content, found = parse(text, list(range(0, len(text), 3)))
     assert content == (before.rstrip() if made else text)
     assert [(call.name, json.loads(call.arguments)) for call in found] == made
+
+
+@given(st.text(min_size=1), arguments, st.booleans())
+def test_arguments_come_as_they_are_written(
+    name: str, values: dict[str, Any], ascii_only: bool
+) -> None:
+    """However long a string of theirs is."""
+    text = written(name, {**values, "text": "x" * 50}, ascii_only)
+    found = [piece for piece in pieces(text, list(range(len(text)))) if isinstance(piece, ToolCall)]
+    assert found[0] == ToolCall(name, "", complete=False)
+    assert len(found) > 50
+    assert [piece.name for piece in found[1:]] == [None] * (len(found) - 1)
+    assert [piece.complete for piece in found] == [False] * (len(found) - 1) + [True]
+
+
+@given(fragments, st.lists(st.integers(0, 400)))
+def test_arguments_of_what_is_no_call_never_become_json(text: str, cuts: list[int]) -> None:
+    """A program that runs what it can parse runs no call that has no end."""
+    for call in joined(pieces(text, cuts))[1]:
+        if not call.complete:
+            with pytest.raises(ValueError):
+                json.loads(call.arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        (f'{OPEN}{{"name": "f", "arguments": {{"a": Bern}}}}{CLOSE}', '{"a": '),
+        (f'{OPEN}{{"name": "f", "arguments": {{"a": "Be', '{"a": "Be'),
+        (f'{OPEN}{{"name": "f", "arguments": {{"a": "\\ud800"}}}}{CLOSE}', '{"a": "\\ud800"'),
+        (f'{OPEN}{{"name": "f", "arguments": {{}}, "arguments": {{"a": 1}}}}{CLOSE}', "{"),
+        (f'{OPEN}{{"name": "f", "arguments": {{}}]', "{"),
+    ],
+)
+def test_a_call_that_breaks_is_content_too(text: str, arguments: str) -> None:
+    content, (call,) = joined(pieces(text, list(range(len(text)))))
+    assert content == text
+    assert call == ToolCall("f", arguments, complete=False)
 
 
 @given(fragments, st.lists(st.integers(0, 400)))
