@@ -104,12 +104,10 @@ class HttpClient:
 
     def close(self) -> None:
         """Disconnects; the server then aborts what is unfinished."""
-        for task in self._connecting:
-            task.cancel()
-        for connection in self._connections:
-            connection.transport.abort()
         self._loop.remove_reader(self._timer.descriptor)
-        self._loop.run_until_complete(asyncio.sleep(0))
+        end = self._loop.create_task(self._end())
+        while not end.done():  # it may have been told to stop once more
+            self._loop.run_forever()
         self._loop.close()
         self._timer.close()
 
@@ -130,6 +128,15 @@ class HttpClient:
             self._loop.stop()
         else:
             connection.ask(request_id, raw)
+
+    async def _end(self) -> None:
+        for task in self._connecting:
+            task.cancel()
+        await asyncio.gather(*self._connecting, return_exceptions=True)
+        for connection in self._connections:
+            connection.forget()
+        await asyncio.sleep(0)
+        self._loop.stop()
 
     # What connections tell.
 
@@ -182,6 +189,11 @@ class _Connection(asyncio.Protocol):
             self.connection_lost(None)
         else:
             self.transport.write(raw)
+
+    def forget(self) -> None:
+        """Disconnects, and tells nothing more."""
+        self._id = None
+        self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)

@@ -222,6 +222,17 @@ def test_events_are_read_however_they_are_torn(serve: Serve, size: int) -> None:
         assert (finish.usage.prompt_tokens, finish.usage.completion_tokens) == (9, 5)
 
 
+def test_it_closes_amid_answers(serve: Serve) -> None:
+    """Of which one has come, one comes over a kept connection, and one has not begun."""
+    client = serve(chunked(EVENTS, 50), [head(), b'data: {"choices": [{"text": "a"}]}\n\n'])
+    ask(client)
+    for request_id in ("1", "2"):
+        client.submit(Generate(id=request_id, prompt="x"))
+    assert client.receive(time.monotonic() + TIMEOUT_S)
+    client.close()
+    client.close = lambda: None  # type: ignore[method-assign]
+
+
 def test_an_answer_may_end_with_its_connection(serve: Serve) -> None:
     client = serve([head(), EVENTS], [head(), EVENTS], closes=True)
     for _ in range(2):
