@@ -112,6 +112,8 @@ class JsonObjectReader:
         end = _WORD.match(text, at).end()  # type: ignore[union-attr]
         if self._expects in _VALUES and end == len(text) and end > at:
             return at  # more of it may come
-        self.broken = self._expects not in _VALUES or not _SCALAR.fullmatch(text, at, end)
+        if self._expects not in _VALUES or not _SCALAR.fullmatch(text, at, end):
+            self.broken = True
+            return at
         self._expects = _E.NEXT
         return end

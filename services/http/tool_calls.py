@@ -4,8 +4,7 @@
     {"name": "get_weather", "arguments": {"city": "Bern"}}
     </tool_call>
 
-What is content and which calls are complete is a function of the text alone, however the text comes
-in pieces.
+What is found, joined, is a function of the text alone, however the text comes in pieces.
 """
 
 from __future__ import annotations
@@ -104,6 +103,7 @@ class ToolCallParser:
             self._give_arguments(found)
             return False
         if (call := self._call()) is None:
+            self._give_arguments(found)
             self._state = _State.CONTENT
             self._give(found, self._begin)
         else:
@@ -181,14 +181,12 @@ class ToolCallParser:
             self._given = end
 
     def _call(self) -> ToolCall | None:
-        """The call that has ended; None if it is none, or not the one that was given in pieces."""
+        """The call that has ended; None if it is none, or repeats its name or arguments."""
         if not self._json.ended:
             return None
         call = _tool_call(self._text[self._begin : self._read])
         arguments = self._text[self._arguments : self._end]
-        if self._name_given and call != ToolCall(self._name, arguments):
-            return None
-        return call
+        return None if self._name and call != ToolCall(self._name, arguments) else call
 
 
 class _Call(msgspec.Struct):

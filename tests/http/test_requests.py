@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from nanovllm.services.http.errors import ApiError
+from nanovllm.client.results import RequestError
+from nanovllm.services.http.errors import ApiError, api_error
 from nanovllm.services.http.requests import ChatRequest, CompletionRequest, TokenizeRequest, parse
 
 USER = {"role": "user", "content": "Hi"}
@@ -41,6 +42,7 @@ def refusal(kind: type[msgspec.Struct], keys: dict[str, Any]) -> ApiError:
         ({"stop": [""]}, "stop[0]"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"max_completion_tokens": "1"}, "max_completion_tokens"),
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -124,6 +126,23 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as refused:
         parse(body, ChatRequest)
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("said", "param", "message"),
+    [
+        ("sampling.logit_bias: 999 is no token", "logit_bias", "logit_bias: 999 is no token"),
+        ("prompt_token_ids: 999 is no token", "prompt", "prompt: 999 is no token"),
+        ("messages[0].content: no", "messages[0].content", "messages[0].content: no"),
+        ("the prompt: too long", None, "the prompt: too long"),
+        ("idle: no key", None, "idle: no key"),
+    ],
+)
+def test_a_refusal_of_the_pipeline_names_the_key_as_http_clients_know_it(
+    said: str, param: str | None, message: str
+) -> None:
+    error = api_error(RequestError("invalid_request", said))
+    assert (error.body.param, error.body.message) == (param, message)
 
 
 def test_tokenize_takes_one_of_prompt_and_messages() -> None:

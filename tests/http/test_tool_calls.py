@@ -26,7 +26,13 @@ arguments = st.dictionaries(st.text(), values, max_size=4)
 calls = st.tuples(st.text(min_size=1), arguments)
 # What a model may write that looks much like a call.
 SIGNS = ("<tool", "_call>", "<", "{", "}", "[", "]", '"', "\\", "\n", " ", "a", ":", ",", "\x01")
-NAMED = ('{"name": "f", "arguments": {}}', '"name"', '"arguments"', "1e")
+NAMED = (
+    '{"name": "f", "arguments": {',
+    '{"name": "f", "arguments": {}}',
+    '"name"',
+    '"arguments"',
+    "1e",
+)
 fragments = st.lists(st.sampled_from([OPEN, CLOSE, WEATHER, *SIGNS, *NAMED]), max_size=20).map(
     "".join
 )
@@ -70,8 +76,9 @@ def written(name: str, values: dict[str, Any], ascii_only: bool) -> str:
 @example('<tool_call>{"name": "f\\', [12, 19])
 @example(WEATHER + "</tool", [70])
 def test_pieces_are_found_as_in_the_whole(text: str, cuts: list[int]) -> None:
-    assert parse(text, cuts) == parse(text, [])
-    assert parse(text, list(range(len(text)))) == parse(text, [])
+    whole = joined(pieces(text, []))
+    assert joined(pieces(text, cuts)) == whole
+    assert joined(pieces(text, list(range(len(text))))) == whole
 
 
 @given(st.text(st.characters(exclude_characters="<")), st.lists(calls, max_size=3), st.booleans())
