@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
+import msgspec
 import uvicorn
 import uvloop
 from starlette.middleware.cors import CORSMiddleware
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp
 
 from nanovllm.api_keys import API_KEY_VARIABLE
 from nanovllm.checkpoint import model_name
+from nanovllm.checkpoint.generation import SamplingDefaults
 from nanovllm.client.aio import AsyncClient
 from nanovllm.control import Drain, FromSupervisor, Status
 from nanovllm.service import LISTENER_VARIABLE, TURN_S, Service, service_command
@@ -88,17 +90,17 @@ class Door:
             )
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end)
             async with asyncio.TaskGroup() as group:
-                turns = group.create_task(self._take_turns())
+                turns = group.create_task(self._take_turns(model))
                 await self._server.serve([listening])
                 turns.cancel()
 
-    async def _take_turns(self) -> None:
+    async def _take_turns(self, model: ServedModel) -> None:
         ready = False
         while True:
             self._service.turn(self._recorder.stats)
             if self._server.started and not ready:
                 ready = True
-                self._service.ready()
+                self._service.ready(_told(model.defaults))
             if self._guard.draining and self._written():
                 self._service.drained()
             await asyncio.sleep(TURN_S)
@@ -150,6 +152,13 @@ def _inherited_socket() -> socket.socket:
     if descriptor is None:
         raise SettingsError("an HTTP server gets its socket from nanovllm-launch --http HOST:PORT")
     return socket.socket(fileno=int(descriptor))
+
+
+def _told(defaults: SamplingDefaults) -> str:
+    """How requests are sampled that do not say; empty if the checkpoint does not say either."""
+    values = msgspec.structs.asdict(defaults).items()
+    said = ", ".join(f"{name} {value:g}" for name, value in values if value is not None)
+    return said and f"generation_config.json's {said}, unless a request says otherwise"
 
 
 def _with_cors(app: ASGIApp, origins: str) -> ASGIApp:

@@ -88,6 +88,10 @@ def test_the_launch_says_a_curl_line_with_a_key(locked: Pipeline, door: Server) 
     assert '-H "Authorization: Bearer $NANOVLLM_API_KEY"' in line
 
 
+def test_the_launch_says_the_sampling_defaults(locked: Pipeline) -> None:
+    assert "http 0 | ready: generation_config.json's temperature 0.7, unless" in locked.transcript
+
+
 def test_a_request_has_one_name_in_response_and_log(locked: Pipeline, door: Server) -> None:
     given = door.ask("GET", "/v1/models?secret=1", headers={"x-request-id": "mine-1"})
     assert given.headers["x-request-id"] == "mine-1"
@@ -155,12 +159,13 @@ def test_http_servers_are_scaled_and_restarted(locked: Pipeline, door: Server) -
 
 
 def test_a_death_behind_the_door_is_a_pause(locked: Pipeline, door: Server) -> None:
-    expected = door.complete(**LONG).json["choices"]
+    body = {**LONG, "max_tokens": 600}  # several reports come meanwhile
+    expected = door.complete(**body).json["choices"]
     roles = ("ingress", "scheduler", "gpu_worker", "tokenizer", "detokenizer")
     with ThreadPoolExecutor(8) as pool:
         for role in roles:
-            running = [pool.submit(lambda: door.complete(**LONG)) for _ in range(8)]
-            locked.stats_once(HttpStats, lambda stats: stats.running == 8)
+            running = [pool.submit(lambda: door.complete(**body)) for _ in range(8)]
+            locked.stats_once(HttpStats, lambda stats: stats.running > 0)
             kill(locked, (role, 0))
             for answer in running:
                 assert answer.result().status == 200, role
