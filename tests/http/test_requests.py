@@ -42,7 +42,6 @@ def refusal(kind: type[msgspec.Struct], keys: dict[str, Any]) -> ApiError:
         ({"stop": [""]}, "stop[0]"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"max_completion_tokens": "1"}, "max_completion_tokens"),
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
