@@ -15,7 +15,12 @@ from tests.http.server import Server, serving
 
 __all__ = ["obedient", "server"]
 
-VALUES: dict[str, Any] = {"integer": 3, "number": 2.5, "boolean": True, "string": "你好啊集团"}
+VALUES: dict[str, Any] = {
+    "integer": 3,
+    "number": 2.5,
+    "boolean": True,
+    "string": "你好啊集团 こんにちは",
+}
 
 
 def obey(message: Any, session: str) -> Iterator[Answer]:

@@ -22,8 +22,8 @@ pytestmark = [
 
 
 class TestChatModel(ChatModelIntegrationTests):
-    """Without structured output and a tool choice, which are not served, and images and the like,
-    which the model cannot read."""
+    """Without images and the like, which the model cannot read, and structured output, which the
+    double does not write."""
 
     @pytest.fixture(autouse=True)
     def _serve(self, obedient: Server) -> None:
@@ -40,21 +40,9 @@ class TestChatModel(ChatModelIntegrationTests):
         return {"model": "demo", "base_url": self.url, "api_key": "none", "stream_usage": True}
 
     @property
-    def has_tool_choice(self) -> bool:
-        return False
-
-    @property
     def has_structured_output(self) -> bool:
         return False
 
     @property
     def supports_json_mode(self) -> bool:
         return False
-
-    @pytest.mark.xfail(reason="tool_choice is not served", strict=True)
-    def test_structured_few_shot_examples(self, model: Any, my_adder_tool: Any) -> None:
-        super().test_structured_few_shot_examples(model, my_adder_tool)
-
-    @pytest.mark.xfail(reason="tool_choice is not served", strict=True)
-    def test_unicode_tool_call_integration(self, model: Any) -> None:
-        super().test_unicode_tool_call_integration(model)
