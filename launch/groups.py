@@ -9,10 +9,10 @@ import enum
 import math
 import signal
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from nanovllm.control import Stats, TokenizerStats, WorkerStats
+from nanovllm.names import ServiceId
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.transport.links import Peer
 
@@ -47,17 +47,6 @@ _CRASHES: Final = {
         signal.SIGSYS,
     )
 }
-
-
-@dataclass(frozen=True)
-class ServiceId:
-    """Names a service, whatever process runs it."""
-
-    role: str
-    index: int
-
-    def __str__(self) -> str:
-        return f"{self.role} {self.index}"
 
 
 class Start(NamedTuple):

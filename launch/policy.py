@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
-from nanovllm.launch.groups import GRACE_S, Action, Answer, Group, Phase, ServiceId
+from nanovllm.launch.groups import GRACE_S, Action, Answer, Group, Phase
+from nanovllm.names import ServiceId
 from nanovllm.transport.links import Peer
 
 # After a longer pause between two calls of `due`, the supervisor itself was stopped: the silence of

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 
 from nanovllm.control import Loading, Ready, Report, ServiceState, ServiceStatus
-from nanovllm.launch.groups import ServiceId
 from nanovllm.launch.http import Listener
 from nanovllm.log import Event, event_of
+from nanovllm.names import ServiceId
 from nanovllm.options import settings_argv
 from nanovllm.output import PIPE_BYTES, output_pipe
 from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED, LIFELINE_VARIABLE, REASON_PREFIX
@@ -61,9 +61,10 @@ class ServiceProcess:
         self._partial = b""
         self.floods = False  # whether it has written more than one wake-up reads
         command = [sys.executable, "-m", f"nanovllm.services.{service_id.role}"]
+        command += ["--index", str(service_id.index), "--engine", str(service_id.engine)]
         self.output, write_end = output_pipe()
         self.process = subprocess.Popen(
-            [*command, "--index", str(service_id.index), *settings_argv(settings)],
+            [*command, *settings_argv(settings)],
             stdin=subprocess.DEVNULL,
             stdout=write_end,
             stderr=subprocess.STDOUT,
@@ -152,6 +153,7 @@ class ServiceProcess:
         return ServiceStatus(
             role=self.id.role,
             index=self.id.index,
+            engine=self.id.engine,
             pid=self.process.pid,
             state=state,
             loading=None if self.ready else self.loading,

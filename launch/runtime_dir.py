@@ -6,10 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 from nanovllm.file_lock import hold, release
-from nanovllm.settings import SettingsError, SocketName
+from nanovllm.settings import SOCKETS, SettingsError
 
 LOCK = "launch.lock"
 
@@ -62,6 +61,6 @@ def _hold(path: Path) -> int:
 
 
 def _clear(path: Path) -> None:
-    for name in get_args(SocketName):
-        for leftover in (path / f"{name}.sock", path / f"{name}.sock.lock"):
+    for name in SOCKETS:
+        for leftover in (*path.glob(f"{name}.sock"), *path.glob(f"{name}.sock.lock")):
             leftover.unlink(missing_ok=True)

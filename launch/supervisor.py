@@ -37,7 +37,6 @@ from nanovllm.launch.groups import (
     Blame,
     GiveUp,
     Kill,
-    ServiceId,
     Start,
     Stop,
     work_of,
@@ -46,6 +45,7 @@ from nanovllm.launch.http import Listener
 from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.log import render
+from nanovllm.names import ServiceId
 from nanovllm.progress import LoadingBar
 from nanovllm.settings import MAX_SERVICES, ROLES, SCALABLE_ROLES, Settings
 from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation
@@ -168,7 +168,7 @@ class Supervisor:
             if isinstance(event, Received):
                 self._on_command(peer, event.message, now)
             return
-        service_id = ServiceId(peer.role, peer.index)
+        service_id = peer.service
         service, group = self._services.get(service_id), self._policy.group_of(service_id)
         if service is None or self._control.pids.get(peer) != service.process.pid or group is None:
             return  # from a process that has ended, or another one
@@ -293,7 +293,7 @@ class Supervisor:
         first = service_id if group is None else group.services[0]
         incarnation = self._services[first].incarnation
         if self._ingress is not None and incarnation is not None:
-            self._control.send(self._ingress, [Crashed(first.role, first.index, incarnation)])
+            self._control.send(self._ingress, [Crashed(first, incarnation)])
 
     def _show(self) -> None:
         if self._announced:
@@ -307,7 +307,7 @@ class Supervisor:
     def _connected(self) -> set[ServiceId]:
         """The services whose connection stands: the I/O thread of ZeroMQ keeps it up, also while a
         loop is silent."""
-        return {ServiceId(peer.role, peer.index) for peer in self._control.peers}
+        return {peer.service for peer in self._control.peers}
 
     def _all_drained(self) -> bool:
         """Whether no request is left: of an HTTP server that has ended none is."""
@@ -338,7 +338,7 @@ def _groups(settings: Settings) -> list[list[ServiceId]]:
     """One group of all ranks (one_for_all), and one of each other service (one_for_one)."""
     return [
         [INGRESS],
-        [ServiceId("scheduler", 0)],
+        [ServiceId("scheduler")],
         [ServiceId("gpu_worker", rank) for rank in range(settings.tensor_parallel_size)],
         *[[ServiceId("tokenizer", index)] for index in range(settings.tokenizers)],
         *[[ServiceId("detokenizer", index)] for index in range(settings.detokenizers)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from nanovllm.messages import Message
+from nanovllm.names import ServiceId
 
 LoadingStage = Literal["loading weights", "measuring memory", "capturing graphs"]
 
@@ -125,8 +126,7 @@ class Crashed(Message, tag="crashed"):
     """To the ingress: this incarnation of a service ended by itself, and was not killed from
     outside. Rank 0 stands for its whole group."""
 
-    role: str
-    index: int
+    service: ServiceId
     incarnation: int
 
 
@@ -143,6 +143,7 @@ class ServiceStatus(Message):
 
     role: str
     index: int
+    engine: int
     pid: int
     state: ServiceState
     loading: Loading | None  # while the service loads
@@ -152,6 +153,10 @@ class ServiceStatus(Message):
     cpu_s: float
     stats: Stats | None
     detail: str = ""
+
+    @property
+    def service(self) -> ServiceId:
+        return ServiceId(self.role, self.index, self.engine)
 
 
 class Status(Message, tag="status"):

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from nanovllm.names import ServiceId
 from nanovllm.protocol import FinishReason, Reasoning, Sampling, StructuredOutputs, Usage
 
 
@@ -169,12 +170,14 @@ class Missing(Message, tag="missing"):
 
 
 class EngineState(Message, tag="engine_state"):
-    """Whether the engine can start a request now (its worker group is there), and its size."""
+    """Whether the engine can start a request now (its worker group is there), its size, and where
+    its scheduler binds for detokenizers."""
 
     ready: bool
     slots: int
     blocks: int
     block_size: int
+    endpoint: str = ""
 
 
 class InHand(Message):
@@ -193,8 +196,7 @@ class Lost(Message, tag="lost"):
     hand. If the link is made again in the same incarnation, `Lost` comes again, with
     `NOTHING_IN_HAND`."""
 
-    role: str
-    index: int
+    service: ServiceId
     incarnation: int
     in_hand: InHand
 
@@ -276,7 +278,14 @@ class Finished(Message, tag="finished"):
 SchedulerToDetokenizer = Begin | NewTokens | Finished | End
 
 
-# detokenizer -> ingress -------------------------------------------------------------------------
+# ingress <-> detokenizer ------------------------------------------------------------------------
+
+
+class Engines(Message, tag="engines"):
+    """All engines that there are: the endpoint of each engine's scheduler, by the engine's number.
+    Detokenizers connect to these."""
+
+    endpoints: dict[int, str]
 
 
 class Ending(Message):
@@ -305,6 +314,7 @@ class Decoded(Message, tag="decoded"):
     prompt_parts: list[PromptPart] = []
 
 
+IngressToDetokenizer = Engines
 DetokenizerToIngress = Decoded
 
 

@@ -35,6 +35,7 @@ from nanovllm.control import (
     StatusRequest,
 )
 from nanovllm.log import log_to_stderr
+from nanovllm.names import ServiceId
 from nanovllm.options import settings_from, settings_options
 from nanovllm.output import lossy
 from nanovllm.settings import Settings, SettingsError
@@ -74,11 +75,11 @@ LISTENER_VARIABLE = "NANOVLLM_HTTP_FD"
 class Service:
     """One service process."""
 
-    def __init__(self, role: str, index: int, settings: Settings) -> None:
+    def __init__(self, service: ServiceId, settings: Settings) -> None:
         self.directory: Path = resolve_model(settings.model)
         self.config = ModelConfig.from_checkpoint(self.directory, settings.quantization)
         self.settings = settled(settings, self.directory, self.config)
-        self.me = Peer(role, index, new_incarnation())
+        self.me = Peer.of(service, new_incarnation())
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stats: Callable[[], Stats] | None = None
         self._links: list[Link] = []
@@ -112,6 +113,14 @@ class Service:
         link = BoundLink(self.context, endpoint, self.me, inbound)
         self._add(link, handler)
         return link
+
+    def disconnect(self, link: Link) -> None:
+        """Closes a link for good."""
+        self._links.remove(link)
+        for socket in link.sockets:
+            self._poller.unregister(socket)
+            del self._handlers[socket]
+        link.close()
 
     def watch(self, readable: int | zmq.Socket[bytes], handler: Callable[[], None]) -> None:
         """Wakes up when a descriptor or socket is readable, and calls `handler` at every wake-up;
@@ -260,19 +269,20 @@ def service_command(
 
     @click.command(help=f"Runs one {role} on its own. The launcher does this for you.")
     @click.option("--index", type=int, default=0, help="Which of its kind (the rank of a worker).")
+    @click.option("--engine", type=int, default=0, help="Which engine it belongs to.")
     @settings_options()
-    def command(index: int, **options: Any) -> None:
+    def command(index: int, engine: int, **options: Any) -> None:
+        service_id = ServiceId(role, index, engine)
         settings = settings_from(options)
         # A pipe to the supervisor, which may be stopped.
         sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
         log_format = "json" if LIFELINE_VARIABLE in os.environ else settings.log_format
-        log_to_stderr(f"{role} {index}", log_format, settings.log_level)
+        log_to_stderr(str(service_id), log_format, settings.log_level)
         _end_with_the_launcher()
         if not on_step_path:
             os.nice(OFF_STEP_PATH_NICENESS)
         try:
-            service = Service(role, index, settings)
-            serve(service)
+            serve(Service(service_id, settings))
         except (CheckpointError, SettingsError, EndpointUnusable) as error:
             log.critical("%s%s", REASON_PREFIX, error)
             sys.exit(EXIT_MISCONFIGURED)

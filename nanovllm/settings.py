@@ -22,8 +22,8 @@ DEFAULT_HTTP = "127.0.0.1:8000"
 # What a terminal's commands use where no option says which pipeline.
 ENDPOINT_VARIABLE = "NANOVLLM_ENDPOINT"
 RUNTIME_DIR_VARIABLE = "NANOVLLM_RUNTIME_DIR"
-# The sockets in the runtime directory.
-SocketName = Literal["ingress", "services", "scheduler", "workers", "control"]
+# The sockets in the runtime directory, as patterns: those of an engine end in its number.
+SOCKETS = ("ingress", "services", "control", "scheduler-*", "workers-*")
 ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer", "http")
 SCALABLE_ROLES = ("tokenizer", "detokenizer", "http")
 # At most so many services of a role that can be scaled.
@@ -234,7 +234,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 " of a step"
             )
 
-    def in_runtime_dir(self, name: SocketName) -> str:
+    def in_runtime_dir(self, name: str) -> str:
         """The ipc endpoint `name` in the runtime directory.
 
         Raises SettingsError if the path is too long for a socket.
@@ -257,15 +257,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Where the ingress binds for the other services."""
         return self.in_runtime_dir("services")
 
-    @property
-    def scheduler_endpoint(self) -> str:
-        """Where the scheduler binds for gpu_worker rank 0 and the detokenizers."""
-        return self.in_runtime_dir("scheduler")
+    def scheduler_endpoint(self, engine: int) -> str:
+        """Where an engine's scheduler binds for gpu_worker rank 0 and the detokenizers."""
+        return self.in_runtime_dir(f"scheduler-{engine}")
 
-    @property
-    def workers_endpoint(self) -> str:
-        """Where gpu_worker rank 0 binds for the other ranks."""
-        return self.in_runtime_dir("workers")
+    def workers_endpoint(self, engine: int) -> str:
+        """Where an engine's gpu_worker rank 0 binds for the other ranks."""
+        return self.in_runtime_dir(f"workers-{engine}")
 
     @property
     def control_endpoint(self) -> str:

@@ -39,12 +39,12 @@ from tqdm import tqdm
 
 from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline
+from nanovllm.names import ServiceId
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.recovery.http_streams import chat_parts
 from tests.recovery.streams import (
     STOPS,
     Outcome,
-    ServiceId,
     Streamed,
     Streams,
     living,
@@ -151,8 +151,9 @@ def wreak_havoc(
 
 def _blows(draw: random.Random, kills: int, tp: int) -> Iterator[Blow]:
     """Every service and rank is killed as often as any other, or once more; in any order."""
-    services = [("ingress", 0), ("scheduler", 0), *[("gpu_worker", rank) for rank in range(tp)]]
-    services += [(role, index) for role in ("tokenizer", "detokenizer") for index in range(2)]
+    services = [ServiceId("ingress"), ServiceId("scheduler")]
+    services += [ServiceId("gpu_worker", rank) for rank in range(tp)]
+    services += [ServiceId(role, i) for role in ("tokenizer", "detokenizer") for i in range(2)]
     whole_rounds, rest = divmod(kills, len(services))
     victims = services * whole_rounds + draw.sample(services, rest)
     draw.shuffle(victims)
@@ -207,7 +208,7 @@ def _kills_and_stops(struck: Sequence[tuple[float, Blow]]) -> dict[str, Any]:
     stops = {"continued": 0, "to_be_found": 0}
     for _, (victims, stop_s) in struck:
         if stop_s is None:
-            kills.update(f"{role} {index}" for role, index in victims)
+            kills.update(str(victim) for victim in victims)
         else:
             stops["to_be_found" if stop_s == LEFT_TO_BE_FOUND else "continued"] += 1
     return {"kills": dict(sorted(kills.items())), "stops": stops}
@@ -221,7 +222,7 @@ def _recoveries(
     for at, blow in struck:
         if blow.stop_s is None:
             seconds = max(_next_sign(one, at) - at for one in ended if _lived_at(one, at))
-            for role in {role for role, _ in blow.victims}:
+            for role in {victim.role for victim in blow.victims}:
                 found.setdefault(role, []).append(seconds)
     return {
         role: {"median": round(statistics.median(times), 2), "max": round(max(times), 2)}

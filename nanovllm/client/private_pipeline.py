@@ -157,7 +157,7 @@ def _short_private_directory() -> Path:
     """A new directory, mode 0700, with a path short enough for sockets in it."""
     for base in (tempfile.gettempdir(), "/tmp"):
         directory = tempfile.mkdtemp(prefix="nanovllm-", dir=base)
-        if len(os.fsencode(directory)) + len("/scheduler.sock") <= LONGEST_IPC_PATH:
+        if len(os.fsencode(directory)) + len("/scheduler-63.sock") <= LONGEST_IPC_PATH:
             return Path(directory)
         os.rmdir(directory)
     raise OSError(f"no temporary directory has a path short enough for sockets: {directory}")

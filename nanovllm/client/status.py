@@ -17,6 +17,7 @@ from nanovllm.control import (
     TokenizerStats,
     WorkerStats,
 )
+from nanovllm.names import ServiceId
 from nanovllm.wording import counted
 
 
@@ -32,13 +33,13 @@ def render(before: Status, now: Status) -> str:
         before: an earlier status, for the rates.
         now: the status to show.
     """
-    earlier = {(s.role, s.index): s for s in before.services}
+    earlier = {s.service: s for s in before.services}
     rows = [("SERVICE", "PID", "STATE", "UPTIME", "RESTARTS", "CPU", "WORK")]
     for service in now.services:
-        then = earlier.get((service.role, service.index))
+        then = earlier.get(service.service)
         rows.append(
             (
-                f"{service.role} {service.index}",
+                str(service.service),
                 str(service.pid),
                 service.state,
                 _duration(service.uptime_s),
@@ -56,11 +57,11 @@ def render(before: Status, now: Status) -> str:
     return "\n".join([head, "", *table, *_engine(now, earlier)])
 
 
-def _engine(now: Status, earlier: dict[tuple[str, int], ServiceStatus]) -> list[str]:
+def _engine(now: Status, earlier: dict[ServiceId, ServiceStatus]) -> list[str]:
     lines: list[str] = []
     for service in now.services:
         stats = service.stats
-        then = earlier.get((service.role, service.index))
+        then = earlier.get(service.service)
         if isinstance(stats, SchedulerStats):
             hits = f"{stats.cached_tokens / max(1, stats.prompt_tokens):.0%}"
             lines += [

@@ -20,12 +20,13 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import msgspec
 import zmq
 
 from nanovllm.messages import Message
+from nanovllm.names import ServiceId
 from nanovllm.transport.connection import HEADER, Connection
 from nanovllm.transport.endpoints import connectable
 from nanovllm.transport.sockets import Dealer, Router
@@ -52,9 +53,18 @@ class Peer(msgspec.Struct, frozen=True):
     role: str
     index: int
     incarnation: int
+    engine: int = 0
+
+    @classmethod
+    def of(cls, service: ServiceId, incarnation: int) -> Self:
+        return cls(service.role, service.index, incarnation, service.engine)
+
+    @property
+    def service(self) -> ServiceId:
+        return ServiceId(self.role, self.index, self.engine)
 
     def __str__(self) -> str:
-        return f"{self.role} {self.index}"
+        return str(self.service)
 
 
 class Up(NamedTuple):
@@ -78,14 +88,12 @@ Event = Up | Down | Received[M]
 
 
 class _Hello(msgspec.Struct, array_like=True, tag="hello"):
-    role: str
-    index: int
+    service: ServiceId
     pid: int
 
 
 class _Welcome(msgspec.Struct, array_like=True, tag="welcome"):
-    role: str
-    index: int
+    service: ServiceId
 
 
 def one_frame(items: Iterable[T], size: Callable[[T], int]) -> list[T]:
@@ -186,7 +194,7 @@ class ConnectedLink(Generic[M]):
             self.peer = None
 
     def _hello(self) -> None:
-        hello = _Hello(self._me.role, self._me.index, os.getpid())
+        hello = _Hello(self._me.service, os.getpid())
         self._send(_TO_ANYONE, _encoder.encode(hello))
 
     def _send(self, to: int, payload: bytes) -> bool:
@@ -221,7 +229,7 @@ class ConnectedLink(Generic[M]):
             return
         if self.peer is not None and self.peer.incarnation == sender:
             return  # the answer to a heartbeat
-        self.peer = Peer(welcome.role, welcome.index, sender)
+        self.peer = Peer.of(welcome.service, sender)
         events.append(Up(self.peer))
 
 
@@ -319,21 +327,20 @@ class BoundLink(Generic[M]):
         except (msgspec.DecodeError, RecursionError) as error:
             log.error("dropped a malformed hello: %s", error)
             return
-        peer = Peer(hello.role, hello.index, incarnation)
+        peer = Peer.of(hello.service, incarnation)
         known = self._routes.get(peer)
         if known is not None and known.is_same(route):
             known.confirmed = route.confirmed
             route = known
         else:
-            service = (peer.role, peer.index)
-            for other in [p for p in self._routes if (p.role, p.index) == service]:
+            for other in [p for p in self._routes if p.service == peer.service]:
                 self._drop(self._routes[other].routing_id, events)
             self._drop(route.routing_id, events)
             self._peers[route.routing_id] = peer
             self._routes[peer] = route
             self.pids[peer] = hello.pid
             events.append(Up(peer))
-        welcome = _Welcome(self._me.role, self._me.index)
+        welcome = _Welcome(self._me.service)
         self._send(route, _TO_ANYONE, _encoder.encode(welcome))
 
     def _drop(self, routing_id: bytes, events: list[Event[M]]) -> None:

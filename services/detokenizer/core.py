@@ -26,7 +26,8 @@ OUTPUTS_A_FRAME = 512
 class Detokenizer:
     """All outputs, by uid.
 
-    Tokens that arrive twice are cut. Tokens of an older attempt, or after a gap, are dropped.
+    Tokens that arrive twice are cut. Tokens of an older attempt, or after a gap, are dropped. A
+    newer attempt replaces an older one, also of another engine.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -35,11 +36,12 @@ class Detokenizer:
         self._unsent: dict[int, Decoding] = {}
         self._tokens = 0
 
-    def take(self, message: SchedulerToDetokenizer) -> None:
+    def take(self, message: SchedulerToDetokenizer, engine: int = 0) -> None:
+        """A message of this engine's scheduler."""
         if isinstance(message, NewTokens):
             self._new_tokens(message)
         elif isinstance(message, Begin):
-            self._begin(message)
+            self._begin(message, engine)
         elif isinstance(message, Finished):
             output = self._outputs.get(message.uid)
             if output is not None and output.attempt == message.attempt and not output.ended:
@@ -51,11 +53,14 @@ class Detokenizer:
                 del self._outputs[message.uid]
                 self._unsent.pop(message.uid, None)
 
-    def scheduler_up(self) -> None:
-        """A connection to the scheduler was made. The scheduler begins its sequences anew. Since
-        the last connection it may have ended some, or given some to another detokenizer."""
-        self._outputs.clear()
-        self._unsent.clear()
+    def forget(self, engine: int = 0) -> None:
+        """A connection to the engine's scheduler was made, or the engine has left for good. A
+        scheduler begins its sequences anew. Since the last connection it may have ended some, or
+        given some to another detokenizer."""
+        for uid, output in list(self._outputs.items()):
+            if output.engine == engine:
+                del self._outputs[uid]
+                self._unsent.pop(uid, None)
 
     def ingress_up(self) -> None:
         """A connection to the ingress was made. Output that was sent before may be lost."""
@@ -76,10 +81,10 @@ class Detokenizer:
     def stats(self) -> DetokenizerStats:
         return DetokenizerStats(requests=len(self._outputs), tokens=self._tokens)
 
-    def _begin(self, begin: Begin) -> None:
+    def _begin(self, begin: Begin, engine: int) -> None:
         output = self._outputs.get(begin.uid)
         if output is None or begin.attempt > output.attempt:
-            output = Decoding(begin, self._vocabulary)
+            output = Decoding(begin, self._vocabulary, engine)
             self._outputs[begin.uid] = output
             self._unsent.pop(begin.uid, None)
             self._note(begin.uid, output)

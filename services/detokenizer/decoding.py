@@ -17,8 +17,9 @@ class Decoding:
     connects anew. Tokens after the end of the output are not kept.
     """
 
-    def __init__(self, begin: Begin, vocabulary: Vocabulary) -> None:
+    def __init__(self, begin: Begin, vocabulary: Vocabulary, engine: int) -> None:
         self._uid = begin.uid
+        self.engine = engine  # whose scheduler has begun it
         self.attempt = begin.attempt
         options = begin.text
         self._decoder = TextDecoder(

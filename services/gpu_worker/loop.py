@@ -128,10 +128,14 @@ class Leader:
         self._workers: BoundLink[FollowerToLeader] | None = None
         if self._num_followers:
             self._workers = service.bind(
-                service.settings.workers_endpoint, list[FollowerToLeader], self._on_follower
+                service.settings.workers_endpoint(service.me.engine),
+                list[FollowerToLeader],
+                self._on_follower,
             )
         self._scheduler = service.connect(
-            service.settings.scheduler_endpoint, list[SchedulerToWorker], self._on_scheduler
+            service.settings.scheduler_endpoint(service.me.engine),
+            list[SchedulerToWorker],
+            self._on_scheduler,
         )
 
     def take_reports(self) -> None:
@@ -245,7 +249,9 @@ class Follower:
         self._preparer = preparer
         self._prepared: list[Prepared] = []  # to be sent
         self._leader = service.connect(
-            service.settings.workers_endpoint, list[LeaderToFollower], self._on_leader
+            service.settings.workers_endpoint(service.me.engine),
+            list[LeaderToFollower],
+            self._on_leader,
         )
 
     def take_reports(self) -> None:

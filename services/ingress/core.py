@@ -1,7 +1,7 @@
 """The ingress without its sockets: all unfinished requests, from arrival to delivery.
 
-The loop hands bytes and messages to the methods, and sends what `sessions`, `tokenizers` and
-`engine` have to send.
+The loop hands bytes and messages to the methods, and sends what `sessions`, `tokenizers`,
+`engines` and `detokenizers` have to send.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from nanovllm.messages import (
 )
 from nanovllm.protocol import Abort, Error, ErrorCode, Generate, Ping, Pong
 from nanovllm.services.ingress.client_queues import ClientQueues
-from nanovllm.services.ingress.engine import Engine, Queue
+from nanovllm.services.ingress.detokenizers import Detokenizers
+from nanovllm.services.ingress.engine import Queue
+from nanovllm.services.ingress.engines import EnginePool
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.output import size_of
 from nanovllm.services.ingress.pending import PendingRequests
@@ -62,7 +64,8 @@ class Core:
 
     Attributes:
         sessions: the clients, and the frames for them.
-        tokenizers, engine: the requests that each has, and the messages for each.
+        tokenizers, engines: the requests that each has, and the messages for each.
+        detokenizers: what they know, and the messages for each.
         quarantine: the requests that may bring services down.
     """
 
@@ -76,24 +79,24 @@ class Core:
         draw_seed: Callable[[], int],
     ) -> None:
         self.tokenizers = Tokenizers()
-        self.engine = Engine(max_num_batched_tokens)
+        self.engines = EnginePool(max_num_batched_tokens)
+        self.detokenizers = Detokenizers(self.engines)
         self.sessions = Sessions(incarnation)
         self._limits = limits
         self._about = about
         self._pending = PendingRequests(incarnation, max_pending_requests, draw_seed)
         self._client_queues = ClientQueues(limits)
         self._queue = Queue()
-        self._detokenizers: set[Peer] = set()
         self._draining = False
         self.quarantine = Quarantine(
-            self._pending.by_uid, self.tokenizers, self._queue, self.engine, self._poison
+            self._pending.by_uid, self.tokenizers, self._queue, self.engines, self._poison
         )
 
     @property
     def ready(self) -> bool:
         """Whether a request could start now."""
-        services_up = bool(self.tokenizers) and bool(self._detokenizers)
-        return services_up and self.engine.ready and not self._draining
+        services_up = bool(self.tokenizers) and bool(self.detokenizers)
+        return services_up and self.engines.ready and not self._draining
 
     @property
     def stats(self) -> IngressStats:
@@ -170,8 +173,8 @@ class Core:
         if peer.role == "tokenizer":
             self.tokenizers.up(peer)
         elif peer.role == "detokenizer":
-            self._detokenizers.add(peer)
-        elif peer.role == "scheduler" and (lost := self.engine.up(peer)):
+            self.detokenizers.up(peer)
+        elif peer.role == "scheduler" and (lost := self.engines.up(peer)):
             log.warning("%s is a new one, and takes over %s", peer, _requests(lost))
             self._queue.put_back(lost)
 
@@ -186,10 +189,11 @@ class Core:
             # Before `down`, which must know the requests that have to be alone.
             self.quarantine.lost(peer, in_hand)
             self.tokenizers.down(peer)
-        elif peer == self.engine.peer:
-            self.quarantine.lost(peer, self.engine.in_hand)
-            self.engine.down()
-        self._detokenizers.discard(peer)
+        elif (engine := self.engines.of(peer)) is not None:
+            self.quarantine.lost(peer, engine.in_hand)
+            engine.down()
+            self._fail_over()
+        self.detokenizers.down(peer)
 
     def from_tokenizer(self, peer: Peer, message: TokenizerToIngress) -> None:
         self.tokenizers.answered(peer, message.uid)
@@ -205,13 +209,14 @@ class Core:
         self._queue.add(request)
 
     def from_scheduler(self, peer: Peer, message: SchedulerToIngress) -> None:
-        if peer != self.engine.peer:
+        if (engine := self.engines.of(peer)) is None:
             return
         if isinstance(message, EngineState):
-            self.engine.state(message)
+            self.engines.state(engine, message)
+            self._fail_over()
         elif isinstance(message, Lost):
             self.quarantine.reported(message)
-        elif count := self.engine.missing(message):
+        elif count := engine.missing(message):
             log.warning("%s missed %s, submitted again", peer, counted(count, "request"))
 
     def from_detokenizer(self, decoded: Decoded) -> None:
@@ -252,10 +257,12 @@ class Core:
         self.sessions.has_news(request, size_of(decoded))
 
     def submit(self) -> None:
-        """Gives the engine requests from the queue, as far as it takes them."""
-        while (request := self._queue.first()) is not None and self.engine.takes(request):
+        """Gives the engines requests from the queue, as far as they take them."""
+        while (request := self._queue.first()) is not None:
+            if (engine := self.engines.route(request)) is None:
+                return
             self._queue.take(request)
-            self.engine.give(request)
+            engine.give(request)
 
     # ---------------------------------------------------------------------------------------------
 
@@ -307,13 +314,19 @@ class Core:
         self._over(request)
         self.sessions.has_news(request)
 
+    def _fail_over(self) -> None:
+        """Engines have come or gone: requests of those that are gone go to others."""
+        if strays := self.engines.take_strays():
+            log.warning("%s of engines that are gone go to others", _requests(strays))
+            self._queue.put_back(strays)
+
     def _over(self, request: Request) -> None:
         """The request has its outcome, or its client has gone: no service goes on with it."""
         request.over = True
         if request.tokenize is not None:
             self.tokenizers.discard(request)
         self._queue.discard(request)
-        self.engine.end(request)
+        self.engines.end(request)
         self.quarantine.moved(request)
 
     def _forget(self, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""Which requests the engine has, and which wait for it.
+"""Which requests an engine has, and which wait for one.
 
 The queue of requests is here, and not in the scheduler. A scheduler is given requests for its slots
 and a few more, so that a new scheduler is sent little, and the order is decided in one place.
@@ -7,6 +7,8 @@ and a few more, so that a new scheduler is sent little, and the order is decided
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+import msgspec
 
 from nanovllm.messages import (
     NOTHING_IN_HAND,
@@ -21,6 +23,7 @@ from nanovllm.messages import (
     unpack,
     unpack_int64,
 )
+from nanovllm.services.ingress.load import Load
 from nanovllm.services.ingress.requests import Request
 from nanovllm.services.ingress.turns import Turns
 from nanovllm.transport.links import Peer, one_frame
@@ -74,7 +77,7 @@ class Queue:
 
 
 class Engine:
-    """The requests that the engine was given, and the outbox of its scheduler.
+    """The requests that one engine was given, and the outbox of its scheduler.
 
     A link loses messages only around an `Up`. So on each `Up` the outbox is emptied, and `Held` is
     sent first. `Held` names all requests that this incarnation of the scheduler was sent. The
@@ -86,11 +89,13 @@ class Engine:
     Attributes:
         peer: the scheduler; None while there is no link to it.
         given: unfinished requests that the scheduler was given, by uid.
+        load: the work of these requests.
     """
 
     def __init__(self, max_num_batched_tokens: int) -> None:
         self.peer: Peer | None = None
         self.given: dict[int, Request] = {}
+        self.load = Load()
         self._most_waiting_tokens = WAITING_BUDGETS * max_num_batched_tokens
         self._state = EngineState(False, 0, 0, 0)
         self._incarnation = 0
@@ -109,6 +114,11 @@ class Engine:
         """Whether a request could start now."""
         return self.peer is not None and self._state.ready
 
+    @property
+    def endpoint(self) -> str:
+        """Where the scheduler binds; empty before it has said so."""
+        return self._state.endpoint
+
     def takes(self, request: Request) -> bool:
         """Whether the engine is to be given this request now."""
         if not self.ready:
@@ -122,7 +132,9 @@ class Engine:
     def give(self, request: Request) -> None:
         """Submits the request, as its next attempt."""
         request.attempt += 1
+        request.engine = self
         self._ever_given += 1
+        self.load.add(request, request.prompt_tokens + request.output.num_tokens)
         if len(self.given) >= self._state.slots:
             self._waiting[request.uid] = request
             self._waiting_tokens += request.prompt_tokens
@@ -132,6 +144,8 @@ class Engine:
         """Takes the request back, if the engine has it."""
         if self.given.pop(request.uid, None) is None:
             return
+        request.engine = None
+        self.load.remove(request.uid)
         # The first waiting request has a slot now.
         first = request.uid if request.uid in self._waiting else next(iter(self._waiting), None)
         if first is not None:
@@ -152,10 +166,8 @@ class Engine:
         lost: list[Request] = []
         if peer.incarnation != self._incarnation:
             lost = list(self.given.values())
-            self.given.clear()
-            self._submits.clear()
-            self._waiting.clear()
-            self._waiting_tokens = 0
+            for request in lost:
+                self.end(request)
             self._ever_given = 0
         self.peer = peer
         self._incarnation = peer.incarnation
@@ -167,7 +179,7 @@ class Engine:
 
     def down(self) -> None:
         self.peer = None
-        self._state = EngineState(False, 0, 0, 0)
+        self._state = msgspec.structs.replace(self._state, ready=False)
 
     def state(self, state: EngineState) -> None:
         self._state = state

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import NoReturn
+from collections.abc import Iterable
+from typing import NoReturn, Protocol, TypeVar
 
 from nanovllm import __version__
 from nanovllm.checkpoint import model_name
@@ -14,6 +15,7 @@ from nanovllm.messages import (
     DetokenizerToIngress,
     EngineState,
     Lost,
+    Message,
     Missing,
     SchedulerToIngress,
     TokenizerToIngress,
@@ -25,10 +27,20 @@ from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.sessions import Session
 from nanovllm.transport.links import Down, Event, Peer, Received, Up
 
+T = TypeVar("T", bound=Message)
+
 FromServices = TokenizerToIngress | SchedulerToIngress | DetokenizerToIngress
 
 # Drawn seeds are told to clients, some of whose languages have no integers but doubles.
 SEED_BITS = 53
+
+
+class Outbox(Protocol[T]):
+    """What is to be sent to the services of one kind."""
+
+    def frames(self) -> Iterable[tuple[Peer, list[T]]]: ...
+
+    def sent(self, peer: Peer, frame: list[T]) -> None: ...
 
 
 class Ingress:
@@ -92,8 +104,7 @@ class Ingress:
             if self._drain_at is None:
                 self._drain_at = time.monotonic() + message.resume_s
         elif isinstance(message, Crashed):
-            peer = Peer(message.role, message.index, message.incarnation)
-            self._core.quarantine.crashed(peer)
+            self._core.quarantine.crashed(Peer.of(message.service, message.incarnation))
 
     def _step(self, now: float) -> float | None:
         core = self._core
@@ -117,19 +128,20 @@ class Ingress:
     def _send_to_services(self) -> bool:
         """Sends all messages for services; returns False if a socket was full."""
         core = self._core
-        all_sent = True
-        while core.engine.peer is not None and (submits := core.engine.frame()):
-            if not self._services.send(core.engine.peer, submits):
-                all_sent = False
-                break
-            core.engine.sent(submits)
-        while frames := list(core.tokenizers.frames()):
-            taken = [one for one in frames if self._services.send(*one)]
-            for peer, frame in taken:
-                core.tokenizers.sent(peer, frame)
-            if not taken:
+        return (
+            self._send_frames(core.detokenizers)
+            & self._send_frames(core.engines)
+            & self._send_frames(core.tokenizers)
+        )
+
+    def _send_frames(self, outbox: Outbox[T]) -> bool:
+        while frames := list(outbox.frames()):
+            sent = [one for one in frames if self._services.send(*one)]
+            for peer, frame in sent:
+                outbox.sent(peer, frame)
+            if not sent:
                 return False
-        return all_sent
+        return True
 
     def _send_to_client(self, session: Session, now: float) -> bool:
         """Sends all messages for the client; returns False if its socket was full."""

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 
 from nanovllm.messages import NOTHING_IN_HAND, InHand, Lost
-from nanovllm.services.ingress.engine import Engine, Queue
+from nanovllm.services.ingress.engine import Queue
+from nanovllm.services.ingress.engines import EnginePool
 from nanovllm.services.ingress.requests import Request
 from nanovllm.services.ingress.suspects import Deaths, Suspects
 from nanovllm.services.ingress.tokenizers import Tokenizers
@@ -25,7 +26,7 @@ class Quarantine:
 
     Args:
         requests: all unfinished requests, by uid.
-        tokenizers, queue, engine: where the requests are.
+        tokenizers, queue, engines: where the requests are.
         poison: called with a guilty request, and the role of the service that died.
 
     Attributes:
@@ -37,14 +38,14 @@ class Quarantine:
         requests: Mapping[int, Request],
         tokenizers: Tokenizers,
         queue: Queue,
-        engine: Engine,
+        engines: EnginePool,
         poison: Callable[[Request, str], None],
     ) -> None:
         self.suspects = Suspects()
         self._requests = requests
         self._tokenizers = tokenizers
         self._queue = queue
-        self._engine = engine
+        self._engines = engines
         self._poison = poison
         self._deaths = Deaths()
 
@@ -62,7 +63,7 @@ class Quarantine:
 
     def reported(self, lost: Lost) -> None:
         """The scheduler's link to a service is gone."""
-        self.lost(Peer(lost.role, lost.index, lost.incarnation), lost.in_hand)
+        self.lost(Peer.of(lost.service, lost.incarnation), lost.in_hand)
 
     def crashed(self, peer: Peer) -> None:
         """The supervisor says that this incarnation of a service died by itself."""
@@ -108,7 +109,7 @@ class Quarantine:
             log.warning("all requests go on")
             return
         log.warning("request %x runs alone: it may be what brings services down", alone.uid)
-        others = [request for request in self._engine.given.values() if request is not alone]
+        others = [request for request in self._engines.all_given() if request is not alone]
         for request in others:
-            self._engine.end(request)
+            self._engines.end(request)
         self._queue.put_back(others)

@@ -20,6 +20,7 @@ from nanovllm.protocol import (
 from nanovllm.services.ingress.output import Output
 
 if TYPE_CHECKING:
+    from nanovllm.services.ingress.engine import Engine
     from nanovllm.services.ingress.sessions import Session
 
 
@@ -47,6 +48,7 @@ class Request:
     prompt: bytes = b""  # int32, once a tokenizer has answered
     answer_marks: AnswerMarks | None = None
     attempt: int = 0
+    engine: Engine | None = None  # which has the request
     over: bool = False
     outcome: Finish | Error | None = None  # the last message for the client
     unsent: bool = False  # whether the session's list of unsent streams has the request

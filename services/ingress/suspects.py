@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nanovllm.messages import NOTHING_IN_HAND, InHand
+from nanovllm.names import ServiceId
 from nanovllm.transport.links import Peer
 
 # After so many deaths in company a request runs alone; after so many alone it is guilty.
@@ -32,14 +33,14 @@ class Deaths:
     """Joins the two messages about a death. Of each service the latest are kept."""
 
     def __init__(self) -> None:
-        self._in_hand: dict[tuple[str, int], tuple[int, InHand]] = {}
-        self._by_itself: dict[tuple[str, int], int] = {}
+        self._in_hand: dict[ServiceId, tuple[int, InHand]] = {}
+        self._by_itself: dict[ServiceId, int] = {}
 
     def lost(self, peer: Peer, in_hand: InHand) -> InHand | None:
         """The link to a service is gone. Returns `in_hand` if the service is known to have died by
         itself. When the same incarnation makes the link again, this is called with
         `NOTHING_IN_HAND`, since the requests in hand before do not count any more."""
-        service = (peer.role, peer.index)
+        service = peer.service
         if not in_hand.uids:
             if self._in_hand.get(service, (0, in_hand))[0] == peer.incarnation:
                 del self._in_hand[service]
@@ -52,7 +53,7 @@ class Deaths:
 
     def by_itself(self, peer: Peer) -> InHand | None:
         """The service died by itself. Returns the requests it had in hand, if they are known."""
-        service = (peer.role, peer.index)
+        service = peer.service
         incarnation, in_hand = self._in_hand.get(service, (0, NOTHING_IN_HAND))
         if incarnation == peer.incarnation:
             del self._in_hand[service]

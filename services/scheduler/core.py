@@ -44,6 +44,7 @@ class Scheduler:
     """Every request from its `Submit` to its `End`.
 
     Args:
+        engine: the number of this scheduler's engine.
         first_matcher: the number of the first matcher, see `Preparations`.
 
     Attributes:
@@ -51,8 +52,9 @@ class Scheduler:
         detokenizers: the messages for the detokenizers.
     """
 
-    def __init__(self, settings: Settings, first_matcher: int = 0) -> None:
+    def __init__(self, settings: Settings, engine: int = 0, first_matcher: int = 0) -> None:
         self._settings = settings
+        self._endpoint = settings.scheduler_endpoint(engine)
         self._records: dict[int, Sequence] = {}
         preparations = Preparations(first_matcher)
         self._planner = StepPlanner(settings, preparations)
@@ -142,7 +144,9 @@ class Scheduler:
     def _state(self) -> EngineState:
         blocks = self._planner.blocks
         slots = self._settings.max_num_seqs
-        return EngineState(self.group.ready, slots, blocks.num_blocks, blocks.block_size)
+        return EngineState(
+            self.group.ready, slots, blocks.num_blocks, blocks.block_size, self._endpoint
+        )
 
     # The worker group ---------------------------------------------------------------------------
 
@@ -251,7 +255,7 @@ class Scheduler:
 
     def _note_lost(self, peer: Peer, in_hand: InHand) -> None:
         """Notes for the ingress which requests a lost service had in hand."""
-        self._lost.append(Lost(peer.role, peer.index, peer.incarnation, in_hand))
+        self._lost.append(Lost(peer.service, peer.incarnation, in_hand))
 
     def _tell_of_ended(self) -> None:
         for ended in self._planner.ended:

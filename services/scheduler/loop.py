@@ -33,7 +33,7 @@ class SchedulerLoop:
         self._tell_failures_at = 0.0
         settings = service.settings
         self._link = service.bind(
-            settings.scheduler_endpoint, list[WorkerToScheduler], self._on_event
+            settings.scheduler_endpoint(service.me.engine), list[WorkerToScheduler], self._on_event
         )
         self._ingress = service.connect(
             settings.services_endpoint, list[IngressToScheduler], self._on_ingress
@@ -114,7 +114,7 @@ class SchedulerLoop:
 
 
 def serve(service: Service) -> NoReturn:
-    core = Scheduler(service.settings, service.me.incarnation << 32)
+    core = Scheduler(service.settings, service.me.engine, service.me.incarnation << 32)
     loop = SchedulerLoop(service, core)
     service.ready()
     try:

@@ -18,6 +18,7 @@ import pytest
 from benchmarks.support.pipeline import Pipeline
 from nanovllm.bench.http import HttpClient, Url
 from nanovllm.client.results import PipelineUnavailable
+from nanovllm.names import ServiceId
 from nanovllm.protocol import Delta, Error, Finish, Generate, Sampling, ServerMessage
 from tests.bench.test_command import QUICK, TIMEOUT_S, command, run
 from tests.recovery.streams import kill
@@ -131,7 +132,7 @@ def test_ctrl_c_and_kills_behind_the_server(
             shown += os.read(terminal, 4096)
 
     wait_for_tokens()
-    kill(door, ("ingress", 0))
+    kill(door, ServiceId("ingress"))
     wait_for_tokens()
     running.send_signal(signal.SIGINT)
     output, _ = running.communicate(timeout=TIMEOUT_S)

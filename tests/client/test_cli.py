@@ -164,7 +164,7 @@ def test_a_line_that_is_no_text_does_not_end_the_chat() -> None:
 
 def a_status(at_s: float, cpu_s: float, busy_s: float) -> Status:
     def service(role: str, pid: int, stats: Any, index: int = 0) -> ServiceStatus:
-        return ServiceStatus(role, index, pid, "ready", None, 3725.0, 2, at_s, cpu_s, stats)
+        return ServiceStatus(role, index, 0, pid, "ready", None, 3725.0, 2, at_s, cpu_s, stats)
 
     scheduler = SchedulerStats(
         running=3,
@@ -186,7 +186,7 @@ def a_status(at_s: float, cpu_s: float, busy_s: float) -> Status:
         service("gpu_worker", 14, WorkerStats(3, 0, 70, busy_s), index=1),
         service("tokenizer", 15, TokenizerStats(1, 10)),
         service("detokenizer", 16, DetokenizerStats(3, 900)),
-        ServiceStatus("detokenizer", 1, 17, "starting", None, 0.5, 0, 0.0, 0.0, None),
+        ServiceStatus("detokenizer", 1, 0, 17, "starting", None, 0.5, 0, 0.0, 0.0, None),
     ]
     return Status("the demo model", "tcp://127.0.0.1:5555", "", services)
 
@@ -209,7 +209,7 @@ def test_the_table_shows_every_service_and_the_engine() -> None:
 
 def test_status_prints_a_count_of_one_in_the_singular() -> None:
     def service(role: str, stats: Any) -> ServiceStatus:
-        return ServiceStatus(role, 0, 1, "ready", None, 1.0, 0, 1.0, 1.0, stats)
+        return ServiceStatus(role, 0, 0, 1, "ready", None, 1.0, 0, 1.0, 1.0, stats)
 
     services = [
         service("ingress", IngressStats(1, 1, 1)),

@@ -15,6 +15,7 @@ def service(*loading: Loading, state: ServiceState = "starting") -> ServiceStatu
     return ServiceStatus(
         role="gpu_worker",
         index=0,
+        engine=0,
         pid=1,
         state=state,
         loading=loading[0] if loading else None,

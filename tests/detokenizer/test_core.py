@@ -381,7 +381,7 @@ def test_an_end_is_of_its_attempt_and_older_ones() -> None:
 def test_a_scheduler_that_connects_anew_begins_all_anew() -> None:
     core = Detokenizer(VOCABULARY)
     core.take(begin(ids_of_bytes(b"ab"), attempt=2))
-    core.scheduler_up()
+    core.forget()
     core.ingress_up()
     core.take(rows((UID, 2, 2, 5)))
     assert flush(core) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanovllm.messages import Begin, Decoded, Ending, Finished, TextOptions, pack
+from nanovllm.messages import Begin, Decoded, Ending, Engines, Finished, TextOptions, pack
 from nanovllm.protocol import Usage
 from tests.bpe import tiny_tokenizer
 from tests.detokenizer.test_core import begin, rows
@@ -22,8 +22,10 @@ def test_text_from_tokens_whoever_comes_and_goes() -> None:
     token_ids = tiny_tokenizer().encode(text).ids
     with Neighbourhood() as here:
         here.start("detokenizer")
-        scheduler = here.binds("scheduler", here.settings.scheduler_endpoint, list[None])
+        endpoints = [here.settings.scheduler_endpoint(engine) for engine in range(2)]
+        scheduler = here.binds("scheduler", endpoints[0], list[None])
         ingress = here.binds("ingress", here.settings.services_endpoint, list[Decoded], INCARNATION)
+        ingress.send(Engines({0: endpoints[0]}))
         scheduler.send(Begin(UID, 1, b"", 0, TextOptions(), 3, 0, []))
         for offset, token_id in enumerate(token_ids):
             scheduler.send(rows((UID, 1, offset, token_id)))
@@ -47,3 +49,18 @@ def test_text_from_tokens_whoever_comes_and_goes() -> None:
         scheduler.send(rows((UID + 1, 1, 2, token_ids[2])), begin(token_ids, uid=UID + 2))
         decoded = ingress.expect(Decoded)
         assert (decoded.uid, decoded.text) == (UID + 2, text)
+
+        # An engine that comes is connected to beside the other. Of one that has left for good
+        # nothing is left.
+        other = here.binds("scheduler", endpoints[1], list[None])
+        ingress.send(Engines(dict(enumerate(endpoints))))
+        other.send(begin(token_ids, uid=UID + 3))
+        assert ingress.expect(Decoded).uid == UID + 3
+        other.leave()
+
+        def sent_to_another_ingress() -> set[int]:
+            ingress.come_back(reborn=True)
+            ingress.send(Engines({0: endpoints[0]}))
+            return {ingress.expect(Decoded).uid, *(d.uid for d in ingress.all(Decoded))}
+
+        here.wait("end of its output", lambda: sent_to_another_ingress() == {UID + 2} or None)

@@ -38,7 +38,7 @@ class Group(Neighbourhood):
     def __init__(self, **options: Any) -> None:
         limits = {"max_num_seqs": 8, "max_model_len": 96, "kvcache_block_size": 16}
         super().__init__(**limits | options)
-        control, scheduler = self.settings.control_endpoint, self.settings.scheduler_endpoint
+        control, scheduler = self.settings.control_endpoint, self.settings.scheduler_endpoint(0)
         self.supervisor = self.binds("supervisor", control, list[ToSupervisor])
         self.scheduler = self.binds("scheduler", scheduler, list[WorkerToScheduler])
         size = self.settings.tensor_parallel_size
@@ -153,7 +153,7 @@ def test_it_ends_when_told_to(start: Callable[..., Group]) -> None:
     assert group.ended(group.ranks[0]) == (0, "")
     code, output = group.ended(group.ranks[1])
     # Rank 0 may be gone before the signal comes.
-    assert (code, output) == (0, "") or "gpu_worker 0 is gone" in output
+    assert (code, output) == (0, "") or "gpu_worker 0.0 is gone" in output
     left = {path.name for path in group.runtime_dir.iterdir()}
     assert not {name for name in left if name.startswith("workers")}
 
@@ -168,7 +168,7 @@ def test_a_simulated_group_lives_and_dies_as_one(start: Callable[..., Group]) ->
     group.ranks[0].kill()
     code, output = group.ended(group.ranks[1])
     assert code == EXIT_FOLLOWED
-    assert "gpu_worker 0 is gone" in output
+    assert "gpu_worker 0.0 is gone" in output
 
 
 def test_two_ranks_sample_what_one_does(start: Callable[..., Group], cpu_model: Path) -> None:
@@ -198,7 +198,7 @@ def test_two_ranks_sample_what_one_does(start: Callable[..., Group], cpu_model: 
     group.ranks[1].kill()
     code, output = group.ended(group.ranks[0])
     assert code == EXIT_FOLLOWED
-    assert "gpu_worker 1 is gone" in output
+    assert "gpu_worker 0.1 is gone" in output
 
 
 def test_a_failing_step_ends_the_process_with_its_traceback(

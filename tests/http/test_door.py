@@ -18,13 +18,14 @@ from click.testing import CliRunner, Result
 from benchmarks.support.pipeline import END_TIMEOUT_S, LOOK_AGAIN_S, Pipeline
 from nanovllm.client.cli import main
 from nanovllm.control import HttpStats
+from nanovllm.names import ServiceId
 from tests.http.server import TIMEOUT_S, Server
 from tests.recovery.streams import kill, services, wait_for_another, wait_until_ready
 from tests.recovery.test_poison import FAULT
 
 SIM = ("--device", "sim", "--sim-step-ms", "4", "--kvcache-block-size", "16")
 HTTP = ("--http", "127.0.0.1:0")
-DOOR = ("http", 0)
+DOOR = ServiceId("http", 0)
 FILE_KEY, VARIABLE_KEY = "key-of-the-file", "key-of-the-variable"
 LONG: dict[str, Any] = {"prompt": "Once", "max_tokens": 300, "ignore_eos": True, "seed": 1}
 ENDLESS = {**LONG, "max_tokens": 4000}
@@ -75,9 +76,9 @@ def test_keys_are_with_http_servers_alone(locked: Pipeline, door: Server) -> Non
         command_line = " ".join(psutil.Process(process.pid).cmdline())
         assert VARIABLE_KEY not in command_line
         assert FILE_KEY not in command_line
-    for (role, _), process in services(locked).items():
-        assert (VARIABLE_KEY in str(process.environ())) == (role == "http")
-        assert (FILE_KEY in str(process.environ())) == (role == "http")
+    for service, process in services(locked).items():
+        assert (VARIABLE_KEY in str(process.environ())) == (service.role == "http")
+        assert (FILE_KEY in str(process.environ())) == (service.role == "http")
     for key in (FILE_KEY, VARIABLE_KEY):
         assert key not in locked.transcript
 
@@ -144,7 +145,7 @@ def test_http_servers_are_scaled_and_restarted(locked: Pipeline, door: Server) -
     ran = command(locked, "scale", "http", "2")
     assert ran.exit_code == 0, ran.output
     before = services(locked)
-    assert ("http", 1) in before
+    assert ServiceId("http", 1) in before
     with door.send("/v1/completions", {"model": "demo", **LONG, "stream": True}) as connection:
         stream = connection.makefile("rb")
         next(line for line in stream if line.startswith(b"data: "))
@@ -152,7 +153,7 @@ def test_http_servers_are_scaled_and_restarted(locked: Pipeline, door: Server) -
         assert ran.exit_code == 0, ran.output
         assert stream.read().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), "it was cut off"
     after = services(locked)
-    assert all(after[name].pid != before[name].pid for name in (DOOR, ("http", 1)))
+    assert all(after[name].pid != before[name].pid for name in (DOOR, ServiceId("http", 1)))
     assert command(locked, "scale", "http", "1").exit_code == 0
     assert door.complete(prompt="Once", max_tokens=2).status == 200
     assert "http 0" in command(locked, "status").output
@@ -166,11 +167,11 @@ def test_a_death_behind_the_door_is_a_pause(locked: Pipeline, door: Server) -> N
         for role in roles:
             running = [pool.submit(lambda: door.complete(**body)) for _ in range(8)]
             locked.stats_once(HttpStats, lambda stats: stats.running > 0)
-            kill(locked, (role, 0))
+            kill(locked, ServiceId(role))
             for answer in running:
                 assert answer.result().status == 200, role
                 assert answer.result().json["choices"] == expected, role
-            wait_until_ready(locked, [(role, 0)])
+            wait_until_ready(locked, [ServiceId(role)])
 
 
 def test_without_http_there_is_nothing_to_scale(pipeline: Pipeline) -> None:

@@ -17,6 +17,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.support.pipeline import LOOK_AGAIN_S, Pipeline
+from nanovllm.names import ServiceId
 from tests.http.server import TIMEOUT_S, Server
 from tests.http.test_door import HTTP, SIM
 from tests.pipeline.leftovers import wait_until_nothing_is_left
@@ -27,7 +28,7 @@ ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", re.MULTILINE)
 DOCUMENTED = ROW.findall((ROOT / "docs" / "metrics.md").read_text())
 # Labels that Prometheus makes of a histogram.
 OWN_LABELS = {"le"}
-DETOKENIZER = ("detokenizer", 0)
+DETOKENIZER = ServiceId("detokenizer", 0)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from nanovllm.messages import (
 )
 from nanovllm.protocol import ServerMessage, Usage
 from nanovllm.services.ingress.core import About, Core
+from nanovllm.services.ingress.engine import Engine
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.sessions import Session
 from nanovllm.transport.links import Peer
@@ -75,6 +76,10 @@ class World:
             self.core.service_up(TOKENIZER)
             self.core.service_up(DETOKENIZER)
             self.scheduler_up(SCHEDULER)
+
+    @property
+    def engine(self) -> Engine:
+        return self.core.engines.by_number[SCHEDULER.engine]
 
     # Clients ------------------------------------------------------------------------------------
 
@@ -135,9 +140,9 @@ class World:
         """The frames that the scheduler is sent now."""
         self.core.submit()
         frames: list[list[IngressToScheduler]] = []
-        while frame := self.core.engine.frame():
+        while frame := dict(self.core.engines.frames()).get(self.engine.peer or SCHEDULER):
             frames.append(frame)
-            self.core.engine.sent(frame)
+            self.engine.sent(frame)
             for message in frame:
                 if isinstance(message, End):
                     self.ended.append((message.uid, message.attempt))
@@ -167,8 +172,8 @@ class World:
     def scheduler_restarts(self, peer: Peer = REBORN, state: EngineState = READY) -> None:
         """The scheduler's link goes and comes back; it is another incarnation, unless `peer` is the
         same."""
-        if self.core.engine.peer is not None:
-            self.core.service_down(self.core.engine.peer)
+        if self.engine.peer is not None:
+            self.core.service_down(self.engine.peer)
         self.scheduler_up(peer, state)
 
 

@@ -262,7 +262,7 @@ def test_exactly_once_whatever_dies(data: st.DataObject) -> None:
             world.scheduler_restarts(Peer("scheduler", 0, incarnation))
         elif action == "missing" and latest is not None:
             attempt = data.draw(st.integers(1, latest.attempt))
-            (peer,) = filter(None, [world.core.engine.peer])
+            (peer,) = filter(None, [world.engine.peer])
             world.core.from_scheduler(peer, missing({latest.uid: attempt}))
         elif action == "state":
             state = data.draw(st.sampled_from([READY, NOT_READY]))

@@ -230,9 +230,9 @@ def test_an_end_cancels_what_was_not_sent_and_is_sent_if_an_earlier_attempt_was(
     assert [m for f in world.engine_frames() for m in f] == [End(again.uid, 2)]
     # The scheduler was to be given it anew, and has it.
     (sent,) = world.start("d")
-    request = world.core.engine.given[sent.uid]
-    world.core.engine.end(request)
-    world.core.engine.give(request)
+    request = world.engine.given[sent.uid]
+    world.engine.end(request)
+    world.engine.give(request)
     world.abort("d")
     assert [m for f in world.engine_frames() for m in f] == [End(sent.uid, 1)]
     assert unsent_at_first not in dict(world.ended)
@@ -243,16 +243,16 @@ def _given_but_not_sent(world: World, request_id: str) -> int:
     (tokenize,) = world.tokenizes()
     world.tokenized(tokenize)
     world.core.submit()
-    assert tokenize.uid in world.core.engine.given
+    assert tokenize.uid in world.engine.given
     return tokenize.uid
 
 
 def test_ends_go_before_what_is_submitted() -> None:
     world = World()
     (first,) = world.start("a")
-    request = world.core.engine.given[first.uid]
-    world.core.engine.end(request)
-    world.core.engine.give(request)
+    request = world.engine.given[first.uid]
+    world.engine.end(request)
+    world.engine.give(request)
     ((end, submit),) = world.engine_frames()
     assert end == End(first.uid, 1)
     assert isinstance(submit, Submit)

@@ -20,6 +20,7 @@ from nanovllm.messages import (
     Tokenize,
     unpack,
 )
+from nanovllm.names import ServiceId
 from nanovllm.protocol import Error, Finish
 from nanovllm.services.ingress.suspects import (
     CLEARING_TOKENS,
@@ -164,7 +165,7 @@ class Pipeline:
         self.decoded.clear()
 
     def _lose(self, peer: Peer, uids: list[int], alone: bool, by_itself: bool) -> None:
-        lost = Lost(peer.role, peer.index, peer.incarnation, InHand(uids, alone))
+        lost = Lost(peer.service, peer.incarnation, InHand(uids, alone))
         self._death(peer, lambda: self.core.from_scheduler(self.scheduler, lost), by_itself)
 
     def _death(self, peer: Peer, is_noticed: Callable[[], None], by_itself: bool) -> None:
@@ -242,7 +243,9 @@ def test_a_suspect_that_is_over_holds_nobody_back() -> None:
     world = World()
     first, second = world.start("a", "b")
     for incarnation in range(1, DEATHS + 1):
-        lost = Lost("gpu_worker", 0, incarnation, InHand([first.uid, second.uid], alone=False))
+        lost = Lost(
+            ServiceId("gpu_worker"), incarnation, InHand([first.uid, second.uid], alone=False)
+        )
         world.core.from_scheduler(SCHEDULER, lost)
         world.core.quarantine.crashed(Peer("gpu_worker", 0, incarnation))
     assert world.start("c") == [], "the latest suspect runs alone"
@@ -261,8 +264,8 @@ def test_suspects_that_go_at_once_are_not_ranked_anew_for_each(
     world = World()
     world.start(*(f"{number}" for number in range(30)))
     for incarnation in range(1, DEATHS + 1):
-        in_hand = InHand(list(world.core.engine.given), alone=False)
-        lost = Lost("gpu_worker", 0, incarnation, in_hand)
+        in_hand = InHand(list(world.engine.given), alone=False)
+        lost = Lost(ServiceId("gpu_worker"), incarnation, in_hand)
         world.core.from_scheduler(SCHEDULER, lost)
         world.core.quarantine.crashed(Peer("gpu_worker", 0, incarnation))
     ranked = 0
@@ -285,7 +288,7 @@ def test_a_death_counts_as_alone_only_if_the_scheduler_can_have_had_no_other() -
     world.start("suspect")
     for death in range(DEATHS + DEATHS_ALONE):
         assert not any(isinstance(message, Error) for message in world.heard())
-        scheduler = world.core.engine.peer
+        scheduler = world.engine.peer
         assert scheduler is not None
         world.start(f"other {death}")
         world.abort(f"other {death}")

@@ -82,13 +82,13 @@ def test_a_killed_launcher_takes_its_services_along(sim: Pipeline) -> None:
 def test_a_service_that_dies_is_named_and_comes_back(shared: Pipeline) -> None:
     for role in ROLES:
         next(process for process in services(shared) if role_of(process) == role).kill()
-        shared.wait_for(f"supervisor | {role} 0 was killed by SIGKILL", END_TIMEOUT_S)
-        shared.wait_for(f"{role} 0 | ready", END_TIMEOUT_S)
+        shared.wait_for(f"supervisor | {ServiceId(role)} was killed by SIGKILL", END_TIMEOUT_S)
+        shared.wait_for(f"{ServiceId(role)} | ready", END_TIMEOUT_S)
     assert [service.restarts for service in shared.status().services] == [1] * len(ROLES)
 
 
 def test_services_log_with_their_names_in_front(shared: Pipeline) -> None:
-    assert any(" gpu_worker 0 | " in line for line in shared.output)
+    assert any(" gpu_worker 0.0 | " in line for line in shared.output)
 
 
 def refused(*arguments: str) -> str:

@@ -22,7 +22,7 @@ def test_a_missing_runtime_dir_is_made_private_and_removed_again(tmp_path: Path)
 
 def test_only_what_services_leave_there_is_removed(tmp_path: Path) -> None:
     others = {tmp_path / name for name in ("other.sock", "other.sock.lock", "notes.txt")}
-    ours = [tmp_path / name for name in ("control.sock", "scheduler.sock.lock")]
+    ours = [tmp_path / name for name in ("control.sock", "scheduler-7.sock.lock")]
     for path in (*others, *ours):
         path.touch()
     with runtime_dir(tmp_path):

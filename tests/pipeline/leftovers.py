@@ -29,7 +29,7 @@ def wait_until_nothing_is_left(pipeline: Pipeline) -> None:
     with Control(str(pipeline.runtime_dir)) as control:
         while True:
             services = control.status().services
-            left = {f"{s.role} {s.index}": held(s) for s in services if any(held(s).values())}
+            left = {str(s.service): held(s) for s in services if any(held(s).values())}
             if not left and all(service.at_s >= start for service in services):
                 return
             if time.monotonic() - start > TIMEOUT_S:

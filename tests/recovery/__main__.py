@@ -28,15 +28,16 @@ from benchmarks.support.help import help_of
 from benchmarks.support.pipeline import Pipeline
 from nanovllm import SamplingParams
 from nanovllm.launch.groups import STABLE_S
-from tests.recovery.streams import Case, ServiceId, Streamed, Streams, living, wait_until_ready
+from nanovllm.names import ServiceId
+from tests.recovery.streams import Case, Streamed, Streams, living, wait_until_ready
 
-TOKENIZER = ("tokenizer", 0)
+TOKENIZER = ServiceId("tokenizer", 0)
 SERVICES: dict[str, ServiceId] = {
-    "ingress": ("ingress", 0),
-    "scheduler": ("scheduler", 0),
-    "gpu_worker 0": ("gpu_worker", 0),
-    "gpu_worker 1": ("gpu_worker", 1),
-    "detokenizer": ("detokenizer", 0),
+    "ingress": ServiceId("ingress", 0),
+    "scheduler": ServiceId("scheduler", 0),
+    "gpu_worker 0": ServiceId("gpu_worker", 0),
+    "gpu_worker 1": ServiceId("gpu_worker", 1),
+    "detokenizer": ServiceId("detokenizer", 0),
     "tokenizer": TOKENIZER,
 }
 ARGUMENTS = ("--device", "cpu", "--tp", "2", "--max-model-len", "1024", "--log-level", "warning")
@@ -87,14 +88,14 @@ class Killer:
     def rest(self, service: ServiceId) -> None:
         """Returns once all services are ready, and this one's deaths are forgotten."""
         self._note_ready()
-        time.sleep(max(0.0, self._ready_since[service[0]] + STABLE_S - time.monotonic()))
+        time.sleep(max(0.0, self._ready_since[service.role] + STABLE_S - time.monotonic()))
 
     def kill(self, service: ServiceId) -> float:
         """When it was."""
         (victim,) = living(self.pipeline, [service])
         at = time.monotonic()
         victim.kill()
-        self._ready_since.pop(service[0], None)
+        self._ready_since.pop(service.role, None)
         self._bar.update()
         time.sleep(UNDISTURBED_S)
         return at
@@ -103,8 +104,8 @@ class Killer:
         """Since when; of a rank's group, since all its ranks are."""
         wait_until_ready(self.pipeline, list(SERVICES.values()))
         now = time.monotonic()
-        for role, _ in SERVICES.values():
-            self._ready_since.setdefault(role, now)
+        for service in SERVICES.values():
+            self._ready_since.setdefault(service.role, now)
 
 
 def _cases(streams: int, output_tokens: int) -> list[Case]:

@@ -21,6 +21,7 @@ from nanovllm import AsyncClient, SamplingParams
 from nanovllm.client.control import Control
 from nanovllm.client.requests import Prompt
 from nanovllm.control import SchedulerStats
+from nanovllm.names import ServiceId
 from nanovllm.protocol import PromptLogprobs
 
 TIMEOUT_S = 120.0
@@ -31,9 +32,6 @@ QUESTIONS = ("What is the weather in Bern?", "Tell me a story about a fox.")
 # Strings in what each device writes. In float32 the demo model writes the same on both.
 MODEL_STOPS = (" lantern", "kettle", ". T")
 STOPS = {"sim": ("ree", "old "), "cpu": MODEL_STOPS, "cuda": MODEL_STOPS}
-
-# A role and an index.
-ServiceId = tuple[str, int]
 
 
 class Case(NamedTuple):
@@ -264,7 +262,7 @@ def undisturbed(endpoint: str, cases: Sequence[Case]) -> list[Outcome]:
 
 
 def services(pipeline: Pipeline) -> dict[ServiceId, psutil.Process]:
-    """The processes that live now, by role and index."""
+    """The processes that live now."""
     found: dict[ServiceId, psutil.Process] = {}
     for child in psutil.Process(pipeline.process.pid).children():
         try:
@@ -274,7 +272,10 @@ def services(pipeline: Pipeline) -> dict[ServiceId, psutil.Process]:
             continue
         role = [word.split(".")[-1] for word in command if ".services." in word]
         if role and not dead:
-            found[role[0], int(command[command.index("--index") + 1])] = child
+            index, engine = (
+                int(command[command.index(option) + 1]) for option in ("--index", "--engine")
+            )
+            found[ServiceId(role[0], index, engine)] = child
     return found
 
 
@@ -295,7 +296,7 @@ def wait_until_ready(pipeline: Pipeline, service_ids: Sequence[ServiceId]) -> No
     deadline = time.monotonic() + TIMEOUT_S
     with Control(str(pipeline.runtime_dir)) as control:
         while True:
-            states = {(s.role, s.index): s.state for s in control.status().services}
+            states = {s.service: s.state for s in control.status().services}
             if all(states.get(service_id) == "ready" for service_id in service_ids):
                 return
             if time.monotonic() > deadline:

@@ -19,6 +19,7 @@ from nanovllm import Client, RequestError, SamplingParams
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.client.cli import main
 from nanovllm.launch.groups import MAX_FAILED_STARTS
+from nanovllm.names import ServiceId
 from tests.recovery.streams import Streams, check, mixed_cases, services, undisturbed
 from tests.terminal import ENTER, terminal
 
@@ -45,7 +46,7 @@ def test_scaling_and_restarts_while_streams_run(sim: Pipeline) -> None:
     for role, count in [("tokenizer", 3), ("detokenizer", 3), ("detokenizer", 1), ("tokenizer", 1)]:
         ran = command(sim, "scale", role, str(count))
         assert ran.exit_code == 0, ran.output
-        assert sum(found == role for found, _ in services(sim)) == count
+        assert sum(found.role == role for found in services(sim)) == count
         streams.wait_for_news()
     before = services(sim)
     for role in ("scheduler", "all"):
@@ -57,25 +58,25 @@ def test_scaling_and_restarts_while_streams_run(sim: Pipeline) -> None:
     assert after.keys() == before.keys()
     assert all(after[service].pid != before[service].pid for service in before)
     restarts = {service.role: service.restarts for service in sim.status().services}
-    assert restarts == {role: 1 + (role == "scheduler") for role, _ in before}
+    assert restarts == {s.role: 1 + (s.role == "scheduler") for s in before}
     assert "RESTARTS" in command(sim, "status").output
 
 
 def test_a_chat_goes_on_while_services_are_killed(sim: Pipeline, tmp_path: Path) -> None:
     chat = [sys.executable, "-m", "nanovllm", "chat", "--runtime-dir", str(sim.runtime_dir)]
-    roles = sorted(role for role, _ in services(sim))
+    roles = sorted(service.role for service in services(sim))
     with terminal([*chat, "--max-tokens", "300"], XDG_STATE_HOME=str(tmp_path)) as shown:
         shown.wait_for("\n>")
         for role in roles:
             shown.press("Tell me more." + ENTER)
             shown.wait_for("\n")
             shown.wait_for(" ")
-            services(sim)[role, 0].kill()
-            sim.wait_for(f"{role} 0 was killed by SIGKILL", END_TIMEOUT_S)
+            services(sim)[ServiceId(role)].kill()
+            sim.wait_for(f"{ServiceId(role)} was killed by SIGKILL", END_TIMEOUT_S)
             shown.wait_for("[300 tokens, ")
             shown.wait_for("\n>")
             sim.status()  # once all are there again
-            services(sim)[role, 0].kill()
+            services(sim)[ServiceId(role)].kill()
         shown.press("/exit" + ENTER)
         assert shown.wait() == 0
 
@@ -144,7 +145,7 @@ def test_an_ingress_that_dies_while_it_drains_loses_nothing(own: Pipeline) -> No
         signalled(own)
         while client.ping().ready:
             pass
-        services(own)["ingress", 0].kill()
+        services(own)[ServiceId("ingress")].kill()
         assert stream.result().token_ids == whole.token_ids
         assert own.process.wait(END_TIMEOUT_S) == 0
 
@@ -155,7 +156,7 @@ def test_why_a_service_cannot_start_again_is_said_each_time(
     model = shutil.copytree(DEMO_CHECKPOINT, tmp_path / "model")
     pipeline = start_pipeline(model, *SIM)
     (model / "tokenizer.json").unlink()
-    services(pipeline)["tokenizer", 0].kill()
+    services(pipeline)[ServiceId("tokenizer")].kill()
     reason = f"tokenizer 0 cannot start: {model} has no tokenizer.json"
     for _ in range(MAX_FAILED_STARTS - 1):
         pipeline.wait_for(f"supervisor | {reason}", END_TIMEOUT_S)

@@ -10,13 +10,13 @@ import pytest
 from benchmarks.support.pipeline import Pipeline
 from nanovllm import Client, SamplingParams
 from nanovllm.control import WorkerStats
+from nanovllm.names import ServiceId
 from nanovllm.settings import Settings
 from tests.readers import free_tcp_endpoint
 from tests.recovery.streams import (
     TIMEOUT_S,
     Case,
     Outcome,
-    ServiceId,
     Streams,
     check,
     kill,
@@ -28,10 +28,10 @@ from tests.recovery.streams import (
 )
 
 PIPELINE_DEPTH = Settings().pipeline_depth
-INGRESS, SCHEDULER = ("ingress", 0), ("scheduler", 0)
-RANKS = [("gpu_worker", 0), ("gpu_worker", 1)]
-TOKENIZERS = [("tokenizer", 0), ("tokenizer", 1)]
-DETOKENIZERS = [("detokenizer", 0), ("detokenizer", 1)]
+INGRESS, SCHEDULER = ServiceId("ingress", 0), ServiceId("scheduler", 0)
+RANKS = [ServiceId("gpu_worker", 0), ServiceId("gpu_worker", 1)]
+TOKENIZERS = [ServiceId("tokenizer", 0), ServiceId("tokenizer", 1)]
+DETOKENIZERS = [ServiceId("detokenizer", 0), ServiceId("detokenizer", 1)]
 ALL = [INGRESS, SCHEDULER, *RANKS, *TOKENIZERS, *DETOKENIZERS]
 SEVERAL = ("--tp", "2", "--tokenizers", "2", "--detokenizers", "2")
 SIM = ("--device", "sim", "--sim-step-ms", "4")
@@ -77,7 +77,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
 
 
 def names(victims: list[ServiceId]) -> str:
-    return " and ".join(f"{role} {index}" for role, index in victims)
+    return " and ".join(map(str, victims))
 
 
 def kill_in_mid_stream(running: Running, victims: list[ServiceId]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.support.pipeline import Pipeline
+from nanovllm.names import ServiceId
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.pipeline.wire import Answer, Wire
 from tests.recovery.streams import kill, living, wait_for_another
@@ -18,7 +19,7 @@ from tests.recovery.streams import kill, living, wait_for_another
 FAULT = Path(__file__).parent / "fault"
 GUILTY = 1272  # <|im_start|>, which the simulated device never samples
 SIM = ("--device", "sim", "--sim-step-ms", "4", "--kvcache-block-size", "16")
-WORKER, SCHEDULER = ("gpu_worker", 0), ("scheduler", 0)
+WORKER, SCHEDULER, TOKENIZER = map(ServiceId, ("gpu_worker", "scheduler", "tokenizer"))
 ALONE_AND_TOGETHER = 5  # deaths after which a guilty request is found at the latest
 
 
@@ -93,7 +94,7 @@ def test_neither_kills_from_outside_nor_bystanders_poison_a_request(
         expected = wire.ask(prompt="Once", sampling=long)
         wire.results(expected)
         alone = wire.ask(prompt="Once", sampling=long)
-        for service in (WORKER, SCHEDULER, WORKER, SCHEDULER, WORKER, ("tokenizer", 0)):
+        for service in (WORKER, SCHEDULER, WORKER, SCHEDULER, WORKER, TOKENIZER):
             wait_for_more(wire, [alone])
             kill(sim, service)
         wire.results(alone)

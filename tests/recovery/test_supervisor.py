@@ -24,12 +24,12 @@ from nanovllm.launch.groups import (
     GiveUp,
     Group,
     Kill,
-    ServiceId,
     Start,
     Stop,
     Work,
 )
 from nanovllm.launch.policy import Policy
+from nanovllm.names import ServiceId
 from nanovllm.service import EXIT_FOLLOWED
 from nanovllm.transport.links import Peer
 

@@ -243,13 +243,14 @@ def test_each_connection_of_the_ingress_hears_the_engines_state_and_its_changes(
     world = World(start=False, num_blocks=32)
     world.pump()
     world.start_worker()
-    absent, ready = EngineState(False, 8, 0, 4), EngineState(True, 8, 32, 4)
+    at = world.settings.scheduler_endpoint(0)
+    absent, ready = EngineState(False, 8, 0, 4, at), EngineState(True, 8, 32, 4, at)
     assert world.states == [absent, ready]
     world.ingress_up({})
     world.pump()
     world.core.worker_down(world.worker_peer)
     world.pump()
-    assert world.states[2:] == [ready, EngineState(False, 8, 32, 4)]
+    assert world.states[2:] == [ready, EngineState(False, 8, 32, 4, at)]
 
 
 def test_an_output_brought_along_is_told_at_once_and_again_when_it_runs(
@@ -278,7 +279,7 @@ def test_the_ingress_hears_who_was_in_a_group_that_is_gone() -> None:
     world.core.worker_down(world.worker_peer)
     world.tell_ingress()
     (lost,) = world.lost
-    assert Peer(lost.role, lost.index, lost.incarnation) == world.worker_peer
+    assert Peer.of(lost.service, lost.incarnation) == world.worker_peer
     first_two = [request.submit.uid for request in requests[:2]]
     assert lost.in_hand.uids == first_two, "the others waited"
     assert not lost.in_hand.alone
@@ -314,7 +315,7 @@ def test_the_ingress_hears_who_was_in_a_detokenizer_that_is_gone() -> None:
     world.detokenizer_down(first)
     world.step()
     (lost,) = world.lost
-    assert (lost.role, lost.index, lost.in_hand.alone) == ("detokenizer", first.index, True)
+    assert (lost.service, lost.in_hand.alone) == (first.service, True)
     (uid,) = lost.in_hand.uids
     world.end(world.live[uid])
     world.detokenizer_down(second)

@@ -43,9 +43,13 @@ class Neighbours(Neighbourhood):
         self.supervisor = self.binds("supervisor", at.control_endpoint, list[ToSupervisor])
         self.ingress = self.binds("ingress", at.services_endpoint, list[SchedulerToIngress])
         self.detokenizer = self.connects(
-            "detokenizer", at.scheduler_endpoint, list[SchedulerToDetokenizer]
+            "detokenizer", at.scheduler_endpoint(0), list[SchedulerToDetokenizer]
         )
-        self.worker = self.connects("gpu_worker", at.scheduler_endpoint, list[SchedulerToWorker])
+        self.worker = self.connects("gpu_worker", at.scheduler_endpoint(0), list[SchedulerToWorker])
+
+
+def state(n: Neighbours, ready: bool, blocks: int) -> EngineState:
+    return EngineState(ready, 4, blocks, 4, n.settings.scheduler_endpoint(0))
 
 
 @pytest.fixture
@@ -89,10 +93,10 @@ def scheduler_report(n: Neighbours, matches: Callable[[SchedulerStats], bool]) -
 def test_a_request_from_submit_to_end(neighbours: Neighbours) -> None:
     n = neighbours
     n.supervisor.expect(Ready)
-    assert n.ingress.expect(EngineState) == EngineState(False, 4, 0, 4)
+    assert n.ingress.expect(EngineState) == state(n, False, 0)
     n.worker.send(GroupReady(num_blocks=32, block_size=4))
     assert n.worker.expect(Reset).number == 0
-    assert n.ingress.expect(EngineState) == EngineState(True, 4, 32, 4)
+    assert n.ingress.expect(EngineState) == state(n, True, 32)
 
     n.ingress.send(Held(b"", b""), submit())
     plan = n.worker.expect(StepPlan)
@@ -153,5 +157,5 @@ def test_each_connection_of_the_ingress_says_what_is_to_be_here(neighbours: Neig
         n.ingress.come_back(reborn=reborn)
         n.ingress.send(Held(pack_int64(held), pack(held.values())))
         assert n.ingress.expect(Missing) == Missing(pack_int64([UID + 9]), pack([held[UID + 9]]))
-        assert n.ingress.expect(EngineState) == EngineState(False, 4, 0, 4)
+        assert n.ingress.expect(EngineState) == state(n, False, 0)
     scheduler_report(n, lambda stats: stats.records == 0)

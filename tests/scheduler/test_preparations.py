@@ -37,7 +37,7 @@ class World:
 
     def __init__(self, num_blocks: int = 100) -> None:
         settings = Settings(max_num_seqs=4, max_model_len=64, kvcache_block_size=4)
-        self.core = Scheduler(settings, FIRST)
+        self.core = Scheduler(settings, first_matcher=FIRST)
         self.core.detokenizer_up(DETOKENIZER)
         self.num_blocks = num_blocks
         self.core.worker_up(WORKER)

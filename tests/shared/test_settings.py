@@ -129,7 +129,7 @@ def test_the_ingress_binds_each_endpoint_once() -> None:
 
 def test_a_runtime_dir_too_long_for_a_socket_is_refused() -> None:
     with pytest.raises(SettingsError, match="--runtime-dir is too long"):
-        _ = Settings(runtime_dir="/tmp/" + "x" * 100).scheduler_endpoint
+        _ = Settings(runtime_dir="/tmp/" + "x" * 100).scheduler_endpoint(0)
 
 
 @pytest.mark.parametrize("host", ["*", "0.0.0.0", "10.0.0.1", "node", "127.example", "128.0.0.1"])

@@ -274,7 +274,7 @@ class World:
     def _token_side(self, i: int, peer: Peer) -> Side:
         return Side(
             peer,
-            lambda _: self.detokenizers[i].scheduler_up(),
+            lambda _: self.detokenizers[i].forget(),
             self._nothing,
             lambda _, message: self.detokenizers[i].take(message),
         )
@@ -291,9 +291,9 @@ class World:
             if self.draw.random() >= patience and link.send(link.binder, frame):
                 core.tokenizers.sent(peer, frame)
         link = self.engine_link
-        submits = core.engine.frame()
-        if submits and self.draw.random() >= patience and link.send(link.binder, submits):
-            core.engine.sent(submits)
+        for scheduler, messages in list(core.engines.frames()):
+            if self.draw.random() >= patience and link.send(link.binder, messages):
+                core.engines.sent(scheduler, messages)
         for session in list(core.sessions.unsent):
             while (frame_bytes := session.outgoing()) is not None:
                 self._hear(session.connection, _server_messages.decode(frame_bytes))
@@ -465,7 +465,7 @@ class World:
             while self.worker_works():
                 pass
         assert self.ingress.stats.requests == 0
-        assert not self.ingress.engine.given
+        assert not self.ingress.engines.all_given()
         assert not self.ingress.quarantine.suspects.records
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting, stats.records, stats.blocks_used) == (0, 0, 0, 0)

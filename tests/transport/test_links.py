@@ -173,7 +173,8 @@ def test_late_frames_of_a_former_connection_do_not_end_the_present_one(
 
     def hello(connection: int) -> bytes:
         return (
-            HEADER.pack(0, WORKER.incarnation, connection, 0) + b"\x94\xa5hello\xaagpu_worker\0\x01"
+            HEADER.pack(0, WORKER.incarnation, connection, 0)
+            + b"\x93\xa5hello\x93\xaagpu_worker\0\0\x01"
         )
 
     def ready(connection: int) -> bytes:

@@ -1,0 +1,21 @@
+"""What services are called."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ServiceId(msgspec.Struct, frozen=True, array_like=True):
+    """Names a service, whatever process runs it. The index of a gpu_worker is its rank in its
+    engine; the index of a scheduler is 0. A service that belongs to no engine has engine 0."""
+
+    role: str
+    index: int = 0
+    engine: int = 0
+
+    def __str__(self) -> str:
+        if self.role == "scheduler":
+            return f"scheduler {self.engine}"
+        if self.role == "gpu_worker":
+            return f"gpu_worker {self.engine}.{self.index}"
+        return f"{self.role} {self.index}"

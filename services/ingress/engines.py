@@ -1,0 +1,106 @@
+"""All engines: which one gets a request, and where the requests of one that is gone go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nanovllm.messages import Engines, EngineState, IngressToScheduler
+from nanovllm.services.ingress.engine import Engine
+from nanovllm.services.ingress.requests import Request
+from nanovllm.transport.links import Peer
+
+# Between two requests that are routed, others go on: all loads are counted anew once an engine has
+# got so large a share of the requests there are.
+WEIGHED_SHARE = 1 / 8
+
+
+class EnginePool:
+    """The engines by number, as their schedulers connect.
+
+    Args:
+        max_num_batched_tokens: the token budget of an engine's step.
+
+    Attributes:
+        by_number: the engines.
+        told: what detokenizers are to know.
+    """
+
+    def __init__(self, max_num_batched_tokens: int) -> None:
+        self.by_number: dict[int, Engine] = {}
+        self.told = Engines({})
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._routed = 0  # requests since all loads were counted
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could start now."""
+        return any(engine.ready for engine in self.by_number.values())
+
+    def of(self, peer: Peer) -> Engine | None:
+        """The engine of this incarnation of a scheduler; None if there is no link to it."""
+        engine = self.by_number.get(peer.engine)
+        return engine if engine is not None and engine.peer == peer else None
+
+    # Engines come and go ------------------------------------------------------------------------
+
+    def up(self, peer: Peer) -> list[Request]:
+        """A connection to a scheduler was made: see `Engine.up`."""
+        engine = self.by_number.get(peer.engine)
+        if engine is None:
+            engine = self.by_number[peer.engine] = Engine(self._max_num_batched_tokens)
+        return engine.up(peer)
+
+    def state(self, engine: Engine, state: EngineState) -> None:
+        engine.state(state)
+        endpoints = {n: e.endpoint for n, e in self.by_number.items() if e.endpoint}
+        if endpoints != self.told.endpoints:
+            self.told = Engines(endpoints)
+
+    def take_strays(self) -> list[Request]:
+        """Takes their requests from the engines that are gone, if another engine is ready."""
+        if not self.ready:
+            return []
+        gone = [engine for engine in self.by_number.values() if not engine.ready]
+        strays = [request for engine in gone for request in engine.given.values()]
+        for request in strays:
+            self.end(request)
+        return strays
+
+    # Requests -----------------------------------------------------------------------------------
+
+    def route(self, request: Request) -> Engine | None:
+        """The engine that is to be given the request now; None if none takes it."""
+        takers = [engine for engine in self.by_number.values() if engine.takes(request)]
+        if len(takers) < 2:
+            return takers[0] if takers else None
+        self._weigh()
+        return min(takers, key=lambda engine: engine.load.tokens)
+
+    def end(self, request: Request) -> None:
+        """Takes the request back from the engine that has it, if one has."""
+        if request.engine is not None:
+            request.engine.end(request)
+
+    def all_given(self) -> list[Request]:
+        """The requests that engines have."""
+        return [r for engine in self.by_number.values() for r in engine.given.values()]
+
+    # Sending ------------------------------------------------------------------------------------
+
+    def frames(self) -> Iterator[tuple[Peer, list[IngressToScheduler]]]:
+        """The next frame for each scheduler for which there is one. Call `sent` for each frame that
+        was sent."""
+        for engine in self.by_number.values():
+            if engine.peer is not None and (frame := engine.frame()):
+                yield engine.peer, frame
+
+    def sent(self, peer: Peer, frame: list[IngressToScheduler]) -> None:
+        self.by_number[peer.engine].sent(frame)
+
+    def _weigh(self) -> None:
+        self._routed += 1
+        engines = self.by_number.values()
+        if self._routed > WEIGHED_SHARE * sum(len(engine.given) for engine in engines):
+            self._routed = 0
+            for engine in engines:
+                engine.load.weigh()
