@@ -18,6 +18,7 @@ from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
 from nanovllm.hints import LAUNCH_HINTS, HintingCommand
 from nanovllm.launch.console import passed_on
+from nanovllm.launch.gpus import Gpus
 from nanovllm.launch.http import Listener
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
@@ -58,6 +59,7 @@ _VARIABLES = {ENDPOINT_VARIABLE, RUNTIME_DIR_VARIABLE}
       nanovllm-launch
       nanovllm serve                            (the same command)
       nanovllm-launch Qwen/Qwen3-0.6B --tp 2
+      nanovllm-launch Qwen/Qwen3-0.6B --engines 4
       nanovllm-launch ./checkpoint --device cpu --max-model-len 2048
     """,
     context_settings={"max_content_width": 100},
@@ -106,11 +108,12 @@ def _launch(settings: Settings, bar: LoadingBar, lifeline: int | None) -> None:
             "--insecure: whoever reaches %s may use the pipeline, and the network can read along",
             settings.ingress,
         )
+    gpus = Gpus(settings)
     with runtime_dir(Path(settings.runtime_dir)):
         _check_free(settings)
         listener = Listener(settings) if settings.http else None
         announce = partial(_announce, settings, name, listener)
-        Supervisor(settings, name, bar, listener, announce, lifeline).run()
+        Supervisor(settings, name, bar, gpus, listener, announce, lifeline).run()
 
 
 def _check_free(settings: Settings) -> None:

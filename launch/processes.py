@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 
 from nanovllm.control import Loading, Ready, Report, ServiceState, ServiceStatus
-from nanovllm.launch.http import Listener
 from nanovllm.log import Event, event_of
 from nanovllm.names import ServiceId
 from nanovllm.options import settings_argv
@@ -46,7 +45,8 @@ class ServiceProcess:
         service_id: ServiceId,
         settings: Settings,
         lifeline: Lifeline,
-        listener: Listener | None = None,
+        environment: dict[str, str],
+        descriptors: list[int],
     ) -> None:
         self.id = service_id
         self.stopping: signal.Signals | None = None  # the signal that told it to end
@@ -68,12 +68,8 @@ class ServiceProcess:
             stdin=subprocess.DEVNULL,
             stdout=write_end,
             stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                LIFELINE_VARIABLE: str(lifeline.read_end),
-                **(listener.environment if listener else {}),
-            },
-            pass_fds=[lifeline.read_end, *(listener.descriptors if listener else [])],
+            env={**os.environ, LIFELINE_VARIABLE: str(lifeline.read_end), **environment},
+            pass_fds=[lifeline.read_end, *descriptors],
             process_group=0,  # the terminal's Ctrl-C is for the supervisor
         )
         os.close(write_end)

@@ -30,6 +30,7 @@ from nanovllm.control import (
     StatusRequest,
     ToSupervisor,
 )
+from nanovllm.launch.gpus import Gpus
 from nanovllm.launch.groups import (
     GRACE_S,
     Action,
@@ -74,6 +75,7 @@ class Supervisor:
         settings: as `service.settled` returns them.
         model: the model's name, for people.
         bar: shows the start.
+        gpus: which each engine takes.
         listener: what HTTP servers inherit; None if there are none.
         announce: called once, when every service is ready.
         lifeline: a descriptor that becomes readable when the program that owns the pipeline ends;
@@ -88,12 +90,14 @@ class Supervisor:
         settings: Settings,
         model: str,
         bar: LoadingBar,
+        gpus: Gpus,
         listener: Listener | None,
         announce: Callable[[], None],
         lifeline: int | None,
     ) -> None:
         self._settings = settings
         self._model = model
+        self._gpus = gpus
         self._listener = listener
         self._announce = announce
         self._announced = False
@@ -268,8 +272,9 @@ class Supervisor:
     def _do(self, action: Action) -> None:
         match action:
             case Start(service=service_id):
-                listener = self._listener if service_id.role == "http" else None
-                service = ServiceProcess(service_id, self._settings, self._lifeline, listener)
+                service = ServiceProcess(
+                    service_id, self._settings, self._lifeline, *self._inherited(service_id)
+                )
                 self._services[service_id] = service
                 self._poller.register(service.output, zmq.POLLIN)
             case Stop(service=service_id):
@@ -286,6 +291,14 @@ class Supervisor:
                 raise ServiceFailed(self._services[service_id].last_words(times))
             case Answer(asked_by=peer):
                 self._control.send(peer, [Done(None)])
+
+    def _inherited(self, service_id: ServiceId) -> tuple[dict[str, str], list[int]]:
+        """Environment and descriptors that this service has beside the launcher's."""
+        if service_id.role == "http" and self._listener is not None:
+            return self._listener.environment, self._listener.descriptors
+        if service_id.role == "gpu_worker":
+            return self._gpus.environment(service_id.engine, self._settings.engines), []
+        return {}, []
 
     def _blame(self, service_id: ServiceId) -> None:
         """Tells the ingress that a service ended by itself: the requests it held are suspect."""
@@ -335,14 +348,22 @@ class Supervisor:
 
 
 def _groups(settings: Settings) -> list[list[ServiceId]]:
-    """One group of all ranks (one_for_all), and one of each other service (one_for_one)."""
+    """One group of all ranks of an engine (one_for_all), and one of each other service
+    (one_for_one)."""
     return [
         [INGRESS],
-        [ServiceId("scheduler")],
-        [ServiceId("gpu_worker", rank) for rank in range(settings.tensor_parallel_size)],
+        *[group for engine in range(settings.engines) for group in _engine(settings, engine)],
         *[[ServiceId("tokenizer", index)] for index in range(settings.tokenizers)],
         *[[ServiceId("detokenizer", index)] for index in range(settings.detokenizers)],
         *[[ServiceId("http", index)] for index in range(settings.http_servers) if settings.http],
+    ]
+
+
+def _engine(settings: Settings, engine: int) -> list[list[ServiceId]]:
+    ranks = range(settings.tensor_parallel_size)
+    return [
+        [ServiceId("scheduler", 0, engine)],
+        [ServiceId("gpu_worker", rank, engine) for rank in ranks],
     ]
 
 

@@ -31,7 +31,6 @@ class HintingCommand(click.Command):
 
 
 _INGRESS = "--ingress tcp://HOST:PORT"
-_REPLICAS = "one engine a pipeline: launch several, each with its own --ingress and --runtime-dir"
 _AS_IT_IS = "no such thing: a checkpoint is served as it is"
 LAUNCH_HINTS = {
     "--host": _INGRESS,
@@ -40,9 +39,8 @@ LAUNCH_HINTS = {
     "--model": "MODEL without an option in front",
     "--model-path": "MODEL without an option in front",
     "--tp-size": "--tp",
-    "--dp": _REPLICAS,
-    "--dp-size": _REPLICAS,
-    "--data-parallel-size": _REPLICAS,
+    "--dp-size": "--dp",
+    "--data-parallel-size": "--dp",
     "--context-length": "--max-model-len",
     "--max-running-requests": "--max-num-seqs",
     "--chunked-prefill-size": "--max-prefill-tokens",

@@ -15,6 +15,8 @@ class LLMOptions(TypedDict, total=False):
     ingress: str
     insecure: bool
     tensor_parallel_size: int
+    engines: int
+    gpus: str
     tokenizers: int
     detokenizers: int
     device: Literal["auto", "cuda", "cpu", "sim"]

@@ -14,7 +14,7 @@ from nanovllm.settings import RUNTIME_DIR_VARIABLE, Settings, flag, with_fitting
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_ALIASES = {"tensor_parallel_size": ("--tp",)}
+_ALIASES = {"tensor_parallel_size": ("--tp",), "engines": ("--dp",)}
 
 
 def settings_options(*, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:

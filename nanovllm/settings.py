@@ -130,6 +130,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tensor_parallel_size: Annotated[
         int, Meta(ge=1, le=8), _option("Ranks that share the model.")
     ] = 1
+    engines: Annotated[
+        int,
+        Meta(ge=1, le=MAX_SERVICES),
+        _option("Engines: a scheduler and --tp ranks each, which share the requests."),
+    ] = 1
+    gpus: Annotated[
+        str,
+        _option(
+            "GPUs for the engines, of those visible, as 0,1,4,5: each takes the next --tp of them;"
+            " '' for all."
+        ),
+    ] = ""
     tokenizers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("Tokenizer processes.")] = 1
     detokenizers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("Detokenizer processes.")] = 1
     http_servers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("HTTP server processes.")] = 1

@@ -27,7 +27,7 @@ def to_json(status: Status) -> str:
 
 
 def render(before: Status, now: Status) -> str:
-    """A table of the services, and the state of the engine.
+    """A table of the services, and the state of each engine.
 
     Args:
         before: an earlier status, for the rates.
@@ -54,18 +54,23 @@ def render(before: Status, now: Status) -> str:
         for row in rows
     ]
     head = f"{now.model} at {now.endpoint}{f' and {now.http}' if now.http else ''}"
-    return "\n".join([head, "", *table, *_engine(now, earlier)])
+    engines = sorted({s.engine for s in now.services if isinstance(s.stats, SchedulerStats)})
+    for engine in engines:
+        table.append("" if len(engines) == 1 else f"\nengine {engine}")
+        table += _engine(now, earlier, engine)
+    return "\n".join([head, "", *table])
 
 
-def _engine(now: Status, earlier: dict[ServiceId, ServiceStatus]) -> list[str]:
+def _engine(now: Status, earlier: dict[ServiceId, ServiceStatus], engine: int) -> list[str]:
     lines: list[str] = []
     for service in now.services:
+        if service.engine != engine:
+            continue
         stats = service.stats
         then = earlier.get(service.service)
         if isinstance(stats, SchedulerStats):
             hits = f"{stats.cached_tokens / max(1, stats.prompt_tokens):.0%}"
             lines += [
-                "",
                 f"sequences     {stats.running} running, {stats.waiting} waiting,"
                 f" {counted(stats.records, 'record')}",
                 f"KV blocks     {stats.blocks_used} of {stats.blocks_total} used",

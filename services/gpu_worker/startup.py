@@ -43,7 +43,7 @@ def choose_device(settings: Settings, rank: int) -> torch.device:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     size = settings.tensor_parallel_size
     if settings.device == "cpu" or (settings.device == "auto" and not found):
-        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+        torch.set_num_threads(max(1, torch.get_num_threads() // (size * settings.engines)))
         return torch.device("cpu")
     if not found:
         raise SettingsError("--device cuda: torch finds no GPU here; --device cpu needs none")

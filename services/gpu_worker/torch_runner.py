@@ -21,7 +21,8 @@ from nanovllm.control import LoadingStage
 from nanovllm.grammars import Matcher
 from nanovllm.mailbox import Mailbox
 from nanovllm.messages import StepPlan
-from nanovllm.services.gpu_worker.runner import Listening, Progress, Report
+from nanovllm.services.gpu_worker.quietly import quietly
+from nanovllm.services.gpu_worker.runner import Listening, Loaded, Progress, Report
 from nanovllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class TorchRunner:
 
         threading.Thread(target=guarded, name=name, daemon=True).start()
 
-    def _execute(self) -> None:
+    def _load(self) -> tuple[Executor, Loaded, torch.device]:
         from nanovllm.services.gpu_worker import startup
 
         device = startup.choose_device(self._settings, self._rank)
@@ -107,10 +108,19 @@ class TorchRunner:
             self._join_group(device),
             self._tell_progress(),
         )
+        return executor, loaded, device
+
+    def _execute(self) -> None:
+        # Beside engines that run, this one starts without taking a core from them.
+        several = self._settings.engines > 1
+        executor, loaded, device = quietly(self._load) if several else self._load()
         self._executor = executor
         self._report_queue.put(loaded)
         finish: Callable[[PendingResult], None] = self._finish
         if device.type == "cuda":
+            import torch
+
+            torch.cuda.set_device(device)  # a thread's own
             self._start_thread("results", partial(self._finish_enqueued, device))
             finish = self._enqueued.put
         while True:

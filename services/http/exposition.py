@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -41,54 +41,97 @@ class _Collected(Collector):
 
     def collect(self) -> Iterator[Metric]:
         services = self._status.services
-        unfinished = sum(s.stats.requests for s in services if isinstance(s.stats, IngressStats))
-        for service in services:
-            if isinstance(service.stats, SchedulerStats):
-                yield from _engine(service.stats, unfinished)
+        yield from _engines(services)
         yield from _device(services)
         yield from _requests(services)
         restarts = CounterMetricFamily(
             "nanovllm_service_restarts",
             "Starts of a service after its first.",
-            labels=["role", "index"],
+            labels=["role", "index", "engine"],
         )
         for service in services:
-            restarts.add_metric([service.role, str(service.index)], service.restarts)
+            name = [service.role, str(service.index), str(service.engine)]
+            restarts.add_metric(name, service.restarts)
         yield restarts
 
 
-def _engine(stats: SchedulerStats, unfinished: int) -> Iterator[Metric]:
-    yield GaugeMetricFamily(
-        "nanovllm_num_requests_running", "Sequences that have a slot.", stats.running
-    )
-    yield GaugeMetricFamily(
-        "nanovllm_num_requests_waiting",
-        "Accepted requests, of all clients, whose sequence has no slot.",
-        max(0, unfinished - stats.running),
-    )
-    yield GaugeMetricFamily(
-        "nanovllm_kv_cache_usage_perc",
+def _engines(services: Sequence[ServiceStatus]) -> Iterator[Metric]:
+    engines = {
+        str(service.engine): service.stats
+        for service in services
+        if isinstance(service.stats, SchedulerStats)
+    }
+    unfinished = sum(s.stats.requests for s in services if isinstance(s.stats, IngressStats))
+    if engines:
+        yield GaugeMetricFamily(
+            "nanovllm_num_requests_waiting",
+            "Accepted requests, of all clients, whose sequence has no slot.",
+            max(0, unfinished - sum(stats.running for stats in engines.values())),
+        )
+    for kind, name, text, value in _OF_AN_ENGINE:
+        family = kind(f"nanovllm_{name}", text, labels=["engine"])
+        for engine, stats in engines.items():
+            family.add_metric([engine], value(stats))
+        yield family
+
+
+_OF_AN_ENGINE: Sequence[
+    tuple[
+        type[GaugeMetricFamily] | type[CounterMetricFamily],
+        str,
+        str,
+        Callable[[SchedulerStats], float],
+    ]
+] = (
+    (
+        GaugeMetricFamily,
+        "num_requests_running",
+        "Sequences that have a slot.",
+        lambda stats: stats.running,
+    ),
+    (
+        GaugeMetricFamily,
+        "kv_cache_usage_perc",
         "Share of the KV cache's blocks that sequences hold, from 0 to 1.",
-        stats.blocks_used / max(1, stats.blocks_total),
-    )
-    for name, text, value in (
-        ("num_preemptions", "Sequences that lost their blocks to others.", stats.preemptions),
-        ("prompt_tokens", "Prompt tokens of sequences that were started.", stats.prompt_tokens),
-        ("prompt_tokens_cached", "Prompt tokens found in the cache.", stats.cached_tokens),
-        ("generation_tokens", "Output tokens.", stats.generated),
-    ):
-        yield CounterMetricFamily(f"nanovllm_{name}", text, value)
+        lambda stats: stats.blocks_used / max(1, stats.blocks_total),
+    ),
+    (
+        CounterMetricFamily,
+        "num_preemptions",
+        "Sequences that lost their blocks to others.",
+        lambda stats: stats.preemptions,
+    ),
+    (
+        CounterMetricFamily,
+        "prompt_tokens",
+        "Prompt tokens of sequences that were started.",
+        lambda stats: stats.prompt_tokens,
+    ),
+    (
+        CounterMetricFamily,
+        "prompt_tokens_cached",
+        "Prompt tokens found in the cache.",
+        lambda stats: stats.cached_tokens,
+    ),
+    (
+        CounterMetricFamily,
+        "generation_tokens",
+        "Output tokens.",
+        lambda stats: stats.generated,
+    ),
+)
 
 
 def _device(services: Sequence[ServiceStatus]) -> Iterator[Metric]:
     busy = CounterMetricFamily(
         "nanovllm_device_busy_seconds",
         "Time in which the device of a rank had a step to work on.",
-        labels=["rank"],
+        labels=["rank", "engine"],
     )
     for service in services:
         if isinstance(service.stats, WorkerStats):
-            busy.add_metric([str(service.index)], service.stats.busy_s)
+            name = [str(service.index), str(service.engine)]
+            busy.add_metric(name, service.stats.busy_s)
     yield busy
 
 

@@ -24,6 +24,7 @@ from benchmarks.support.pipeline import (
 )
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.launch.cli import _announce
+from nanovllm.names import ServiceId
 from nanovllm.settings import DEFAULT_INGRESS, Settings, default_runtime_dir
 
 SIM = ("--device", "sim", "--sim-step-ms", "1")

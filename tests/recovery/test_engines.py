@@ -1,0 +1,85 @@
+"""Two engines behind one ingress: deaths of one while streams run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.support.pipeline import Pipeline
+from nanovllm import Client, SamplingParams
+from nanovllm.control import SchedulerStats
+from nanovllm.names import ServiceId
+from tests.pipeline.leftovers import wait_until_nothing_is_left
+from tests.recovery.streams import (
+    Outcome,
+    Streams,
+    kill,
+    mixed_cases,
+    undisturbed,
+    wait_until_ready,
+)
+
+SIM = ("--device", "sim", "--sim-step-ms", "4", "--kvcache-block-size", "16")
+CASES = mixed_cases(["ree", "old "])
+SCHEDULERS = [ServiceId("scheduler", 0, engine) for engine in range(2)]
+WORKERS = [ServiceId("gpu_worker", 0, engine) for engine in range(2)]
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Pipeline]:
+    with Pipeline("", *SIM, "--engines", "2", "--detokenizers", "2") as pipeline:
+        wait_until_ready(pipeline, [*SCHEDULERS, *WORKERS])
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def expected(engines: Pipeline) -> list[Outcome]:
+    return undisturbed(engines.endpoint, CASES)
+
+
+def generated(pipeline: Pipeline) -> dict[int, int]:
+    """The output tokens of each engine."""
+    return {
+        service.engine: service.stats.generated
+        for service in pipeline.status().services
+        if isinstance(service.stats, SchedulerStats)
+    }
+
+
+@pytest.mark.usefixtures("expected")
+def test_both_engines_work(engines: Pipeline) -> None:
+    assert all(generated(engines).values())
+
+
+@pytest.mark.parametrize(
+    "victims",
+    [[SCHEDULERS[0]], [WORKERS[1]], [SCHEDULERS[1], WORKERS[0]], WORKERS, SCHEDULERS],
+    ids=lambda victims: " and ".join(map(str, victims)),
+)
+def test_streams_survive_the_death_of_engines(
+    engines: Pipeline, expected: list[Outcome], victims: list[ServiceId]
+) -> None:
+    streams = Streams(engines.endpoint, CASES)
+    streams.wait_for_news()
+    kill(engines, *victims)
+    streams.wait_for_news()
+    streams.wait_for_news()
+    for number, outcome, _ in streams.finish():
+        assert outcome == expected[number], f"case {number}\n{engines.transcript}"
+    wait_until_ready(engines, [*SCHEDULERS, *WORKERS])
+    wait_until_nothing_is_left(engines)
+
+
+def test_no_stream_waits_for_an_engine_that_is_gone(engines: Pipeline) -> None:
+    """One engine is killed again and again before it can be ready."""
+    with Client(engines.endpoint) as client:
+        params = SamplingParams(max_tokens=100, ignore_eos=True, seed=1)
+        whole = client.generate("Once", params).token_ids
+        for _ in range(3):
+            streams = [client.generate("Once", params, stream=True) for _ in range(4)]
+            for stream in streams:
+                next(iter(stream))
+            kill(engines, WORKERS[0])
+            assert all(stream.result().token_ids == whole for stream in streams)
+    wait_until_ready(engines, WORKERS)
