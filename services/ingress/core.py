@@ -176,7 +176,7 @@ class Core:
             self.detokenizers.up(peer)
         elif peer.role == "scheduler" and (lost := self.engines.up(peer)):
             log.warning("%s is a new one, and takes over %s", peer, _requests(lost))
-            self._queue.put_back(lost)
+            self.quarantine.put_back(lost)
 
     def service_down(self, peer: Peer) -> None:
         """The connection to the service is gone."""
@@ -192,7 +192,7 @@ class Core:
         elif (engine := self.engines.of(peer)) is not None:
             self.quarantine.lost(peer, engine.in_hand)
             engine.down()
-            self._fail_over()
+            self.quarantine.fail_over()
         self.detokenizers.down(peer)
 
     def from_tokenizer(self, peer: Peer, message: TokenizerToIngress) -> None:
@@ -213,9 +213,9 @@ class Core:
             return
         if isinstance(message, EngineState):
             self.engines.state(engine, message)
-            self._fail_over()
+            self.quarantine.fail_over()
         elif isinstance(message, Lost):
-            self.quarantine.reported(message)
+            self.quarantine.reported(peer.engine, message)
         elif count := engine.missing(message):
             log.warning("%s missed %s, submitted again", peer, counted(count, "request"))
 
@@ -258,6 +258,7 @@ class Core:
 
     def submit(self) -> None:
         """Gives the engines requests from the queue, as far as they take them."""
+        self.quarantine.submit()
         while (request := self._queue.first()) is not None:
             if (engine := self.engines.route(request)) is None:
                 return
@@ -313,12 +314,6 @@ class Core:
         request.outcome = Error(id=request.id, code=code, message=reason)
         self._over(request)
         self.sessions.has_news(request)
-
-    def _fail_over(self) -> None:
-        """Engines have come or gone: requests of those that are gone go to others."""
-        if strays := self.engines.take_strays():
-            log.warning("%s of engines that are gone go to others", _requests(strays))
-            self._queue.put_back(strays)
 
     def _over(self, request: Request) -> None:
         """The request has its outcome, or its client has gone: no service goes on with it."""

@@ -38,13 +38,9 @@ class Queue:
     """Requests in token ids that no engine has. Those that an engine has had and that have output
     go first: their clients wait for the next token. (Output that a client brought does not count:
     it may say what it likes.)
-
-    Attributes:
-        only: the one request that may leave; None: all may.
     """
 
     def __init__(self) -> None:
-        self.only: Request | None = None
         self._running = Turns()
         self._new = Turns()
 
@@ -68,8 +64,6 @@ class Queue:
 
     def first(self) -> Request | None:
         """The request whose turn it is."""
-        if self.only is not None:
-            return self.only if self.only.uid in self._part(self.only) else None
         return self._running.first() or self._new.first()
 
     def _part(self, request: Request) -> Turns:
@@ -90,12 +84,14 @@ class Engine:
         peer: the scheduler; None while there is no link to it.
         given: unfinished requests that the scheduler was given, by uid.
         load: the work of these requests.
+        fresh: whether the engine is ready, and was given nothing since it became so.
     """
 
     def __init__(self, max_num_batched_tokens: int) -> None:
         self.peer: Peer | None = None
         self.given: dict[int, Request] = {}
         self.load = Load()
+        self.fresh = False
         self._most_waiting_tokens = WAITING_BUDGETS * max_num_batched_tokens
         self._state = EngineState(False, 0, 0, 0)
         self._incarnation = 0
@@ -133,6 +129,7 @@ class Engine:
         """Submits the request, as its next attempt."""
         request.attempt += 1
         request.engine = self
+        self.fresh = False
         self._ever_given += 1
         self.load.add(request, request.prompt_tokens + request.output.num_tokens)
         if len(self.given) >= self._state.slots:
@@ -179,9 +176,12 @@ class Engine:
 
     def down(self) -> None:
         self.peer = None
+        self.fresh = False
         self._state = msgspec.structs.replace(self._state, ready=False)
 
     def state(self, state: EngineState) -> None:
+        if state.ready != self._state.ready:
+            self.fresh = state.ready and not self.given
         self._state = state
 
     def missing(self, message: Missing) -> int:

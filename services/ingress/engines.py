@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nanovllm.messages import Engines, EngineState, IngressToScheduler
 from nanovllm.services.ingress.engine import Engine
@@ -23,11 +23,15 @@ class EnginePool:
     Attributes:
         by_number: the engines.
         told: what detokenizers are to know.
+        reserved: an engine that has one request alone; None: there is no such engine.
+        halted: whether the other engines are given nothing meanwhile.
     """
 
     def __init__(self, max_num_batched_tokens: int) -> None:
         self.by_number: dict[int, Engine] = {}
         self.told = Engines({})
+        self.reserved: Engine | None = None
+        self.halted = False
         self._max_num_batched_tokens = max_num_batched_tokens
         self._routed = 0  # requests since all loads were counted
 
@@ -56,21 +60,66 @@ class EnginePool:
         if endpoints != self.told.endpoints:
             self.told = Engines(endpoints)
 
-    def take_strays(self) -> list[Request]:
-        """Takes their requests from the engines that are gone, if another engine is ready."""
+    def take_strays(self, stays: Callable[[int, int], bool]) -> list[Request]:
+        """Takes their requests from the engines that are gone, if another engine is ready.
+
+        Args:
+            stays: whether the request (its uid) of an engine (its number) is to stay.
+        """
         if not self.ready:
             return []
-        gone = [engine for engine in self.by_number.values() if not engine.ready]
-        strays = [request for engine in gone for request in engine.given.values()]
+        strays = [
+            request
+            for number, engine in self.by_number.items()
+            if not engine.ready
+            for request in engine.given.values()
+            if not stays(request.uid, number)
+        ]
         for request in strays:
             self.end(request)
         return strays
+
+    def for_one_alone(self) -> Engine | None:
+        """The engine that is best to have one request alone: one that has just started and was
+        given nothing; else one that will be so; else the one with the fewest requests."""
+
+        def rank(engine: Engine) -> tuple[int, bool, int]:
+            reserved = engine is self.reserved
+            if engine.fresh:
+                kind = 0
+            elif engine.ready:
+                kind = 1 if reserved else 3
+            else:
+                kind = 2
+            return kind, not reserved, len(engine.given)
+
+        return min(self.by_number.values(), key=rank, default=None)
+
+    def reserve(self, engine: Engine, alone: Request, halt: bool) -> list[Request]:
+        """From now on `engine` is given no other request, and with `halt` no engine is. Takes back
+        and returns the requests that are in the way."""
+        self.reserved, self.halted = engine, halt
+        given = self.all_given() if halt else engine.given.values()
+        others = [request for request in given if request is not alone]
+        for request in others:
+            self.end(request)
+        return others
+
+    def release(self) -> None:
+        """No engine has a request alone any more."""
+        self.reserved, self.halted = None, False
 
     # Requests -----------------------------------------------------------------------------------
 
     def route(self, request: Request) -> Engine | None:
         """The engine that is to be given the request now; None if none takes it."""
-        takers = [engine for engine in self.by_number.values() if engine.takes(request)]
+        if self.halted:
+            return None
+        takers = [
+            engine
+            for engine in self.by_number.values()
+            if engine is not self.reserved and engine.takes(request)
+        ]
         if len(takers) < 2:
             return takers[0] if takers else None
         self._weigh()

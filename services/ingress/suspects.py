@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from nanovllm.messages import NOTHING_IN_HAND, InHand
+from nanovllm.messages import InHand
 from nanovllm.names import ServiceId
 from nanovllm.transport.links import Peer
 
@@ -33,33 +33,35 @@ class Deaths:
     """Joins the two messages about a death. Of each service the latest are kept."""
 
     def __init__(self) -> None:
-        self._in_hand: dict[ServiceId, tuple[int, InHand]] = {}
+        # The requests in hand, by the engine that has told of them.
+        self._in_hand: dict[ServiceId, dict[int, tuple[int, InHand]]] = {}
         self._by_itself: dict[ServiceId, int] = {}
 
-    def lost(self, peer: Peer, in_hand: InHand) -> InHand | None:
+    def lost(self, peer: Peer, in_hand: InHand, told_by: int = 0) -> InHand | None:
         """The link to a service is gone. Returns `in_hand` if the service is known to have died by
         itself. When the same incarnation makes the link again, this is called with
-        `NOTHING_IN_HAND`, since the requests in hand before do not count any more."""
-        service = peer.service
+        `NOTHING_IN_HAND`, since the requests in hand before do not count any more.
+
+        Args:
+            told_by: the engine whose requests these are: each tells of a detokenizer.
+        """
+        known = self._in_hand.setdefault(peer.service, {})
         if not in_hand.uids:
-            if self._in_hand.get(service, (0, in_hand))[0] == peer.incarnation:
-                del self._in_hand[service]
+            if told_by in known and known[told_by][0] == peer.incarnation:
+                del known[told_by]
             return None
-        if self._by_itself.get(service) == peer.incarnation:
-            del self._by_itself[service]
+        if self._by_itself.get(peer.service) == peer.incarnation:
             return in_hand
-        self._in_hand[service] = (peer.incarnation, in_hand)
+        known[told_by] = (peer.incarnation, in_hand)
         return None
 
-    def by_itself(self, peer: Peer) -> InHand | None:
-        """The service died by itself. Returns the requests it had in hand, if they are known."""
-        service = peer.service
-        incarnation, in_hand = self._in_hand.get(service, (0, NOTHING_IN_HAND))
-        if incarnation == peer.incarnation:
-            del self._in_hand[service]
-            return in_hand
-        self._by_itself[service] = peer.incarnation
-        return None
+    def by_itself(self, peer: Peer) -> list[InHand]:
+        """The service died by itself. Returns the requests it had in hand, of each engine that has
+        told of them; `lost` returns those of the others."""
+        self._by_itself[peer.service] = peer.incarnation
+        known = self._in_hand.get(peer.service, {})
+        told_by = [engine for engine, (number, _) in known.items() if number == peer.incarnation]
+        return [known.pop(engine)[1] for engine in told_by]
 
 
 @dataclass(slots=True)
@@ -68,6 +70,8 @@ class Record:
 
     deaths: int = 0  # when the request was in hand
     alone: int = 0  # of these, when no other request was in hand
+    shared: bool = False  # whether one of these was a detokenizer's
+    engine: int | None = None  # whose service died last; None: a service of all engines
     tokens: int = 0  # output tokens at the latest death
     clearings: int = 0  # how often the request has been cleared
 
@@ -82,12 +86,14 @@ class Suspects:
     def __init__(self) -> None:
         self.records: dict[int, Record] = {}
 
-    def was_present(self, uid: int, tokens: int, *, alone: bool) -> bool:
+    def was_present(self, uid: int, tokens: int, *, alone: bool, engine: int | None = 0) -> bool:
         """The request was in hand at a death, with so many output tokens. Returns whether the
         request is guilty. If it is, other requests are suspects only if they were alone once."""
         record = self.records.setdefault(uid, Record())
         record.deaths += 1
         record.alone += alone
+        record.engine = engine
+        record.shared |= engine is None
         record.tokens = tokens
         guilty = record.alone >= DEATHS_ALONE
         if guilty:
@@ -98,6 +104,15 @@ class Suspects:
     def must_be_alone(self, uid: int) -> bool:
         record = self.records.get(uid)
         return record is not None and record.deaths >= DEATHS
+
+    def present_elsewhere(self, uid: int, engine: int) -> bool:
+        """Whether the request was in hand at a death that was not this engine's."""
+        record = self.records.get(uid)
+        return record is not None and record.deaths > 0 and record.engine != engine
+
+    def apart(self) -> set[int]:
+        """The requests that must be alone."""
+        return {uid for uid, record in self.records.items() if record.deaths >= DEATHS}
 
     def next(self) -> int | None:
         """The request that is to run alone now: the suspect with the most deaths. Among equals the
@@ -113,6 +128,7 @@ class Suspects:
         if tokens < record.tokens + (CLEARING_TOKENS << record.clearings):
             return False
         record.deaths = record.alone = 0
+        record.shared = False
         record.clearings += 1
         return True
 

@@ -1,4 +1,4 @@
-"""Property: ingress and scheduler cores together, with deaths and lost messages in any order.
+"""Property: the cores of a pipeline together, with deaths and lost messages in any order.
 
 Every request ends once, with the output of an undisturbed run, and no service keeps anything."""
 
@@ -10,23 +10,30 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.protocol import Sampling
-from tests.star.world import BAD_PROMPT, LETTERS, MAX_MODEL_LEN, Ask, World
+from tests.star.world import BAD_PROMPT, GUILTY, LETTERS, MAX_MODEL_LEN, Ask, World
 
+MOST_DEATHS = 5
 CLIENTS = [b"\x00cli%d" % i for i in range(3)]
 
 
 class Chaos:
     """Random events: the services' work is the most frequent."""
 
-    def __init__(self, world: World, draw: random.Random, troubles: bool) -> None:
+    def __init__(
+        self, world: World, draw: random.Random, troubles: bool, guilty: float = 0.0
+    ) -> None:
         self.world = world
         self.draw = draw
+        self.guilty = guilty  # the share of guilty requests
+        self.num_guilty = 0
         self.asked = 0
         self.events = [
             (self.ask, 5.0),
             (self.ingress, 12.0),
             (self.scheduler, 12.0),
             (self.worker, 12.0),
+            (self.worker_starts, 1.0),
+            (world.verdict, 2.0),
             (self.tokenizer, 8.0),
             (self.detokenizer, 8.0),
             (self.delivery, 60.0),
@@ -57,8 +64,11 @@ class Chaos:
     def ask(self) -> None:
         draw = self.draw
         self.asked += 1
-        prompt = [draw.randrange(LETTERS) for _ in range(draw.choice([1, 3, 9, 30]))]
+        prompt = [draw.randrange(GUILTY) for _ in range(draw.choice([1, 3, 9, 30]))]
         refused = draw.random() < 0.05
+        guilty = not refused and draw.random() < self.guilty
+        self.num_guilty += guilty
+        prompt[0] = GUILTY if guilty else prompt[0]
         form = draw.choice(["prompt", "prompt_token_ids"])
         text = BAD_PROMPT if refused else "".join(chr(ord("a") + token) for token in prompt)
         sampling = Sampling(
@@ -74,8 +84,9 @@ class Chaos:
             stream=draw.random() < 0.7,
             resumed=[],
             refused=refused,
+            guilty=guilty,
         )
-        if draw.random() < 0.3 and not refused:
+        if draw.random() < 0.3 and not refused and not guilty:
             whole, _, _ = ask.output()
             ask.resumed = whole[: draw.randrange(len(whole) + 1)]
         keys = {form: prompt} if form != "prompt" and not refused else {"prompt": text}
@@ -98,10 +109,10 @@ class Chaos:
         self.world.ingress_works(patience=0.2)
 
     def scheduler(self) -> None:
-        self.world.scheduler_works(patience=0.2)
+        self.world.scheduler_works(self.draw.choice(list(self.world.schedulers)), patience=0.2)
 
     def worker(self) -> None:
-        self.world.worker_works()
+        self.world.worker_works(self.draw.choice(list(self.world.schedulers)))
 
     def tokenizer(self) -> None:
         self.world.tokenizer_works(self.draw.choice(list(self.world.tokenizers)))
@@ -127,16 +138,21 @@ class Chaos:
 
     def scheduler_dies(self) -> None:
         """By itself, at times: its requests become suspects, and run one at a time."""
-        peer = self.world.engine_link.connector.peer
-        self.world.scheduler_dies()
+        e = self.draw.choice(list(self.world.schedulers))
+        peer = self.world.engine_links[e].connector.peer
+        self.world.scheduler_dies(e)
         if self.draw.random() < 0.5:
             self.world.crashed(peer)
 
     def worker_dies(self) -> None:
-        peer = self.world.worker_peer
-        self.world.worker_dies()
-        if self.draw.random() < 0.5:
-            self.world.crashed(peer)
+        e = self.draw.choice(list(self.world.schedulers))
+        if e not in self.world.absent:
+            self.world.worker_dies(e)
+            if self.draw.random() < 0.5:
+                self.world.crashed(self.world.worker_peers[e])
+
+    def worker_starts(self) -> None:
+        self.world.worker_starts(self.draw.choice(list(self.world.schedulers)))
 
     def duplicate(self) -> None:
         """A message arrives twice."""
@@ -151,10 +167,31 @@ class Chaos:
     seed=st.integers(0, 2**32),
     tokenizers=st.integers(1, 2),
     detokenizers=st.integers(1, 2),
+    engines=st.integers(1, 3),
     troubles=st.booleans(),
 )
 def test_every_request_ends_once_and_nothing_is_left(
-    seed: int, tokenizers: int, detokenizers: int, troubles: bool
+    seed: int, tokenizers: int, detokenizers: int, engines: int, troubles: bool
 ) -> None:
     draw = random.Random(seed)
-    Chaos(World(draw, tokenizers, detokenizers), draw, troubles).run(1500)
+    Chaos(World(draw, tokenizers, detokenizers, engines), draw, troubles).run(1500)
+
+
+@settings(max_examples=60, derandomize=True, phases=[Phase.generate], deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    detokenizers=st.integers(1, 2),
+    engines=st.integers(1, 4),
+    late=st.booleans(),
+)
+def test_a_guilty_request_costs_five_deaths_at_most_however_many_engines_there_are(
+    seed: int, detokenizers: int, engines: int, late: bool
+) -> None:
+    draw = random.Random(seed)
+    world = World(draw, 1, detokenizers, engines)
+    world.late_verdicts = late
+    chaos = Chaos(world, draw, troubles=False, guilty=0.02)
+    chaos.run(1500)
+    assert world.crashes_of_guilty <= MOST_DEATHS * chaos.num_guilty
+    if engines > 2 and chaos.num_guilty == 1 and not late:
+        assert world.most_absent < engines, "one always serves"

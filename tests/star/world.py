@@ -42,6 +42,7 @@ VOCABULARY = Vocabulary(
 )
 MAX_MODEL_LEN = 48
 BAD_PROMPT = "refuse me"
+GUILTY = LETTERS - 1  # a prompt that begins with this token brings down the worker
 
 _server_messages = msgspec.msgpack.Decoder(list[ServerMessage])
 
@@ -61,6 +62,7 @@ class Ask:
     stream: bool
     resumed: list[int]
     refused: bool
+    guilty: bool = False
     heard: list[ServerMessage] = field(default_factory=list)
     aborted: bool = False
 
@@ -111,6 +113,7 @@ class Ask:
         if isinstance(last, Error):
             assert last.code == ("invalid_request" if self.refused else "poisoned")
             return
+        assert last is None or self.aborted or not self.guilty
         if not self.stream and last is not None:
             assert isinstance(last, Finish)
             assert isinstance(last.token_ids, list)
@@ -141,6 +144,12 @@ class Worker:
             self.slots.clear()
         else:
             self.plans.append(message)
+
+    @property
+    def crashes(self) -> bool:
+        """Whether the next plan has a guilty request."""
+        admissions = self.plans[0].admit if self.plans else []
+        return any(unpack(admission.tokens)[0] == GUILTY for admission in admissions)
 
     def run(self) -> StepResult:
         plan = self.plans.popleft()
@@ -176,9 +185,12 @@ def encode(request: Tokenize) -> Tokenized | Refused:
 
 
 class World:
-    """One ingress and one scheduler with its worker, some tokenizers and detokenizers."""
+    """One ingress, some engines, which are a scheduler and its worker each, some tokenizers and
+    detokenizers."""
 
-    def __init__(self, draw: random.Random, tokenizers: int, detokenizers: int) -> None:
+    def __init__(
+        self, draw: random.Random, tokenizers: int, detokenizers: int, engines: int
+    ) -> None:
         self.draw = draw
         self.settings = Settings(
             max_num_seqs=draw.choice([1, 3, 8]),
@@ -190,32 +202,45 @@ class World:
         )
         self.asks: dict[bytes, dict[str, Ask]] = {}
         self.ended: list[Ask] = []
+        self.absent: set[int] = set()  # engines whose worker has died and not started yet
+        self.most_absent = 0
+        # Crashes that the supervisor has not told of yet, and whether there may be any.
+        self.verdicts: deque[Peer] = deque()
+        self.late_verdicts = False
+        self.crashes_of_guilty = 0
         self.crashes = 0  # deaths that the supervisor has told of
         self._numbers = 0
         self.ingress = self._new_ingress()
-        self.scheduler = Scheduler(self.settings)
-        self.worker = Worker()
-        self.worker_peer = self._peer("gpu_worker", 0)
+        self.schedulers = {e: Scheduler(self.settings, e) for e in range(engines)}
+        self.workers: dict[int, Worker] = {}
+        self.worker_peers: dict[int, Peer] = {}
         self.tokenizers = {i: TokenizeQueue(encode, no_grammars) for i in range(tokenizers)}
         self.detokenizers = {i: Detokenizer(VOCABULARY) for i in range(detokenizers)}
-        ingress, scheduler = self._peer("ingress", 0), self._peer("scheduler", 0)
-        self.engine_link = Link(self._ingress_side(ingress), self._scheduler_side(scheduler))
+        ingress = self._peer("ingress", 0)
+        schedulers = [self._peer("scheduler", 0, e) for e in self.schedulers]
+        self.engine_links = {
+            peer.engine: Link(self._ingress_side(ingress), self._scheduler_side(peer))
+            for peer in schedulers
+        }
         self.tokenizer_links = {
             i: Link(self._ingress_side(ingress), self._tokenizer_side(i)) for i in self.tokenizers
         }
         self.text_links: dict[int, Link] = {}
-        self.token_links: dict[int, Link] = {}
+        self.token_links: dict[tuple[int, int], Link] = {}  # of an engine and a detokenizer
         for i in self.detokenizers:
             peer = self._peer("detokenizer", i)
             self.text_links[i] = Link(self._ingress_side(ingress), self._text_side(i, peer))
-            bound = Side(scheduler, self._detokenizer_up, self._detokenizer_down, self._nothing)
-            self.token_links[i] = Link(bound, self._token_side(i, peer))
-        self._start_worker()
+            for scheduler in schedulers:
+                self.token_links[scheduler.engine, i] = Link(
+                    self._bound_side(scheduler), self._token_side(i, peer, scheduler.engine)
+                )
+        for e in self.schedulers:
+            self._start_worker(e)
 
     @property
     def links(self) -> list[Link]:
         return [
-            self.engine_link,
+            *self.engine_links.values(),
             *self.tokenizer_links.values(),
             *self.text_links.values(),
             *self.token_links.values(),
@@ -223,9 +248,9 @@ class World:
 
     # The sides of the links ---------------------------------------------------------------------
 
-    def _peer(self, role: str, index: int) -> Peer:
+    def _peer(self, role: str, index: int, engine: int = 0) -> Peer:
         self._numbers += 1
-        return Peer(role, index, self._numbers)
+        return Peer(role, index, self._numbers, engine)
 
     def _nothing(self, peer: Peer, message: Any = None) -> None:
         """This side hears nothing."""
@@ -247,18 +272,23 @@ class World:
             self.ingress.from_tokenizer(peer, message)
 
     def _scheduler_side(self, peer: Peer) -> Side:
+        e = peer.engine
         return Side(
             peer,
-            lambda _: self.scheduler.ingress_up(),
+            lambda _: self.schedulers[e].ingress_up(),
             self._nothing,
-            lambda _, message: self.scheduler.from_ingress(message),
+            lambda _, message: self.schedulers[e].from_ingress(message),
         )
 
-    def _detokenizer_up(self, peer: Peer) -> None:
-        self.scheduler.detokenizer_up(peer)
-
-    def _detokenizer_down(self, peer: Peer) -> None:
-        self.scheduler.detokenizer_down(peer)
+    def _bound_side(self, peer: Peer) -> Side:
+        """A scheduler's, for a detokenizer."""
+        e = peer.engine
+        return Side(
+            peer,
+            lambda detokenizer: self.schedulers[e].detokenizer_up(detokenizer),
+            lambda detokenizer: self.schedulers[e].detokenizer_down(detokenizer),
+            self._nothing,
+        )
 
     def _tokenizer_side(self, i: int) -> Side:
         return Side(
@@ -271,12 +301,12 @@ class World:
     def _text_side(self, i: int, peer: Peer) -> Side:
         return Side(peer, lambda _: self.detokenizers[i].ingress_up(), self._nothing, self._nothing)
 
-    def _token_side(self, i: int, peer: Peer) -> Side:
+    def _token_side(self, i: int, peer: Peer, e: int) -> Side:
         return Side(
             peer,
-            lambda _: self.detokenizers[i].forget(),
+            lambda _: self.detokenizers[i].forget(e),
             self._nothing,
-            lambda _, message: self.detokenizers[i].take(message),
+            lambda _, message: self.detokenizers[i].take(message, e),
         )
 
     # Services at work ---------------------------------------------------------------------------
@@ -290,46 +320,59 @@ class World:
             link = self.tokenizer_links[peer.index]
             if self.draw.random() >= patience and link.send(link.binder, frame):
                 core.tokenizers.sent(peer, frame)
-        link = self.engine_link
         for scheduler, messages in list(core.engines.frames()):
+            link = self.engine_links[scheduler.engine]
             if self.draw.random() >= patience and link.send(link.binder, messages):
                 core.engines.sent(scheduler, messages)
+        for detokenizer, engines in list(core.detokenizers.frames()):
+            link = self.text_links[detokenizer.index]
+            if link.send(link.binder, engines):
+                core.detokenizers.sent(detokenizer, engines)
         for session in list(core.sessions.unsent):
             while (frame_bytes := session.outgoing()) is not None:
                 self._hear(session.connection, _server_messages.decode(frame_bytes))
                 core.sent(session)
             core.sessions.unsent.discard(session)
 
-    def scheduler_works(self, patience: float = 0.0) -> None:
-        core = self.scheduler
-        self._plan()
-        link = self.engine_link
+    def scheduler_works(self, e: int, patience: float = 0.0) -> None:
+        core = self.schedulers[e]
+        self._plan(e)
+        link = self.engine_links[e]
         messages = core.for_ingress()
         if messages and self.draw.random() >= patience and link.send(link.connector, messages):
             core.ingress_told()
         core.detokenizers.retry()
         for frame in core.detokenizers.frames():
-            link = self.token_links[frame.peer.index]
+            link = self.token_links[e, frame.peer.index]
             if self.draw.random() >= patience and link.send(link.binder, frame.messages):
                 core.detokenizers.delivered(frame)
             else:
                 core.detokenizers.undelivered(frame)
 
-    def worker_works(self) -> bool:
-        if not self.worker.plans:
+    def worker_works(self, e: int) -> bool:
+        if not self.workers[e].plans:
             return False
-        self.scheduler.result(self.worker_peer, self.worker.run())
-        self._plan()
+        if self.workers[e].crashes:
+            peer = self.worker_peers[e]
+            self.crashes_of_guilty += 1
+            self.worker_dies(e)
+            self.verdicts.append(peer)
+            if not self.late_verdicts:
+                self.verdict()
+            return True
+        self.schedulers[e].result(self.worker_peers[e], self.workers[e].run())
+        self._plan(e)
         return True
 
-    def _plan(self) -> None:
+    def _plan(self, e: int) -> None:
+        scheduler = self.schedulers[e]
         planned = True
         while planned:
-            planned = self.scheduler.plan()
-            for message in self.scheduler.group.unsent:
-                self.worker.take(message)
-            self.scheduler.group.sent()
-            self.scheduler.settle()
+            planned = scheduler.plan()
+            for message in scheduler.group.unsent:
+                self.workers[e].take(message)
+            scheduler.group.sent()
+            scheduler.settle()
 
     def tokenizer_works(self, i: int) -> None:
         queue, link = self.tokenizers[i], self.tokenizer_links[i]
@@ -350,22 +393,32 @@ class World:
         peer = self._peer("ingress", 0)
         self.ingress = self._new_ingress()
         self.asks.clear()
-        links = [self.engine_link, *self.tokenizer_links.values(), *self.text_links.values()]
-        for link in links:
+        links = [*self.engine_links.values(), *self.tokenizer_links.values()]
+        for link in [*links, *self.text_links.values()]:
             link.replace(link.binder, self._ingress_side(peer), self.draw)
 
-    def scheduler_dies(self) -> None:
-        peer = self._peer("scheduler", 0)
-        self.scheduler = Scheduler(self.settings)
-        self.engine_link.replace(self.engine_link.connector, self._scheduler_side(peer), self.draw)
-        for link in self.token_links.values():
-            side = Side(peer, self._detokenizer_up, self._detokenizer_down, self._nothing)
-            link.replace(link.binder, side, self.draw)
-        self._start_worker()
+    def scheduler_dies(self, e: int) -> None:
+        peer = self._peer("scheduler", 0, e)
+        self.schedulers[e] = Scheduler(self.settings, e)
+        link = self.engine_links[e]
+        link.replace(link.connector, self._scheduler_side(peer), self.draw)
+        for i in self.detokenizers:
+            link = self.token_links[e, i]
+            link.replace(link.binder, self._bound_side(peer), self.draw)
+        self._start_worker(e)
 
-    def worker_dies(self) -> None:
-        self.scheduler.worker_down(self.worker_peer)
-        self._start_worker()
+    def worker_dies(self, e: int) -> None:
+        self.schedulers[e].worker_down(self.worker_peers[e])
+        self.workers[e] = Worker()
+        self.absent.add(e)
+        self.most_absent = max(self.most_absent, len(self.absent))
+
+    def worker_starts(self, e: int) -> None:
+        """A start takes longer than the messages that follow from the death."""
+        link = self.engine_links[e]
+        unsent = bool(self.schedulers[e].for_ingress()) or any(self.ingress.engines.frames())
+        if e in self.absent and not (unsent or link.binder.inbox or link.connector.inbox):
+            self._start_worker(e)
 
     def tokenizer_dies(self, i: int) -> None:
         self.tokenizers[i] = TokenizeQueue(encode, no_grammars)
@@ -375,9 +428,11 @@ class World:
     def detokenizer_dies(self, i: int) -> None:
         self.detokenizers[i] = Detokenizer(VOCABULARY)
         peer = self._peer("detokenizer", i)
-        text, token = self.text_links[i], self.token_links[i]
+        text = self.text_links[i]
         text.replace(text.connector, self._text_side(i, peer), self.draw)
-        token.replace(token.connector, self._token_side(i, peer), self.draw)
+        for e in self.schedulers:
+            token = self.token_links[e, i]
+            token.replace(token.connector, self._token_side(i, peer, e), self.draw)
 
     def _new_ingress(self) -> Ingress:
         self._numbers += 1
@@ -390,12 +445,18 @@ class World:
             draw_seed=lambda: 0,
         )
 
-    def _start_worker(self) -> None:
-        self.worker = Worker()
-        self.worker_peer = self._peer("gpu_worker", 0)
-        self.scheduler.worker_up(self.worker_peer)
+    def _start_worker(self, e: int) -> None:
+        self.absent.discard(e)
+        peer = self.worker_peers[e] = self._peer("gpu_worker", 0, e)
+        self.workers[e] = Worker()
+        self.schedulers[e].worker_up(peer)
         num_blocks = -(-MAX_MODEL_LEN // 4) + self.draw.choice([0, 4, 60])
-        self.scheduler.group_ready(self.worker_peer, GroupReady(num_blocks, 4))
+        self.schedulers[e].group_ready(peer, GroupReady(num_blocks, 4))
+
+    def verdict(self) -> None:
+        """The supervisor tells of the next crash."""
+        if self.verdicts:
+            self.crashed(self.verdicts.popleft())
 
     def crashed(self, peer: Peer) -> None:
         """The supervisor says that the service died by itself."""
@@ -448,8 +509,11 @@ class World:
             self.ingress_works()
             for i in self.tokenizers:
                 self.tokenizer_works(i)
-            self.scheduler_works()
-            busy.append(self.worker_works())
+            self.verdict()
+            for e in self.schedulers:
+                self.worker_starts(e)
+                self.scheduler_works(e)
+                busy.append(self.worker_works(e))
             for i in self.detokenizers:
                 self.detokenizer_works(i)
             if not any(busy) and not any(self.asks.values()):
@@ -457,18 +521,21 @@ class World:
         left = [ask for asks in self.asks.values() for ask in asks.values()]
         assert not left, f"without an end: {left[:3]}"
         for _ in range(3):
-            self.scheduler_works()
+            for e in self.schedulers:
+                self.scheduler_works(e)
             for link in self.links:
                 for end in (link.binder, link.connector):
                     while link.deliver(end):
                         pass
-            while self.worker_works():
-                pass
+            for e in self.schedulers:
+                while self.worker_works(e):
+                    pass
         assert self.ingress.stats.requests == 0
         assert not self.ingress.engines.all_given()
         assert not self.ingress.quarantine.suspects.records
-        stats = self.scheduler.stats()
-        assert (stats.running, stats.waiting, stats.records, stats.blocks_used) == (0, 0, 0, 0)
+        for scheduler in self.schedulers.values():
+            stats = scheduler.stats()
+            assert (stats.running, stats.waiting, stats.records, stats.blocks_used) == (0, 0, 0, 0)
         assert all(core.stats().requests == 0 for core in self.detokenizers.values())
         assert all(queue.idle for queue in self.tokenizers.values())
         assert all(
