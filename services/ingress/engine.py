@@ -23,6 +23,7 @@ from nanovllm.messages import (
     unpack,
     unpack_int64,
 )
+from nanovllm.services.ingress.cached_blocks import CachedBlocks
 from nanovllm.services.ingress.load import Load
 from nanovllm.services.ingress.requests import Request
 from nanovllm.services.ingress.turns import Turns
@@ -84,6 +85,7 @@ class Engine:
         peer: the scheduler; None while there is no link to it.
         given: unfinished requests that the scheduler was given, by uid.
         load: the work of these requests.
+        cached: the blocks in its prefix cache.
         fresh: whether the engine is ready, and was given nothing since it became so.
     """
 
@@ -91,6 +93,7 @@ class Engine:
         self.peer: Peer | None = None
         self.given: dict[int, Request] = {}
         self.load = Load()
+        self.cached = CachedBlocks()
         self.fresh = False
         self._most_waiting_tokens = WAITING_BUDGETS * max_num_batched_tokens
         self._state = EngineState(False, 0, 0, 0)
@@ -111,6 +114,10 @@ class Engine:
         return self.peer is not None and self._state.ready
 
     @property
+    def block_size(self) -> int:
+        return self._state.block_size
+
+    @property
     def endpoint(self) -> str:
         """Where the scheduler binds; empty before it has said so."""
         return self._state.endpoint
@@ -125,13 +132,22 @@ class Engine:
             or self._waiting_tokens + request.prompt_tokens <= self._most_waiting_tokens
         )
 
+    def lacks(self, request: Request) -> int:
+        """How many tokens of prompt and output the engine would have to compute."""
+        tokens = request.prompt_tokens + request.output.num_tokens
+        if request.block_names is None:
+            return tokens
+        return tokens - self._state.block_size * self.cached.count(request.block_names)
+
     def give(self, request: Request) -> None:
         """Submits the request, as its next attempt."""
         request.attempt += 1
         request.engine = self
         self.fresh = False
         self._ever_given += 1
-        self.load.add(request, request.prompt_tokens + request.output.num_tokens)
+        self.load.add(request, self.lacks(request))
+        if request.block_names is not None:
+            self.cached.add(request.block_names, self._state.blocks)
         if len(self.given) >= self._state.slots:
             self._waiting[request.uid] = request
             self._waiting_tokens += request.prompt_tokens
@@ -143,6 +159,9 @@ class Engine:
             return
         request.engine = None
         self.load.remove(request.uid)
+        if request.block_names is not None:
+            request.name_blocks(self._state.block_size)
+            self.cached.add(request.block_names, self._state.blocks)
         # The first waiting request has a slot now.
         first = request.uid if request.uid in self._waiting else next(iter(self._waiting), None)
         if first is not None:
@@ -166,6 +185,7 @@ class Engine:
             for request in lost:
                 self.end(request)
             self._ever_given = 0
+            self.cached.clear()
         self.peer = peer
         self._incarnation = peer.incarnation
         self._ends.clear()
@@ -182,6 +202,7 @@ class Engine:
     def state(self, state: EngineState) -> None:
         if state.ready != self._state.ready:
             self.fresh = state.ready and not self.given
+            self.cached.clear()
         self._state = state
 
     def missing(self, message: Missing) -> int:

@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator
 
 from nanovllm.messages import Engines, EngineState, IngressToScheduler
 from nanovllm.services.ingress.engine import Engine
+from nanovllm.services.ingress.load import work
 from nanovllm.services.ingress.requests import Request
 from nanovllm.transport.links import Peer
 
 # Between two requests that are routed, others go on: all loads are counted anew once an engine has
 # got so large a share of the requests there are.
 WEIGHED_SHARE = 1 / 8
+# A request goes to the engine that has most of it cached, unless with the request that engine would
+# have more than so many times the load that the least loaded engine would have.
+CLEARLY_MORE = 2.0
 
 
 class EnginePool:
@@ -115,15 +119,18 @@ class EnginePool:
         """The engine that is to be given the request now; None if none takes it."""
         if self.halted:
             return None
-        takers = [
-            engine
-            for engine in self.by_number.values()
-            if engine is not self.reserved and engine.takes(request)
-        ]
-        if len(takers) < 2:
+        engines = self.by_number.values()
+        takers = [e for e in engines if e is not self.reserved and e.takes(request)]
+        if not takers or len(engines) == 1:
             return takers[0] if takers else None
         self._weigh()
-        return min(takers, key=lambda engine: engine.load.tokens)
+        request.name_blocks(takers[0].block_size)
+        lacks = [engine.lacks(request) for engine in takers]
+        loads = [e.load.tokens + work(request, lack) for e, lack in zip(takers, lacks, strict=True)]
+        _, load, index = min(zip(lacks, loads, range(len(takers)), strict=True))
+        if load > CLEARLY_MORE * min(loads):
+            index = loads.index(min(loads))
+        return takers[index]
 
     def end(self, request: Request) -> None:
         """Takes the request back from the engine that has it, if one has."""

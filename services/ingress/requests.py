@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from nanovllm.block_names import TOKEN_BYTES, name_of, root_name
 from nanovllm.messages import AnswerMarks, Submit, Tokenize, Tokenized
 from nanovllm.protocol import (
     Accepted,
@@ -49,6 +50,8 @@ class Request:
     answer_marks: AnswerMarks | None = None
     attempt: int = 0
     engine: Engine | None = None  # which has the request
+    # The names of its full blocks, where engines are chosen by these.
+    block_names: list[bytes] | None = None
     over: bool = False
     outcome: Finish | Error | None = None  # the last message for the client
     unsent: bool = False  # whether the session's list of unsent streams has the request
@@ -70,6 +73,18 @@ class Request:
         self.size = len(self.prompt) + 4 * self.resumed + LISTED_ID_BYTES * listed
         if (asked := self.sampling.structured_outputs) is not None:
             self.size += asked.size
+
+    def name_blocks(self, block_size: int) -> None:
+        """Brings `block_names` up to date with prompt and output."""
+        names = self.block_names = self.block_names or []
+        width = TOKEN_BYTES * block_size
+        full = (len(self.prompt) + len(self.output.tokens)) // width
+        if len(names) < full:
+            tokens = self.prompt + self.output.tokens
+            name = names[-1] if names else root_name(self.cache_salt)
+            for start in range(len(names) * width, full * width, width):
+                name = name_of(name, tokens[start : start + width])
+                names.append(name)
 
     def accepted(self) -> Accepted:
         """The message for the client of a stream once its request is tokenized."""

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import NamedTuple
 
-import xxhash
-
-TOKEN_BYTES = 4  # an int32
+from nanovllm.block_names import TOKEN_BYTES, name_of, root_name
 
 
 class Prefix(NamedTuple):
@@ -36,13 +34,7 @@ class Match(NamedTuple):
 
 def root(salt: str) -> Prefix:
     """The empty chain. Only sequences with the same salt share blocks."""
-    return Prefix(xxhash.xxh64_digest(salt.encode()), salt)
-
-
-def name_of(predecessor: bytes, tokens: bytes) -> bytes:
-    """The name of a full block that holds `tokens` after the block named `predecessor`."""
-    name: bytes = xxhash.xxh64_digest(predecessor + tokens)
-    return name
+    return Prefix(root_name(salt), salt)
 
 
 class BlockManager:

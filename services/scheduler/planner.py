@@ -9,8 +9,9 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from nanovllm.block_names import TOKEN_BYTES
 from nanovllm.messages import NO_TOKEN_LEFT, TOO_COSTLY, Admission, InHand, Prepared, pack, unpack
-from nanovllm.services.scheduler.blocks import TOKEN_BYTES, BlockManager, root
+from nanovllm.services.scheduler.blocks import BlockManager, root
 from nanovllm.services.scheduler.preparations import Preparations
 from nanovllm.services.scheduler.sequences import NO_SLOT, OutputEnd, Sequence
 from nanovllm.services.scheduler.slots import Indices, Ints, Slots

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from nanovllm.block_names import TOKEN_BYTES
 from nanovllm.messages import EndReason, PromptPart, Submit, TokenLogprobs, unpack
-from nanovllm.services.scheduler.blocks import TOKEN_BYTES, Prefix, root
+from nanovllm.services.scheduler.blocks import Prefix, root
 
 NO_SLOT = -1
 
