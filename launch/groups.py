@@ -73,6 +73,13 @@ class GiveUp(NamedTuple):
     times: int
 
 
+class Move(NamedTuple):
+    """Tell the ingress that an engine is about to be stopped, for good if it `leaves`."""
+
+    engine: int
+    leaves: bool
+
+
 class Answer(NamedTuple):
     """Tell `asked_by` that its command is done."""
 
@@ -85,7 +92,7 @@ class Blame(NamedTuple):
     service: ServiceId
 
 
-Action = Start | Stop | Kill | GiveUp | Answer | Blame
+Action = Start | Stop | Kill | GiveUp | Move | Answer | Blame
 
 
 class Work(NamedTuple):
@@ -178,6 +185,11 @@ class Group:
     def settled(self) -> bool:
         """Whether the group is ready, or gone for good."""
         return self.phase is Phase.GONE or (self.phase is Phase.RUNNING and not self._not_ready)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the group ends for good."""
+        return self._leaving
 
     @property
     def deadline(self) -> float | None:

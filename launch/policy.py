@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
-from nanovllm.launch.groups import GRACE_S, Action, Answer, Group, Phase
-from nanovllm.names import ServiceId
+from nanovllm.launch.groups import GRACE_S, Action, Answer, Group, Move, Phase
+from nanovllm.names import ENGINE_ROLES, ServiceId
 from nanovllm.transport.links import Peer
 
 # After a longer pause between two calls of `due`, the supervisor itself was stopped: the silence of
@@ -20,14 +20,31 @@ from nanovllm.transport.links import Peer
 LONGEST_PAUSE_S: Final = 3.0
 
 
+# So long an engine that is to be stopped waits for others to take its requests.
+MOVE_S: Final = 5.0
+
+
+class _Step(NamedTuple):
+    """Groups to stop together, or to end for good. If they are of an engine, its requests are moved
+    first."""
+
+    groups: list[Group]
+    engine: int | None
+    for_good: bool = False
+
+
 @dataclass
 class _Command:
-    """A command in hand: the groups of `restart` are restarted one after the other, each once all
-    of `awaits` are settled."""
+    """A command in hand: the groups of each step are stopped once all of `awaits` are settled.
+
+    Attributes:
+        moving: the step whose requests are being moved, and until when that may take.
+    """
 
     asked_by: Peer
-    restart: deque[Group]
+    steps: deque[_Step]
     awaits: list[Group]
+    moving: tuple[_Step, float] | None = None
 
 
 class Policy:
@@ -48,31 +65,68 @@ class Policy:
         self._grace_s = grace_s
         self.groups = [self._group(services, now) for services in groups]
         self._commands: deque[_Command] = deque()
+        self._engines = 0  # how many `scale` was asked for last
         self._called_at = now
 
     # Commands -----------------------------------------------------------------------------------
 
     def restart(self, role: str, asked_by: Peer) -> None:
-        """Restarts the groups of a role, or `all`, one after the other."""
-        groups = [g for g in self.groups if role in ("all", g.services[0].role)]
-        self._commands.append(_Command(asked_by, deque(groups), []))
+        """Restarts the groups of a role, of every `engine`, or `all`, one after the other."""
+        steps: dict[ServiceId | int, _Step] = {}
+        for group in self.groups:
+            first = group.services[0]
+            if not _is(first, role) and role != "all":
+                continue
+            engine = first.engine if first.role in ENGINE_ROLES else None
+            name = first if engine is None else engine
+            steps.setdefault(name, _Step([], engine)).groups.append(group)
+        self._commands.append(_Command(asked_by, deque(steps.values()), []))
 
-    def scale(self, role: str, count: int, asked_by: Peer, now: float) -> None:
-        """Starts or ends services until `count` run; each service of the role is a group."""
-        groups = [
-            group
-            for group in self.groups
-            if group.services[0].role == role and group.phase is not Phase.GONE
-        ]
+    def scale(
+        self,
+        role: str,
+        count: int,
+        services: Callable[[int], list[list[ServiceId]]],
+        asked_by: Peer,
+        now: float,
+    ) -> None:
+        """Starts or ends services, or engines, until `count` run.
+
+        Args:
+            services: of each group of the one with a number.
+        """
+        if role == "engine":
+            self._engines = count
+        groups = [g for g in self.groups if _is(g.services[0], role) and g.phase is not Phase.GONE]
+        leaving: dict[int, _Step] = {}
         for group in groups:
-            if group.services[0].index >= count:
-                group.stop(now, leave=True)
-            else:
+            number = group.services[0].number
+            if number < count:
                 group.stay()
-        there = {group.services[0].index for group in groups}
-        added = [self._group([ServiceId(role, i)], now) for i in range(count) if i not in there]
+            elif role == "engine":
+                leaving.setdefault(number, _Step([], number, for_good=True)).groups.append(group)
+            else:
+                group.stop(now, leave=True)
+        there = {group.services[0].number for group in groups}
+        new = [group for i in range(count) if i not in there for group in services(i)]
+        added = [self._group(group, now) for group in new]
         self.groups += added
-        self._commands.append(_Command(asked_by, deque(), groups + added))
+        self._commands.append(_Command(asked_by, deque(leaving.values()), groups + added))
+
+    def moved(self, engine: int) -> None:
+        """The ingress has moved an engine's requests, or cannot be asked to."""
+        for command in self._commands:
+            if command.moving is not None and command.moving[0].engine == engine:
+                command.moving = command.moving[0], 0.0
+
+    @property
+    def leaving(self) -> list[int]:
+        """The engines that are being stopped for good."""
+        return [
+            group.services[0].engine
+            for group in self.groups
+            if group.services[0].role == "scheduler" and group.leaves
+        ]
 
     # What there is to do --------------------------------------------------------------------------
 
@@ -109,16 +163,37 @@ class Policy:
         return Group(services, now, self._grace_s(services[0].role))
 
     def _due_for_commands(self, now: float) -> list[Action]:
-        answers: list[Action] = []
+        actions: list[Action] = []
         while self._commands:
             command = self._commands[0]
+            if command.moving is not None:
+                step, until = command.moving
+                if now < until:
+                    break
+                command.moving = None
+                command.awaits = step.groups
+                for group in step.groups:
+                    group.stop(now, leave=self._leaves(step))  # called back, it starts again
             if not all(group.settled for group in command.awaits):
                 break
-            if command.restart:
-                group = command.restart.popleft()
-                group.stop(now)
-                command.awaits = [group]
-            else:
-                answers.append(Answer(command.asked_by))
+            if not command.steps:
+                actions.append(Answer(command.asked_by))
                 self._commands.popleft()
-        return answers
+                continue
+            step = command.steps.popleft()
+            if step.for_good and not self._leaves(step):
+                continue
+            if step.engine is None:
+                command.moving = step, now
+            else:
+                command.moving = step, now + MOVE_S
+                actions.append(Move(step.engine, self._leaves(step)))
+        return actions
+
+    def _leaves(self, step: _Step) -> bool:
+        """Whether the engine is to end for good: no later command has called it back."""
+        return step.for_good and step.engine is not None and step.engine >= self._engines
+
+
+def _is(service: ServiceId, role: str) -> bool:
+    return service.role == role or (role == "engine" and service.role in ENGINE_ROLES)

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 
+import msgspec
 import zmq
 
 from nanovllm.control import (
@@ -19,6 +20,7 @@ from nanovllm.control import (
     Done,
     Drain,
     Drained,
+    FromSupervisor,
     IngressStats,
     Loading,
     Ready,
@@ -29,6 +31,8 @@ from nanovllm.control import (
     Status,
     StatusRequest,
     ToSupervisor,
+    Vacate,
+    Vacated,
 )
 from nanovllm.launch.gpus import Gpus
 from nanovllm.launch.groups import (
@@ -38,6 +42,7 @@ from nanovllm.launch.groups import (
     Blame,
     GiveUp,
     Kill,
+    Move,
     Start,
     Stop,
     work_of,
@@ -48,7 +53,7 @@ from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.log import render
 from nanovllm.names import ServiceId
 from nanovllm.progress import LoadingBar
-from nanovllm.settings import MAX_SERVICES, ROLES, SCALABLE_ROLES, Settings
+from nanovllm.settings import MAX_SERVICES, RESTARTABLE, SCALABLE, Settings, SettingsError
 from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.wording import counted
 
@@ -182,10 +187,14 @@ class Supervisor:
             case Up():
                 if service_id == INGRESS:
                     self._ingress = peer
+                    for engine in self._policy.leaving:
+                        self._tell_ingress(Vacate(engine, leaves=True))
                 if self._drain_until is not None and peer.role in DRAINED_ROLES:
                     self._control.send(peer, [Drain(RESUME_S)])
             case Received(message=StatusRequest()):
                 self._control.send(peer, [self._status()])
+            case Received(message=Vacated(engine=engine)):
+                self._policy.moved(engine)
             case Received(message=Drained()):
                 self._drained.add(service_id)
             case Received(message=Loading() | Ready() | Report() as said):
@@ -204,19 +213,32 @@ class Supervisor:
                 error = "this pipeline serves no HTTP: launch it with --http HOST:PORT"
                 self._control.send(asker, [Done(error)])
             case Scale(role=role, count=count):
-                if role in SCALABLE_ROLES and 1 <= count <= MAX_SERVICES:
-                    self._policy.scale(role, count, asker, now)
+                if role in SCALABLE and 1 <= count <= MAX_SERVICES:
+                    self._scale(role, count, asker, now)
                 else:
-                    error = (
-                        f"only {', '.join(SCALABLE_ROLES)} can be scaled, to 1 to {MAX_SERVICES}"
-                    )
+                    error = f"only {', '.join(SCALABLE)} can be scaled, to 1 to {MAX_SERVICES}"
                     self._control.send(asker, [Done(error)])
             case Restart(role=role):
-                if role in (*ROLES, "all"):
+                if role in RESTARTABLE:
                     self._policy.restart(role, asker)
                 else:
-                    error = f"there is no {role!r}; there are {', '.join(ROLES)}, and all"
+                    error = f"there is no {role!r}; there are {', '.join(RESTARTABLE)}"
                     self._control.send(asker, [Done(error)])
+
+    def _scale(self, role: str, count: int, asker: Peer, now: float) -> None:
+        def services(number: int) -> list[list[ServiceId]]:
+            if role == "engine":
+                return _engine(self._settings, number)
+            return [[ServiceId(role, number)]]
+
+        if role == "engine":
+            try:
+                self._gpus.check(count)
+            except SettingsError as error:
+                self._control.send(asker, [Done(str(error))])
+                return
+            self._settings = msgspec.structs.replace(self._settings, engines=count)
+        self._policy.scale(role, count, services, asker, now)
 
     def _on_signals(self, caught: set[int], now: float) -> None:
         """The first SIGINT or SIGTERM drains, the second ends the pipeline."""
@@ -289,6 +311,9 @@ class Supervisor:
                 self._blame(service_id)
             case GiveUp(service=service_id, times=times):
                 raise ServiceFailed(self._services[service_id].last_words(times))
+            case Move(engine=engine, leaves=leaves):
+                if not self._tell_ingress(Vacate(engine, leaves)):
+                    self._policy.moved(engine)
             case Answer(asked_by=peer):
                 self._control.send(peer, [Done(None)])
 
@@ -305,8 +330,12 @@ class Supervisor:
         group = self._policy.group_of(service_id)
         first = service_id if group is None else group.services[0]
         incarnation = self._services[first].incarnation
-        if self._ingress is not None and incarnation is not None:
-            self._control.send(self._ingress, [Crashed(first, incarnation)])
+        if incarnation is not None:
+            self._tell_ingress(Crashed(first, incarnation))
+
+    def _tell_ingress(self, message: FromSupervisor) -> bool:
+        """Returns False if the ingress is not there."""
+        return self._ingress is not None and self._control.send(self._ingress, [message])
 
     def _show(self) -> None:
         if self._announced:

@@ -98,14 +98,14 @@ class StatusRequest(Message, tag="status_request"):
 class Scale(Message, tag="scale"):
     """A command asks to run `count` services of this role; the answer is `Done`."""
 
-    role: str
+    role: str  # or "engine"
     count: int
 
 
 class Restart(Message, tag="restart"):
     """A command asks to restart services, one after the other; the answer is `Done`."""
 
-    role: str  # or "all"
+    role: str  # or "engine", or "all"
 
 
 class Done(Message, tag="done"):
@@ -120,6 +120,20 @@ class Drain(Message, tag="drain"):
     requests to an earlier incarnation of the ingress."""
 
     resume_s: float
+
+
+class Vacate(Message, tag="vacate"):
+    """To the ingress: the engine is about to be stopped; until it has started again it is given no
+    request, and other engines get its requests. With `leaves` it will not start again."""
+
+    engine: int
+    leaves: bool
+
+
+class Vacated(Message, tag="vacated"):
+    """From the ingress: no other engine can take more of this engine's requests."""
+
+    engine: int
 
 
 class Crashed(Message, tag="crashed"):
@@ -166,5 +180,5 @@ class Status(Message, tag="status"):
     services: list[ServiceStatus]
 
 
-ToSupervisor = Loading | Ready | Report | Drained | StatusRequest | Scale | Restart
-FromSupervisor = Status | Done | Drain | Crashed
+ToSupervisor = Loading | Ready | Report | Drained | Vacated | StatusRequest | Scale | Restart
+FromSupervisor = Status | Done | Drain | Crashed | Vacate

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+ENGINE_ROLES = ("scheduler", "gpu_worker")
+
 
 class ServiceId(msgspec.Struct, frozen=True, array_like=True):
     """Names a service, whatever process runs it. The index of a gpu_worker is its rank in its
@@ -12,6 +14,11 @@ class ServiceId(msgspec.Struct, frozen=True, array_like=True):
     role: str
     index: int = 0
     engine: int = 0
+
+    @property
+    def number(self) -> int:
+        """Which of its role, or whose engine's."""
+        return self.engine if self.role in ENGINE_ROLES else self.index
 
     def __str__(self) -> str:
         if self.role == "scheduler":

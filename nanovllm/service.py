@@ -33,6 +33,7 @@ from nanovllm.control import (
     Report,
     Stats,
     StatusRequest,
+    Vacated,
 )
 from nanovllm.log import log_to_stderr
 from nanovllm.names import ServiceId
@@ -160,6 +161,10 @@ class Service:
         """Tells the supervisor, once, that no request is left."""
         if not isinstance(self._standing, Drained):
             self._announce(Drained())
+
+    def vacated(self, engine: int) -> None:
+        """Tells the supervisor that this engine's requests are moved."""
+        self._control.send([Vacated(engine)])
 
     def run(self, step: Callable[[float], float | None], stats: Callable[[], Stats]) -> NoReturn:
         """Polls for ever: hands events to their handlers, then calls `step`.

@@ -25,7 +25,9 @@ RUNTIME_DIR_VARIABLE = "NANOVLLM_RUNTIME_DIR"
 # The sockets in the runtime directory, as patterns: those of an engine end in its number.
 SOCKETS = ("ingress", "services", "control", "scheduler-*", "workers-*")
 ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer", "http")
-SCALABLE_ROLES = ("tokenizer", "detokenizer", "http")
+# What can be restarted, and what can be scaled: an engine is a scheduler and its gpu_workers.
+RESTARTABLE = (*ROLES, "engine", "all")
+SCALABLE = ("tokenizer", "detokenizer", "http", "engine")
 # At most so many services of a role that can be scaled.
 MAX_SERVICES = 64
 

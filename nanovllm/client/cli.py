@@ -22,7 +22,7 @@ from nanovllm.client.where import Where, pipeline_options
 from nanovllm.hints import REQUEST_HINTS, HintingCommand
 from nanovllm.protocol import Pong
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.settings import MAX_SERVICES, ROLES, SCALABLE_ROLES, SettingsError
+from nanovllm.settings import MAX_SERVICES, RESTARTABLE, SCALABLE, SettingsError
 from nanovllm.wording import counted
 
 if TYPE_CHECKING:
@@ -194,17 +194,17 @@ def status(where: Where, as_json: bool) -> None:
 @main.command(
     help="""Run COUNT services of this ROLE from now on; returns when they do.
 
-    ROLE is tokenizer or detokenizer.
+    ROLE is tokenizer, detokenizer, http, or engine: a scheduler and its GPU workers.
     Nothing is lost: what a service that ends had in hand is given to others.
 
     \b
     Examples:
       nanovllm scale tokenizer 4
-      nanovllm scale detokenizer 1
+      nanovllm scale engine 2
     """,
-    short_help="Run so many tokenizers or detokenizers.",
+    short_help="Run so many tokenizers, detokenizers or engines.",
 )
-@click.argument("role", type=click.Choice(SCALABLE_ROLES), metavar="ROLE")
+@click.argument("role", type=click.Choice(SCALABLE), metavar="ROLE")
 @click.argument("count", type=click.IntRange(1, MAX_SERVICES))
 @pipeline_options
 def scale(where: Where, role: str, count: int) -> None:
@@ -220,20 +220,22 @@ def scale(where: Where, role: str, count: int) -> None:
 @main.command(
     help="""Restart services one after the other; returns when the last one is ready.
 
-    ROLE is ingress, tokenizer, scheduler, gpu_worker (all ranks at once), detokenizer, or all.
+    ROLE is ingress, tokenizer, scheduler, gpu_worker (all ranks at once), engine (a scheduler and
+    its GPU workers), detokenizer, http, or all. Of several engines each is restarted by itself, and
+    the others get its requests first.
     Requests go on where they were; what their clients see is a pause. After a restart of the
     ingress, clients have to connect and resume anew, which nanovllm's own do by themselves.
 
     \b
     Examples:
-      nanovllm restart scheduler
+      nanovllm restart engine
       nanovllm restart all
     """,
     short_help="Restart services, one after the other.",
 )
 @click.argument(
     "role",
-    type=click.Choice([*ROLES, "all"]),
+    type=click.Choice(RESTARTABLE),
     metavar="ROLE",
 )
 @pipeline_options

@@ -191,7 +191,7 @@ class Core:
             self.tokenizers.down(peer)
         elif (engine := self.engines.of(peer)) is not None:
             self.quarantine.lost(peer, engine.in_hand)
-            engine.down()
+            self.quarantine.put_back(self.engines.down(engine))
             self.quarantine.fail_over()
         self.detokenizers.down(peer)
 
@@ -255,6 +255,11 @@ class Core:
         else:
             self.quarantine.moved(request)
         self.sessions.has_news(request, size_of(decoded))
+
+    def vacate(self, engine: int, leaves: bool) -> None:
+        """An engine is about to be stopped: others get its requests."""
+        self.engines.stop(engine, leaves)
+        self.quarantine.fail_over()
 
     def submit(self) -> None:
         """Gives the engines requests from the queue, as far as they take them."""

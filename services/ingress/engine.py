@@ -87,6 +87,8 @@ class Engine:
         load: the work of these requests.
         cached: the blocks in its prefix cache.
         fresh: whether the engine is ready, and was given nothing since it became so.
+        stops: whether it is about to be stopped: it is given nothing until it has started anew.
+        leaves: whether it is not to start anew.
     """
 
     def __init__(self, max_num_batched_tokens: int) -> None:
@@ -95,6 +97,8 @@ class Engine:
         self.load = Load()
         self.cached = CachedBlocks()
         self.fresh = False
+        self.stops = False
+        self.leaves = False
         self._most_waiting_tokens = WAITING_BUDGETS * max_num_batched_tokens
         self._state = EngineState(False, 0, 0, 0)
         self._incarnation = 0
@@ -111,7 +115,7 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether a request could start now."""
-        return self.peer is not None and self._state.ready
+        return self.peer is not None and self._state.ready and not self.stops
 
     @property
     def block_size(self) -> int:
@@ -186,6 +190,7 @@ class Engine:
                 self.end(request)
             self._ever_given = 0
             self.cached.clear()
+            self.stops = False
         self.peer = peer
         self._incarnation = peer.incarnation
         self._ends.clear()
@@ -202,6 +207,7 @@ class Engine:
     def state(self, state: EngineState) -> None:
         if state.ready != self._state.ready:
             self.fresh = state.ready and not self.given
+            self.stops = self.stops and not state.ready
             self.cached.clear()
         self._state = state
 

@@ -37,6 +37,7 @@ class EnginePool:
         self.reserved: Engine | None = None
         self.halted = False
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._stopping: set[int] = set()  # engines whose requests are to be moved
         self._routed = 0  # requests since all loads were counted
 
     @property
@@ -58,11 +59,41 @@ class EnginePool:
             engine = self.by_number[peer.engine] = Engine(self._max_num_batched_tokens)
         return engine.up(peer)
 
+    def stop(self, number: int, leaves: bool) -> None:
+        """The engine is about to be stopped, for good if it `leaves`."""
+        self._stopping.add(number)
+        if (engine := self.by_number.get(number)) is not None:
+            engine.stops, engine.leaves, engine.fresh = True, leaves, False
+
+    def vacated(self) -> list[int]:
+        """The engines about to be stopped from which no more requests can be moved; each once."""
+        if not self._stopping:
+            return []
+        others = {number for number, engine in self.by_number.items() if not engine.stops}
+        vacated = [
+            number
+            for number in self._stopping
+            if number not in self.by_number or not (self.by_number[number].given and others)
+        ]
+        self._stopping.difference_update(vacated)
+        return vacated
+
+    def down(self, engine: Engine) -> list[Request]:
+        """The connection to the engine's scheduler is gone. Returns the requests of an engine that
+        has left for good."""
+        engine.down()
+        if not engine.leaves:
+            return []
+        self.by_number = {n: e for n, e in self.by_number.items() if e is not engine}
+        self._tell()
+        given = list(engine.given.values())
+        for request in given:
+            engine.end(request)
+        return given
+
     def state(self, engine: Engine, state: EngineState) -> None:
         engine.state(state)
-        endpoints = {n: e.endpoint for n, e in self.by_number.items() if e.endpoint}
-        if endpoints != self.told.endpoints:
-            self.told = Engines(endpoints)
+        self._tell()
 
     def take_strays(self, stays: Callable[[int, int], bool]) -> list[Request]:
         """Takes their requests from the engines that are gone, if another engine is ready.
@@ -152,6 +183,11 @@ class EnginePool:
 
     def sent(self, peer: Peer, frame: list[IngressToScheduler]) -> None:
         self.by_number[peer.engine].sent(frame)
+
+    def _tell(self) -> None:
+        endpoints = {n: e.endpoint for n, e in self.by_number.items() if e.endpoint}
+        if endpoints != self.told.endpoints:
+            self.told = Engines(endpoints)
 
     def _weigh(self) -> None:
         self._routed += 1

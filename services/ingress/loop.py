@@ -9,7 +9,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 from nanovllm import __version__
 from nanovllm.checkpoint import model_name
-from nanovllm.control import Crashed, Drain, FromSupervisor
+from nanovllm.control import Crashed, Drain, FromSupervisor, Vacate
 from nanovllm.messages import (
     Decoded,
     DetokenizerToIngress,
@@ -103,6 +103,8 @@ class Ingress:
         if isinstance(message, Drain):
             if self._drain_at is None:
                 self._drain_at = time.monotonic() + message.resume_s
+        elif isinstance(message, Vacate):
+            self._core.vacate(message.engine, message.leaves)
         elif isinstance(message, Crashed):
             self._core.quarantine.crashed(Peer.of(message.service, message.incarnation))
 
@@ -115,6 +117,8 @@ class Ingress:
         all_sent = self._send_to_services()
         for session in list(core.sessions.unsent):
             all_sent &= self._send_to_client(session, now)
+        for engine in core.engines.vacated():
+            self._service.vacated(engine)
         if core.drained:
             self._service.drained()
         if core.has_work:

@@ -175,3 +175,41 @@ def test_detokenizers_are_told_of_the_engines_at_each_change() -> None:
     world.ready(OTHER, ready=False)
     world.core.service_down(OTHER)
     assert list(world.core.detokenizers.frames()) == [], "an engine that is gone comes back"
+
+
+def test_an_engine_that_is_to_stop_gives_its_requests_away_first() -> None:
+    world = Engines()
+    _, submit = world.ask("a", [1] * 8)
+    world.core.vacate(0, leaves=False)
+    assert world.core.engines.vacated() == [0]
+    assert [(e, m.uid) for e, m in world.given()] == [(1, submit.uid)]
+    assert world.core.engines.vacated() == [], "it is said once"
+    engine, _ = world.ask("b", [1] * 8)
+    assert engine == 1, "it is still ready, and stays empty"
+    world.core.vacate(1, leaves=False)
+    assert world.core.engines.vacated() == [1], "there is no other that stays"
+    world.ready(SCHEDULER, ready=False)
+    world.ready(SCHEDULER)
+    assert len(world.given()) == 2, "the one that has started anew gets what the next one had"
+    assert world.core.engines.vacated() == []
+
+
+def test_an_engine_waits_until_another_is_ready_to_take_its_requests() -> None:
+    world = Engines()
+    _, submit = world.ask("a", [1] * 8)
+    world.ready(OTHER, ready=False)
+    world.core.vacate(0, leaves=False)
+    assert world.core.engines.vacated() == []
+    world.ready(OTHER)
+    assert [(e, m.uid) for e, m in world.given()] == [(1, submit.uid)]
+    assert world.core.engines.vacated() == [0]
+
+
+def test_an_engine_that_has_left_for_good_is_forgotten() -> None:
+    world = Engines()
+    _, submit = world.ask("a", [1] * 8)
+    world.core.vacate(0, leaves=True)
+    world.core.service_down(SCHEDULER)
+    assert [(e, m.uid) for e, m in world.given()] == [(1, submit.uid)]
+    ((_, (engines,)),) = world.core.detokenizers.frames()
+    assert engines.endpoints == {1: TOLD[1]}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from click.testing import CliRunner
 
 from benchmarks.support.pipeline import Pipeline
 from nanovllm import Client, SamplingParams
+from nanovllm.client.cli import main
 from nanovllm.control import SchedulerStats
 from nanovllm.names import ServiceId
 from tests.pipeline.leftovers import wait_until_nothing_is_left
@@ -16,6 +18,7 @@ from tests.recovery.streams import (
     Streams,
     kill,
     mixed_cases,
+    services,
     undisturbed,
     wait_until_ready,
 )
@@ -83,3 +86,29 @@ def test_no_stream_waits_for_an_engine_that_is_gone(engines: Pipeline) -> None:
             kill(engines, WORKERS[0])
             assert all(stream.result().token_ids == whole for stream in streams)
     wait_until_ready(engines, WORKERS)
+
+
+def command(pipeline: Pipeline, *words: str) -> None:
+    ran = CliRunner().invoke(main, [*words, "--runtime-dir", str(pipeline.runtime_dir)])
+    assert ran.exit_code == 0, ran.output
+
+
+def test_engines_are_restarted_and_scaled_while_streams_run(
+    engines: Pipeline, expected: list[Outcome]
+) -> None:
+    before = services(engines)
+    streams = Streams(engines.endpoint, CASES)
+    streams.wait_for_news()
+    for words in (("restart", "engine"), ("scale", "engine", "3"), ("scale", "engine", "1")):
+        command(engines, *words)
+        streams.wait_for_news()
+        found = {service.engine for service in services(engines) if service.role == "scheduler"}
+        assert found == set(range({"3": 3, "1": 1}.get(words[-1], 2)))
+    command(engines, "scale", "engine", "2")
+    command(engines, "restart", "gpu_worker")
+    for number, outcome, _ in streams.finish():
+        assert outcome == expected[number], f"case {number}\n{engines.transcript}"
+    wait_until_nothing_is_left(engines)
+    after = services(engines)
+    assert after.keys() == before.keys()
+    assert all(after[service].pid != before[service].pid for service in [*SCHEDULERS, *WORKERS])

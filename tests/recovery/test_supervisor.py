@@ -24,12 +24,13 @@ from nanovllm.launch.groups import (
     GiveUp,
     Group,
     Kill,
+    Move,
     Start,
     Stop,
     Work,
 )
-from nanovllm.launch.policy import Policy
-from nanovllm.names import ServiceId
+from nanovllm.launch.policy import MOVE_S, Policy
+from nanovllm.names import ENGINE_ROLES, ServiceId
 from nanovllm.service import EXIT_FOLLOWED
 from nanovllm.transport.links import Peer
 
@@ -62,6 +63,8 @@ class World:
         self.busy: set[ServiceId] = set()
         self.connected: set[ServiceId] = set()
         self.killed: list[tuple[ServiceId, str]] = []
+        self.moves: list[Move] = []
+        self.moves_at_once = True
         self.given_up: GiveUp | None = None
         self.answered: list[Peer] = []
         self.blamed: list[ServiceId] = []
@@ -117,6 +120,10 @@ class World:
                 self.end(service)
             case GiveUp():
                 self.given_up = self.given_up or action
+            case Move():
+                self.moves.append(action)
+                if self.moves_at_once:
+                    self.policy.moved(action.engine)
             case Answer(asked_by=peer):
                 self.answered.append(peer)
             case Blame(service=service):
@@ -337,15 +344,45 @@ def test_restart_all_is_one_group_after_the_other(obeys: bool) -> None:
     world.run(3)
     world.policy.restart("all", COMMAND)
 
-    def at_most_one_is_away() -> None:
-        assert sum(not group.settled for group in world.policy.groups) <= 1
-
-    world.run(len(GROUPS) * (GRACE_S + 2), at_most_one_is_away)
+    world.run(len(GROUPS) * (GRACE_S + 2), lambda: assert_at_most_one_is_away(world))
     assert world.answered == [COMMAND]
     assert {service: len(starts) for service, starts in world.starts.items()} == dict.fromkeys(
         SERVICES, 2
     )
     assert bool(world.killed) is not obeys
+
+
+def assert_at_most_one_is_away(world: World) -> None:
+    away = [group.services[0] for group in world.policy.groups if not group.settled]
+    assert len({s.engine if s.role in ENGINE_ROLES else s for s in away}) <= 1
+
+
+@pytest.mark.parametrize("role", ["engine", "gpu_worker", "scheduler"])
+def test_engines_are_restarted_one_after_the_other_and_their_requests_moved_first(
+    role: str,
+) -> None:
+    world = World(load_s=1.0)
+    world.policy.scale("engine", 3, engine, COMMAND, world.now)
+    world.run(3)
+    world.moves_at_once = False
+    before = {service: len(starts) for service, starts in world.starts.items()}
+    world.policy.restart(role, COMMAND)
+    for number in range(3):
+        world.run(2, lambda: assert_at_most_one_is_away(world))
+        assert world.moves[number:] == [Move(number, False)]
+        assert all(s in world.alive for s in SERVICES), "it runs until its requests are moved"
+        if number < 2:
+            world.policy.moved(number)
+        world.run(2 if number < 2 else MOVE_S, lambda: assert_at_most_one_is_away(world))
+    assert world.answered == [COMMAND] * 2
+    for service, starts in world.starts.items():
+        again = service.role == role or (role == "engine" and service.role in ENGINE_ROLES)
+        assert len(starts) - before[service] == again
+
+
+def engine(number: int) -> list[list[ServiceId]]:
+    ranks = [ServiceId("gpu_worker", rank, number) for rank in range(len(RANKS))]
+    return [[ServiceId("scheduler", 0, number)], ranks]
 
 
 def test_restart_goes_on_when_a_service_dies_meanwhile() -> None:
@@ -360,16 +397,24 @@ def test_restart_goes_on_when_a_service_dies_meanwhile() -> None:
     assert world.policy.all_ready
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans(), st.booleans())
+@given(
+    st.sampled_from(["tokenizer", "engine"]),
+    st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    st.booleans(),
+    st.booleans(),
+)
 def test_scaling_ends_with_the_number_asked_for(
-    counts: list[int], hurried: bool, obeys: bool
+    role: str, counts: list[int], hurried: bool, obeys: bool
 ) -> None:
     world = World(load_s=1.0, obeys=obeys)
+    services = engine if role == "engine" else lambda number: [[ServiceId(role, number)]]
     for count in counts:
-        world.policy.scale("tokenizer", count, COMMAND, world.now)
+        world.policy.scale(role, count, services, COMMAND, world.now)
         world.run(0.25 if hurried else 5)
-    world.run(10)
+    world.run(60)
     assert len(world.answered) == len(counts)
-    running = {service.index for service in world.alive if service.role == "tokenizer"}
-    assert running == set(range(counts[-1]))
+    roles = ENGINE_ROLES if role == "engine" else (role,)
+    running = {(s.role, s.number) for s in world.alive if s.role in roles}
+    assert running == {(of, number) for of in roles for number in range(counts[-1])}
+    assert {move.leaves for move in world.moves} <= {True}
     assert not world.killed or not obeys
