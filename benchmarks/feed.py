@@ -1,10 +1,11 @@
 """Is the device fed? The whole pipeline on a simulated device, under a steady load.
 
     python -m benchmarks.feed
+    python -m benchmarks.feed --engines 4 --sequences 64 --step-ms 20 --depth 3
 
 Prints one JSON line for each load and pipeline depth:
 
-    device_busy        share of the time for which the device had work
+    device_busy        share of the time for which the device had work; of each engine
     client_received    tokens that reached the client, over those that the device made
     lag_ms             from the end of a step on the device to its token at the client
     scheduler_us       CPU time of the scheduler, a step
@@ -34,7 +35,8 @@ from nanovllm.bench.load import Load
 from nanovllm.bench.prompts import Conversation, Shape, random_conversations
 from nanovllm.bench.report import arrived
 from nanovllm.bench.work import Lengths
-from nanovllm.control import IngressStats, SchedulerStats, Status, WorkerStats
+from nanovllm.control import IngressStats, SchedulerStats, Stats, Status, WorkerStats
+from nanovllm.names import ServiceId
 from nanovllm.protocol import Delta, Sampling, ServerMessage, StructuredOutputs
 
 PROMPT_TOKENS = 16
@@ -58,7 +60,8 @@ OUTPUTS = StructuredOutputs(json_schema=json.dumps(SCHEMA))
 
 
 class Case(NamedTuple):
-    """How many sequences run at the same time, and how long a step takes on the device."""
+    """How many sequences an engine runs at the same time, and how long a step takes on its
+    device."""
 
     sequences: int
     step_ms: float
@@ -70,8 +73,9 @@ CASES = (Case(256, 2.0), Case(1, 0.5))
 @click.command(help=help_of(__doc__))
 @click.option("--seconds", default=12.0, show_default=True, help="Length of each measurement.")
 @click.option("--depth", "depths", type=int, multiple=True, default=(3, 1), show_default=True)
-@click.option("--sequences", type=int, help="Only the load with so many sequences.")
+@click.option("--sequences", type=int, help="Only the load with so many sequences an engine.")
 @click.option("--step-ms", type=float, help="Of the load with --sequences, whatever their number.")
+@click.option("--engines", default=1, show_default=True)
 @click.option(
     "--constrained",
     type=click.FloatRange(0, 1),
@@ -83,6 +87,7 @@ def main(
     depths: tuple[int, ...],
     sequences: int | None,
     step_ms: float | None,
+    engines: int,
     constrained: float,
 ) -> None:
     cases = [case for case in CASES if sequences in (None, case.sequences)]
@@ -90,10 +95,12 @@ def main(
         cases = [Case(sequences, step_ms)]
     for case in cases:
         for depth in depths:
-            click.echo(json.dumps(measure(case, depth, seconds, constrained)))
+            click.echo(json.dumps(measure(case, depth, seconds, engines, constrained)))
 
 
-def measure(case: Case, depth: int, seconds: float, constrained: float = 0.0) -> dict[str, Any]:
+def measure(
+    case: Case, depth: int, seconds: float, engines: int = 1, constrained: float = 0.0
+) -> dict[str, Any]:
     """Runs a pipeline of its own under `case` for `seconds` after a warm-up.
 
     Args:
@@ -101,8 +108,9 @@ def measure(case: Case, depth: int, seconds: float, constrained: float = 0.0) ->
     """
     arguments = f"--device sim --sim-step-ms {case.step_ms} --pipeline-depth {depth}"
     arguments += f" --max-num-seqs {case.sequences} --max-model-len 1024 --log-level warning"
+    arguments += f" --engines {engines}"
     # A few more than run, so that whenever a sequence ends another is waiting.
-    outstanding = case.sequences + max(1, case.sequences // 16)
+    outstanding = engines * (case.sequences + max(1, case.sequences // 16))
     with Pipeline("", *arguments.split()) as pipeline, SocketClient(pipeline.endpoint) as client:
         conversations = _probed(case.sequences > 1, constrained)
         load = Load(Concurrency(outstanding), conversations, time.monotonic())
@@ -118,6 +126,7 @@ def measure(case: Case, depth: int, seconds: float, constrained: float = 0.0) ->
         "sequences": case.sequences,
         "step_ms": case.step_ms,
         "pipeline_depth": depth,
+        "engines": engines,
         **_figures(before, after, load, stamps.lags_s),
         **({"constrained": _constrained(load, constrained)} if constrained else {}),
     }
@@ -175,57 +184,61 @@ class Stamps:
 
 
 def _figures(before: Status, after: Status, load: Load, lags_s: list[float]) -> dict[str, Any]:
-    scheduler = _Pair(before, after, "scheduler")
-    worker = _Pair(before, after, "gpu_worker")
-    ingress = _Pair(before, after, "ingress")
-    was, now = scheduler.was.stats, scheduler.now.stats
-    first, last = ingress.was.stats, ingress.now.stats
-    device_was, device_now = worker.was.stats, worker.now.stats
-    if not (isinstance(was, SchedulerStats) and isinstance(now, SchedulerStats)):
-        raise RuntimeError("the scheduler has not reported")
-    if not (isinstance(device_was, WorkerStats) and isinstance(device_now, WorkerStats)):
-        raise RuntimeError("the worker has not reported")
-    if not (isinstance(first, IngressStats) and isinstance(last, IngressStats)):
-        raise RuntimeError("the ingress has not reported")
+    schedulers = _pairs(before, after, SchedulerStats)
+    (ingress,) = _pairs(before, after, IngressStats)
+    steps, generated = _rate(schedulers, "steps"), _rate(schedulers, "generated")
+    first = schedulers[0]
+    plans = [s.stats.plan_bytes for s in after.services if isinstance(s.stats, SchedulerStats)]
     lags_ms = sorted(lag * 1000 for lag in lags_s)
-    produced = now.generated - was.generated
     came = arrived(load.records) + load.begins_at
-    received = np.count_nonzero((scheduler.was.at_s < came) & (came <= scheduler.now.at_s))
+    received = np.count_nonzero((first.was.at_s < came) & (came <= first.now.at_s))
     return {
-        "seconds": round(scheduler.seconds, 2),
-        "device_busy": round((device_now.busy_s - device_was.busy_s) / worker.seconds, 4),
-        "client_received": round(received / produced, 4),
-        "tokens_per_s": round(produced / scheduler.seconds),
+        "seconds": round(first.seconds, 2),
+        "device_busy": [
+            round(_rate([pair], "busy_s"), 4) for pair in _pairs(before, after, WorkerStats)
+        ],
+        "client_received": round(received / first.seconds / generated, 4),
+        "tokens_per_s": round(generated),
         "requests_finished": load.conversations,
         "lag_ms": {
             "median": round(statistics.median(lags_ms), 2),
             "p99": round(lags_ms[int(len(lags_ms) * 0.99)], 2),
         },
-        "scheduler_us": round(
-            (scheduler.now.cpu_s - scheduler.was.cpu_s) / (now.steps - was.steps) * 1e6, 1
-        ),
-        "ingress_us_a_request": round(
-            (ingress.now.cpu_s - ingress.was.cpu_s) / (last.finished - first.finished) * 1e6, 1
-        ),
-        "plan_bytes": now.plan_bytes,
+        "scheduler_us": round(sum(pair.cpu_share for pair in schedulers) / steps * 1e6, 1),
+        "ingress_us_a_request": round(ingress.cpu_share / _rate([ingress], "finished") * 1e6, 1),
+        "plan_bytes": max(plans),
         "cpu_share": {
-            service.role: round(_Pair(before, after, service.role).cpu_share, 3)
+            str(service.service): round(_Pair(before, after, service.service).cpu_share, 3)
             for service in after.services
         },
     }
 
 
 class _Pair:
-    """Two reports of the first service of a role."""
+    """Two reports of one service."""
 
-    def __init__(self, before: Status, after: Status, role: str) -> None:
-        self.was = next(service for service in before.services if service.role == role)
-        self.now = next(service for service in after.services if service.role == role)
+    def __init__(self, before: Status, after: Status, name: ServiceId) -> None:
+        self.was = next(service for service in before.services if service.service == name)
+        self.now = next(service for service in after.services if service.service == name)
         self.seconds = self.now.at_s - self.was.at_s
 
     @property
     def cpu_share(self) -> float:
         return (self.now.cpu_s - self.was.cpu_s) / self.seconds
+
+
+def _pairs(before: Status, after: Status, kind: type[Stats]) -> list[_Pair]:
+    """The reports of all services of a kind."""
+    names = [service.service for service in after.services if isinstance(service.stats, kind)]
+    return [_Pair(before, after, name) for name in names]
+
+
+def _rate(pairs: Sequence[_Pair], counter: str) -> float:
+    """How much a counter of all these services grows in a second."""
+    return sum(
+        float(getattr(pair.now.stats, counter) - getattr(pair.was.stats, counter)) / pair.seconds
+        for pair in pairs
+    )
 
 
 if __name__ == "__main__":
