@@ -86,12 +86,15 @@ class Blow(NamedTuple):
 @click.option("--streams", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--device", type=click.Choice(list(DEVICES)), default="cpu", show_default=True)
 @click.option("--tp", type=click.IntRange(1, 8), default=2, show_default=True)
+@click.option("--engines", type=click.IntRange(1, 8), default=1, show_default=True)
 @click.option("--seed", type=int, help="Of requests and kills; a random one if not given.")
 @click.option("--http", is_flag=True, help="Ask over HTTP, by the openai package.")
-def main(kills: int, streams: int, device: str, tp: int, seed: int | None, http: bool) -> None:
+def main(
+    kills: int, streams: int, device: str, tp: int, engines: int, seed: int | None, http: bool
+) -> None:
     seed = random.randrange(2**31) if seed is None else seed
     click.echo(f"seed {seed}", err=True)
-    figures = wreak_havoc(kills, streams, device, tp, seed, http=http)
+    figures = wreak_havoc(kills, streams, device, tp, seed, http=http, engines=engines)
     click.echo(json.dumps(figures))
     sys.exit(1 if figures["changed"] else 0)
 
@@ -104,6 +107,7 @@ def wreak_havoc(
     seed: int,
     pauses_s: tuple[float, float] = (1.0, 3.0),
     http: bool = False,
+    engines: int = 1,
 ) -> dict[str, Any]:
     """One run in a pipeline of its own; what it found, as in the module's text.
 
@@ -114,6 +118,7 @@ def wreak_havoc(
     draw = random.Random(seed)
     cases = random_cases(draw, streams, STOPS[device])
     arguments = (*DEVICES[device], "--tp", str(tp), "--tokenizers", "2", "--detokenizers", "2")
+    arguments += ("--engines", str(engines))
     arguments += ("--http", "127.0.0.1:0") if http else ()
     with Pipeline("", *arguments, "--kvcache-block-size", "16") as pipeline:
         endpoint = pipeline.status().http if http else pipeline.endpoint
@@ -122,7 +127,7 @@ def wreak_havoc(
             load = Streams(endpoint, cases)
             load.wait_for_news()
             start = time.monotonic()
-            struck = _strike(pipeline, list(_blows(draw, kills, tp)), pauses_s, draw)
+            struck = _strike(pipeline, list(_blows(draw, kills, tp, engines)), pauses_s, draw)
             ended = load.finish(TIMEOUT_S)
             seconds = time.monotonic() - start
             wait_until_nothing_is_left(pipeline)
@@ -135,6 +140,7 @@ def wreak_havoc(
     return {
         "device": device,
         "tp": tp,
+        "engines": engines,
         "seed": seed,
         "seconds": round(seconds, 1),
         **_kills_and_stops(struck),
@@ -149,10 +155,12 @@ def wreak_havoc(
     }
 
 
-def _blows(draw: random.Random, kills: int, tp: int) -> Iterator[Blow]:
+def _blows(draw: random.Random, kills: int, tp: int, engines: int) -> Iterator[Blow]:
     """Every service and rank is killed as often as any other, or once more; in any order."""
-    services = [ServiceId("ingress"), ServiceId("scheduler")]
-    services += [ServiceId("gpu_worker", rank) for rank in range(tp)]
+    services = [ServiceId("ingress")]
+    for engine in range(engines):
+        services.append(ServiceId("scheduler", 0, engine))
+        services += [ServiceId("gpu_worker", rank, engine) for rank in range(tp)]
     services += [ServiceId(role, i) for role in ("tokenizer", "detokenizer") for i in range(2)]
     whole_rounds, rest = divmod(kills, len(services))
     victims = services * whole_rounds + draw.sample(services, rest)
