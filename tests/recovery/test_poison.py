@@ -38,9 +38,10 @@ def output(answer: Answer) -> tuple[list[int], str, str]:
     ("role", "arguments"),
     [
         ("gpu_worker", (*SIM, "--tp", "2")),
+        ("gpu_worker", (*SIM, "--engines", "3", "--detokenizers", "2")),
         ("tokenizer", (*SIM, "--tokenizers", "2")),
     ],
-    ids=["worker group", "tokenizers"],
+    ids=["worker group", "three engines", "tokenizers"],
 )
 def test_a_guilty_request_is_set_aside_and_the_others_finish(
     role: str,
