@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,6 +33,49 @@ def process(
         COLUMNS=COLUMNS,
         enable_fp_fusion=False,
     )
+
+
+def mask(logits: Tensor, rows: Tensor, masks: Tensor, first: int) -> Tensor:
+    """As `processors.mask`."""
+    count, shard = len(rows), logits.shape[1]
+    masked = torch.empty((count, shard), dtype=logits.dtype, device=logits.device)
+    if count:
+        _mask[(count, triton.cdiv(shard, COLUMNS))](
+            masked,
+            logits,
+            rows,
+            masks,
+            first,
+            shard,
+            logits.stride(0),
+            masks.stride(0),
+            COLUMNS=COLUMNS,
+        )
+    return masked
+
+
+@triton.jit(do_not_specialize=["first"])
+def _mask(
+    masked_ptr,
+    logits_ptr,
+    rows_ptr,
+    masks_ptr,
+    first,
+    shard,
+    logits_stride,
+    masks_stride,
+    COLUMNS: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < shard
+    tokens = first + columns
+    words = tl.load(masks_ptr + index * masks_stride + tokens // _WORD_BITS, mask=inside, other=0)
+    allowed = inside & (((words >> (tokens % _WORD_BITS)) & 1) != 0)
+    row = tl.load(rows_ptr + index)
+    # Logits of tokens that are not allowed are not read.
+    logits = tl.load(logits_ptr + row * logits_stride + columns, mask=allowed, other=float("-inf"))
+    tl.store(masked_ptr + index * shard + columns, logits, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first"])

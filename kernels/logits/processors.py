@@ -39,6 +39,7 @@ class ProcessorState(NamedTuple):
     held_off: Tensor
 
 
+Mask = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 Process = Callable[[Tensor, ProcessorState, Tensor, Tensor, int], None]
 
 
@@ -72,6 +73,19 @@ def process(
     logits.masked_fill_(ruled_out, -torch.inf)
 
 
+def mask(logits: Tensor, rows: Tensor, masks: Tensor, first: int) -> Tensor:
+    """Rows of logits, with -inf for tokens that their masks do not hold: [n, shard], of the dtype
+    of `logits`.
+
+    Args:
+        logits: [m, shard], of the tokens from `first` on.
+        rows: int64 [n].
+        masks: int32 [n, words], sets as `ProcessorState` has them.
+    """
+    tokens = torch.arange(first, first + logits.shape[1], device=logits.device)
+    return logits[rows].masked_fill_(~_contains(masks, tokens), -torch.inf)
+
+
 def _contains(sets: Tensor, tokens: Tensor) -> Tensor:
     """Which of the tokens int64 [t] each set int32 [n, words] holds: bool [n, t]."""
     words = sets[:, tokens // WORD_BITS]
@@ -86,3 +100,12 @@ def choose_process(device: torch.device) -> Process:
     from nanovllm.kernels.logits import fused
 
     return fused.process
+
+
+def choose_mask(device: torch.device) -> Mask:
+    """The fastest `mask` that runs on `device`."""
+    if device.type != "cuda":
+        return mask
+    from nanovllm.kernels.logits import fused
+
+    return fused.mask

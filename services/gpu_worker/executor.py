@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm.grammars import Matcher
@@ -237,7 +238,7 @@ class Executor:
             output = self._steps.mixed(flat, layout, lengths)
         if len(batch.whole_rows) and self._ids.tp.size > 1:
             self._draw_whole(output, batch, self._whole_draws if replayed else [])
-        too_costly = self._constrain(batch) if len(batch.constrained_rows) else NO_ROWS
+        too_costly = self._constrain(output, batch) if len(batch.constrained_rows) else NO_ROWS
         if len(batch.processed_rows):
             self._draw_processed(output, batch, self._processed_draws if replayed else [])
         found = self._logprobs(batch, output.logits, output.token_ids)
@@ -261,9 +262,10 @@ class Executor:
             token_ids = graph.replay()
         output.token_ids[drawn[0]] = token_ids
 
-    def _constrain(self, batch: Batch) -> Int32s:
-        """Sets what the grammars of the batch's rows allow, while the forward pass runs. This
-        depends on the tokens of the step before, and waits for these.
+    def _constrain(self, output: StepOutput, batch: Batch) -> Int32s:
+        """Fills the masks of rows with a grammar, while the forward pass runs. These depend on the
+        tokens of the step before, which are waited for. Samples the masked rows again, and sets the
+        masks of those that are processed.
 
         Returns:
             The rows whose grammars took too much work.
@@ -275,8 +277,20 @@ class Executor:
         slots = batch.sampling_slots[rows]
         masks = self._masks.host[: len(rows)].numpy()
         failed = self._matchers.fill(rows, self._matchers.of(slots), masks)
-        self.processors.restrict(slots, self._masks.upload(len(rows)))
+        uploaded = self._masks.upload(len(rows))
+        masked = np.isin(rows, batch.masked_rows)
+        if masked.any():
+            both = np.stack((rows[masked], slots[masked])).astype(np.int64)
+            drawn = to_device(both, self._device)
+            raw, part = output.token_ids[drawn[0]], self._part(uploaded, masked)
+            token_ids = self._steps.draw_masked(output.logits, raw, drawn, part)
+            output.token_ids[drawn[0]] = token_ids
+        if not masked.all():
+            self.processors.restrict(slots[~masked], self._part(uploaded, ~masked))
         return rows[failed]
+
+    def _part(self, masks: Tensor, chosen: NDArray[np.bool_]) -> Tensor:
+        return masks if chosen.all() else masks[to_device(np.flatnonzero(chosen), self._device)]
 
     def _draw_processed(self, output: StepOutput, batch: Batch, draws: list[DrawGraph]) -> None:
         """Samples again the rows whose logits are processed; overwrites their token ids."""

@@ -227,4 +227,4 @@ def pinned(array: NDArray[np.int64]) -> Tensor:
 
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
-_NOTHING = Batch._make([[], [], _NO_ROWS.reshape(0, 3), *[_NO_ROWS] * 13, []])
+_NOTHING = Batch._make([[], [], _NO_ROWS.reshape(0, 3), *[_NO_ROWS] * 14, []])

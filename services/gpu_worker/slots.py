@@ -59,7 +59,10 @@ class Batch(NamedTuple):
     # Rows whose logits are processed are not among them.
     whole_rows: Int32s
     processed_rows: Int32s  # which of the s rows have their logits processed
-    constrained_rows: Int32s  # which of the processed rows have a grammar
+    constrained_rows: Int32s  # which of the s rows have a grammar
+    # Which of these are drawn from masked logits: neither processed otherwise nor drawn from whole
+    # logits. The others are among the processed rows.
+    masked_rows: Int32s
     logprobs: Int32s  # [s], how many likeliest tokens to report, or NO_LOGPROBS
     prompt_spans: Sequence[PromptSpan] = ()
 
@@ -83,6 +86,7 @@ class SlotTable:
         self._needs_whole_logits = np.zeros(max_num_seqs, dtype=np.bool_)
         self._processes_logits = np.zeros(max_num_seqs, dtype=np.bool_)
         self._constrained = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._masked = np.zeros(max_num_seqs, dtype=np.bool_)
         # Of the sequences that ask for log-probabilities of their prompts: how many likeliest
         # tokens, and the prompt's length.
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
@@ -150,6 +154,7 @@ class SlotTable:
             whole_rows=samples[self._needs_whole_logits[sampling_slots]],
             processed_rows=samples[self._processes_logits[sampling_slots]],
             constrained_rows=samples[self._constrained[sampling_slots]],
+            masked_rows=samples[self._masked[sampling_slots]],
             logprobs=self._logprobs[sampling_slots],
             prompt_spans=prompt_spans,
         )
@@ -164,10 +169,12 @@ class SlotTable:
         self._logprobs[slot] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
         if sampling.prompt_logprobs is not None:
             self._prompt_logprobs[slot] = sampling.prompt_logprobs, admission.prompt_tokens
-        processes = _processes_logits(admission)
+        constrained, whole = admission.matcher is not None, _needs_whole_logits(sampling)
+        processes = _processes_logits(sampling) or (constrained and whole)
         self._processes_logits[slot] = processes
-        self._constrained[slot] = admission.matcher is not None
-        self._needs_whole_logits[slot] = not processes and _needs_whole_logits(sampling)
+        self._constrained[slot] = constrained
+        self._masked[slot] = constrained and not processes
+        self._needs_whole_logits[slot] = whole and not processes
 
     def _append(self, slot: int, blocks: list[int], updates: list[tuple[int, int, int]]) -> None:
         first = self._num_blocks[slot]
@@ -202,12 +209,10 @@ class SlotTable:
         )
 
 
-def _processes_logits(admission: Admission) -> bool:
-    """Whether the request asks for a logits processor."""
-    sampling = admission.sampling
+def _processes_logits(sampling: Sampling) -> bool:
+    """Whether the request asks for a logits processor, beside a grammar."""
     return bool(
-        admission.matcher is not None
-        or sampling.repetition_penalty != 1
+        sampling.repetition_penalty != 1
         or sampling.frequency_penalty
         or sampling.presence_penalty
         or sampling.logit_bias

@@ -18,6 +18,7 @@ from nanovllm.kernels.attention.interface import (
     AttentionMetadata,
     LayerCache,
 )
+from nanovllm.kernels.logits.processors import choose_mask
 from nanovllm.kernels.slots.ops import choose_slot_ops
 from nanovllm.messages import NO_TOKEN_LEFT
 from nanovllm.services.gpu_worker.logits import LogitsProcessors
@@ -68,6 +69,7 @@ class Steps:
         self._shard = model.head.ids
         self._device = device
         self._ops = choose_slot_ops(device)
+        self._mask = choose_mask(device)
         self._row_numbers = torch.arange(
             settings.max_num_seqs + 1, dtype=torch.int32, device=device
         )
@@ -185,6 +187,24 @@ class Steps:
         held.last_tokens[slots] = token_ids.clamp_min(0)
         return token_ids.int()
 
+    def draw_masked(self, logits: Tensor, raw: Tensor, drawn: Tensor, masks: Tensor) -> Tensor:
+        """Samples rows from masked logits. None needs whole logits.
+
+        Args:
+            logits: [m, shard], of the step that these rows are in.
+            raw: int32 [n], the tokens that these rows have without masks.
+            drawn: int64 [2, n], the rows' indices into `logits`, and their slots.
+            masks: int32 [n, words], sets as `ProcessorState` has them.
+
+        Returns:
+            Their tokens, int32 [n]; NO_TOKEN_LEFT where a mask is empty.
+        """
+        rows, slots = drawn
+        positions = self._state.held.num_tokens[slots] - 1  # the length includes the sampled token
+        masked = self._mask(logits, rows, masks, self._shard.first)
+        token_ids = sample(masked, self._state.sampling(slots), positions, self._shard)
+        return self._redrawn(raw, slots, token_ids).int()
+
     def draw_processed(
         self, logits: Tensor, raw: Tensor, drawn: Tensor, processors: LogitsProcessors
     ) -> Tensor:
@@ -209,8 +229,13 @@ class Steps:
             own = slots.view(tp.size, -1)[tp.rank]
             params, own_positions = self._state.sampling(own), held.num_tokens[own] - 1
             token_ids = sample_whole(processed, params, own_positions, self._shard)
+        sampled = self._redrawn(raw, slots, token_ids)
+        processors.advance(slots, sampled.clamp_min(0))
+        return sampled.int()
+
+    def _redrawn(self, raw: Tensor, slots: Tensor, token_ids: Tensor) -> Tensor:
+        """Rows were drawn again, and go on with these tokens, int64 [n], which are returned;
+        NO_TOKEN_LEFT for -1, unless their `raw` ones are -1, too."""
         token_ids.masked_fill_((raw >= 0) & (token_ids < 0), NO_TOKEN_LEFT)
-        sampled = token_ids.clamp_min(0)
-        held.last_tokens[slots] = sampled
-        processors.advance(slots, sampled)
-        return token_ids.int()
+        self._state.held.last_tokens[slots] = token_ids.clamp_min(0)
+        return token_ids

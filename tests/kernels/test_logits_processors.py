@@ -67,6 +67,29 @@ def test_the_kernel_equals_the_reference(vocab: int, first: int, shard: int) -> 
     assert not torch.equal(expected[0].cpu(), logits[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("first", "shard"), [(0, 5000), (2051, 2052), (0, 31)])
+def test_masked_rows_have_the_logits_of_their_sets_alone(
+    first: int, shard: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(first)
+    logits = (torch.randn(4, shard, generator=generator) * 5).to(DEVICE, dtype)
+    logits[2, 3] = torch.nan
+    rows = torch.tensor([3, 0, 2], device=DEVICE)
+    sets: list[list[int]] = [[first, first + shard - 1], [], list(range(0, first + shard, 3))]
+    masks = torch.stack([bits(members, first + shard) for members in sets]).to(DEVICE)
+    expected = processors.mask(logits, rows, masks, first)
+    torch.testing.assert_close(
+        fused.mask(logits, rows, masks, first), expected, rtol=0, atol=0, equal_nan=True
+    )
+    for index, (row, members) in enumerate(zip(rows.tolist(), sets, strict=True)):
+        own = [token - first for token in members if token >= first]
+        others = torch.ones(shard, dtype=torch.bool)
+        others[own] = False
+        assert torch.isneginf(expected[index].cpu()[others]).all()
+        assert torch.equal(expected[index, own].nan_to_num(7), logits[row, own].nan_to_num(7))
+
+
 def test_equal_to_transformers() -> None:
     vocab, prompt, eos = 50, [3, 7, 7, 20], [1, 2]
     forbidden = [5, 9]
