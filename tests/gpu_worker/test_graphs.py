@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.checkpoint import ModelConfig
+from nanovllm.grammars import Grammars, Matcher
 from nanovllm.kernels.attention.choose import ByPhaseBackend
 from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
 from nanovllm.messages import Admission
-from nanovllm.protocol import Sampling
+from nanovllm.protocol import Sampling, StructuredOutputs
 from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import MAX_CHUNKS, Sizes, StepGraphs, graph_sizes
@@ -86,11 +87,29 @@ def random_requests(count: int, longest_output: int, seed: int) -> list[Request]
     ]
 
 
+END = 256
+GRAMMARS = Grammars({i: bytes([i]) for i in range(256)}, {END: b"<end>"}, [END], 515)
+ASKED = StructuredOutputs(regex="([a-c]|[x-z]{3})*!?")
+
+
 def execute(on: Executor, schedule: list[Scheduled], requests: int) -> list[list[int]]:
-    sampled = [on.step(plan) for plan, _ in schedule]
+    """Every third request has a grammar. No step waits for the host to see a result."""
+    sampled = []
+    for plan, _ in schedule:
+        matchers: dict[int, Matcher] = {}
+        for i, admission in enumerate(plan.admit):
+            if (number := admission.sampling.seed or 0) % 3 == 0:
+                plan.admit[i] = msgspec.structs.replace(admission, matcher=number)
+                matchers[admission.slot] = GRAMMARS.matcher(ASKED)
+        sampled.append(on.step(plan, matchers))
     for step in sampled:
         step.wait()
-    return outputs(schedule, [step.result(busy_us=0, at_us=0) for step in sampled], requests)
+    results = [step.result(busy_us=0, at_us=0) for step in sampled]
+    found = outputs(schedule, results, requests)
+    for tokens in found[::3]:
+        end = tokens.index(END) + 1 if END in tokens else len(tokens)
+        GRAMMARS.matcher(ASKED, None, tokens[:end])
+    return found
 
 
 def replayed_and_exact(
