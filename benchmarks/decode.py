@@ -26,12 +26,13 @@ from safetensors import safe_open
 from benchmarks.support.bandwidth import copy_bandwidth
 from benchmarks.support.help import help_of
 from benchmarks.support.load import empty_load, run_for, run_until, send
+from benchmarks.support.outputs import ENDLESS_JSON
 from benchmarks.support.pipeline import Pipeline, Reported
 from benchmarks.support.random_model import checkpoint, random_weights_option
 from nanovllm.bench.client import SocketClient
 from nanovllm.bench.prompts import random_ids
 from nanovllm.bench.report import arrived
-from nanovllm.checkpoint import ModelConfig
+from nanovllm.checkpoint import DEMO_CHECKPOINT, ModelConfig
 from nanovllm.client.control import NEXT_REPORT_S
 from nanovllm.protocol import Sampling
 from nanovllm.settings import Settings
@@ -55,6 +56,13 @@ BYTES_PER_VALUE = 2
 @click.option("--top-k", default=0, show_default=True)
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--penalties", is_flag=True, help="All three penalties for every sequence.")
+@click.option("--structured", is_flag=True, help="Every output is JSON of a schema.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=DEMO_CHECKPOINT,
+    help="Beside random weights: the directory of another tokenizer than the demo's.",
+)
 @click.option("--tp", "tensor_parallel_size", default=1, show_default=True)
 @click.option("--seconds", default=1.0, show_default=True, help="Length of each measurement.")
 @click.option("--attention", default="auto", show_default=True)
@@ -67,12 +75,14 @@ def main(
     top_k: int,
     top_p: float,
     penalties: bool,
+    structured: bool,
+    tokenizer: Path,
     tensor_parallel_size: int,
     seconds: float,
     attention: str,
 ) -> None:
     bandwidth = copy_bandwidth()
-    with checkpoint(model, random_weights) as directory:
+    with checkpoint(model, random_weights, tokenizer) as directory:
         config = ModelConfig.from_checkpoint(directory)
         arguments = f"--device cuda --tp {tensor_parallel_size} --attention {attention}"
         arguments += " --log-level warning"
@@ -83,8 +93,9 @@ def main(
             presence_penalty=0.1 * penalties,
             frequency_penalty=0.1 * penalties,
             repetition_penalty=1 + 0.1 * penalties,
-            ignore_eos=True,
+            ignore_eos=not structured,
             max_tokens=Settings().max_model_len,
+            structured_outputs=ENDLESS_JSON if structured else None,
         )
         weights = weight_bytes(directory, config)
         with Pipeline(directory, *arguments.split()) as pipeline:

@@ -28,6 +28,7 @@ import numpy as np
 
 from benchmarks.support.help import help_of
 from benchmarks.support.load import run_for
+from benchmarks.support.outputs import ENDLESS_JSON
 from benchmarks.support.pipeline import Pipeline
 from nanovllm.bench.arrivals import Concurrency
 from nanovllm.bench.client import LoadClient, SocketClient
@@ -37,7 +38,7 @@ from nanovllm.bench.report import arrived
 from nanovllm.bench.work import Lengths
 from nanovllm.control import IngressStats, SchedulerStats, Stats, Status, WorkerStats
 from nanovllm.names import ServiceId
-from nanovllm.protocol import Delta, Sampling, ServerMessage, StructuredOutputs
+from nanovllm.protocol import Delta, Sampling, ServerMessage
 
 PROMPT_TOKENS = 16
 OUTPUT_TOKENS = Lengths(50, 300)
@@ -45,18 +46,6 @@ OUTPUT_TOKENS = Lengths(50, 300)
 # the machine's monotonic clock in µs, modulo this.
 STAMP_MODULO = 1 << 24
 WARM_UP_S = 4.0
-# Longer than any output, so that the rows with a grammar end as the others do.
-SCHEMA = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
-        "required": ["name", "age"],
-        "additionalProperties": False,
-    },
-    "minItems": 1000,
-}
-OUTPUTS = StructuredOutputs(json_schema=json.dumps(SCHEMA))
 
 
 class Case(NamedTuple):
@@ -157,7 +146,7 @@ def _probed(several: bool, constrained: float) -> Iterator[Conversation]:
         sampling = msgspec.structs.replace(turn.sampling, logprobs=logprobs)
         if _is_constrained(number, constrained):
             sampling.ignore_eos = False
-            sampling.structured_outputs = OUTPUTS
+            sampling.structured_outputs = ENDLESS_JSON
         yield [turn._replace(sampling=sampling)]
 
 

@@ -28,23 +28,28 @@ FP8_CONFIG = {
 
 
 @contextlib.contextmanager
-def checkpoint(model: str, random_weights: Path | None) -> Iterator[Path]:
+def checkpoint(
+    model: str, random_weights: Path | None, tokenizer: Path = DEMO_CHECKPOINT
+) -> Iterator[Path]:
     """The directory of `model`, or for the time being one with random weights.
 
     Args:
         random_weights: a config.json, whose shape they have.
+        tokenizer: the directory of the tokenizer that they get.
     """
     if random_weights is None:
         yield resolve_model(model)
         return
     with tempfile.TemporaryDirectory(prefix="nanovllm-random-") as directory:
-        write_random_checkpoint(random_weights, Path(directory))
+        write_random_checkpoint(random_weights, Path(directory), tokenizer)
         yield Path(directory)
 
 
-def write_random_checkpoint(config: Path, directory: Path) -> None:
+def write_random_checkpoint(
+    config: Path, directory: Path, tokenizer: Path = DEMO_CHECKPOINT
+) -> None:
     """Writes a checkpoint of `config`'s shape: random bf16 weights, those of projections in FP8 if
-    the config has a `quantization_config`; the demo's tokenizer."""
+    the config has a `quantization_config`; the tokenizer of a directory."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -55,7 +60,7 @@ def write_random_checkpoint(config: Path, directory: Path) -> None:
         model = Qwen3ForCausalLM(Qwen3Config(**keys))
     model.to(torch.bfloat16).save_pretrained(str(directory))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_CHECKPOINT / name, directory)
+        shutil.copy(tokenizer / name, directory)
     if quantization is not None:
         store_in_fp8(directory)
 
