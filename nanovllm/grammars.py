@@ -8,6 +8,7 @@ the same vocabulary, and their limits count work, never time.
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -33,6 +34,9 @@ from nanovllm.messages import AnswerMarks
 from nanovllm.protocol import StructuredOutputs
 from nanovllm.vocabulary import Vocabulary, end_of_sequence
 
+# Fewer masks than this are not filled on threads, of which there are so many at most.
+FEW: Final = 8
+MOST_THREADS: Final = 8
 # How many compiled grammars are kept. A state of a lexer takes 1 to 2 kB.
 KEPT: Final = 64
 # With llguidance's own limits a mask of an ambiguous grammar takes seconds.
@@ -234,10 +238,12 @@ class Matcher:
 
 
 class MaskFiller:
-    """Fills masks on threads of its own, which need no interpreter lock."""
+    """Fills masks: many of them on threads, where there are cores for these. To wake a thread may
+    take longer than a few masks do."""
 
     def __init__(self) -> None:
-        self._executor = LLExecutor()
+        threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)
+        self._executor = LLExecutor(threads) if threads > 1 else None
 
     def fill(self, matchers: Sequence[Matcher], masks: Masks) -> list[int]:
         """Writes the tokens that may come next.
@@ -255,13 +261,13 @@ class MaskFiller:
                 asked.append(index)
             else:
                 masks[index] = whole
-        if asked:
-            self._executor.unsafe_compute_mask_ptr(
-                [(matchers[index].ll_matcher, index) for index in asked],
-                masks.ctypes.data,
-                masks.strides[0],
-                len(matchers),
-            )
+        start, size = masks.ctypes.data, masks.strides[0]
+        if self._executor is not None and len(asked) > FEW:
+            pairs = [(matchers[index].ll_matcher, index) for index in asked]
+            self._executor.unsafe_compute_mask_ptr(pairs, start, size, len(matchers))
+        else:
+            for index in asked:
+                matchers[index].ll_matcher.unsafe_compute_mask_ptr(start + index * size, size)
         failed = []
         for index in asked:
             if matchers[index].failed:
