@@ -1,10 +1,11 @@
+import json
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from nanovllm import SamplingParams
+from nanovllm import SamplingParams, StructuredOutputs
 from nanovllm.protocol import Sampling
 
 
@@ -103,3 +104,21 @@ def test_a_value_changed_later_is_checked_when_it_is_used() -> None:
     params.top_k = -5
     with pytest.raises(ValueError, match="top_k=-5"):
         params.to_wire()
+
+
+def test_structured_outputs_take_a_schema_as_a_dict_or_as_text() -> None:
+    schema = {"type": "object", "properties": {"é": {}}}
+    wire = SamplingParams(structured_outputs={"json_schema": schema}).to_wire().structured_outputs
+    assert wire is not None
+    assert wire.json_schema is not None
+    assert json.loads(wire.json_schema) == schema
+    text = StructuredOutputs(json_schema=wire.json_schema)
+    assert SamplingParams(structured_outputs=text).to_wire().structured_outputs == wire
+    for wrong, reason in (
+        ({"json": schema}, "unknown field `json`"),
+        ({"regex": "a", "choice": ["b"]}, "exactly one of"),
+        ({"choice": []}, "length >= 1"),
+    ):
+        with pytest.raises(ValueError, match=reason) as refused:
+            SamplingParams(structured_outputs=wrong)
+        assert str(refused.value).startswith("structured_outputs={")
