@@ -24,7 +24,7 @@ CASES: list[dict[str, Any]] = [
     {"presence_penalty": -2.0, "repetition_penalty": 0.4, "frequency_penalty": -2.0},
     {"logit_bias": {400: 8.5, 401: 8.0, 5: -100.0}},
     {"allowed_token_ids": list(range(350, 420)), "frequency_penalty": 0.7},
-    {"repetition_penalty": 2.0, "presence_penalty": 1.5, "bad_words": [[870], [679, 258]]},
+    {"repetition_penalty": 2.0, "presence_penalty": 1.5, "bad_words": [[462], [266, 516]]},
     {},
 ]
 # Two ranks, and so few blocks that sequences are preempted.
