@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlencode
 
 import pytest
@@ -31,22 +32,37 @@ OWN_LABELS = {"le"}
 DETOKENIZER = ServiceId("detokenizer", 0)
 
 
+class Doors(NamedTuple):
+    """A pipeline with two HTTP servers, which have served a few requests.
+
+    Attributes:
+        later_tokens: the tokens of all streams that came after a stream's first chunk.
+    """
+
+    pipeline: Pipeline
+    later_tokens: int
+
+
 @pytest.fixture(scope="module")
-def doors() -> Iterator[Pipeline]:
-    """A pipeline with two HTTP servers, which have served a few requests."""
+def doors() -> Iterator[Doors]:
     with Pipeline("", *SIM, *HTTP, "--http-servers", "2") as running:
         door = Server(running.http_port)
-        for number in range(4):
-            keys = {"prompt": "Once upon a time", "max_tokens": 8, "ignore_eos": True}
-            assert door.complete(**keys, stream=number % 2 == 0).status == 200
+        keys = {"prompt": "Once upon a time", "max_tokens": 8, "ignore_eos": True, "logprobs": 0}
+        later = 0
+        for _ in range(2):
+            assert door.complete(**keys).status == 200
+            choices = [chunk["choices"][0] for chunk in door.complete(**keys, stream=True).chunks]
+            tokens = [len(c["logprobs"]["tokens"]) for c in choices if c.get("logprobs")]
+            assert sum(tokens) == 8
+            later += sum(tokens[1:])
         assert door.complete(prompt="x " * 9000, max_tokens=8).status == 400
         wait_until_nothing_is_left(running)  # by then every service has reported the requests
-        yield running
+        yield Doors(running, later)
 
 
 @pytest.fixture
-def door(doors: Pipeline) -> Server:
-    return Server(doors.http_port)
+def door(doors: Doors) -> Server:
+    return Server(doors.pipeline.http_port)
 
 
 def families(door: Server) -> dict[str, Metric]:
@@ -79,14 +95,15 @@ def test_the_page_lists_what_is_exported(door: Server) -> None:
     assert sorted(exported, key=str) == sorted(documented, key=str)
 
 
-def test_the_figures_are_those_of_all_doors(door: Server) -> None:
+def test_the_figures_are_those_of_all_doors(door: Server, doors: Doors) -> None:
     found = families(door)
     finished = found["nanovllm_request_success_total"]
     assert total(finished, finished_reason="length") == 4
     assert total(finished, finished_reason="context_length_exceeded") == 1
     assert {sample.labels["door"] for sample in finished.samples} == {"0", "1"}
     assert total(found["nanovllm_time_to_first_token_seconds"], "_count") == 2
-    assert 0 < total(found["nanovllm_inter_token_latency_seconds"], "_count") <= 14
+    between = found["nanovllm_inter_token_latency_seconds"]
+    assert total(between, "_count") == doors.later_tokens
     assert total(found["nanovllm_e2e_request_latency_seconds"], "_count") == 5
     assert total(found["nanovllm_generation_tokens_total"]) == 32
     assert total(found["nanovllm_prompt_tokens_total"]) > 0
@@ -150,10 +167,10 @@ def test_the_real_prometheus_scrapes_it(door: Server, tmp_path: Path) -> None:
         prometheus.wait()
 
 
-def test_restarts_are_counted_by_role(doors: Pipeline, door: Server) -> None:
-    before = services(doors)[DETOKENIZER]
+def test_restarts_are_counted_by_role(doors: Doors, door: Server) -> None:
+    before = services(doors.pipeline)[DETOKENIZER]
     before.kill()
-    wait_for_another(doors, DETOKENIZER, before)
+    wait_for_another(doors.pipeline, DETOKENIZER, before)
     restarts = families(door)["nanovllm_service_restarts_total"]
     assert total(restarts, role="detokenizer", index="0") == 1
     assert total(restarts, role="http") == 0
