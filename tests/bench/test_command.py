@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from click.testing import CliRunner
 from benchmarks.support.pipeline import Pipeline
 from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.bench.cli import bench
+from tests.terminal import CTRL_C, terminal
 
 TIMEOUT_S = 60.0
 QUICK = ["--input", "8", "--output", "4", "--warm-up", "0"]
@@ -88,25 +88,14 @@ def test_errors_are_counted_by_code(pipeline: Pipeline) -> None:
 
 def test_ctrl_c_shows_what_there_is(pipeline: Pipeline) -> None:
     """On a terminal, whose bar tells when the run is under way."""
-    terminal, stderr = pty.openpty()
-    running = subprocess.Popen(
-        command("--endpoint", pipeline.endpoint, "--seconds", "100", *QUICK),
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
-    )
-    os.close(stderr)
-    shown = b""
-    while b"first token" not in shown:
-        shown += os.read(terminal, 4096)
-    running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=TIMEOUT_S)
-    os.close(terminal)
-    assert running.returncode == 130
-    assert b"Traceback" not in shown
-    assert re.search(r"time to first token +\d", output)
-    assert "interrupted" in output
+    words = command("--endpoint", pipeline.endpoint, "--seconds", "100", *QUICK)
+    with terminal(words) as running:
+        running.wait_for("first token")
+        running.press(CTRL_C)
+        assert running.wait() == 130
+        assert "Traceback" not in running.shown
+        assert re.search(r"time to first token +\d", running.shown)
+        assert "interrupted" in running.shown
 
 
 def test_a_server_that_dies_is_told_in_a_line(start_pipeline: Callable[..., Pipeline]) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +17,8 @@ from nanovllm.client.results import PipelineUnavailable
 from nanovllm.names import ServiceId
 from nanovllm.protocol import Delta, Error, Finish, Generate, Sampling, ServerMessage
 from tests.bench.test_command import QUICK, TIMEOUT_S, command, run
-from tests.recovery.streams import kill
+from tests.recovery.streams import services, wait_for_another
+from tests.terminal import CTRL_C, terminal
 
 KEY = "key-of-the-bench"
 Serve = Callable[..., HttpClient]
@@ -108,39 +105,22 @@ def test_a_mistake_is_told_in_a_line(
     assert "Traceback" not in ran.stderr
 
 
-def test_ctrl_c_and_kills_behind_the_server(
-    door: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_and_kills_behind_the_server(door: Pipeline) -> None:
     """A death behind the HTTP server is a pause to the run; Ctrl-C shows what there is."""
-    monkeypatch.setenv("NANOVLLM_API_KEY", KEY)
-    terminal, stderr = pty.openpty()
     words = ("--http", "--runtime-dir", str(door.runtime_dir), "--seconds", "100", *QUICK)
-    running = subprocess.Popen(
-        command(*words),
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
-    )
-    os.close(stderr)
-    shown = b""
-
-    def wait_for_tokens() -> None:
-        nonlocal shown
-        shown = b""
-        while b"first token" not in shown or b" 0 tokens/s" in shown[-300:]:
-            shown += os.read(terminal, 4096)
-
-    wait_for_tokens()
-    kill(door, ServiceId("ingress"))
-    wait_for_tokens()
-    running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=TIMEOUT_S)
-    os.close(terminal)
-    assert running.returncode == 130
-    assert b"Traceback" not in shown
-    assert "interrupted" in output
-    assert "error" not in output
+    ingress = ServiceId("ingress")
+    with terminal(command(*words), NANOVLLM_API_KEY=KEY) as running:
+        running.wait_for("first token")
+        before = services(door)[ingress]
+        before.kill()
+        wait_for_another(door, ingress, before)
+        running.wait_for("first token")
+        running.press(CTRL_C)
+        code = running.wait()
+        assert "interrupted" in running.shown
+        assert "error" not in running.shown.lower()
+        assert "Traceback" not in running.shown
+        assert code == 130
 
 
 # Servers of other kinds ---------------------------------------------------------------------------
