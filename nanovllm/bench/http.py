@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import signal
 import ssl
+import threading
 from typing import Any, Final, NamedTuple, Self, cast
 from urllib.parse import urlsplit
 
@@ -74,6 +76,15 @@ class HttpClient:
         self._loop = uvloop.new_event_loop()
         self._timer = Timer()
         self._loop.add_reader(self._timer.descriptor, self._loop.stop)
+        # uvloop would take a KeyboardInterrupt in a connection's callback for the connection's end,
+        # and its own handlers lose signals that come between two runs of the loop.
+        self._interrupted = False
+        self._handles = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self._handles:
+            signal.signal(signal.SIGINT, self._interrupt)
         self._connecting: set[asyncio.Task[None]] = set()
         self._connections: set[_Connection] = set()
         self._idle: list[_Connection] = []
@@ -97,10 +108,16 @@ class HttpClient:
             self._timer.clear()
             self._timer.set(until)
             self._loop.run_forever()
+        if self._interrupted:
+            raise KeyboardInterrupt
         came, self._came = self._came, []
         if not came and self._failure is not None:
             raise self._failure
         return came
+
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        self._loop.stop()
 
     def close(self) -> None:
         """Disconnects; the server then aborts what is unfinished."""
@@ -110,6 +127,8 @@ class HttpClient:
             self._loop.run_forever()
         self._loop.close()
         self._timer.close()
+        if self._handles:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __enter__(self) -> Self:
         return self
