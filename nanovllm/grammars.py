@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.messages import AnswerMarks
 from nanovllm.protocol import StructuredOutputs
+from nanovllm.token_sets import WORD_BITS, num_words, token_set
 from nanovllm.vocabulary import Vocabulary, end_of_sequence
 
 # Fewer masks than this are not filled on threads, of which there are so many at most.
@@ -49,7 +50,6 @@ LIMITS: Final = LLParserLimits(
 MAX_REASON_CHARS: Final = 300
 # Between the parts of JSON. Some models would never end it.
 WHITE_SPACE: Final = r"[ \t\n\r]{1,32}"
-WORD_BITS: Final = 32
 
 Masks = NDArray[np.int32]
 
@@ -77,7 +77,7 @@ class Grammars:
         vocab_size: how many token ids the model has logits of.
 
     Attributes:
-        words: the int32 words of a mask: token t is bit t % WORD_BITS of word t // WORD_BITS.
+        words: the int32 words of a mask, see `token_sets`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Grammars:
         eos: Sequence[int],
         vocab_size: int,
     ) -> None:
-        self.words = -(-vocab_size // WORD_BITS)
+        self.words = num_words(vocab_size)
         self.text = text
         self.eos = frozenset(eos)
         self._tokenizer = None
@@ -95,7 +95,7 @@ class Grammars:
             tokens = _Tokens(text, special, eos, vocab_size)
             self._tokenizer = LLTokenizer(TokenizerWrapper(tokens), vocab_size, list(eos))
         known = {*text, *special}.intersection(range(vocab_size)) - self.eos
-        self.reasoning_mask = mask_of(known, self.words)
+        self.reasoning_mask = token_set(known, self.words)
         self._kept: OrderedDict[bytes, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -276,13 +276,6 @@ class MaskFiller:
             else:
                 matchers[index].widen(masks[index])
         return failed
-
-
-def mask_of(token_ids: Iterable[int], words: int) -> Masks:
-    """The mask int32 [words] of these tokens."""
-    members = np.zeros(words * WORD_BITS, dtype=np.uint8)
-    members[np.fromiter(token_ids, dtype=np.int64)] = 1
-    return np.packbits(members, bitorder="little").view("<i4")
 
 
 class _Tokens:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.logits.processors import MOST_COUNTED, WORD_BITS, ProcessorState
+from nanovllm.kernels.logits.processors import MOST_COUNTED, ProcessorState
+from nanovllm.token_sets import WORD_BITS
 
 COLUMNS = 2048
 

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.token_sets import WORD_BITS
+
 # In `ProcessorState.seen`: the token is in the prompt. The other bits count it in the output.
 IN_PROMPT = -(1 << 15)
 MOST_COUNTED = (1 << 15) - 1
-WORD_BITS = 32
 
 
 class ProcessorState(NamedTuple):
@@ -26,8 +27,8 @@ class ProcessorState(NamedTuple):
         min_length: int64 [s]; a token with a smaller index in its sequence is none of `held_off`.
         seen: int16 [s, shard], how often each token is in the output (MOST_COUNTED at most), and
             IN_PROMPT if it is in the prompt.
-        allowed, held_off: int32 [s, words], sets of token ids of the whole vocabulary: token t is
-            bit t % WORD_BITS of word t // WORD_BITS.
+        allowed, held_off: int32 [s, words], sets of token ids of the whole vocabulary, see
+            `nanovllm.token_sets`.
     """
 
     repetition: Tensor

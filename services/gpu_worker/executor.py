@@ -17,7 +17,6 @@ from torch import Tensor
 
 from nanovllm.grammars import Matcher
 from nanovllm.kernels.attention.interface import AttentionBackend, LayerCache
-from nanovllm.kernels.logits.processors import WORD_BITS
 from nanovllm.messages import (
     TOO_COSTLY,
     PromptPart,
@@ -48,6 +47,7 @@ from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
 from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, SlotTable, columns
 from nanovllm.services.gpu_worker.steps import Lengths, StepOutput, Steps
 from nanovllm.settings import Settings
+from nanovllm.token_sets import num_words
 
 NO_ROWS: Int32s = np.empty(0, dtype=np.int32)
 NO_MATCHERS: Mapping[int, Matcher] = {}
@@ -149,7 +149,7 @@ class Executor:
         )
         self._steps = Steps(model, backend, kv_cache, self._state, settings, device)
         self._matchers = SlotMatchers()
-        words = -(-model.config.vocab_size // WORD_BITS)
+        words = num_words(model.config.vocab_size)
         self._masks = MaskBuffers(settings.max_num_seqs, words, device)
         # The latest step that sampled rows with a grammar.
         self._constrained: PendingResult | None = None

@@ -18,7 +18,6 @@ from torch import Tensor
 from nanovllm.kernels.logits.processors import (
     IN_PROMPT,
     MOST_COUNTED,
-    WORD_BITS,
     ProcessorState,
     choose_process,
 )
@@ -26,6 +25,7 @@ from nanovllm.messages import Admission, unpack
 from nanovllm.protocol import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS
 from nanovllm.services.gpu_worker.model.parallel import VocabShard
 from nanovllm.services.gpu_worker.slot_state import to_device
+from nanovllm.token_sets import num_words, token_set
 
 NO_TOKEN = -1  # in `LogitsProcessors._words` and `_tail`
 
@@ -56,7 +56,7 @@ class LogitsProcessors:
         self._first = shard.first
         self._shard_size = shard_size
         self._process = choose_process(device)
-        self._words_of_sets = -(-vocab_size // WORD_BITS)
+        self._words_of_sets = num_words(vocab_size)
         # Of the slots that have a grammar: the sets that the grammar's masks are cut down to.
         self._static: dict[int, Tensor] = {}
         self._held = ProcessorState(
@@ -164,10 +164,7 @@ class LogitsProcessors:
 
     def _set_of(self, token_ids: list[int] | None, without: Sequence[int] = ()) -> Tensor:
         """A set as `ProcessorState` has it; all token ids if None is given."""
-        members = np.full(self._words_of_sets * WORD_BITS, token_ids is None, dtype=np.uint8)
-        members[np.array(token_ids or (), dtype=np.int64)] = 1
-        members[np.array(without, dtype=np.int64)] = 0
-        return self._on_device(np.packbits(members, bitorder="little").view("<i4"))
+        return self._on_device(token_set(token_ids, self._words_of_sets, without))
 
     def _set_bias(self, slot: int, bias: dict[int, float]) -> None:
         columns = np.zeros(MAX_LOGIT_BIAS, dtype=np.int64)

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
-from nanovllm.grammars import WORD_BITS, Masks, Matcher
+from nanovllm.grammars import Masks, Matcher
 from nanovllm.messages import NO_TOKEN_LEFT, Admission
+from nanovllm.token_sets import WORD_BITS
 from nanovllm.vocabulary import Vocabulary
 
 _SEED_FACTOR = np.uint64(0xD1342543DE82EF95)

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.grammars import Grammars, MaskFiller, Masks, Matcher, mask_of
+from nanovllm.grammars import Grammars, MaskFiller, Masks, Matcher
 from nanovllm.messages import NO_TOKEN_LEFT, Admission, StepResult, pack, unpack
 from nanovllm.protocol import Sampling, StructuredOutputs
 from nanovllm.services.gpu_worker.sim import SimRunner
 from nanovllm.services.gpu_worker.sim_tokens import draw_of
 from nanovllm.settings import Settings
+from nanovllm.token_sets import token_set
 from tests.bpe import EOS, token_id, write_checkpoint_files
 from tests.gpu_worker.plans import step_plan
 
@@ -43,7 +44,7 @@ def grammars(tmp_path: Path) -> Grammars:
 @given(st.data())
 def test_all_allowed_tokens_are_drawn_alike(data: st.DataObject) -> None:
     allowed = data.draw(st.sets(st.integers(0, 95), max_size=20))
-    masks = np.tile(mask_of(allowed, 3), (400, 1))
+    masks = np.tile(token_set(allowed, 3), (400, 1))
     tokens = draw_of(masks, np.arange(400), np.arange(400, dtype=np.int32))
     if allowed:
         assert set(tokens.tolist()) == allowed

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from nanovllm.kernels.logits import fused, processors
-from nanovllm.kernels.logits.processors import IN_PROMPT, MOST_COUNTED, WORD_BITS, ProcessorState
+from nanovllm.kernels.logits.processors import IN_PROMPT, MOST_COUNTED, ProcessorState
+from nanovllm.token_sets import WORD_BITS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOTS = 6
