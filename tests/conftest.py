@@ -75,10 +75,14 @@ def pipeline() -> Iterator[Pipeline]:
 
 @pytest.fixture
 def start_pipeline() -> Iterator[Callable[..., Pipeline]]:
-    """Starts pipelines with the given command-line arguments; ends them with the test."""
+    """Starts pipelines with the given command-line arguments; ends them with the test. Skips the
+    test where there are GPUs, but fewer than ranks."""
     started: list[Pipeline] = []
 
     def start(model: Path | str = "", *arguments: str) -> Pipeline:
+        ranks = int(arguments[arguments.index("--tp") + 1]) if "--tp" in arguments else 1
+        if "--device" not in arguments and 0 < torch.cuda.device_count() < ranks:
+            pytest.skip("there are fewer GPUs than ranks")
         started.append(Pipeline(model, *arguments).start())
         return started[-1]
 

@@ -15,6 +15,8 @@ from torch import Tensor
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+# Products with it are the same on every device; quotients by a number are not.
+INVERSE_MAX = 1 / FP8_MAX
 
 
 class Fp8Weight(NamedTuple):
@@ -88,4 +90,4 @@ def dequantize_rows(x: Fp8Rows) -> Tensor:
 
 
 def _scales(greatest: Tensor) -> Tensor:
-    return torch.where(greatest > 0, greatest / FP8_MAX, 1.0)
+    return torch.where(greatest > 0, greatest * INVERSE_MAX, 1.0)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
-from nanovllm.kernels.layers.fp8 import BLOCK, FP8, FP8_MAX, Fp8Rows, Fp8Weight
+from nanovllm.kernels.layers.fp8 import BLOCK, FP8, INVERSE_MAX, Fp8Rows, Fp8Weight
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 # With more rows cuBLAS is faster.
@@ -116,11 +116,16 @@ def linear_of_many(x: Fp8Rows, rows: int, weight: Fp8Weight, dtype: torch.dtype)
         weight.values.t(),
         x.scales,
         ScalingType.BlockWise1x128,
-        weight.scales.t(),
+        _padded(weight.scales).t(),
         ScalingType.BlockWise128x128,
         output_dtype=dtype,
     )
     return out[:rows]
+
+
+def _padded(scales: Tensor) -> Tensor:
+    """The scales with what `Fp8Weight.empty` has allocated behind each row: cuBLAS asks for it."""
+    return scales.as_strided((len(scales), scales.stride(0)), scales.stride())
 
 
 def quantize_rows(x: Tensor) -> Fp8Rows:
@@ -138,7 +143,7 @@ def quantize_rows(x: Tensor) -> Fp8Rows:
         INPUTS=inputs,
         PADDED=triton.next_power_of_2(inputs),
         BLOCK=BLOCK,
-        MAX=FP8_MAX,
+        INVERSE_MAX=INVERSE_MAX,
         num_warps=QUANTIZE_WARPS,
         **overlapped(),
     )
@@ -146,10 +151,10 @@ def quantize_rows(x: Tensor) -> Fp8Rows:
 
 
 @triton.jit
-def _quantized(x, MAX: tl.constexpr):
+def _quantized(x, INVERSE_MAX: tl.constexpr):
     """x [rows, BLOCK] in float32. Returns e4m3 values, and the scales [rows]."""
     greatest = tl.max(tl.abs(x), 1)
-    scales = tl.where(greatest > 0, greatest / MAX, 1.0)
+    scales = tl.where(greatest > 0, greatest * INVERSE_MAX, 1.0)
     return (x * (1.0 / scales)[:, None]).to(tl.float8e4nv), scales
 
 
@@ -162,7 +167,7 @@ def _quantize_rows(
     INPUTS: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
-    MAX: tl.constexpr,
+    INVERSE_MAX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     launch_next(OVERLAP)
@@ -173,7 +178,7 @@ def _quantize_rows(
     inside = columns < INPUTS
     await_previous(OVERLAP)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    values, scales = _quantized(x, MAX)
+    values, scales = _quantized(x, INVERSE_MAX)
     tl.store(values_ptr + offsets, values, mask=inside)
     tl.store(scales_ptr + groups * padded + row, scales, mask=groups < INPUTS // BLOCK)
 

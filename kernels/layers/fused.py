@@ -73,7 +73,11 @@ class FusedOps(LayerOps):
     def gemm(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         if not isinstance(weight, Fp8Weight):
             return super().gemm(x, weight, bias)
-        out = _fp8_linear(x, weight, gated=False)
+        tuning = _tuning(len(x), weight, gated=False)
+        if tuning is None:
+            out = _fp8_linear(x, weight, gated=False)
+        else:
+            out = gemv.linear(x, weight, Fusion(), tuning)
         return out if bias is None else out.add_(bias)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, gated: bool = False) -> Tensor:

@@ -85,7 +85,8 @@ def _logits(directory: Path, ids: torch.Tensor, dtype: torch.dtype, attention: s
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @torch.inference_mode()
 def test_fp8_logits_are_those_of_the_same_quantization(tmp_path: Path) -> None:
-    """Many rows have quantized inputs, one row has not."""
+    """Many rows have quantized inputs, one row has not. Quantizing magnifies what bf16 rounds, so
+    many rows are compared with transformers' bf16 model with quantized inputs."""
     directory = write_checkpoint(tmp_path / "checkpoint", dtype=torch.bfloat16, **SHAPE)
     store_in_fp8(directory)
     ids = torch.randint(SHAPE["vocab_size"], (1, TOKENS), device=CUDA)
@@ -108,13 +109,14 @@ def test_fp8_logits_are_those_of_the_same_quantization(tmp_path: Path) -> None:
 
     plain, quantized = of_transformers(torch.float32), of_transformers(torch.float32, True)
     bar = 1.5 * error(of_transformers(torch.bfloat16), plain)
+    bar_many = 1.5 * error(of_transformers(torch.bfloat16, True), quantized)
     ours = _logits(directory, ids[0], torch.bfloat16, "auto")
     many, one = error(ours[:-1], quantized[:-1]), error(ours[-1:], plain[-1:])
     print(
-        f"many rows {many:.4f}, one row {one:.4f}, bar {bar:.4f}, between the two"
-        f" {error(quantized, plain):.4f}"
+        f"many rows {many:.4f}, bar {bar_many:.4f}; one row {one:.4f}, bar {bar:.4f};"
+        f" between the two {error(quantized, plain):.4f}"
     )
-    assert many < bar
+    assert many < bar_many
     assert one < bar
 
 

@@ -10,6 +10,7 @@ from nanovllm.kernels.layers import fp8_gemm, gemv
 from nanovllm.kernels.layers.fp8 import (
     BLOCK,
     FP8_MAX,
+    INVERSE_MAX,
     Fp8Weight,
     dequantize,
     dequantize_rows,
@@ -46,7 +47,7 @@ def test_a_block_keeps_its_greatest_value_and_three_bits_of_the_others() -> None
     quantized = quantize(weight)
     blocks = weight.view(2, BLOCK, 3, BLOCK)
     greatest = blocks.abs().amax((1, 3))
-    assert torch.equal(quantized.scales, torch.where(greatest > 0, greatest / FP8_MAX, 1.0))
+    assert torch.equal(quantized.scales, torch.where(greatest > 0, greatest * INVERSE_MAX, 1.0))
     off = (dequantize(quantized) - weight).view_as(blocks).abs()
     steps = quantized.scales[:, None, :, None] * 2.0**-10  # half of e4m3's least
     assert (off <= torch.maximum(blocks.abs() * 2.0**-4 * 1.001, steps)).all()
