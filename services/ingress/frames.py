@@ -106,7 +106,7 @@ def _key_of_broken_text(value: bytes | msgspec.Raw, levels: int = 3) -> str:
     the protocol's own keys. Empty if it is a key of `value`, or `value` itself."""
     try:
         items = _items.decode(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     named = (
         ((f".{key}", item) for key, item in items.items())
@@ -118,6 +118,8 @@ def _key_of_broken_text(value: bytes | msgspec.Raw, levels: int = 3) -> str:
             _any.decode(item)
         except UnicodeDecodeError:
             return name + (_key_of_broken_text(item, levels - 1) if levels > 1 else "")
+        except (ValueError, RecursionError):
+            continue  # a key that comes again behind the broken text
     return ""
 
 

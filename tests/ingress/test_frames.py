@@ -249,7 +249,16 @@ def test_lengths_beyond_the_model() -> None:
         assert "max_model_len" in bad.message
 
 
+def test_broken_text_is_named_beside_what_is_nested_almost_too_deeply() -> None:
+    for depth in range(900, 1000):
+        deep = b"\xa8messages" + b"\x91" * depth + b"\xc0"
+        error = read(b"\x84" + ASK_WITH[1:] + b"\xa6prompt\xa1\xff" + deep)
+        assert isinstance(error, Error)
+        assert re.fullmatch("nested too deeply|(prompt: )?not valid UTF-8: .*", error.message)
+
+
 ASK_WITH = b"\x83\xa4type\xa8generate\xa2id\xa1a"
+MESSAGES_TWICE = b"\x85" + ASK_WITH[1:] + b"\xa8messages\x91\x80\xa6prompt\xa1\xff\xa8messages"
 
 
 @pytest.mark.parametrize(
@@ -271,13 +280,15 @@ ASK_WITH = b"\x83\xa4type\xa8generate\xa2id\xa1a"
         ASK_WITH + b"\xb4chat_template_kwargs\x81\xa1a\xc7\x0c\xff" + b"\xff" * 12,
         ASK_WITH + b"\xb0prompt_token_ids\xdd\xff\xff\xff\xff\x01",
         ASK_WITH + b"\xa6prompt\xa2\xff\xfe",
+        MESSAGES_TWICE + b"\x81\x81\x01\x02\x03",
+        MESSAGES_TWICE + b"\xd7\xff" + b"\xff" * 8,
         ASK_WITH + b"\xa2\xff\xfe\x01",
         ASK_WITH + b"\x05\x01",
         b"\x82\xa4type\xa4ping\xa2id\xa2\xff\xfe",
         encode({"type": "ping"}) + b"\x00",
         encode({"type": "ping", "id": "x" * (2 << 20)}),
     ],
-    ids=range(21),
+    ids=range(23),
 )
 def test_hostile_frames_get_an_error(frame: bytes) -> None:
     error = read(frame)
