@@ -116,7 +116,7 @@ class ClientCore:
     def receive(self, frame: bytes) -> None:
         try:
             messages = self._decoder.decode(frame)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             self._fail_all(
                 PipelineUnavailable,
                 f"what answers at {self._endpoint} does not speak this client's protocol: {error}",

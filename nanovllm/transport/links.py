@@ -128,7 +128,7 @@ class _Codec(Generic[M]):
     def decode(self, payload: memoryview, sender: object) -> list[M]:
         try:
             return self._decoder.decode(payload)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             log.error("dropped a malformed message from %s: %s", sender, error)
             return []
 
@@ -224,7 +224,7 @@ class ConnectedLink(Generic[M]):
     def _welcomed(self, payload: memoryview, sender: int, events: list[Event[M]]) -> None:
         try:
             welcome = _welcome_decoder.decode(payload)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             log.error("dropped a malformed welcome: %s", error)
             return
         if self.peer is not None and self.peer.incarnation == sender:
@@ -324,7 +324,7 @@ class BoundLink(Generic[M]):
     ) -> None:
         try:
             hello = _hello_decoder.decode(payload)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             log.error("dropped a malformed hello: %s", error)
             return
         peer = Peer.of(hello.service, incarnation)

@@ -318,7 +318,10 @@ def test_a_frame_that_is_too_large_costs_the_largest_request() -> None:
     assert not answered.ended
 
 
-@pytest.mark.parametrize("garbage", [b"", b"\xc1", b"HTTP/1.1 400", b"\x91" * 5000, encode([{}])])
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"\xc1", b"HTTP/1.1 400", b"\x91" * 5000, encode([{}]), b"\x91\x81\xa4type\xa1\xff"],
+)
 def test_an_answer_that_is_not_the_protocol_is_an_error(garbage: bytes) -> None:
     harness = Harness()
     request = harness.submit()

@@ -235,6 +235,7 @@ def test_messages_before_a_hello_or_for_another_incarnation_are_dropped(
     stranger.connect(endpoint)
     stranger.send(b"x")
     stranger.send(HEADER.pack(0, 0, 0, 0) + b"\xc1")
+    stranger.send(HEADER.pack(0, 0, 0, 0) + b"\x93\xa5hello\x93\xa1\xff\0\0\x01")
     stranger.send(HEADER.pack(SCHEDULER.incarnation, 9, 0, 0) + b"\x91\x93\xabgroup_ready\x01\x04")
     stranger.send_multipart([b"a", b"b", b"c"])
     connector = connected(context, endpoint)
@@ -245,7 +246,10 @@ def test_messages_before_a_hello_or_for_another_incarnation_are_dropped(
     stranger.close()
 
 
-def test_a_malformed_welcome_is_dropped(context: zmq.Context[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("malformed", [b"\xc1", b"\x92\xa7welcome\x93\xa1\xff\0\0"])
+def test_a_malformed_welcome_is_dropped(
+    context: zmq.Context[Any], tmp_path: Path, malformed: bytes
+) -> None:
     endpoint = f"ipc://{tmp_path}/a.sock"
     impostor = Router(context, endpoint)
     connector = connected(context, endpoint)
@@ -256,7 +260,7 @@ def test_a_malformed_welcome_is_dropped(context: zmq.Context[Any], tmp_path: Pat
         connector.receive()
         _, frames = impostor.read()
     ((route, _hello),) = frames
-    assert impostor.send(route, HEADER.pack(0, 9, 1, 0) + b"\xc1")
+    assert impostor.send(route, HEADER.pack(0, 9, 1, 0) + malformed)
     assert zmq_poll([(connector.sockets[0], zmq.POLLIN)], int(TIMEOUT_S * 1000))
     assert connector.receive() == []
     assert connector.peer is None
