@@ -258,7 +258,7 @@ class Core:
 
     def vacate(self, engine: int, leaves: bool) -> None:
         """An engine is about to be stopped: others get its requests."""
-        self.engines.stop(engine, leaves)
+        self.quarantine.put_back(self.engines.stop(engine, leaves))
         self.quarantine.fail_over()
 
     def submit(self) -> None:

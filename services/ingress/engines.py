@@ -59,11 +59,14 @@ class EnginePool:
             engine = self.by_number[peer.engine] = Engine(self._max_num_batched_tokens)
         return engine.up(peer)
 
-    def stop(self, number: int, leaves: bool) -> None:
-        """The engine is about to be stopped, for good if it `leaves`."""
+    def stop(self, number: int, leaves: bool) -> list[Request]:
+        """The engine is about to be stopped, for good if it `leaves`. Returns the requests of an
+        engine that has left already."""
         self._stopping.add(number)
-        if (engine := self.by_number.get(number)) is not None:
-            engine.stops, engine.leaves, engine.fresh = True, leaves, False
+        if (engine := self.by_number.get(number)) is None:
+            return []
+        engine.stops, engine.leaves, engine.fresh = True, leaves, False
+        return self.down(engine) if engine.peer is None else []
 
     def vacated(self) -> list[int]:
         """The engines about to be stopped from which no more requests can be moved; each once."""

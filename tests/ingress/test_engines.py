@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -205,11 +206,15 @@ def test_an_engine_waits_until_another_is_ready_to_take_its_requests() -> None:
     assert world.core.engines.vacated() == [0]
 
 
-def test_an_engine_that_has_left_for_good_is_forgotten() -> None:
+@pytest.mark.parametrize("dead", [False, True], ids=["told first", "dead first"])
+def test_an_engine_that_has_left_for_good_is_forgotten(dead: bool) -> None:
     world = Engines()
     _, submit = world.ask("a", [1] * 8)
+    if dead:
+        world.core.service_down(SCHEDULER)
     world.core.vacate(0, leaves=True)
-    world.core.service_down(SCHEDULER)
+    if not dead:
+        world.core.service_down(SCHEDULER)
     assert [(e, m.uid) for e, m in world.given()] == [(1, submit.uid)]
     ((_, (engines,)),) = world.core.detokenizers.frames()
     assert engines.endpoints == {1: TOLD[1]}
