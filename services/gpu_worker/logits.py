@@ -52,7 +52,6 @@ class LogitsProcessors:
             return torch.zeros((num_slots, *more), dtype=dtype, device=device)
 
         self._device = device
-        self._vocab_size = vocab_size
         self._first = shard.first
         self._shard_size = shard_size
         self._process = choose_process(device)

@@ -47,7 +47,6 @@ class DeviceState:
         padding_slot: one slot more, which no sequence has. It takes the rows that a captured step
             has too many.
         held: the state that the kernels read and write.
-        prompt_tokens: int64 [slots], the length of each sequence's prompt.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class DeviceState:
 
         self._device = device
         self.padding_slot = max_num_seqs
-        self.prompt_tokens = zeros(torch.int64)
         self.held = SlotState(
             block_tables=zeros(torch.int32, max_blocks),
             num_tokens=zeros(torch.int64),
@@ -92,8 +90,7 @@ class DeviceState:
     def _admit(self, admitted: Sequence[Admission]) -> None:
         """Fills the columns of the slots taken. Two copies, whatever the number of columns."""
         columns: list[tuple[Tensor, list[float]]] = [
-            (self.held.num_tokens, [len(one.tokens) // 4 for one in admitted]),
-            (self.prompt_tokens, [one.prompt_tokens for one in admitted]),
+            (self.held.num_tokens, [len(one.tokens) // 4 for one in admitted])
         ]
         for name, column in self.held.sampling._asdict().items():
             columns.append((column, [getattr(one.sampling, name) for one in admitted]))

@@ -82,7 +82,6 @@ class Core:
         self.engines = EnginePool(max_num_batched_tokens)
         self.detokenizers = Detokenizers(self.engines)
         self.sessions = Sessions(incarnation)
-        self._limits = limits
         self._about = about
         self._pending = PendingRequests(incarnation, max_pending_requests, draw_seed)
         self._client_queues = ClientQueues(limits)
