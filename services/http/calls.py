@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 from starlette.requests import Request
 
 from nanovllm.client.aio import AsyncStream
-from nanovllm.client.results import Completion, PipelineUnavailable, RequestError, Usage
+from nanovllm.client.results import Completion, PipelineUnavailable, RequestError
 from nanovllm.protocol import Generate
 from nanovllm.services.http.context import DoorContext
 from nanovllm.services.http.errors import ApiError, api_error
@@ -46,14 +46,14 @@ class Calls:
         self.changed = asyncio.Event()
         self.gone = False
         self.streams: list[AsyncStream] = []
-        self._observer = context.observer
+        self._recorder = context.recorder
         self.began_at = time.monotonic()
         self._running: set[AsyncStream] = set()
         self._watch: asyncio.Task[None] | None = None
         try:
             for message in messages:
                 stream = context.client.submit(message, self.changed.set)
-                self._observer.began()
+                self._recorder.began()
                 self.streams.append(stream)
                 self._running.add(stream)
         except (OverflowError, RecursionError) as error:
@@ -98,16 +98,16 @@ class Calls:
             completion = await stream.result()
         except (RequestError, PipelineUnavailable) as error:
             code = error.code if isinstance(error, RequestError) else "unavailable"
-            self._end(stream, code, None)
+            self._end(stream, code)
             raise api_error(error) from None
-        self._end(stream, completion.finish_reason, completion.usage)
+        self._end(stream, completion.finish_reason)
         return completion
 
     def close(self) -> None:
         """Aborts what is running."""
         for stream in list(self._running):
             stream.close()
-            self._end(stream, "abort", None)
+            self._end(stream, "abort")
         if self._watch is not None:
             self._watch.cancel()
 
@@ -118,10 +118,10 @@ class Calls:
         finally:
             self.close()
 
-    def _end(self, stream: AsyncStream, reason: str, usage: Usage | None) -> None:
+    def _end(self, stream: AsyncStream, reason: str) -> None:
         if stream in self._running:
             self._running.remove(stream)
-            self._observer.ended(reason, usage, time.monotonic() - self.began_at)
+            self._recorder.ended(reason, time.monotonic() - self.began_at)
 
     async def _change(self) -> None:
         if not self.gone:

@@ -79,7 +79,7 @@ async def chat(request: Request, context: DoorContext) -> Response:
             ChatChunk(id=answer_id, created=created, model=model.name, choices=[]),
             calls,
             outputs,
-            context.observer,
+            context.recorder,
             usage if ask.include_usage else None,
         )
     completions = await calls.results()

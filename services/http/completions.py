@@ -81,7 +81,7 @@ async def complete(
     if ask.stream:
         await calls.answered()
         return EventStream(
-            answer, calls, outputs, context.observer, usage if ask.include_usage else None
+            answer, calls, outputs, context.recorder, usage if ask.include_usage else None
         )
     completions = await calls.results()
     answer.usage = usage([completion.usage for completion in completions])

@@ -1,15 +1,14 @@
-"""What the application knows: the pipeline, the model that it serves, and who looks on."""
+"""What the application knows: the pipeline, the model that it serves, and what is counted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from nanovllm.checkpoint.generation import SamplingDefaults, read_sampling_defaults
 from nanovllm.client.aio import AsyncClient
-from nanovllm.client.results import Usage
 from nanovllm.protocol import Reasoning
+from nanovllm.services.http.metrics import Recorder
 from nanovllm.vocabulary import Vocabulary
 
 
@@ -61,38 +60,6 @@ class ServedModel:
         )
 
 
-class Observer(Protocol):
-    """Is told what becomes of requests of the pipeline: `n` of them for `n` choices."""
-
-    def began(self) -> None:
-        """A request was submitted."""
-
-    def output(self, seconds: float, tokens: int, first: bool) -> None:
-        """A stream has output of so many tokens, `seconds` after it last had, or (`first`) after
-        the request came."""
-
-    def ended(self, reason: str, usage: Usage | None, seconds: float) -> None:
-        """A request has ended, `seconds` after it came.
-
-        Args:
-            reason: "stop", "length", "abort" (the client has gone), or the code of an error.
-            usage: None unless the request was finished.
-        """
-
-
-class NoObserver:
-    """Looks away."""
-
-    def began(self) -> None:
-        pass
-
-    def output(self, seconds: float, tokens: int, first: bool) -> None:
-        pass
-
-    def ended(self, reason: str, usage: Usage | None, seconds: float) -> None:
-        pass
-
-
 @dataclass(frozen=True, slots=True)
 class DoorContext:
     """What `make_app` is given.
@@ -103,4 +70,4 @@ class DoorContext:
 
     client: AsyncClient
     model: ServedModel
-    observer: Observer = field(default_factory=NoObserver)
+    recorder: Recorder = field(default_factory=Recorder)

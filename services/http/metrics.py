@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
-from nanovllm.client.results import Usage
 from nanovllm.control import Histogram, HttpStats
 
 # Upper bounds of buckets, in seconds.
@@ -45,7 +44,7 @@ class Durations:
 
 
 class Recorder:
-    """The application's `Observer`."""
+    """Counts requests of the pipeline: `n` of them for `n` choices."""
 
     def __init__(self) -> None:
         self._running = 0
@@ -55,15 +54,23 @@ class Recorder:
         self._whole = Durations(WHOLE_S)
 
     def began(self) -> None:
+        """A request was submitted."""
         self._running += 1
 
     def output(self, seconds: float, tokens: int, first: bool) -> None:
+        """A stream has output of so many tokens, `seconds` after it last had, or (`first`) after
+        the request came."""
         if first:
             self._first_token.add(seconds)
         elif tokens:
             self._between_tokens.add(seconds / tokens, tokens)
 
-    def ended(self, reason: str, usage: Usage | None, seconds: float) -> None:
+    def ended(self, reason: str, seconds: float) -> None:
+        """A request has ended, `seconds` after it came.
+
+        Args:
+            reason: "stop", "length", "abort" (the client has gone), or the code of an error.
+        """
         self._running -= 1
         self._finished[reason] += 1
         self._whole.add(seconds)

@@ -16,8 +16,8 @@ from nanovllm.client.aio import AsyncStream
 from nanovllm.client.results import Completion, Delta
 from nanovllm.client.results import Usage as PipelineUsage
 from nanovllm.services.http.calls import Calls, made
-from nanovllm.services.http.context import Observer
 from nanovllm.services.http.errors import ApiError, ErrorAnswer
+from nanovllm.services.http.metrics import Recorder
 from nanovllm.services.http.responses import ChatChunk, TextCompletion, Usage
 
 # A client for which so much waits, beside what is being sent, is disconnected.
@@ -63,7 +63,7 @@ class EventStream(Response):
         chunk: ChatChunk | TextCompletion,
         calls: Calls,
         outputs: Sequence[Output],
-        observer: Observer,
+        recorder: Recorder,
         usage: Callable[[list[PipelineUsage]], Usage] | None,
     ) -> None:
         super().__init__(
@@ -78,7 +78,7 @@ class EventStream(Response):
         self._head, self._tail = b"data: " + before + mark, after + b"\n\n"
         self._calls = calls
         self._running = dict(zip(calls.streams, outputs, strict=True))
-        self._observer = observer
+        self._recorder = recorder
         self._usage = usage
         self._output_at: dict[AsyncStream, float] = {}  # when a stream last had output
         self._sending = 0  # bytes that wait for room in the socket
@@ -151,7 +151,7 @@ class EventStream(Response):
         self._output_at[stream] = now
         tokens = sum(len(delta.token_ids) for delta in deltas)
         since = self._calls.began_at if before is None else before
-        self._observer.output(now - since, tokens, before is None)
+        self._recorder.output(now - since, tokens, before is None)
 
     def _event(self, choice: msgspec.Struct) -> bytes:
         return self._head + _encode(choice) + self._tail

@@ -17,7 +17,7 @@ import uvloop
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.client.aio import AsyncClient
 from nanovllm.services.http.app import make_app
-from nanovllm.services.http.context import DoorContext, NoObserver, Observer, ServedModel
+from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.gate import Guard, RequestLog
 from nanovllm.services.http.limits import LimitedProtocol
 
@@ -107,7 +107,6 @@ class Server:
 @contextlib.contextmanager
 def serving(
     endpoint: str,
-    observer: Observer | None = None,
     *,
     takes_nothing_s: float = 30.0,
     timeout: float = 10.0,
@@ -127,7 +126,7 @@ def serving(
 
     async def serve() -> None:
         async with AsyncClient(endpoint, timeout) as client:
-            app = make_app(DoorContext(client, model, observer or NoObserver()))
+            app = make_app(DoorContext(client, model))
             config = uvicorn.Config(
                 RequestLog(Guard(app, [], max_body_bytes)),
                 http=Protocol,

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.types import Message
 
 from nanovllm.client.results import Completion, Delta, Usage
-from nanovllm.services.http.context import NoObserver
+from nanovllm.services.http.metrics import Recorder
 from nanovllm.services.http.responses import ChatChunk, ChatChunkChoice, ChatDelta
 from nanovllm.services.http.streams import EventStream
 
@@ -64,7 +64,7 @@ def test_output_that_comes_while_large_events_are_made_is_not_lost() -> None:
     async def body() -> bytes:
         calls: Any = Calls()
         chunk = ChatChunk(id="1", created=0, model="m", choices=[])
-        stream = EventStream(chunk, calls, [Output(calls.streams[0])], NoObserver(), None)
+        stream = EventStream(chunk, calls, [Output(calls.streams[0])], Recorder(), None)
         sent: list[bytes] = []
 
         async def send(message: Message) -> None:
