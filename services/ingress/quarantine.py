@@ -143,6 +143,8 @@ class Quarantine:
         """A service died by itself, and had these requests in hand."""
         suspects = self._tokenizers.suspects if peer.role == "tokenizer" else self.suspects
         present = [self._requests[uid] for uid in in_hand.uids if uid in self._requests]
+        if peer.role == "tokenizer":  # another may have answered since
+            present = [request for request in present if request.tokenize is not None]
         requests = counted(len(in_hand.uids), "request")
         log.warning("%s died by itself with %s in hand", peer, requests)
         engine = None if peer.role == "detokenizer" else peer.engine

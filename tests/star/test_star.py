@@ -131,7 +131,11 @@ class Chaos:
         self.draw.choice(self.world.links).lose(self.draw)
 
     def tokenizer_dies(self) -> None:
-        self.world.tokenizer_dies(self.draw.choice(list(self.world.tokenizers)))
+        i = self.draw.choice(list(self.world.tokenizers))
+        peer = self.world.tokenizer_links[i].connector.peer
+        self.world.tokenizer_dies(i)
+        if self.draw.random() < 0.5:
+            self.world.verdicts.append(peer)
 
     def detokenizer_dies(self) -> None:
         self.world.detokenizer_dies(self.draw.choice(list(self.world.detokenizers)))

@@ -533,6 +533,7 @@ class World:
         assert self.ingress.stats.requests == 0
         assert not self.ingress.engines.all_given()
         assert not self.ingress.quarantine.suspects.records
+        assert not self.ingress.tokenizers.suspects.records
         for scheduler in self.schedulers.values():
             stats = scheduler.stats()
             assert (stats.running, stats.waiting, stats.records, stats.blocks_used) == (0, 0, 0, 0)
