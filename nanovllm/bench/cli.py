@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from nanovllm.api_keys import API_KEY_VARIABLE, api_keys
 from nanovllm.bench.work import MAX_LENGTH, Lengths, Work
+from nanovllm.client.terminal import told_in_one_line
 from nanovllm.client.where import Where, pipeline_options
 
 if TYPE_CHECKING:
@@ -199,8 +200,6 @@ def bench(
     plot_path: Path | None,
     **options: Any,
 ) -> None:
-    from nanovllm.client.cli import told_in_one_line
-
     chosen = [f"--{name}" for name in ("concurrency", "rate", "trace") if options[name]]
     if len(chosen) > 1:
         raise click.UsageError(f"{' and '.join(chosen)} exclude one another: give one")

@@ -14,9 +14,9 @@ import click
 
 from nanovllm.bench.client import LoadClient, SocketClient
 from nanovllm.bench.http import HttpClient, Url
-from nanovllm.client.cli import answering
 from nanovllm.client.results import PipelineUnavailable
 from nanovllm.client.sync import Client
+from nanovllm.client.terminal import answering
 from nanovllm.client.where import Where
 from nanovllm.control import Status
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,13 +13,12 @@ from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.bench.cli import bench
 from nanovllm.client.answers import cut, note, show
 from nanovllm.client.chat import Chat
-from nanovllm.client.results import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client
+from nanovllm.client.terminal import answering, told_in_one_line
 from nanovllm.client.where import Where, pipeline_options
 from nanovllm.hints import REQUEST_HINTS, HintingCommand
-from nanovllm.protocol import Pong
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.settings import MAX_SERVICES, RESTARTABLE, SCALABLE, SettingsError
+from nanovllm.settings import MAX_SERVICES, RESTARTABLE, SCALABLE
 from nanovllm.wording import counted
 
 if TYPE_CHECKING:
@@ -30,9 +26,6 @@ if TYPE_CHECKING:
     from nanovllm.control import Restart, Scale
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-# After so long without an answer, tell the person which pipeline the command waits for.
-PATIENCE_S: Final = 2.0
 
 _REQUEST_OPTIONS = [
     click.option("--max-tokens", default=512, show_default=True, help="Output tokens at most."),
@@ -118,7 +111,7 @@ def generate(where: Where, prompt: str, **sampling: Any) -> None:
             answering(client, where.ingress)
             shown = show(client.generate(text, params, stream=True))
         if shown.completion is None:
-            _interrupted()
+            sys.exit(EXIT_INTERRUPTED)
         if why := cut(shown.completion, params.max_tokens):
             note(why)
 
@@ -158,7 +151,7 @@ def chat(
             talk = Chat(client, params, template, system)
             if message is not None:
                 if not talk.say(message):
-                    _interrupted()
+                    sys.exit(EXIT_INTERRUPTED)
                 return
             tiny = " The demo model is tiny, and wanders after a turn or two." * (
                 pong.model == "demo"
@@ -257,43 +250,6 @@ def _command(control: Control, command: Scale | Restart) -> None:
         if control.asked:
             click.echo("\nnot waited for; it goes on all the same: see `nanovllm status`", err=True)
         raise
-
-
-def _interrupted() -> NoReturn:
-    """Ends like a program that Ctrl-C has ended."""
-    sys.exit(EXIT_INTERRUPTED)
-
-
-@contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Turns the errors that a person can mend into one line, without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _interrupted()
-    except UnicodeDecodeError as error:
-        raise click.ClickException(f"the input is not valid UTF-8: {error}") from None
-    except (RequestError, PipelineUnavailable, SettingsError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
-    except BrokenPipeError:
-        raise  # click then exits silently
-    except OSError as error:
-        # The interpreter flushes stdout at its end, and would fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise click.ClickException(error.strerror or str(error)) from None
-
-
-def answering(client: Client, endpoint: str) -> Pong:
-    """Waits for the pipeline's first answer; says so if that takes long."""
-    notice = threading.Timer(
-        PATIENCE_S, click.echo, [f"waiting for a pipeline at {endpoint} …"], {"err": True}
-    )
-    notice.daemon = True
-    notice.start()
-    try:
-        return client.ping()
-    finally:
-        notice.cancel()
 
 
 main.add_command(bench)

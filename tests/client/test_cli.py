@@ -84,7 +84,7 @@ def test_mistakes_are_told_in_one_line() -> None:
 
 
 def test_a_command_names_the_pipeline_that_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanovllm.client.cli.PATIENCE_S", 0.1)
+    monkeypatch.setattr("nanovllm.client.terminal.PATIENCE_S", 0.1)
     patient = functools.partial(Client, timeout=1.0)
     monkeypatch.setattr("nanovllm.client.cli.Client", patient)
     for command in ("generate", "chat"):
