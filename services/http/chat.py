@@ -7,7 +7,6 @@ import time
 from functools import partial
 from typing import Any
 
-import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
@@ -100,8 +99,11 @@ async def chat(request: Request, context: DoorContext) -> Response:
 
 def template_keys(body: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """The messages and tools as they were sent, for the chat template, which may know more keys
-    than we do. Templates do not know the role `developer`, which is a later word for `system`."""
-    keys = msgspec.json.decode(body, type=TemplateKeys)
+    than we do. Templates do not know the role `developer`, which is a later word for `system`.
+
+    Raises ApiError if what such a key has is not JSON, or too large a number.
+    """
+    keys = parse(body, TemplateKeys)
     for message in keys.messages:
         if message["role"] == "developer":
             message["role"] = "system"

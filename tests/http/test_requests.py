@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from nanovllm.client.results import RequestError
+from nanovllm.services.http.chat import template_keys
 from nanovllm.services.http.errors import ApiError, api_error
 from nanovllm.services.http.requests import ChatRequest, CompletionRequest, TokenizeRequest, parse
 
@@ -124,6 +125,15 @@ def test_a_prompt_of_no_form_is_refused(prompt: Any) -> None:
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as refused:
         parse(body, ChatRequest)
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("value", [b'"\xff"', b"1e400", b'{"\xff": 1}'])
+def test_what_is_no_json_in_a_key_for_the_template_is_refused(value: bytes) -> None:
+    body = b'{"model": "m", "messages": [{"role": "user", "content": "", "name": "", "x": %s}]}'
+    parse(body % value, ChatRequest)  # passes over keys that it does not know
+    with pytest.raises(ApiError) as refused:
+        template_keys(body % value)
     assert refused.value.status == 400
 
 
