@@ -110,10 +110,12 @@ class StepPlanner:
     @property
     def in_hand(self) -> InHand:
         """The requests in hand of the worker group: those in slots, and those whose matchers it
-        makes. A request is alone only if no other left its slot with rows in flight."""
+        makes. A request is alone only if no other left its slot with rows in flight, or went while
+        its matcher was made."""
         uids = [sequence.uid for sequence in self.slots.sequences if sequence is not None]
         uids += self._preparations.in_hand
-        return InHand(uids, alone=len(uids) == 1 and not self._leftovers)
+        certain = not self._leftovers and not self._preparations.abandoned
+        return InHand(uids, alone=len(uids) == 1 and certain)
 
     # A step -------------------------------------------------------------------------------------
 

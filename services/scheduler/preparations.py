@@ -14,6 +14,9 @@ class Preparations:
 
     Args:
         first: the first matcher's number. From there on no earlier scheduler gave numbers.
+
+    Attributes:
+        abandoned: whether this worker group may still make a matcher that is not needed.
     """
 
     def __init__(self, first: int) -> None:
@@ -23,6 +26,7 @@ class Preparations:
         self._unanswered: dict[int, Prepare] = {}
         self._unsent: list[Prepare] = []
         self._some_dropped = False
+        self.abandoned = False
 
     def begin(self, sequence: Sequence) -> None:
         """Asks for the matcher of a sequence that has a grammar and no slot."""
@@ -63,7 +67,7 @@ class Preparations:
         """The sequence needs its matcher no more."""
         number = self.admitted(sequence)
         if number is not None:
-            self._unanswered.pop(number, None)
+            self.abandoned |= self._unanswered.pop(number, None) is not None
             self._some_dropped = True
 
     def reset(self) -> None:
@@ -72,7 +76,7 @@ class Preparations:
             self.admitted(sequence)
         self._unanswered.clear()
         self._unsent.clear()
-        self._some_dropped = False
+        self._some_dropped = self.abandoned = False
 
     @property
     def in_hand(self) -> list[int]:

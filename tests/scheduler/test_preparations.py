@@ -9,7 +9,9 @@ from nanovllm.messages import (
     End,
     Finished,
     GroupReady,
+    InHand,
     Keep,
+    Lost,
     Prepare,
     Prepared,
     Reset,
@@ -119,6 +121,22 @@ def test_what_may_be_lost_is_said_again() -> None:
     assert keep == Keep(b"".join(n.to_bytes(8, "little") for n in [FIRST]))
     world.prepared(FIRST + 2)
     assert admitted(world.said()) == []
+
+
+def test_no_request_is_alone_in_a_group_that_may_make_a_matcher_of_another() -> None:
+    world = World()
+    world.submit(1, None)
+    world.submit(2, OUTPUTS)
+    world.said()
+    world.core.from_ingress(End(2, 0))
+    for death, alone in enumerate((False, True), WORKER.incarnation):
+        world.core.ingress_told()
+        world.core.worker_down(Peer("gpu_worker", 0, death))
+        lost = next(m for m in world.core.for_ingress() if isinstance(m, Lost))
+        assert lost.in_hand == InHand([1], alone), "after a death the group is a new one"
+        world.core.worker_up(Peer("gpu_worker", 0, death + 1))
+        world.core.group_ready(Peer("gpu_worker", 0, death + 1), GroupReady(100, 4))
+        world.said()
 
 
 def test_a_new_group_has_no_matchers() -> None:
