@@ -170,7 +170,7 @@ class Matcher:
         self._matcher = matcher
         self._marks = marks
         self._held = b""  # the text of the output, while it is white space
-        if marks is None:
+        if marks is None or marks.has_reasoned:
             self._phase = _Phase.ANSWER
         else:
             self._phase = _Phase.REASONING if marks.reasons else _Phase.START

@@ -95,16 +95,26 @@ class Tokenize(Message, tag="tokenize"):
     reasoning: Reasoning | None = None
 
 
+class AnswerMarks(Message):
+    """Where the answer begins in the output: behind the token `close`, if the prompt ends inside
+    reasoning (`reasons`) or the first output token that is not white space is `open`; else at the
+    start. Where the prompt's last message `has_reasoned`, a grammar lets no reasoning begin."""
+
+    open: int
+    close: int
+    reasons: bool
+    has_reasoned: bool = False
+
+
 class Tokenized(Message, tag="tokenized"):
     """The prompt in token ids (int32), and the request's sampling as it is to be run:
     `stop_token_ids` hold the end-of-sequence ids too, unless the request ignores them, and
-    `max_tokens` is clipped so that prompt plus output fits `max_model_len`. `reasons`: the prompt
-    ends inside reasoning, which the output goes on with."""
+    `max_tokens` is clipped so that prompt plus output fits `max_model_len`."""
 
     uid: int
     prompt: bytes
     sampling: Sampling
-    reasons: bool = False
+    answer_marks: AnswerMarks | None = None
 
 
 class Refused(Message, tag="refused"):
@@ -128,16 +138,6 @@ class Held(Message, tag="held"):
 
     uids: bytes
     attempts: bytes
-
-
-class AnswerMarks(Message):
-    """Where the answer begins in the output: behind the token `close`, if the prompt ends inside
-    reasoning (`reasons`) or the first output token that is not white space is `open`; else at the
-    start."""
-
-    open: int
-    close: int
-    reasons: bool
 
 
 class Submit(Message, tag="submit"):

@@ -64,9 +64,8 @@ class Request:
 
     def tokenized(self, answer: Tokenized) -> None:
         """Keeps a tokenizer's answer in place of the message for it."""
-        if self.tokenize is not None and (marks := self.tokenize.reasoning) is not None:
-            self.answer_marks = AnswerMarks(marks.open, marks.close, answer.reasons)
         self.tokenize = None
+        self.answer_marks = answer.answer_marks
         self.prompt = answer.prompt
         self.sampling = answer.sampling
         listed = len(self.sampling.stop_token_ids) + len(self.sampling.allowed_token_ids or ())

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from nanovllm.grammars import GrammarError, Grammars
 from nanovllm.mailbox import Mailbox
-from nanovllm.messages import AnswerMarks, Refused, Tokenize, Tokenized, unpack
+from nanovllm.messages import Refused, Tokenize, Tokenized, unpack
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,9 @@ class GrammarChecks:
 
 def checked(grammars: Grammars, request: Tokenize, answer: Tokenized) -> Tokenized | Refused:
     """`answer`, or the reason why the request's grammar cannot be served."""
-    asked, marks = answer.sampling.structured_outputs, None
+    asked = answer.sampling.structured_outputs
     if asked is None:
         return answer
-    if request.reasoning is not None:
-        marks = AnswerMarks(request.reasoning.open, request.reasoning.close, answer.reasons)
     resumed = unpack(request.resumed).tolist()
     stops = {*answer.sampling.stop_token_ids}
     end = next((i for i, token in enumerate(resumed, 1) if token in stops), len(resumed))
@@ -70,7 +68,7 @@ def checked(grammars: Grammars, request: Tokenize, answer: Tokenized) -> Tokeniz
     except GrammarError as error:
         return Refused(request.uid, "invalid_request", f"{key}: {error}")
     try:
-        grammars.matcher(asked, marks, resumed[:end])
+        grammars.matcher(asked, answer.answer_marks, resumed[:end])
     except GrammarError as error:
         return Refused(request.uid, "invalid_request", f"resume_token_ids: {key} {error}")
     return answer

@@ -15,7 +15,7 @@ from nanovllm.checkpoint import ModelConfig
 from nanovllm.checkpoint.chat_template import ChatTemplate, ChatTemplateError
 from nanovllm.checkpoint.tokenizer import load_tokenizer, read_chat_template
 from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
-from nanovllm.messages import Chat, Refused, Tokenize, Tokenized, pack, unpack
+from nanovllm.messages import AnswerMarks, Chat, Refused, Tokenize, Tokenized, pack, unpack
 from nanovllm.protocol import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, Reasoning
 from nanovllm.vocabulary import Vocabulary, end_of_sequence
 
@@ -136,7 +136,9 @@ class PromptEncoder:
             stop_token_ids=sorted({*asked.stop_token_ids, *eos}),
             bad_words=self._bad_words(asked.bad_words),
         )
-        return Tokenized(request.uid, prompt, sampling, self._reasons(ids, request.reasoning))
+        reasoning = request.reasoning
+        marks = None if reasoning is None else self._answer_marks(ids, reasoning)
+        return Tokenized(request.uid, prompt, sampling, marks)
 
     def _bad_words(self, words: list[str | list[int]]) -> list[str | list[int]]:
         """The words in token ids: a text as it stands at a line's begin, and as after a space."""
@@ -162,13 +164,13 @@ class PromptEncoder:
             )
         return [list(ids) for ids in found if ids]
 
-    def _reasons(self, prompt: NDArray[np.int32], reasoning: Reasoning | None) -> bool:
-        """Whether the prompt's last message ends inside reasoning. An end-of-sequence token ends
-        each message before, where a user may have written `<think>`."""
-        if reasoning is None:
-            return False
-        marks = prompt[np.isin(prompt, [reasoning.open, reasoning.close, *self._eos])]
-        return bool(len(marks)) and int(marks[-1]) == reasoning.open
+    def _answer_marks(self, prompt: NDArray[np.int32], reasoning: Reasoning) -> AnswerMarks:
+        """Whether the prompt's last message ends inside reasoning, or behind. An end-of-sequence
+        token ends each message before, where a user may have written `<think>`."""
+        opening, closing = reasoning.open, reasoning.close
+        marks = prompt[np.isin(prompt, [opening, closing, *self._eos])]
+        last = int(marks[-1]) if len(marks) else None
+        return AnswerMarks(opening, closing, last == opening, last == closing)
 
     def _prompt(self, request: Tokenize) -> bytes:
         """The prompt's token ids, as int32."""

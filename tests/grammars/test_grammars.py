@@ -121,6 +121,9 @@ def test_the_grammar_begins_where_the_answer_does(grammars: Grammars, reasons: b
     for token in [5, OPEN, 6, CLOSE]:
         matcher.advance(token)
     assert allowed(grammars, matcher) == allowed(grammars, grammars.matcher(asked))
+    # The prompt has reasoned already.
+    matcher = grammars.matcher(asked, AnswerMarks(OPEN, CLOSE, False, has_reasoned=True))
+    assert allowed(grammars, matcher) == allowed(grammars, grammars.matcher(asked))
     # Marks in the answer are none.
     fixed = grammars.matcher(StructuredOutputs(choice=["one"]), marks)
     if not reasons:

@@ -77,6 +77,20 @@ def test_answers_are_of_their_format(client: openai.OpenAI) -> None:
     assert text.choices[0].text == "a fox"
 
 
+def test_a_chat_without_thinking_has_none(client: openai.OpenAI) -> None:
+    """The model would begin with `<think>` rather than with a bracket."""
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    (choice,) = client.chat.completions.create(
+        model="demo",
+        messages=STORY,
+        temperature=0,
+        max_tokens=300,
+        response_format=FORMAT,  # type: ignore[call-overload]
+        extra_body=off,
+    ).choices
+    jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+
+
 def test_a_stream_is_of_its_format(client: openai.OpenAI) -> None:
     chunks = list(ask(client, response_format=FORMAT, stream=True, seed=3))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)

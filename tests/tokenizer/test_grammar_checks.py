@@ -11,8 +11,8 @@ import pytest
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.grammars import Grammars
-from nanovllm.messages import Refused, Tokenize, Tokenized, pack
-from nanovllm.protocol import Reasoning, Sampling, StructuredOutputs
+from nanovllm.messages import AnswerMarks, Refused, Tokenize, Tokenized, pack
+from nanovllm.protocol import Sampling, StructuredOutputs
 from nanovllm.services.tokenizer.core import TokenizeQueue
 from nanovllm.services.tokenizer.grammar_checks import GrammarChecks, checked
 from tests.bpe import EOS, tiny_tokenizer, token_id, write_checkpoint_files
@@ -37,10 +37,10 @@ def asked(
     outputs: StructuredOutputs, resumed: Sequence[int] = (), reasoning: bool = False
 ) -> tuple[Tokenize, Tokenized]:
     sampling = Sampling(structured_outputs=outputs, stop_token_ids=[END])
-    marks = Reasoning(OPEN, CLOSE) if reasoning else None
+    marks = AnswerMarks(OPEN, CLOSE, reasons=False) if reasoning else None
     return (
-        request(resumed=pack(resumed), reasoning=marks, sampling=sampling),
-        Tokenized(request().uid, pack([1]), sampling, reasons=False),
+        request(resumed=pack(resumed), sampling=sampling),
+        Tokenized(request().uid, pack([1]), sampling, marks),
     )
 
 

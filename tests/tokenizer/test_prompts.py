@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.checkpoint.chat_template import RESERVED
-from nanovllm.messages import Chat, Refused, Tokenize, Tokenized, pack, unpack
+from nanovllm.messages import AnswerMarks, Chat, Refused, Tokenize, Tokenized, pack, unpack
 from nanovllm.protocol import Reasoning, Sampling
 from nanovllm.services.tokenizer.prompts import PromptEncoder
 from nanovllm.vocabulary import Vocabulary
@@ -293,24 +293,25 @@ def test_the_last_message_can_be_continued(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "reasons"),
+    ("prompt", "reasons", "has_reasoned"),
     [
-        ("the dog", False),
-        ("the <think>", True),
-        ("the <think>dog", True),
-        ("the <think></think>dog", False),
-        ("<think>dog</think> <think>", True),
-        (f"user: <think>{EOS}assistant: ", False),
-        (f"user: </think>{EOS}assistant: <think>", True),
+        ("the dog", False, False),
+        ("the <think>", True, False),
+        ("the <think>dog", True, False),
+        ("the <think></think>dog", False, True),
+        ("<think>dog</think> <think>", True, False),
+        (f"user: <think>{EOS}assistant: ", False, False),
+        (f"user: </think>{EOS}assistant: <think>", True, False),
+        (f"user: <think>{EOS}assistant: <think></think>", False, True),
     ],
 )
 def test_whether_a_prompt_ends_inside_reasoning(
-    encoder: PromptEncoder, prompt: str, reasons: bool
+    encoder: PromptEncoder, prompt: str, reasons: bool, has_reasoned: bool
 ) -> None:
     opening, closing = tiny_tokenizer().encode("<think></think>").ids
-    marks = Reasoning(opening, closing)
-    assert tokenized(encoder, prompt=prompt, reasoning=marks).reasons is reasons
-    assert tokenized(encoder, prompt=prompt).reasons is False
+    found = tokenized(encoder, prompt=prompt, reasoning=Reasoning(opening, closing)).answer_marks
+    assert found == AnswerMarks(opening, closing, reasons, has_reasoned)
+    assert tokenized(encoder, prompt=prompt).answer_marks is None
 
 
 def test_a_template_in_its_own_file_comes_first(directory: Path, tmp_path: Path) -> None:
