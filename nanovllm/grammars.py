@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.messages import AnswerMarks
-from nanovllm.protocol import StructuredOutputs
+from nanovllm.protocol import JSON_WHITE_SPACE, StructuredOutputs
 from nanovllm.token_sets import WORD_BITS, num_words, token_set
 from nanovllm.vocabulary import Vocabulary, end_of_sequence
 
@@ -48,8 +48,6 @@ LIMITS: Final = LLParserLimits(
     verbose_errors=False,
 )
 MAX_REASON_CHARS: Final = 300
-# Between the parts of JSON. Some models would never end it.
-WHITE_SPACE: Final = r"[ \t\n\r]{1,32}"
 
 Masks = NDArray[np.int32]
 
@@ -308,7 +306,7 @@ def _source(asked: StructuredOutputs) -> str:
     elif asked.regex is not None:
         grammar = f"start: /{regex_to_lark(asked.regex)}/"
     elif asked.choice is not None:
-        choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in asked.choice)
+        choices = " | ".join(json.dumps(text) for text in asked.choice)
         grammar = f"start: {choices}"
     else:
         schema = asked.json_schema or '{"type": "object"}'
@@ -328,7 +326,7 @@ def _strict(schema: str) -> str:
     own = value.get("x-guidance")
     own = own if isinstance(own, dict) else {}
     if not own.keys() & {"whitespace_pattern", "whitespace_flexible"}:
-        own["whitespace_pattern"] = WHITE_SPACE
+        own["whitespace_pattern"] = JSON_WHITE_SPACE
     value["x-guidance"] = {**own, "lenient": False}
     return msgspec.json.encode(value).decode()
 

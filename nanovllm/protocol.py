@@ -21,6 +21,8 @@ MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
 # Of the text of a `StructuredOutputs`.
 MAX_GRAMMAR_BYTES = 256 << 10
+# Between the parts of JSON. Some models would never end it.
+JSON_WHITE_SPACE = r"[ \t\n\r]{1,32}"
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 # A tiny one would make large logits infinite.
 RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=10)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from nanovllm.protocol import NonEmptyStr, StructuredOutputs
+from nanovllm.protocol import JSON_WHITE_SPACE, NonEmptyStr, StructuredOutputs
 from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.tool_calls import CLOSE, OPEN
 
@@ -155,12 +155,18 @@ def _arguments(tool: Tool) -> str:
     """The schema of a tool's arguments. What is not supported of it is ignored, unless the tool is
     strict."""
     schema = {"type": "object", **(tool.function.parameters or {})}
-    schema["x-guidance"] = {"lenient": not tool.function.strict}
+    if schema["type"] != "object":
+        message = f"tools: the parameters of {tool.function.name!r}: their type must be object"
+        raise ApiError(400, message, "tools")
+    schema["x-guidance"] = {
+        "lenient": not tool.function.strict,
+        "whitespace_pattern": JSON_WHITE_SPACE,
+    }
     return _text(schema)
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text)
 
 
 def _text(schema: JsonSchema) -> str:

@@ -18,7 +18,7 @@ RETRY_AFTER_S: Final = "1"
 # The key that a message of the pipeline begins with.
 _KEY: Final = re.compile(
     r"((?:messages|tools|chat_template_kwargs|stop_token_ids|logit_bias|min_tokens|bad_words"
-    r"|allowed_token_ids|prompt)[\w.\[\]]*): "
+    r"|allowed_token_ids|structured_outputs|ignore_eos|prompt)[\w.\[\]]*): "
 )
 
 
@@ -63,7 +63,7 @@ _STATUS_OF: Final[dict[ErrorCode, int]] = {
 def api_error(error: RequestError | PipelineUnavailable) -> ApiError:
     if isinstance(error, PipelineUnavailable):
         return ApiError(503, "the pipeline does not answer; try again", code="unavailable")
-    message = error.message.removeprefix("sampling.")
+    message = error.message.removeprefix("sampling.").removeprefix("sampling: ")
     if message.startswith("prompt_token_ids: "):
         message = message.replace("prompt_token_ids", "prompt", 1)  # over HTTP one key has both
     key = _KEY.match(message)

@@ -71,6 +71,14 @@ def test_what_is_drawn_is_of_the_grammar(grammars: Grammars, draw: random.Random
         again.advance(token)
 
 
+@given(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=4))
+def test_a_choice_is_any_text(grammars: Grammars, choices: list[str]) -> None:
+    for choice in [*choices, "\x7f", "\x00\u2028\\"]:
+        output = TOKENIZER.encode(choice, add_special_tokens=False).ids
+        asked = StructuredOutputs(choice=[*choices, "\x7f", "\x00\u2028\\"])
+        assert grammars.matcher(asked, None, [*output, END])
+
+
 @pytest.mark.parametrize(
     ("asked", "whole"),
     [

@@ -164,6 +164,9 @@ def test_what_strict_and_forced_tools_allow() -> None:
     named = {**strict, "tool_choice": {"type": "function", "function": {"name": "bell"}}}
     assert takes(BELL, **named)
     assert not takes(CALL, **named)
+    # White space ends.
+    assert takes(BELL.replace("{}", "{" + "\n" * 32 + "}"), **forced)
+    assert not takes(BELL.replace("{}", "{" + "\n" * 33 + "}"), **forced)
     # References are to the root of the parameters.
     defined = {"properties": {"x": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"const": 1}}}
     tools = [tool("bell", {**defined, "required": ["x"]}, strict=True)]
@@ -200,11 +203,13 @@ def test_what_strict_and_forced_tools_allow() -> None:
             "tool_choice",
         ),
         ({"tools": [tool("a", {"not": {}}, strict=True)]}, "Unimplemented"),
+        ({"tools": [tool("a", {"type": "string"})], "tool_choice": "required"}, "type must be obj"),
         (
             {"tools": [tool("a")], "tool_choice": "required", "response_format": FORMAT},
             "response_format",
         ),
         ({"response_format": FORMAT, "extra_body": {"ignore_eos": True}}, "ignore_eos"),
+        ({"extra_body": {"guided_choice": ["a"], "min_tokens": 9}}, "400 - after 1 .* no token"),
     ],
 )
 def test_what_cannot_be_served_is_refused(
@@ -212,3 +217,13 @@ def test_what_cannot_be_served_is_refused(
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=named):
         ask(client, **keys)
+
+
+def test_errors_name_the_key(client: openai.OpenAI) -> None:
+    for keys, param in (
+        ({"guided_regex": "("}, "structured_outputs"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+    ):
+        with pytest.raises(openai.BadRequestError) as error:
+            ask(client, extra_body=keys)
+        assert error.value.param == param
