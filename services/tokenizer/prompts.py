@@ -145,7 +145,7 @@ class PromptEncoder:
         found: dict[tuple[int, ...], None] = {}
         for word in words:
             if isinstance(word, str):
-                for text in (word, " " + word.lstrip()):
+                for text in (word, " " + word.lstrip(" ")):
                     ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
                     if len(ids) > MAX_BAD_WORD_TOKENS:
                         raise _Refusal(

@@ -314,6 +314,16 @@ def test_whether_a_prompt_ends_inside_reasoning(
     assert tokenized(encoder, prompt=prompt).answer_marks is None
 
 
+def test_a_bad_word_is_also_one_after_a_space(encoder: PromptEncoder) -> None:
+    def encoded(*texts: str) -> list[list[int]]:
+        return [tiny_tokenizer().encode(text, add_special_tokens=False).ids for text in texts]
+
+    for word, texts in (("dog", ["dog", " dog"]), (" dog", [" dog"]), ("\n", ["\n", " \n"])):
+        sampling = Sampling(bad_words=[word])
+        found = tokenized(encoder, prompt="dog", sampling=sampling).sampling.bad_words
+        assert found == encoded(*texts)
+
+
 def test_a_template_in_its_own_file_comes_first(directory: Path, tmp_path: Path) -> None:
     write_checkpoint_files(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
