@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from nanovllm.messages import Admission, pack
 from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker.logits import LogitsProcessors
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
+from nanovllm.token_sets import num_words, token_set
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 70
@@ -101,3 +103,47 @@ def test_every_row_is_processed_as_transformers_does(
     np.testing.assert_allclose(
         torch.cat(found).numpy(), expected(logits, sampling, prompt, output).numpy(), rtol=1e-6
     )
+
+
+@given(st.randoms(use_true_random=False), st.data())
+def test_a_slot_keeps_nothing_of_its_former_sequences(
+    draw: random.Random, data: st.DataObject
+) -> None:
+    """Sequences of all kinds take slots in any order, and some have a grammar."""
+    processors = LogitsProcessors(SLOTS, VOCAB, VocabShard(TensorParallel(), 0), VOCAB, DEVICE)
+    living: dict[int, tuple[Sampling, list[int], list[int], bool]] = {}
+    for _ in range(data.draw(st.integers(1, 12))):
+        slot = draw.randrange(SLOTS)
+        if slot not in living or draw.random() < 0.4:
+            sampling, prompt = data.draw(samplings), draw.choices(range(9), k=draw.randint(1, 8))
+            output = draw.choices(range(9), k=draw.randint(0, 4))
+            matcher = draw.choice([None, 1])
+            living[slot] = sampling, prompt, output, matcher is not None
+            tokens = pack(prompt + output)
+            processors.admit(
+                [Admission(slot, tokens, len(prompt), b"", 0, sampling, matcher=matcher)]
+            )
+        slots = sorted(living)
+        masks = {slot: draw.sample(range(VOCAB), 40) for slot in slots if living[slot][3]}
+        if masks:
+            words = np.stack([token_set(mask, num_words(VOCAB)) for mask in masks.values()])
+            processors.restrict(
+                np.array([*masks], dtype=np.int32), torch.from_numpy(words).to(DEVICE)
+            )
+        logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(draw.randrange(99)))
+        rows = logits.repeat(len(slots), 1).to(DEVICE)
+        positions = [len(living[slot][1]) + len(living[slot][2]) for slot in slots]
+        on_device = torch.tensor(slots, device=DEVICE)
+        processors.process(rows, on_device, torch.tensor(positions, device=DEVICE))
+        for slot, row in zip(slots, rows.cpu(), strict=True):
+            sampling, prompt, output, _ = living[slot]
+            wanted = expected(logits, sampling, prompt, output)
+            if slot in masks:
+                ruled_out = torch.ones(VOCAB, dtype=torch.bool)
+                ruled_out[masks[slot]] = False
+                wanted.masked_fill_(ruled_out, -torch.inf)
+            np.testing.assert_allclose(row.numpy(), wanted.numpy(), rtol=1e-5, atol=1e-6)
+        tokens_now = draw.choices(range(9), k=len(slots))
+        processors.advance(on_device, torch.tensor(tokens_now, device=DEVICE))
+        for slot, token in zip(slots, tokens_now, strict=True):
+            living[slot][2].append(token)
