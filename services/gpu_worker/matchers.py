@@ -4,16 +4,16 @@ by the tokens of each step. No torch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nanovllm.grammar_threads import GrammarThreads
 from nanovllm.grammars import GrammarError, Grammars, MaskFiller, Masks, Matcher
 from nanovllm.mailbox import Mailbox
 from nanovllm.messages import Admission, Prepare, Prepared, unpack
-
-THREADS = 4
 
 
 class Preparer:
@@ -25,9 +25,7 @@ class Preparer:
     """
 
     def __init__(self, load: Callable[[], Grammars]) -> None:
-        self._load = load
-        self._grammars: Future[Grammars] | None = None
-        self._threads = ThreadPoolExecutor(THREADS, "grammars")
+        self._threads = GrammarThreads(load)
         self._mailbox: Mailbox[tuple[int, Matcher | None]] = Mailbox()
         self._expected: set[int] = set()
         self._prepared: dict[int, Matcher | None] = {}
@@ -38,13 +36,11 @@ class Preparer:
         return self._mailbox.descriptor
 
     def prepare(self, message: Prepare) -> None:
-        if self._grammars is None:
-            self._grammars = self._threads.submit(self._load)
         if message.number in self._prepared:  # the answer may be lost
             self._mailbox.put((message.number, self._prepared[message.number]))
         elif message.number not in self._expected:
             self._expected.add(message.number)
-            self._threads.submit(self._make, self._grammars, message)
+            self._threads.submit(message.structured_outputs.size, partial(self._make, message))
 
     def keep(self, numbers: Iterable[int]) -> None:
         self._expected.intersection_update(numbers)
@@ -78,7 +74,7 @@ class Preparer:
                 found.append(Prepared(number, failed=matcher is None))
         return found
 
-    def _make(self, grammars: Future[Grammars], message: Prepare) -> None:
+    def _make(self, message: Prepare, grammars: Future[Grammars]) -> None:
         try:
             matcher = grammars.result().matcher(
                 message.structured_outputs,

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
+from nanovllm.grammar_threads import GrammarThreads
 from nanovllm.grammars import GrammarError, Grammars
 from nanovllm.mailbox import Mailbox
 from nanovllm.messages import Refused, Tokenize, Tokenized, unpack
 
 log = logging.getLogger(__name__)
-
-THREADS = 4
 
 
 class GrammarChecks:
@@ -25,9 +25,7 @@ class GrammarChecks:
 
     def __init__(self, load: Callable[[], Grammars]) -> None:
         self._mailbox: Mailbox[Tokenized | Refused] = Mailbox()
-        self._threads = ThreadPoolExecutor(THREADS, "grammars")
-        self._load = load
-        self._grammars: Future[Grammars] | None = None
+        self._threads = GrammarThreads(load)
 
     @property
     def descriptor(self) -> int:
@@ -36,15 +34,15 @@ class GrammarChecks:
 
     def start(self, request: Tokenize, answer: Tokenized) -> None:
         """Begins the check of a request; `answer` is due if its grammar can be served."""
-        if self._grammars is None:
-            self._grammars = self._threads.submit(self._load)
-        self._threads.submit(self._check, self._grammars, request, answer)
+        asked = answer.sampling.structured_outputs
+        size = 0 if asked is None else asked.size
+        self._threads.submit(size, partial(self._check, request, answer))
 
     def take(self) -> list[Tokenized | Refused]:
         """The answers since the last call."""
         return self._mailbox.take()
 
-    def _check(self, grammars: Future[Grammars], request: Tokenize, answer: Tokenized) -> None:
+    def _check(self, request: Tokenize, answer: Tokenized, grammars: Future[Grammars]) -> None:
         try:
             self._mailbox.put(checked(grammars.result(), request, answer))
         except Exception:  # whatever a grammar brings about ends this request, and no other
