@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ from tests.checkpoints import read_model
 from tests.gpu_worker.test_logits import expected
 from tests.pipeline.wire import Wire
 
-EOS = list(ModelConfig.from_checkpoint(DEMO_CHECKPOINT).eos_token_ids or ())
+MODEL = ModelConfig.from_checkpoint(DEMO_CHECKPOINT)
+EOS = list(MODEL.eos_token_ids or ())
 PROMPT = [300, 301, 302, 310, 300]
 TOKENS = 24
 CASES: list[dict[str, Any]] = [
@@ -27,10 +29,31 @@ CASES: list[dict[str, Any]] = [
     {"repetition_penalty": 2.0, "presence_penalty": 1.5, "bad_words": [[462], [266, 516]]},
     {},
 ]
+RANDOM = 6
 # Two ranks, and so few blocks that sequences are preempted.
 FEW_BLOCKS = (
     "--dtype float32 --tp 2 --kvcache-block-size 16 --num-kvcache-blocks 9 --max-model-len 64"
 )
+
+
+def random_case(draw: random.Random) -> dict[str, Any]:
+    """Any parameters together, with the ends of their ranges and of the vocabulary."""
+
+    def tokens(count: int) -> list[int]:
+        last = MODEL.vocab_size - 1
+        return [draw.choice([*EOS, 0, last, *draw.choices(range(last), k=8)]) for _ in range(count)]
+
+    bias = {token: draw.choice([-100.0, 5.0, 100.0]) for token in tokens(draw.choice([1, 300]))}
+    words = [tokens(draw.choice([1, 2, 16])) for _ in range(draw.choice([1, 64]))]
+    case = {
+        "repetition_penalty": draw.choice([0.01, 0.5, 1.3, 10.0]),
+        "frequency_penalty": draw.choice([-2.0, -0.0, 1e-300, 2.0]),
+        "presence_penalty": draw.choice([-2.0, 5e-324, 0.6, 2.0]),
+        "logit_bias": bias,
+        "bad_words": words,
+        "allowed_token_ids": tokens(200),
+    }
+    return {key: value for key, value in case.items() if draw.random() < 0.5}
 
 
 def greedy(model: Any, sampling: Sampling) -> list[int]:
@@ -49,24 +72,25 @@ def test_greedy_outputs_are_those_of_transformers(
 ) -> None:
     running = start_pipeline(DEMO_CHECKPOINT, *arguments.split()) if arguments else pipeline
     model = read_model(DEMO_CHECKPOINT)
-    outputs = [greedy(model, Sampling(**case)) for case in CASES]
-    assert len({tuple(output) for output in outputs}) == len(CASES), "each does something"
+    cases = [*CASES, *(random_case(random.Random(seed)) for seed in range(RANDOM))]
+    outputs = [greedy(model, Sampling(**case)) for case in cases]
+    assert len({tuple(o) for o in outputs[: len(CASES)]}) == len(CASES), "each does something"
 
     def ask(case: dict[str, Any], **keys: Any) -> dict[str, Any]:
         sampling = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, **case}
         return {"prompt_token_ids": PROMPT, "sampling": sampling, **keys}
 
     with Wire(running.endpoint) as wire:
-        together = wire.run(*(ask(case) for case in CASES), *(ask(case) for case in CASES))
+        together = wire.run(*(ask(case) for case in cases), *(ask(case) for case in cases))
         resumed = wire.run(
             *(
-                ask(case, resume_token_ids=output[: 3 * i])
-                for i, (case, output) in enumerate(zip(CASES, outputs, strict=True))
+                ask(case, resume_token_ids=output[: 3 * i % TOKENS])
+                for i, (case, output) in enumerate(zip(cases, outputs, strict=True))
             )
         )
     assert [answer.token_ids for answer in together] == outputs * 2
     for i, (answer, output) in enumerate(zip(resumed, outputs, strict=True)):
-        assert answer.token_ids == output[3 * i :]
+        assert answer.token_ids == output[3 * i % TOKENS :]
 
 
 def test_logprobs_are_of_the_raw_logits(wire: Wire) -> None:
