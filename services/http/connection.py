@@ -6,7 +6,8 @@ import asyncio
 import socket
 from typing import Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 # A client whose socket takes nothing for so long is disconnected, by the kernel.
 TAKES_NOTHING_S: Final = 30.0
@@ -31,3 +32,22 @@ class DoorProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = {"transport": {"transport": self.transport}}
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            _send_unframed(self.cycle)
+
+
+def _send_unframed(cycle: RequestResponseCycle) -> None:
+    """Has a response sent without chunked encoding, which HTTP/1.0 does not know: the connection's
+    end is the body's."""
+    send = cycle.send
+
+    async def send_unframed(message: ASGISendEvent) -> None:
+        if message["type"] == "http.response.body":
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.chunked_encoding = False
+    cycle.send = send_unframed  # type: ignore[method-assign]

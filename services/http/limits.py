@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import Final
 
 import msgspec
@@ -20,6 +21,7 @@ HEADERS_S: Final = 10.0
 # Headers and trailers; one read more is borne.
 HEADERS_BYTES: Final = 64 << 10
 
+_UPGRADE: Final = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _REASONS: Final = {
     400: "Bad Request",
     408: "Request Timeout",
@@ -53,7 +55,7 @@ class LimitedProtocol(DoorProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._bytes += len(data)
-        super().data_received(data)
+        super().data_received(data if self._in_body else _without_upgrade(data))
         if self.transport.is_closing():
             return
         # While a body that is wanted comes, the application looks at the clock.
@@ -86,10 +88,14 @@ class LimitedProtocol(DoorProtocol):
         self._refuse(400, "this is no valid HTTP/1.1 request")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answers, unless an earlier answer is on its way, and disconnects."""
+        """Answers, unless that would be taken for another answer, and disconnects."""
         log.info("%s is disconnected: %s", self.client[0] if self.client else "unknown", message)
         self._stop_timer()
-        if not self._answers():
+        unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
+        own = self._in_body and unanswered == [self.cycle] and not self.cycle.response_started
+        if own:
+            self.cycle.disconnected = True  # this is the answer to the request that comes
+        if own or not unanswered:
             body = msgspec.json.encode(ErrorAnswer(ApiError(status, message).body))
             self.transport.write(
                 f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\n"
@@ -114,3 +120,10 @@ class LimitedProtocol(DoorProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """The data, with an Upgrade header renamed: the parser would take no body behind one. Java's
+    client asks for HTTP/2 in this way."""
+    headers, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nx-upgrade:", headers) + end + rest

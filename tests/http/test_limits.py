@@ -52,6 +52,29 @@ def test_what_does_not_come_in_time_is_refused(hurried: Server, sent: bytes, sta
     assert f"HTTP/1.1 {status} ".encode() in answer_to(hurried, sent)
 
 
+@pytest.mark.parametrize("chunk", [b"-3\r\n", b"f" * 20 + b"\r\n", b"3\nabc\n0\n\n", b"zz"])
+def test_a_malformed_chunk_is_refused(server: Server, chunk: bytes) -> None:
+    sent = POST + b"transfer-encoding: chunked\r\n\r\n" + chunk
+    assert answer_to(server, sent).startswith(b"HTTP/1.1 400 ")
+
+
+def test_http_1_0_gets_a_stream_without_chunked_encoding(server: Server) -> None:
+    body = b'{"model": "demo", "prompt": "Once", "max_tokens": 3, "stream": true}'
+    head = b"POST /v1/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % len(body)
+    headers, _, events = answer_to(server, head + body).partition(b"\r\n\r\n")
+    assert headers.startswith(b"HTTP/1.1 200 ")
+    assert b"transfer-encoding" not in headers
+    assert events.startswith(b"data: {")
+    assert events.endswith(b"}\n\ndata: [DONE]\n\n")
+
+
+def test_a_request_that_asks_for_http_2_is_served_as_http_1_1(server: Server) -> None:
+    body = b'{"model": "demo", "prompt": "Once", "max_tokens": 3}'
+    upgrade = b"connection: upgrade, http2-settings, close\r\nupgrade: h2c\r\n"
+    head = POST + upgrade + b"content-length: %d\r\n\r\n" % len(body)
+    assert answer_to(server, head, body).startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_stream_outlives_the_time_for_headers(hurried: Server) -> None:
     body = {"model": "demo", "prompt": "Once", "max_tokens": 400, "ignore_eos": True}
     with hurried.send("/v1/completions", {**body, "stream": True}) as connection:
