@@ -31,6 +31,7 @@ class Calls:
     Args:
         request: its body has been read.
         messages: what to submit.
+        answer_key: the key of the body that is `structured_outputs` to the pipeline.
 
     Attributes:
         streams: a stream for each message.
@@ -42,11 +43,14 @@ class Calls:
         ApiError: a message cannot be sent.
     """
 
-    def __init__(self, context: DoorContext, request: Request, messages: list[Generate]) -> None:
+    def __init__(
+        self, context: DoorContext, request: Request, messages: list[Generate], answer_key: str
+    ) -> None:
         self.changed = asyncio.Event()
         self.gone = False
         self.streams: list[AsyncStream] = []
         self._recorder = context.recorder
+        self._answer_key = answer_key
         self.began_at = time.monotonic()
         self._running: set[AsyncStream] = set()
         self._watch: asyncio.Task[None] | None = None
@@ -99,7 +103,7 @@ class Calls:
         except (RequestError, PipelineUnavailable) as error:
             code = error.code if isinstance(error, RequestError) else "unavailable"
             self._end(stream, code)
-            raise api_error(error) from None
+            raise api_error(error, self._answer_key) from None
         self._end(stream, completion.finish_reason)
         return completion
 

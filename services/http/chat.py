@@ -15,7 +15,7 @@ from nanovllm.client.results import Completion, Delta
 from nanovllm.protocol import Generate, Logprobs
 from nanovllm.services.http.answers import AnswerReader, Markers, Piece, Reasoning
 from nanovllm.services.http.calls import Calls, client_name, made
-from nanovllm.services.http.constraints import tool_outputs
+from nanovllm.services.http.constraints import answer_key, tool_outputs
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import check_model, json_response
 from nanovllm.services.http.logprobs import chat_logprobs, prompt_logprobs
@@ -70,7 +70,7 @@ async def chat(request: Request, context: DoorContext) -> Response:
     choices = ask.n or 1
     outputs = [ChatOutput(index, model, tools=uses_tools) for index in range(choices)]
     answer_id, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-    calls = Calls(context, request, copies(context, [message], choices, body))
+    calls = Calls(context, request, copies(context, [message], choices, body), answer_key(ask))
     usage = partial(usage_of, choices=choices)
     if ask.stream:
         await calls.answered()

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from nanovllm.client.results import Completion, Delta
 from nanovllm.protocol import Generate
 from nanovllm.services.http.calls import Calls, client_name, made
+from nanovllm.services.http.constraints import answer_key
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import ApiError, check_model, json_response
 from nanovllm.services.http.logprobs import CompletionLogprobsWriter, prompt_logprobs, text_of
@@ -69,7 +70,7 @@ async def complete(
         )
         for prompt in prompts
     ]
-    calls = Calls(context, request, copies(context, messages, choices, body))
+    calls = Calls(context, request, copies(context, messages, choices, body), answer_key(ask))
     outputs = [
         TextOutput(index, ask, model, echoes[index // choices])
         for index in range(len(calls.streams))

@@ -13,6 +13,7 @@ from msgspec import Meta
 from nanovllm.protocol import JSON_WHITE_SPACE, NonEmptyStr, StructuredOutputs
 from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.tool_calls import CLOSE, OPEN
+from nanovllm.wording import key_and_reason
 
 if TYPE_CHECKING:
     from nanovllm.services.http.requests import ChatRequest, SamplingKeys, Tool
@@ -96,7 +97,17 @@ def structured_outputs(ask: SamplingKeys) -> StructuredOutputs | None:
     if len(found) > 1:
         message = f"response_format, {_OTHER_KEYS}: the answer can be only one of these"
         raise ApiError(400, message, "response_format")
-    return _checked(found[0]) if found else None
+    return _checked(ask, found[0]) if found else None
+
+
+def answer_key(ask: SamplingKeys) -> str:
+    """The key that says what the answer must be, where one does."""
+    for key in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+        if getattr(ask, key) is not None:
+            return key
+    if isinstance(ask.response_format, JsonObjectFormat | JsonSchemaFormat):
+        return "response_format"
+    return "tools" if ask.structured_outputs is None else "structured_outputs"
 
 
 def tool_outputs(ask: ChatRequest) -> StructuredOutputs | None:
@@ -122,7 +133,7 @@ def tool_outputs(ask: ChatRequest) -> StructuredOutputs | None:
     forced = choice not in (None, "auto")
     if not forced and several and not any(tool.function.strict for tool in tools):
         return None
-    return _checked({"grammar": _grammar(tools, forced=forced, several=several)})
+    return _checked(ask, {"grammar": _grammar(tools, forced=forced, several=several)})
 
 
 def _grammar(tools: Sequence[Tool], *, forced: bool, several: bool) -> str:
@@ -173,8 +184,9 @@ def _text(schema: JsonSchema) -> str:
     return schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
 
 
-def _checked(keys: dict[str, Any]) -> StructuredOutputs:
+def _checked(ask: SamplingKeys, outputs: dict[str, Any]) -> StructuredOutputs:
     try:
-        return msgspec.convert(keys, StructuredOutputs)
+        return msgspec.convert(outputs, StructuredOutputs)
     except msgspec.ValidationError as error:
-        raise ApiError(400, f"{next(iter(keys))}: {error}", None) from None
+        key, (_, reason) = answer_key(ask), key_and_reason(error)
+        raise ApiError(400, f"{key}: {reason}", key) from None

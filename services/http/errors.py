@@ -18,7 +18,8 @@ RETRY_AFTER_S: Final = "1"
 # The key that a message of the pipeline begins with.
 _KEY: Final = re.compile(
     r"((?:messages|tools|chat_template_kwargs|stop_token_ids|logit_bias|min_tokens|bad_words"
-    r"|allowed_token_ids|structured_outputs|ignore_eos|prompt)[\w.\[\]]*): "
+    r"|allowed_token_ids|ignore_eos|response_format|structured_outputs|guided_\w+|prompt)"
+    r"[\w.\[\]]*): "
 )
 
 
@@ -60,12 +61,20 @@ _STATUS_OF: Final[dict[ErrorCode, int]] = {
 }
 
 
-def api_error(error: RequestError | PipelineUnavailable) -> ApiError:
+def api_error(
+    error: RequestError | PipelineUnavailable, answer_key: str = "structured_outputs"
+) -> ApiError:
+    """
+    Args:
+        answer_key: the key of the request that is `structured_outputs` to the pipeline.
+    """
     if isinstance(error, PipelineUnavailable):
         return ApiError(503, "the pipeline does not answer; try again", code="unavailable")
     message = error.message.removeprefix("sampling.").removeprefix("sampling: ")
     if message.startswith("prompt_token_ids: "):
         message = message.replace("prompt_token_ids", "prompt", 1)  # over HTTP one key has both
+    if message.startswith("structured_outputs: "):
+        message = message.replace("structured_outputs", answer_key, 1)
     key = _KEY.match(message)
     return ApiError(_STATUS_OF[error.code], message, key and key[1], error.code)
 

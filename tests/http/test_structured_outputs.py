@@ -219,11 +219,23 @@ def test_what_cannot_be_served_is_refused(
         ask(client, **keys)
 
 
-def test_errors_name_the_key(client: openai.OpenAI) -> None:
-    for keys, param in (
-        ({"guided_regex": "("}, "structured_outputs"),
-        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
-    ):
-        with pytest.raises(openai.BadRequestError) as error:
-            ask(client, extra_body=keys)
-        assert error.value.param == param
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}),
+        ("structured_outputs", {"regex": "("}),
+        ("guided_json", ""),
+        ("guided_json", "no JSON"),
+        ("guided_grammar", "no grammar"),
+        ("tools", [tool("a", {"not": {}}, strict=True)]),
+        ("ignore_eos", True),
+    ],
+)
+def test_a_refusal_names_the_key_that_was_sent(
+    client: openai.OpenAI, key: str, value: object
+) -> None:
+    keys = {key: value} if key != "ignore_eos" else {key: value, "guided_regex": "a"}
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=f"{key}: ") as refused:
+            ask(client, extra_body={**keys, "stream": stream})
+        assert refused.value.param == key
