@@ -29,6 +29,8 @@ COMMENT_S: Final = 15.0
 LOOK_S: Final = 1.0
 # What an entry of logprobs takes, about.
 ENTRY_BYTES: Final = 64
+# Logprobs of more tokens, which wait for slow readers, are written in a thread.
+MANY_TOKENS: Final = 256
 
 _encode = msgspec.json.Encoder().encode
 
@@ -134,7 +136,8 @@ class EventStream(Response):
                 self._observe(stream, deltas)
                 delta = merged(deltas)
                 make = partial(self._news_of, output, delta)
-                events.append(await made(make, large=delta.prompt_logprobs is not None))
+                many = len(delta.logprobs or ()) > MANY_TOKENS
+                events.append(await made(make, large=many or delta.prompt_logprobs is not None))
             if stream.ended:
                 completion = await self._calls.result(stream)
                 usages[stream] = completion.usage

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from typing import Any
 
+import pytest
 from starlette.types import Message
 
 from nanovllm.client.results import Completion, Delta, Usage
@@ -18,8 +20,8 @@ from nanovllm.services.http.streams import EventStream
 class Stream:
     """A request's stream: what waits, and whether the request has ended."""
 
-    def __init__(self) -> None:
-        self.unread = [Delta("first ", [1], None, prompt_logprobs=[None])]
+    def __init__(self, first: Delta) -> None:
+        self.unread = [first]
         self.ended = False
 
     def take(self) -> list[Delta]:
@@ -28,8 +30,8 @@ class Stream:
 
 
 class Calls:
-    def __init__(self) -> None:
-        self.streams = [Stream()]
+    def __init__(self, first: Delta) -> None:
+        self.streams = [Stream(first)]
         self.changed = asyncio.Event()
         self.gone = False
         self.began_at = time.monotonic()
@@ -42,7 +44,7 @@ class Calls:
 
 
 class Output:
-    """While the first events are made, the stream goes on and ends."""
+    """While the first events are made, in a thread, the stream goes on and ends."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -52,6 +54,7 @@ class Output:
 
     def news(self, delta: Delta) -> list[Any]:
         if not self._stream.ended:
+            assert threading.current_thread() is not threading.main_thread()
             self._stream.unread.append(Delta("last", [2], None))
             self._stream.ended = True
         return [ChatChunkChoice(0, ChatDelta(content=delta.text))]
@@ -60,9 +63,16 @@ class Output:
         return [ChatChunkChoice(0, ChatDelta(), "stop")]
 
 
-def test_output_that_comes_while_large_events_are_made_is_not_lost() -> None:
+@pytest.mark.parametrize(
+    "first",
+    [
+        Delta("first ", [1], None, prompt_logprobs=[None]),
+        Delta("first ", [1] * 1000, [[(1, 0.0)]] * 1000),
+    ],
+)
+def test_output_that_comes_while_large_events_are_made_is_not_lost(first: Delta) -> None:
     async def body() -> bytes:
-        calls: Any = Calls()
+        calls: Any = Calls(first)
         chunk = ChatChunk(id="1", created=0, model="m", choices=[])
         stream = EventStream(chunk, calls, [Output(calls.streams[0])], Recorder(), None)
         sent: list[bytes] = []
