@@ -19,7 +19,7 @@ from nanovllm.services.http.constraints import answer_key, tool_outputs
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import check_model, json_response
 from nanovllm.services.http.logprobs import chat_logprobs, prompt_logprobs
-from nanovllm.services.http.requests import ChatRequest, Message, TemplateKeys, parse
+from nanovllm.services.http.requests import ChatRequest, TemplateKeys, is_continued, parse
 from nanovllm.services.http.responses import (
     AssistantMessage,
     ChatChoice,
@@ -60,7 +60,7 @@ async def chat(request: Request, context: DoorContext) -> Response:
         messages=messages,
         tools=tools if uses_tools else None,
         chat_template_kwargs=ask.chat_template_kwargs,
-        continue_final_message=is_continued(ask.messages[-1]),
+        continue_final_message=is_continued(ask),
         reasoning=model.reasoning,
         sampling=params,
         stream=bool(ask.stream),
@@ -108,11 +108,6 @@ def template_keys(body: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any
         if message["role"] == "developer":
             message["role"] = "system"
     return keys.messages, keys.tools
-
-
-def is_continued(last: Message) -> bool:
-    """Whether the output goes on with the last message, instead of answering it."""
-    return last.role == "assistant" and bool(last.content) and not last.tool_calls
 
 
 class ChatOutput:

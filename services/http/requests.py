@@ -42,7 +42,7 @@ _NOT_SERVED: Final = frozenset(
     {
         *("functions", "function_call", "modalities", "audio", "prediction", "web_search_options"),
         *("reasoning_effort", "verbosity", "service_tier", "suffix", "best_of"),
-        *("store", "add_generation_prompt"),
+        *("store", "chat_template", "documents", "truncate_prompt_tokens"),
     }
 )
 _PART_TYPE: Final = re.compile(r"messages\[\d+\]\.content\[\d+\]\.type")
@@ -87,7 +87,16 @@ class SamplingKeys(msgspec.Struct, kw_only=True):
     guided_choice: Choices | None = None
     guided_grammar: NonEmptyStr | None = None
 
+    # Not served.
+    best_of: Annotated[int, Meta(ge=1, le=1)] | None = None
+    truncate_prompt_tokens: None = None
+    use_beam_search: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
     def __post_init__(self) -> None:
+        for key in ("use_beam_search", "return_token_ids", "return_tokens_as_token_ids"):
+            _only(getattr(self, key), False, key)
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: goes with stream only", "stream_options")
 
@@ -143,6 +152,8 @@ class ChatRequest(SamplingKeys):
     messages: Annotated[list[Message], Meta(min_length=1)]
     tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -161,12 +172,14 @@ class ChatRequest(SamplingKeys):
     verbosity: None = None
     service_tier: Literal["auto", "default"] | None = None
     store: bool | None = None
-    add_generation_prompt: bool | None = None
+    echo: bool | None = None
+    chat_template: None = None
+    documents: None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _only(self.store, False, "store")
-        _only(self.add_generation_prompt, True, "add_generation_prompt")
+        _only(self.echo, False, "echo")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs: goes with logprobs true only", "top_logprobs")
 
@@ -179,7 +192,6 @@ class CompletionRequest(SamplingKeys, kw_only=True):
 
     # Not served.
     suffix: Literal[""] | None = None
-    best_of: Annotated[int, Meta(ge=1, le=1)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,6 +223,8 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
     tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -222,6 +236,27 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     tokens: list[TokenId]
+
+
+def is_continued(ask: ChatRequest | TokenizeRequest) -> bool:
+    """Whether the output goes on with the last message, instead of answering it: as the request
+    says, else where that message allows it.
+
+    Raises ApiError if the last message, or the other key, does not go with that.
+    """
+    last = (ask.messages or [])[-1]
+    allowed = last.role == "assistant" and bool(last.content) and not last.tool_calls
+    asked, key = ask.continue_final_message, "continue_final_message"
+    if asked and not allowed:
+        message = (
+            f"{key}: the last message is not the assistant's, or has no content or calls tools"
+        )
+        raise ApiError(400, message, key)
+    continued = allowed if asked is None else asked
+    if ask.add_generation_prompt is continued:
+        message = f"add_generation_prompt: {key} is {str(continued).lower()}; send its opposite"
+        raise ApiError(400, message, "add_generation_prompt")
+    return continued
 
 
 class TemplateKeys(msgspec.Struct):

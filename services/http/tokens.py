@@ -16,10 +16,15 @@ from nanovllm.checkpoint.chat_template import ChatTemplate, ChatTemplateError
 from nanovllm.checkpoint.tokenizer import load_tokenizer, read_chat_template
 from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
 from nanovllm.messages import Chat
-from nanovllm.services.http.chat import is_continued, template_keys
+from nanovllm.services.http.chat import template_keys
 from nanovllm.services.http.context import ServedModel
 from nanovllm.services.http.errors import ApiError, check_model, json_response
-from nanovllm.services.http.requests import DetokenizeRequest, TokenizeRequest, parse
+from nanovllm.services.http.requests import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    is_continued,
+    parse,
+)
 from nanovllm.services.http.responses import Text, Tokens
 
 
@@ -89,7 +94,7 @@ class PromptTokens:
         messages, tools = template_keys(body)
         kwargs = ask.chat_template_kwargs or {}
         try:
-            return template.render(Chat(messages, tools, kwargs, is_continued(ask.messages[-1])))
+            return template.render(Chat(messages, tools, kwargs, is_continued(ask)))
         except ChatTemplateError as error:
             raise ApiError(400, str(error), "messages") from None
 

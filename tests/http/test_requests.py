@@ -10,9 +10,16 @@ import pytest
 from nanovllm.client.results import RequestError
 from nanovllm.services.http.chat import template_keys
 from nanovllm.services.http.errors import ApiError, api_error
-from nanovllm.services.http.requests import ChatRequest, CompletionRequest, TokenizeRequest, parse
+from nanovllm.services.http.requests import (
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    is_continued,
+    parse,
+)
 
 USER = {"role": "user", "content": "Hi"}
+BEGUN = {"role": "assistant", "content": "Once"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
@@ -66,6 +73,12 @@ def test_a_wrong_value_is_refused_by_name(keys: dict[str, Any], param: str) -> N
         (ChatRequest, {"reasoning_effort": "low"}),
         (CompletionRequest, {"suffix": "x"}),
         (CompletionRequest, {"best_of": 2}),
+        (ChatRequest, {"best_of": 2}),
+        (ChatRequest, {"echo": True}),
+        (ChatRequest, {"chat_template": "x"}),
+        (ChatRequest, {"truncate_prompt_tokens": 5}),
+        (CompletionRequest, {"use_beam_search": True}),
+        (CompletionRequest, {"return_token_ids": True}),
     ],
 )
 def test_what_is_not_served_is_refused_and_never_ignored(
@@ -93,6 +106,33 @@ def test_values_that_change_nothing_and_unknown_keys_are_taken() -> None:
     }
     ask = parse(msgspec.json.encode({"model": "m", "messages": [USER], **keys}), ChatRequest)
     assert ask.tool_choice == "auto"
+
+
+@pytest.mark.parametrize(
+    ("last", "keys", "continued"),
+    [
+        (USER, {}, False),
+        (USER, {"continue_final_message": False, "add_generation_prompt": True}, False),
+        (BEGUN, {}, True),
+        (BEGUN, {"continue_final_message": True, "add_generation_prompt": False}, True),
+        (BEGUN, {"add_generation_prompt": False}, True),
+        (BEGUN, {"continue_final_message": False}, False),
+        (USER, {"continue_final_message": True}, "continue_final_message"),
+        (USER, {"add_generation_prompt": False}, "add_generation_prompt"),
+        (BEGUN, {"add_generation_prompt": True}, "add_generation_prompt"),
+    ],
+)
+def test_the_last_message_is_continued_as_asked(
+    last: dict[str, str], keys: dict[str, bool], continued: bool | str
+) -> None:
+    kinds: tuple[type[ChatRequest | TokenizeRequest], ...] = (ChatRequest, TokenizeRequest)
+    for kind in kinds:
+        ask = parse(msgspec.json.encode({"model": "m", "messages": [USER, last], **keys}), kind)
+        if isinstance(continued, bool):
+            assert is_continued(ask) == continued
+        else:
+            with pytest.raises(ApiError, match=f"^{continued}: "):
+                is_continued(ask)
 
 
 @pytest.mark.parametrize(
