@@ -62,7 +62,7 @@ class ChatTemplate:
             ChatTemplateError: whatever goes wrong in the template.
         """
         if reserved := sorted(RESERVED.intersection(chat.template_kwargs)):
-            raise ChatTemplateError(f"chat_template_kwargs may not hold {', '.join(reserved)}")
+            raise ChatTemplateError(f"chat_template_kwargs: may not hold {', '.join(reserved)}")
         conversation = [_message(message, i) for i, message in enumerate(chat.messages)]
         if chat.continue_final_message and not _can_continue(conversation[-1]):
             raise ChatTemplateError(
@@ -83,7 +83,7 @@ class ChatTemplate:
             text: str = rendered[0]
         except Exception as error:  # a template may raise anything; it concerns this request alone
             reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
-            raise ChatTemplateError(f"the chat template failed: {reason}") from error
+            raise ChatTemplateError(f"messages: the chat template failed: {reason}") from error
         return text
 
 
@@ -93,7 +93,7 @@ def _can_continue(message: dict[str, Any]) -> bool:
 
 def _message(message: dict[str, Any], index: int) -> dict[str, Any]:
     """The message as chat templates take it: null is absent, the text parts of `content` are one
-    text, a line each, and the `arguments` of a tool call are a map.
+    text, a line each, and the `arguments` of a tool call are a map, empty if there are none.
 
     Raises ChatTemplateError on a part that is not text, and on arguments that are not JSON.
     """
@@ -121,10 +121,10 @@ def _text(part: Any, where: str) -> str:
 
 def _tool_call(call: Any, where: str) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str | None):
         return call
     try:
-        arguments = msgspec.json.decode(function["arguments"] or "{}", type=dict[str, Any])
+        arguments = msgspec.json.decode(function.get("arguments") or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as error:
         raise ChatTemplateError(f"{where}.function.arguments: not a JSON object: {error}") from None
     return {**call, "function": {**function, "arguments": arguments}}

@@ -245,7 +245,9 @@ def is_continued(ask: ChatRequest | TokenizeRequest) -> bool:
     Raises ApiError if the last message, or the other key, does not go with that.
     """
     last = (ask.messages or [])[-1]
-    allowed = last.role == "assistant" and bool(last.content) and not last.tool_calls
+    parts = last.content
+    text = any(part.text for part in parts) if isinstance(parts, list) else bool(parts)
+    allowed = last.role == "assistant" and text and not last.tool_calls
     asked, key = ask.continue_final_message, "continue_final_message"
     if asked and not allowed:
         message = (

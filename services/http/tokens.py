@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 from nanovllm.checkpoint.chat_template import ChatTemplate, ChatTemplateError
 from nanovllm.checkpoint.tokenizer import load_tokenizer, read_chat_template
 from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
+from nanovllm.client.results import RequestError
 from nanovllm.messages import Chat
 from nanovllm.services.http.chat import template_keys
 from nanovllm.services.http.context import ServedModel
-from nanovllm.services.http.errors import ApiError, check_model, json_response
+from nanovllm.services.http.errors import ApiError, api_error, check_model, json_response
 from nanovllm.services.http.requests import (
     DetokenizeRequest,
     TokenizeRequest,
@@ -96,7 +97,7 @@ class PromptTokens:
         try:
             return template.render(Chat(messages, tools, kwargs, is_continued(ask)))
         except ChatTemplateError as error:
-            raise ApiError(400, str(error), "messages") from None
+            raise api_error(RequestError("invalid_request", str(error))) from None
 
 
 class _TokenizerFiles:

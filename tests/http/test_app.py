@@ -82,6 +82,16 @@ def test_tokens_are_those_of_the_pipeline(server: Server, pipeline: Pipeline) ->
     assert server.post("/detokenize", {"tokens": [3, 99999]}).json["error"]["param"] == "tokens[1]"
 
 
+def test_what_the_template_does_not_take_is_named(server: Server) -> None:
+    for keys, param in (
+        ({"chat_template_kwargs": {"tools": 5}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "assistant", "content": "</think>"}]}, "messages"),
+    ):
+        for path in ("/v1/chat/completions", "/tokenize"):
+            answer = server.post(path, {"model": "demo", "messages": HELLO, **keys})
+            assert (answer.status, answer.json["error"]["param"]) == (400, param)
+
+
 def test_the_description_is_whole(server: Server) -> None:
     answer = server.get("/openapi.json")
     described = answer.json

@@ -117,13 +117,15 @@ def test_values_that_change_nothing_and_unknown_keys_are_taken() -> None:
         (BEGUN, {"continue_final_message": True, "add_generation_prompt": False}, True),
         (BEGUN, {"add_generation_prompt": False}, True),
         (BEGUN, {"continue_final_message": False}, False),
+        ({"role": "assistant", "content": [{"type": "text", "text": ""}]}, {}, False),
+        ({"role": "assistant", "content": [{"type": "text", "text": "Once"}]}, {}, True),
         (USER, {"continue_final_message": True}, "continue_final_message"),
         (USER, {"add_generation_prompt": False}, "add_generation_prompt"),
         (BEGUN, {"add_generation_prompt": True}, "add_generation_prompt"),
     ],
 )
 def test_the_last_message_is_continued_as_asked(
-    last: dict[str, str], keys: dict[str, bool], continued: bool | str
+    last: dict[str, Any], keys: dict[str, bool], continued: bool | str
 ) -> None:
     kinds: tuple[type[ChatRequest | TokenizeRequest], ...] = (ChatRequest, TokenizeRequest)
     for kind in kinds:

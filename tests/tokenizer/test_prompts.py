@@ -234,13 +234,14 @@ def test_messages_have_one_form_for_the_template(tmp_path: Path) -> None:
                 {"id": "1", "function": {"name": "f", "arguments": '{"x": [1, null]}'}},
                 {"id": "2", "function": {"name": "g", "arguments": {"y": 2}}},
                 {"id": "3", "function": {"name": "h", "arguments": ""}},
+                {"id": "4", "function": {"name": "i"}},
             ],
         },
         {"role": "tool", "content": "4", "tool_call_id": "1"},
     ]
     prompt = prompt_of(tokenized(encoder, messages=messages))
     text = tiny_tokenizer().decode(prompt, skip_special_tokens=False)
-    calls = [("1", "f", {"x": [1, None]}), ("2", "g", {"y": 2}), ("3", "h", {})]
+    calls = [("1", "f", {"x": [1, None]}), ("2", "g", {"y": 2}), ("3", "h", {}), ("4", "i", {})]
     assert msgspec.json.decode(text) == [
         {"role": "user", "content": "a\nb"},
         {
