@@ -91,8 +91,10 @@ class Guard:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["client_name"] = scope["client"][0] if scope["client"] else "unknown"
         try:
-            scope["state"]["client_name"] = self._client_name(scope)
+            if self._digests and scope["path"] not in OPEN_PATHS:
+                scope["state"]["client_name"] = self._key_name(scope)
             if self.draining and (scope["method"] == "POST" or scope["path"] == "/ready"):
                 message = "the server is shutting down; try again"
                 raise ApiError(503, message, code="shutting_down")
@@ -113,18 +115,16 @@ class Guard:
         finally:
             self.running -= 1
 
-    def _client_name(self, scope: Scope) -> str:
-        """Raises ApiError if the request has no key and needs one."""
-        if self._digests and scope["path"] not in OPEN_PATHS:
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
-            # Every comparison is made, so that the time says nothing.
-            known = sum(hmac.compare_digest(digest, one) for one in self._digests)
-            if scheme.lower() != "bearer" or not known:
-                message = "no valid API key: send one of the server's as `Authorization: Bearer …`"
-                raise ApiError(401, message, code="invalid_api_key")
-            return f"key {digest.hex()[:16]}"
-        return scope["client"][0] if scope["client"] else "unknown"
+    def _key_name(self, scope: Scope) -> str:
+        """Raises ApiError if the request has no key."""
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        # Every comparison is made, so that the time says nothing.
+        known = sum(hmac.compare_digest(digest, one) for one in self._digests)
+        if scheme.lower() != "bearer" or not known:
+            message = "no valid API key: send one of the server's as `Authorization: Bearer …`"
+            raise ApiError(401, message, code="invalid_api_key")
+        return f"key {digest.hex()[:16]}"
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None if the client leaves before it is there.

@@ -100,6 +100,9 @@ def test_a_request_has_one_name_in_response_and_log(locked: Pipeline, door: Serv
     assert "GET /v1/models: 200 in " in line
     assert "for key " in line
     assert "secret" not in line
+    refused = {"x-request-id": "mine-2", "authorization": "Bearer wrong"}
+    assert door.ask("GET", "/v1/models", headers=refused).status == 401
+    assert locked.wait_for("mine-2", TIMEOUT_S).rstrip().endswith(", for 127.0.0.1")
     bad = door.ask("GET", "/v1/models", headers={"x-request-id": "a b"})
     drawn = bad.headers["x-request-id"]
     assert drawn != "a b"
