@@ -44,12 +44,17 @@ class Url(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Url:
         """Raises ValueError if `text` is no such URL. Without a path, `/v1` is meant."""
-        parts = urlsplit(text)
+        wrong = ValueError(f"--http {text!r} is no URL as http://127.0.0.1:8000/v1")
+        try:
+            parts = urlsplit(text)
+            port = parts.port
+        except ValueError:
+            raise wrong from None
         tls = parts.scheme == "https"
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-            raise ValueError(f"--http {text!r} is no URL as http://127.0.0.1:8000/v1")
+            raise wrong
         path = parts.path.rstrip("/") or "/v1"
-        port = parts.port or (443 if tls else 80)
+        port = port or (443 if tls else 80)
         return cls(f"{parts.scheme}://{parts.netloc}{path}", parts.hostname, port, tls, path)
 
 

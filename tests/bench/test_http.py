@@ -87,6 +87,8 @@ def test_chats_of_several_turns_by_url(door: Pipeline, tmp_path: Path) -> None:
         ("--http {url} --model other --requests 2", "no request succeeded: model_not_found: "),
         ("--http http://127.0.0.1:1", "no server answers at http://127.0.0.1:1/ready: "),
         ("--http tcp://127.0.0.1:1", "--http 'tcp://127.0.0.1:1' is no URL as http://"),
+        ("--http http://127.0.0.1:99999", "--http 'http://127.0.0.1:99999' is no URL as http://"),
+        ("--http http://[::1", "--http 'http://[::1' is no URL as http://"),
         ("--http {url} --api-key-file /nowhere", "--api-key-file /nowhere cannot be read"),
         ("--http {url} --turns 2", "--turns over HTTP needs --prompts with chats"),
         ("--model demo", "--model and --api-key-file go with --http"),
