@@ -25,6 +25,9 @@ class Markers(NamedTuple):
 class AnswerReader:
     """Tells the pieces of one output apart, as its text comes.
 
+    Line breaks around reasoning, and between it and the answer, belong to neither, as in the chat
+    templates that write them there.
+
     Args:
         markers: None where the request says nothing of reasoning: all is the answer.
         tools: whether the answer may hold tool calls.
@@ -32,7 +35,9 @@ class AnswerReader:
 
     def __init__(self, markers: Markers | None, *, tools: bool) -> None:
         self._markers = markers
-        self._reasoned = False  # whether text of reasoning has come
+        self._reasoned = False  # whether text of reasoning, or a marker, has come
+        self._bare = markers is not None  # whether line breaks that come now are dropped
+        self._held = ""  # line breaks that end the reasoning, unless more of it comes
         self._answers = markers is None
         self._calls = ToolCallParser() if tools else None
 
@@ -45,12 +50,16 @@ class AnswerReader:
         found: list[Piece] = []
         if not self._answers:
             reasoning = self._without_markers(text[:answer_at], answer_at is not None)
-            if reasoning:
-                found.append(Reasoning(reasoning))
+            reasoning = self._held + self._without_breaks(reasoning)
+            if bare := reasoning.rstrip("\n"):
+                found.append(Reasoning(bare))
+            self._held = reasoning[len(bare) :]
             if answer_at is None:
                 return found
             self._answers = True
+            self._bare = self._reasoned
             text = text[answer_at:]
+        text = self._without_breaks(text)
         if self._calls is not None:
             found += self._calls.feed(text)
         elif text:
@@ -61,14 +70,23 @@ class AnswerReader:
         """What was held, now that no more text comes."""
         return [] if self._calls is None else [*self._calls.rest()]
 
+    def _without_breaks(self, text: str) -> str:
+        """The text; without the line breaks that the reasoning, or an answer behind it, begins
+        with."""
+        if self._bare:
+            text = text.lstrip("\n")
+            self._bare = not text
+        return text
+
     def _without_markers(self, text: str, ends: bool) -> str:
         """The text of reasoning. A marker comes in one piece, and white space may come before the
         first."""
         assert self._markers is not None
+        begins = not self._reasoned
+        self._reasoned |= bool(text)
         if ends:
             text = text.removesuffix(self._markers.end)
-        if not self._reasoned and text:
-            self._reasoned = True
+        if begins:
             bare = text.lstrip()
             if self._markers.begin and bare.startswith(self._markers.begin):
                 return bare.removeprefix(self._markers.begin)

@@ -28,7 +28,7 @@ from tests.client.test_client import has_abort, some_then_silence
 from tests.http.server import HELLO, TIMEOUT_S, serving
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
-OUTPUT = f"<think>\nHm.\n</think>\n\nI look.\n{CALL}\n{CALL}"
+OUTPUT = f"<think>\nHm.\n\nYes.\n</think>\n\nI look.\n\nNow.\n{CALL}\n{CALL}"
 ANSWER_AT = OUTPUT.index("</think>") + len("</think>")
 TOOLS = [{"type": "function", "function": {"name": "weather", "x-key": 1}}]
 
@@ -48,7 +48,7 @@ def writes(
         yield Accepted(id=message.id, session=session, seed=SEED)
         for offset, (begin, end) in enumerate(pairwise([0, *cuts, len(text)])):
             delta = Delta(id=message.id, offset=offset, token_ids=[1], text=text[begin:end])
-            if answer_at is not None and begin < answer_at <= end:
+            if answer_at is not None and (begin < answer_at or begin == 0) and answer_at <= end:
                 delta.answer_at = answer_at - begin
             if logprobs is not None:
                 delta.logprobs = [logprobs[offset]]
@@ -88,8 +88,8 @@ def test_an_answer_is_told_apart() -> None:
     message = choice["message"]
     assert choice["finish_reason"] == "tool_calls"
     assert message["role"] == "assistant"
-    assert message["reasoning_content"] == "\nHm.\n"
-    assert message["content"] == "\n\nI look."
+    assert message["reasoning_content"] == "Hm.\n\nYes."
+    assert message["content"] == "I look.\n\nNow."
     assert [call["type"] for call in message["tool_calls"]] == ["function", "function"]
     assert len({call["id"] for call in message["tool_calls"]}) == 2
     for call in message["tool_calls"]:
@@ -99,7 +99,12 @@ def test_an_answer_is_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "cuts", [[], [ANSWER_AT], list(range(8, ANSWER_AT - 8, 2)) + list(range(ANSWER_AT, 150, 3))]
+    "cuts",
+    [
+        [],
+        [ANSWER_AT],
+        *([*range(8, ANSWER_AT - 8, size), *range(ANSWER_AT, 160, size)] for size in (1, 3)),
+    ],
 )
 def test_a_stream_says_what_the_whole_does(cuts: list[int]) -> None:
     with ingress(writes(OUTPUT, ANSWER_AT, cuts)) as double, serving(double.endpoint) as server:
@@ -108,8 +113,8 @@ def test_a_stream_says_what_the_whole_does(cuts: list[int]) -> None:
     *chunks, last, usage = answer.chunks
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     message = joined(chunks)
-    assert message["content"] == "\n\nI look."
-    assert message["reasoning_content"] == "\nHm.\n"
+    assert message["content"] == "I look.\n\nNow."
+    assert message["reasoning_content"] == "Hm.\n\nYes."
     assert message["tool_calls"] == [["weather", '{"city": "Zürich"}']] * 2
     assert last["choices"] == [
         {"index": 0, "delta": {}, "finish_reason": "tool_calls", "logprobs": None}
@@ -160,6 +165,26 @@ def test_output_that_ends_before_the_answer_is_reasoning() -> None:
         message = server.chat().json["choices"][0]["message"]
         assert (message["reasoning_content"], message["content"]) == ("So", "")
         assert joined(server.chat(stream=True).chunks)["reasoning_content"] == "So"
+
+
+@pytest.mark.parametrize(
+    ("output", "answer", "content"),
+    [
+        ("<think>\n\n</think>\n\nHi\n", "\n\nHi", "Hi\n"),
+        ("</think>\n\nHi", "\n\nHi", "Hi"),  # the prompt has begun the reasoning
+        ("<think>Hm</think>\n\n", "\n\n", ""),
+        ("<think>Hm</think>  Hi", "  Hi", "  Hi"),
+        ("\n\nHi", "\n\nHi", "\n\nHi"),  # no reasoning
+    ],
+)
+def test_an_answer_begins_behind_the_line_breaks_after_reasoning(
+    output: str, answer: str, content: str
+) -> None:
+    at = output.index(answer)
+    cuts = [*range(at or 1, len(output))]
+    with ingress(writes(output, at, cuts)) as double, serving(double.endpoint) as server:
+        assert server.chat().json["choices"][0]["message"]["content"] == content
+        assert joined(server.chat(stream=True).chunks)["content"] == content
 
 
 def test_without_tools_a_call_is_content() -> None:
