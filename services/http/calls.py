@@ -127,10 +127,21 @@ class Calls:
             self._running.remove(stream)
             self._recorder.ended(reason, time.monotonic() - self.began_at)
 
+    async def change(self) -> None:
+        """Waits until one of the streams, or the HTTP client, has changed.
+
+        Raises ApiError if the server ends meanwhile: uvicorn cancels what is unfinished then.
+        """
+        try:
+            await self.changed.wait()
+        except asyncio.CancelledError:
+            message = "the server is shutting down; try again"
+            raise ApiError(503, message, code="shutting_down") from None
+        self.changed.clear()
+
     async def _change(self) -> None:
         if not self.gone:
-            await self.changed.wait()
-            self.changed.clear()
+            await self.change()
         if self.gone:
             raise ClientGone
 

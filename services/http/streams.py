@@ -96,16 +96,14 @@ class EventStream(Response):
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        changed = self._calls.changed
-        changed.set()  # output may have come with the acceptance
+        self._calls.changed.set()  # output may have come with the acceptance
         body = b"".join(map(self._event, (c for o in self._running.values() for c in o.begin())))
         usages: dict[AsyncStream, PipelineUsage] = {}
         try:
             while self._running:
                 if body:
                     await self._send(send, body)
-                await changed.wait()
-                changed.clear()
+                await self._calls.change()
                 if self._calls.gone:
                     return
                 body = await self._news(usages)

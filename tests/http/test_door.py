@@ -223,12 +223,22 @@ def test_a_drain_ends_http_streams_at_its_timeout(
 ) -> None:
     pipeline = start_pipeline("", *SIM, *HTTP, "--drain-timeout", "0.5")
     door = Server(pipeline.http_port)
-    with door.send("/v1/completions", {"model": "demo", **ENDLESS, "stream": True}) as connection:
-        stream = connection.makefile("rb")
-        next(line for line in stream if line.startswith(b"data: "))
-        pipeline.process.send_signal(signal.SIGTERM)
-        pipeline.wait_for("unfinished end here", TIMEOUT_S)
-        assert pipeline.process.wait(END_TIMEOUT_S) == 0
+    with ThreadPoolExecutor(1) as pool:
+        body = {"model": "demo", **ENDLESS, "stream": True}
+        with door.send("/v1/completions", body) as connection:
+            stream = connection.makefile("rb")
+            next(line for line in stream if line.startswith(b"data: "))
+            whole = pool.submit(lambda: door.complete(**ENDLESS))
+            pipeline.stats_once(HttpStats, lambda stats: stats.running == 2)
+            pipeline.process.send_signal(signal.SIGTERM)
+            pipeline.wait_for("unfinished end here", TIMEOUT_S)
+            *_, last, done = [line for line in stream if line.startswith(b"data: ")]
+        assert json.loads(last[6:])["error"]["code"] == "shutting_down"
+        assert done == b"data: [DONE]\n"
+        answer = whole.result()
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json["error"]["code"] == "shutting_down"
+    assert pipeline.process.wait(END_TIMEOUT_S) == 0
 
 
 def test_an_event_loop_that_stands_still_is_found(

@@ -39,6 +39,10 @@ class Calls:
     async def result(self, stream: Stream) -> Completion:
         return Completion("first last", [1, 2], "stop", Usage(1, 2, 0), None, None)
 
+    async def change(self) -> None:
+        await self.changed.wait()
+        self.changed.clear()
+
     def closing(self) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()
 
