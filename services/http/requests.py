@@ -43,6 +43,7 @@ _NOT_SERVED: Final = frozenset(
         *("functions", "function_call", "modalities", "audio", "prediction", "web_search_options"),
         *("reasoning_effort", "verbosity", "service_tier", "suffix", "best_of"),
         *("store", "chat_template", "documents", "truncate_prompt_tokens"),
+        *("logits_processors", "thinking_token_budget", "priority"),
     }
 )
 _PART_TYPE: Final = re.compile(r"messages\[\d+\]\.content\[\d+\]\.type")
@@ -90,6 +91,9 @@ class SamplingKeys(msgspec.Struct, kw_only=True):
     # Not served.
     best_of: Annotated[int, Meta(ge=1, le=1)] | None = None
     truncate_prompt_tokens: None = None
+    logits_processors: None = None
+    thinking_token_budget: None = None
+    priority: Literal[0] | None = None
     use_beam_search: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -175,11 +179,15 @@ class ChatRequest(SamplingKeys):
     echo: bool | None = None
     chat_template: None = None
     documents: None = None
+    add_special_tokens: bool | None = None
+    include_reasoning: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _only(self.store, False, "store")
         _only(self.echo, False, "echo")
+        _only(self.add_special_tokens, False, "add_special_tokens")
+        _only(self.include_reasoning, True, "include_reasoning")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs: goes with logprobs true only", "top_logprobs")
 
@@ -192,9 +200,11 @@ class CompletionRequest(SamplingKeys, kw_only=True):
 
     # Not served.
     suffix: Literal[""] | None = None
+    add_special_tokens: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _only(self.add_special_tokens, True, "add_special_tokens")
         if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "max_tokens: 0 goes with echo only", "max_tokens")
 
@@ -227,6 +237,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_generation_prompt: bool | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
+    chat_template: None = None  # not served
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
