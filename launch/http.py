@@ -80,7 +80,8 @@ class Listener:
         words = ["curl", f"{self.url}/v1/chat/completions", "-H", "Content-Type: application/json"]
         words += ["--cacert", self._tls_certificate] if self._tls_certificate else []
         words += ["-d", msgspec.json.encode(question).decode()]
-        key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if self._keys else ""
+        first = f"${{{API_KEY_VARIABLE}%%,*}}"  # the variable may hold several keys
+        key = f' -H "Authorization: Bearer {first}"' if self._keys else ""
         return shlex.join(words) + key
 
     def close(self) -> None:

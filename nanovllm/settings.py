@@ -7,6 +7,7 @@ launcher hands its settings on to the services as command lines.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +29,8 @@ ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer", "http
 # What can be restarted, and what can be scaled: an engine is a scheduler and its gpu_workers.
 RESTARTABLE = (*ROLES, "engine", "all")
 SCALABLE = ("tokenizer", "detokenizer", "http", "engine")
+# As browsers write it: no path, no slash at the end. A page from a file has the origin "null".
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 # At most so many services of a role that can be scaled.
 MAX_SERVICES = 64
 
@@ -239,6 +242,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 host_and_port(self.http)
             except ValueError as error:
                 raise SettingsError(f"--http {self.http}: {error}") from None
+        for origin in filter(None, map(str.strip, self.cors.split(","))):
+            if not _ORIGIN.fullmatch(origin):
+                raise SettingsError(
+                    f"--cors {origin}: must be an origin, as browsers write it:"
+                    " https://page.example or http://localhost:3000"
+                )
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise SettingsError("--tls-certificate and --tls-key belong together: name both")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -144,3 +144,9 @@ def test_an_ingress_beyond_loopback_needs_insecure(host: str) -> None:
 def test_an_ingress_on_this_machine_needs_nothing(ingress: str) -> None:
     assert parse("--ingress", ingress, "--runtime-dir", "/run/x").ingress == ingress
     assert Settings(ingress="tcp://localhost:5").ingress
+
+
+@pytest.mark.parametrize("origin", ["page.example", "https://page.example/", "https://a/b", "**"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(click.UsageError, match=r"--cors .* must be an origin"):
+        parse("--cors", f"https://page.example:8443, {origin}")
