@@ -195,7 +195,7 @@ def status(where: Where, as_json: bool) -> None:
       nanovllm scale tokenizer 4
       nanovllm scale engine 2
     """,
-    short_help="Run so many tokenizers, detokenizers or engines.",
+    short_help="Run so many tokenizers, detokenizers, HTTP servers or engines.",
 )
 @click.argument("role", type=click.Choice(SCALABLE), metavar="ROLE")
 @click.argument("count", type=click.IntRange(1, MAX_SERVICES))
@@ -204,7 +204,7 @@ def scale(where: Where, role: str, count: int) -> None:
     from nanovllm.control import Scale
 
     with told_in_one_line(), where.control() as control:
-        services = counted(count, role)
+        services = counted(count, "HTTP server" if role == "http" else role)
         click.echo(f"scaling to {services} …", err=True)
         _command(control, Scale(role, count))
         click.echo(f"{services} running")
