@@ -191,18 +191,19 @@ class LLM:
 
     def chat(
         self,
-        messages: Messages | Sequence[Messages],
+        messages: str | Messages | Sequence[str | Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Tools | None = None,
     ) -> list[LLMOutput]:
-        """`generate` for one chat, or for a list of chats; arguments and errors as there."""
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        chats = cast("Sequence[Messages]", [messages] if one else messages)
+        """`generate` for one chat, or for a list of chats; arguments and errors as there. A text is
+        a chat of one message, the user's."""
+        one = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], Mapping))
+        chats = cast("Sequence[str | Messages]", [messages] if one else messages)
         return self.generate(
-            chats,
+            [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in chats],
             sampling_params,
             use_tqdm,
             chat_template_kwargs=chat_template_kwargs,

@@ -304,10 +304,11 @@ def test_chat_takes_one_chat_or_many() -> None:
     with LLM(device="cpu") as llm:
         (one,) = llm.chat([said], params, use_tqdm=False)
         two = llm.chat([[said], [said]], params, use_tqdm=False)
+        texts = llm.chat(["hello", "hello"], params, use_tqdm=False) + llm.chat("hello", params)
         (by_generate,) = llm.generate([[said]], params, use_tqdm=False)
         llm.chat([said], params, False, tools=tools, chat_template_kwargs={"enable_thinking": True})
         tokenizer = llm.get_tokenizer()
-    assert [output["token_ids"] for output in (*two, by_generate)] == [one["token_ids"]] * 3
+    assert [output["token_ids"] for output in (*two, *texts, by_generate)] == [one["token_ids"]] * 6
     assert tokenizer.decode(one["token_ids"], skip_special_tokens=True) == one["text"]
 
 

@@ -26,7 +26,8 @@ from tests.recovery.streams import services, wait_for_another
 
 ROOT = Path(__file__).parents[2]
 ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", re.MULTILINE)
-DOCUMENTED = ROW.findall((ROOT / "docs" / "metrics.md").read_text())
+PAGE = (ROOT / "docs" / "metrics.md").read_text()
+DOCUMENTED = ROW.findall(PAGE)
 # Labels that Prometheus makes of a histogram.
 OWN_LABELS = {"le"}
 DETOKENIZER = ServiceId("detokenizer", 0)
@@ -93,6 +94,16 @@ def test_the_page_lists_what_is_exported(door: Server) -> None:
         (name, kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in DOCUMENTED
     ]
     assert sorted(exported, key=str) == sorted(documented, key=str)
+
+
+def test_the_page_s_command_shows_them(door: Server) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is missing")
+    (command,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert "127.0.0.1:8000" in command
+    command = command.replace("http://127.0.0.1:8000", door.url)
+    shown = subprocess.run(["sh", "-e"], input=command, capture_output=True, text=True, check=True)
+    assert DOCUMENTED[0][0] in shown.stdout
 
 
 def test_the_figures_are_those_of_all_doors(door: Server, doors: Doors) -> None:
