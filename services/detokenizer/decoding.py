@@ -30,6 +30,7 @@ class Decoding:
         # Until the answer begins.
         self._finder = AnswerFinder(options.answer_marks) if options.answer_marks else None
         self._answer_at: int | None = None
+        self._breaks = False  # whether line breaks that come now are those behind reasoning
         self._tokens = bytearray()
         self.count = 0  # tokens in `_tokens`
         self._pieces: list[str] = []
@@ -101,6 +102,11 @@ class Decoding:
             if not self._finder.found:
                 return
             text = self._begin_answer(self._finder)
+            self._breaks = not text
+        if self._breaks:
+            bare = text.lstrip("\n")
+            self._release(text[: len(text) - len(bare)], stops=None)
+            self._breaks, text = not bare, bare
         self._release(text, self._stops)
 
     def finish(self, reason: EndReason, completion_tokens: int) -> None:

@@ -238,6 +238,16 @@ def test_special_tokens_can_be_in_the_text() -> None:
 
 
 OPEN, CLOSE = "<think>", "</think>"
+
+
+def test_line_breaks_behind_reasoning_do_not_stop_the_answer() -> None:
+    opening, closing = tokenizer.encode(OPEN + CLOSE).ids
+    core = Detokenizer(VOCABULARY)
+    token_ids = tokenizer.encode(f"{OPEN}E{CLOSE}\n\ndog\n\nE").ids
+    core.take(begin(token_ids, stop=["\n\n"], answer_marks=AnswerMarks(opening, closing, False)))
+    assert only(core).text == f"{OPEN}E{CLOSE}\n\ndog"
+
+
 PIECES = [OPEN, CLOSE, " ", "\n", "dog", "E", "END"]
 
 
@@ -251,7 +261,7 @@ def answer_begins(pieces: list[str], reasons: bool) -> int | None:
 @given(
     st.lists(st.sampled_from(PIECES), max_size=12),
     st.booleans(),
-    st.lists(st.sampled_from(["END", "D", "<", " ", "\nE"]), max_size=2),
+    st.lists(st.sampled_from(["END", "D", "<", " ", "\n", "\nE"]), max_size=2),
     st.data(),
 )
 def test_the_answer_begins_where_the_marks_say(
@@ -261,9 +271,11 @@ def test_the_answer_begins_where_the_marks_say(
     token_ids = [token_id for part in parts for token_id in part]
     expected: tuple[str, int | None] = "".join(pieces), None
     if (first := answer_begins(pieces, reasons)) is not None:
-        before = "".join(pieces[:first])
-        answer, _, _ = reference([i for part in parts[first:] for i in part], stops)
-        expected = before + answer, len(before)
+        begins = first  # where stop strings look, behind the line breaks after reasoning
+        while 0 < first <= begins < len(pieces) and pieces[begins] == "\n":
+            begins += 1
+        answer, _, _ = reference([i for part in parts[begins:] for i in part], stops)
+        expected = "".join(pieces[:begins]) + answer, len("".join(pieces[:first]))
 
     opening, closing = tokenizer.encode(OPEN + CLOSE).ids
     marks = AnswerMarks(opening, closing, reasons)
