@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from nanovllm.checkpoint.files import CheckpointError, read_json
+from nanovllm.protocol import RepetitionPenalty
 
 
 class _EosOnly(msgspec.Struct):
@@ -50,6 +51,7 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
 
 
 def read_sampling_defaults(directory: Path) -> SamplingDefaults:

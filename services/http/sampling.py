@@ -44,7 +44,9 @@ def sampling(
         seed=ask.seed,
         logprobs=logprobs,
         prompt_logprobs=ask.prompt_logprobs,
-        repetition_penalty=_first(ask.repetition_penalty, None, own.repetition_penalty),
+        repetition_penalty=_first(
+            ask.repetition_penalty, defaults.repetition_penalty, own.repetition_penalty
+        ),
         frequency_penalty=ask.frequency_penalty or 0.0,
         presence_penalty=ask.presence_penalty or 0.0,
         logit_bias=ask.logit_bias or {},

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from nanovllm.checkpoint.generation import read_sampling_defaults
 from nanovllm.client.results import RequestError
 from nanovllm.services.http.chat import template_keys
+from nanovllm.services.http.context import ServedModel
 from nanovllm.services.http.errors import ApiError, api_error
 from nanovllm.services.http.requests import (
     ChatRequest,
@@ -17,6 +21,7 @@ from nanovllm.services.http.requests import (
     is_continued,
     parse,
 )
+from nanovllm.services.http.sampling import sampling
 
 USER = {"role": "user", "content": "Hi"}
 BEGUN = {"role": "assistant", "content": "Once"}
@@ -205,3 +210,15 @@ def test_a_refusal_of_the_pipeline_names_the_key_as_http_clients_know_it(
 def test_tokenize_takes_one_of_prompt_and_messages() -> None:
     assert refusal(TokenizeRequest, {}).body.param == "prompt"
     assert refusal(TokenizeRequest, {"prompt": "a", "messages": [USER]}).body.param == "prompt"
+
+
+def test_the_checkpoint_says_how_to_sample_where_the_request_does_not(tmp_path: Path) -> None:
+    said = {"top_p": 0.8, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05}
+    (tmp_path / "generation_config.json").write_text(json.dumps({**said, "do_sample": True}))
+    defaults = read_sampling_defaults(tmp_path)
+    model = ServedModel("m", tmp_path, 4096, defaults, {}, frozenset(), None)
+    for asked in ({}, {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}):
+        body = msgspec.json.encode({"model": "m", "prompt": "x", **asked})
+        drawn = sampling(parse(body, CompletionRequest), model, None, None)
+        assert {key: getattr(drawn, key) for key in said} == (asked or said)
+        assert drawn.temperature == 1.0
