@@ -1,7 +1,10 @@
 """nano-vLLM's offline benchmark through the whole pipeline: random prompts, random lengths.
 
-python -m benchmarks.offline --random-weights benchmarks/shapes/qwen3-0.6b.json
-python -m benchmarks.offline /path/to/checkpoint --num-seqs 16 --max-input 64 --max-output 64
+    python -m benchmarks.offline --random-weights benchmarks/shapes/qwen3-0.6b.json
+    python -m benchmarks.offline /path/to/checkpoint --num-seqs 16 --max-input 64 --max-output 64
+    python -m benchmarks.offline /path/to/checkpoint --num-seqs 1024 --engines 4
+
+Prints one JSON line. `device_busy_decoding` has a share for each engine.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -31,6 +35,7 @@ from nanovllm.checkpoint import ModelConfig
 @click.option("--temperature", default=0.6, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--tp", "tensor_parallel_size", default=1, show_default=True)
+@click.option("--engines", default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--max-model-len", default=4096, show_default=True)
@@ -45,6 +50,7 @@ def main(
     temperature: float,
     seed: int,
     tensor_parallel_size: int,
+    engines: int,
     device: str,
     dtype: str,
     max_model_len: int,
@@ -64,14 +70,16 @@ def main(
             )
             for _ in range(num_seqs)
         ]
-        arguments = f"--tp {tensor_parallel_size} --device {device} --dtype {dtype}"
+        arguments = f"--tp {tensor_parallel_size} --engines {engines}"
+        arguments += f" --device {device} --dtype {dtype}"
         arguments += f" --max-model-len {max_model_len} --log-level warning"
         with (
             Pipeline(directory, *arguments.split()) as pipeline,
             LLM(endpoint=pipeline.endpoint) as llm,
         ):
-            llm.generate(prompts[:2], SamplingParams(max_tokens=4), use_tqdm=False)
-            reports: list[Reported] = []
+            warm_up = prompts[: 2 * engines]
+            llm.generate(warm_up, SamplingParams(max_tokens=4), use_tqdm=False)
+            reports: list[list[Reported]] = []
             with pipeline.watched(reports):
                 start = time.perf_counter()
                 outputs = llm.generate(prompts, sampling)
@@ -80,21 +88,25 @@ def main(
     click.echo(
         json.dumps(
             {
+                "engines": engines,
                 "sequences": num_seqs,
                 "prompt_tokens": sum(len(prompt) for prompt in prompts),
                 "output_tokens": tokens,
                 "start_s": round(pipeline.start_s, 1),
                 "seconds": round(seconds, 2),
                 "output_tokens_per_s": round(tokens / seconds, 1),
-                "device_busy_decoding": _busy_decoding(reports),
+                "device_busy_decoding": [
+                    _busy_decoding(engine) for engine in zip(*reports, strict=True)
+                ],
             }
         )
     )
 
 
-def _busy_decoding(reports: list[Reported]) -> float | None:
-    """The share of the time for which the device had work, once nobody waited to be admitted and
-    until the first report of nobody running; None if that was over within a report."""
+def _busy_decoding(reports: Sequence[Reported]) -> float | None:
+    """The share of the time for which an engine's device had work, once none of its requests waited
+    to be admitted and until the first report of nobody running; None if that was over within a
+    report."""
     decoding = [r for r in reports if r.scheduler.running and not r.scheduler.waiting]
     if len(decoding) < 2:
         return None

@@ -31,7 +31,8 @@ S = TypeVar("S", bound=Stats)
 
 
 class Reported(NamedTuple):
-    """The latest reports of the scheduler and of rank 0, and when rank 0's was made, in seconds."""
+    """The latest reports of an engine's scheduler and of its rank 0, and when rank 0's was made, in
+    seconds."""
 
     at_s: float
     worker: WorkerStats
@@ -169,12 +170,18 @@ class Pipeline:
             time.sleep(LOOK_AGAIN_S)
 
     def reported(self) -> Reported:
-        """What was reported last, up to a second ago."""
-        services = {type(s.stats): s for s in reversed(self.status().services)}
-        worker, scheduler = services[WorkerStats].stats, services[SchedulerStats].stats
-        assert isinstance(worker, WorkerStats)
-        assert isinstance(scheduler, SchedulerStats)
-        return Reported(services[WorkerStats].at_s, worker, scheduler)
+        """What the first engine reported last, up to a second ago."""
+        return self.engines_reported()[0]
+
+    def engines_reported(self) -> list[Reported]:
+        """What each engine reported last, up to a second ago."""
+        services = [service for service in self.status().services if service.index == 0]
+        schedulers = {s.engine: s.stats for s in services if isinstance(s.stats, SchedulerStats)}
+        return [
+            Reported(service.at_s, service.stats, schedulers[service.engine])
+            for service in services
+            if isinstance(service.stats, WorkerStats)
+        ]
 
     def settled(self) -> Reported:
         """Reports made from now on."""
@@ -182,13 +189,13 @@ class Pipeline:
         return self.reported()
 
     @contextlib.contextmanager
-    def watched(self, reports: list[Reported]) -> Iterator[None]:
-        """Meanwhile, `reports` grows by one a second."""
+    def watched(self, reports: list[list[Reported]]) -> Iterator[None]:
+        """Meanwhile, `reports` grows by one of all engines a second."""
         over = threading.Event()
 
         def watch() -> None:
             while not over.wait(NEXT_REPORT_S):
-                reports.append(self.reported())
+                reports.append(self.engines_reported())
 
         watcher = threading.Thread(target=watch)
         watcher.start()
