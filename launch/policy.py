@@ -151,6 +151,10 @@ class Policy:
     def all_ready(self) -> bool:
         return all(group.settled for group in self.groups)
 
+    def runs(self, role: str) -> bool:
+        """Whether a group of this role is ready."""
+        return any(group.settled and group.services[0].role == role for group in self.groups)
+
     @property
     def gives_up(self) -> bool:
         return any(group.given_up for group in self.groups)

@@ -53,6 +53,7 @@ from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.log import render
 from nanovllm.names import ServiceId
 from nanovllm.progress import LoadingBar
+from nanovllm.quietly import QUIET_VARIABLE
 from nanovllm.settings import MAX_SERVICES, RESTARTABLE, SCALABLE, Settings, SettingsError
 from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.wording import counted
@@ -322,7 +323,10 @@ class Supervisor:
         if service_id.role == "http" and self._listener is not None:
             return self._listener.environment, self._listener.descriptors
         if service_id.role == "gpu_worker":
-            return self._gpus.environment(service_id.engine, self._settings.engines), []
+            environment = self._gpus.environment(service_id.engine, self._settings.engines)
+            if self._policy.runs(service_id.role):
+                environment[QUIET_VARIABLE] = "1"
+            return environment, []
         return {}, []
 
     def _blame(self, service_id: ServiceId) -> None:

@@ -39,6 +39,7 @@ from nanovllm.log import log_to_stderr
 from nanovllm.names import ServiceId
 from nanovllm.options import settings_from, settings_options
 from nanovllm.output import lossy
+from nanovllm.quietly import OFF_STEP_PATH_NICENESS
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.transport.endpoints import EndpointUnusable
 from nanovllm.transport.links import (
@@ -62,7 +63,6 @@ EXIT_MISCONFIGURED = 2
 REASON_PREFIX = "cannot start: "
 # Exit code of a service that ends because another has ended.
 EXIT_FOLLOWED = 3
-OFF_STEP_PATH_NICENESS = 10
 # How soon a service tries again to send messages that a peer did not take.
 RETRY_S = 0.01
 TURN_S = 0.02

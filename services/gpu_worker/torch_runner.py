@@ -21,7 +21,7 @@ from nanovllm.control import LoadingStage
 from nanovllm.grammars import Matcher
 from nanovllm.mailbox import Mailbox
 from nanovllm.messages import StepPlan
-from nanovllm.services.gpu_worker.quietly import quietly
+from nanovllm.quietly import quietly
 from nanovllm.services.gpu_worker.runner import Listening, Loaded, Progress, Report
 from nanovllm.settings import Settings
 
@@ -111,9 +111,7 @@ class TorchRunner:
         return executor, loaded, device
 
     def _execute(self) -> None:
-        # Beside engines that run, this one starts without taking a core from them.
-        several = self._settings.engines > 1
-        executor, loaded, device = quietly(self._load) if several else self._load()
+        executor, loaded, device = quietly(self._load)
         self._executor = executor
         self._report_queue.put(loaded)
         finish: Callable[[PendingResult], None] = self._finish

@@ -167,7 +167,7 @@ def test_special_tokens_are_never_drawn(tmp_path: Path) -> None:
 
 def test_torch_is_not_imported() -> None:
     program = (
-        "import sys, nanovllm.services.gpu_worker.__main__, nanovllm.services.gpu_worker.sim;"
+        "import sys, nanovllm.services.gpu_worker.process, nanovllm.services.gpu_worker.sim;"
         " sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
