@@ -17,6 +17,7 @@ from nanovllm import __version__
 from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
 from nanovllm.hints import LAUNCH_HINTS, HintingCommand
+from nanovllm.keys import PipelineKeys
 from nanovllm.launch.console import passed_on
 from nanovllm.launch.gpus import Gpus
 from nanovllm.launch.http import Listener
@@ -34,6 +35,7 @@ from nanovllm.settings import (
     SettingsError,
     default_runtime_dir,
 )
+from nanovllm.transport.curve import is_tcp
 from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectable, is_local
 
 log = logging.getLogger(__name__)
@@ -103,7 +105,9 @@ def _launch(settings: Settings, bar: LoadingBar, lifeline: int | None) -> None:
         config.check_tensor_parallel(settings.tensor_parallel_size)
     name = model_name(directory)
     settings = settled(settings, directory, config)
-    if settings.ingress and not is_local(settings.ingress):
+    if settings.keys:
+        PipelineKeys(settings.keys)  # tells now what is wrong with them
+    elif settings.ingress and not is_local(settings.ingress):
         log.warning(
             "--insecure: whoever reaches %s may use the pipeline, and the network can read along",
             settings.ingress,
@@ -128,7 +132,8 @@ def _announce(settings: Settings, name: str, listener: Listener | None) -> None:
     bound = settings.client_endpoints[0]
     endpoint = connectable(bound)
     where = ""
-    if settings.runtime_dir != default_runtime_dir() or not settings.ingress:
+    by_keys = settings.keys and is_tcp(settings.ingress)  # this machine needs none
+    if settings.runtime_dir != default_runtime_dir() or not settings.ingress or by_keys:
         where = f" --runtime-dir {shlex.quote(os.path.abspath(settings.runtime_dir))}"
     elif endpoint != DEFAULT_INGRESS or os.environ.keys() & _VARIABLES:
         where = f" --endpoint {shlex.quote(endpoint)}"

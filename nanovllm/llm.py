@@ -62,7 +62,8 @@ class LLM:
     Args:
         model: checkpoint directory or hub id (downloaded, unless it is in the cache); "" is the
             small demo model.
-        endpoint: use the pipeline that serves here, instead of launching one.
+        endpoint: use the pipeline that serves here, instead of launching one; where it takes TCP
+            connections with keys only, the variable NANOVLLM_KEYS names a client's key file.
         options: of the pipeline to launch, see `LLMOptions`.
 
     Raises:

@@ -14,6 +14,7 @@ class LLMOptions(TypedDict, total=False):
 
     ingress: str
     insecure: bool
+    keys: str
     tensor_parallel_size: int
     engines: int
     gpus: str

@@ -10,11 +10,18 @@ import msgspec
 from click.core import ParameterSource
 from msgspec import inspect
 
-from nanovllm.settings import RUNTIME_DIR_VARIABLE, Settings, flag, with_fitting_defaults
+from nanovllm.settings import (
+    KEYS_VARIABLE,
+    RUNTIME_DIR_VARIABLE,
+    Settings,
+    flag,
+    with_fitting_defaults,
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _ALIASES = {"tensor_parallel_size": ("--tp",), "engines": ("--dp",)}
+_VARIABLES = {"runtime_dir": RUNTIME_DIR_VARIABLE, "keys": KEYS_VARIABLE}
 
 
 def settings_options(*, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
@@ -81,7 +88,7 @@ def _option(field: inspect.Field) -> Callable[[Command], Command]:
         above = described.gt is not None
         low = described.gt if above else described.ge
         kind = click.FloatRange(low, described.le, min_open=above)
-    variable = RUNTIME_DIR_VARIABLE if field.name == "runtime_dir" else None
+    variable = _VARIABLES.get(field.name)
     return click.option(
         *names,
         field.name,

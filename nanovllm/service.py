@@ -35,12 +35,14 @@ from nanovllm.control import (
     StatusRequest,
     Vacated,
 )
+from nanovllm.keys import PipelineKeys
 from nanovllm.log import log_to_stderr
 from nanovllm.names import ServiceId
 from nanovllm.options import settings_from, settings_options
 from nanovllm.output import lossy
 from nanovllm.quietly import OFF_STEP_PATH_NICENESS
 from nanovllm.settings import Settings, SettingsError
+from nanovllm.transport.curve import Gate, is_tcp
 from nanovllm.transport.endpoints import EndpointUnusable
 from nanovllm.transport.links import (
     HEARTBEAT_S,
@@ -82,6 +84,8 @@ class Service:
         self.settings = settled(settings, self.directory, self.config)
         self.me = Peer.of(service, new_incarnation())
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.keys = PipelineKeys(settings.keys) if settings.keys else None
+        self._gate: Gate | None = None
         self._stats: Callable[[], Stats] | None = None
         self._links: list[Link] = []
         # Socket: its link, and the handler of the link's events.
@@ -99,7 +103,8 @@ class Service:
         self, endpoint: str, inbound: type[list[M]], handler: Callable[[Event[M]], None]
     ) -> ConnectedLink[M]:
         """Opens a link to a service that binds; `handler` is called with its events."""
-        link = ConnectedLink(self.context, endpoint, self.me, inbound)
+        curve = None if self.keys is None else self.keys.services
+        link = ConnectedLink(self.context, endpoint, self.me, inbound, curve)
         self._add(link, handler)
         return link
 
@@ -111,9 +116,16 @@ class Service:
         Raises:
             EndpointTaken, EndpointUnusable: see `endpoints.bind`.
         """
-        link = BoundLink(self.context, endpoint, self.me, inbound)
+        self.open_gate(endpoint)
+        curve = None if self.keys is None else self.keys.services
+        link = BoundLink(self.context, endpoint, self.me, inbound, curve)
         self._add(link, handler)
         return link
+
+    def open_gate(self, *endpoints: str) -> None:
+        """To be called before a socket binds these endpoints: from now on, keys open it."""
+        if self.keys is not None and self._gate is None and any(map(is_tcp, endpoints)):
+            self._gate = Gate(self.context, self.keys.trusted)
 
     def disconnect(self, link: Link) -> None:
         """Closes a link for good."""
@@ -199,6 +211,8 @@ class Service:
     def close(self) -> None:
         for link in self._links:
             link.close()
+        if self._gate is not None:
+            self._gate.close()
         self.context.term()
 
     def _add(self, link: Link, handler: Callable[[Event[Any]], None]) -> None:

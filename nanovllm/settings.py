@@ -23,6 +23,7 @@ DEFAULT_HTTP = "127.0.0.1:8000"
 # What a terminal's commands use where no option says which pipeline.
 ENDPOINT_VARIABLE = "NANOVLLM_ENDPOINT"
 RUNTIME_DIR_VARIABLE = "NANOVLLM_RUNTIME_DIR"
+KEYS_VARIABLE = "NANOVLLM_KEYS"
 # The sockets in the runtime directory, as patterns: those of an engine end in its number.
 SOCKETS = ("ingress", "services", "control", "scheduler-*", "workers-*")
 ROLES = ("ingress", "tokenizer", "scheduler", "gpu_worker", "detokenizer", "http")
@@ -103,6 +104,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             " trust."
         ),
     ] = False
+    keys: Annotated[
+        str,
+        _option(
+            "Directory of keys that `nanovllm keygen` has made: TCP sockets then take only clients"
+            " and services that have one."
+        ),
+    ] = ""
     api_key_file: Annotated[
         str,
         _option(
@@ -230,10 +238,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 local = is_local(self.ingress)
             except ValueError as error:
                 raise SettingsError(f"--ingress {self.ingress}: {error}") from None
-            if not local and not self.insecure:
+            if not local and not self.keys and not self.insecure:
                 raise SettingsError(
                     f"--ingress {self.ingress} is beyond loopback, and whoever reaches it may use"
-                    " the pipeline: bind 127.0.0.1, or allow it with --insecure"
+                    " the pipeline: make keys with `nanovllm keygen` and name them with --keys,"
+                    " bind 127.0.0.1, or allow it with --insecure"
                 )
         if self.num_kvcache_blocks == 0:
             raise SettingsError("--num-kvcache-blocks is 0: give 1 or more, or -1")

@@ -10,8 +10,10 @@ import zmq
 
 from nanovllm.client.connection import ZMTP_HEARTBEAT_MS, ZMTP_TIMEOUT_MS
 from nanovllm.client.results import PipelineUnavailable
+from nanovllm.keys import client_keys
 from nanovllm.protocol import Generate, ServerMessage
 from nanovllm.timer import Timer
+from nanovllm.transport.curve import secure_to_connect
 from nanovllm.transport.router_monitor import readable
 
 
@@ -38,10 +40,11 @@ class SocketClient:
     """One connection to an ingress, which is not made anew when it breaks.
 
     Raises:
-        ValueError: `endpoint` is not an endpoint.
+        ValueError: `endpoint` is not an endpoint, or `keys` (see `client_keys`) is no file of keys.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, keys: str | None = None) -> None:
+        curve = client_keys(endpoint, keys)
         self._endpoint = endpoint
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(list[ServerMessage]).decode
@@ -56,6 +59,7 @@ class SocketClient:
             # The latter: nobody listens, where a pipeline answered a moment ago.
             zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
         )
+        secure_to_connect(self._socket, endpoint, curve)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:

@@ -44,7 +44,7 @@ class Target(NamedTuple):
 def socket_target(where: Where) -> Target:
     """Waits until the pipeline can start requests; raises PipelineUnavailable if none answers."""
     endpoint = where.ingress
-    with Client(endpoint) as client:
+    with Client(endpoint, keys=where.keys) as client:
         pong = answering(client, endpoint)
         if not pong.ready:
             _tell_waiting(pong.model, endpoint)
@@ -57,7 +57,13 @@ def socket_target(where: Where) -> Target:
         where._replace(endpoint=endpoint).control() as control,
     ):
         device = _device(control.status())
-    return Target(endpoint, pong.model, pong.version, device, lambda: SocketClient(endpoint))
+    return Target(
+        endpoint,
+        pong.model,
+        pong.version,
+        device,
+        lambda: SocketClient(endpoint, where.keys),
+    )
 
 
 def http_target(where: Where, url: str, key: str, model: str | None) -> Target:

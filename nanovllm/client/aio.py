@@ -29,16 +29,18 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
     client belongs to the event loop in which it was made.
 
     Args:
-        endpoint, timeout: as for Client.
+        endpoint, timeout, keys: as for Client.
 
     Raises:
         RuntimeError: there is no running event loop.
-        ValueError: `endpoint` is not an endpoint.
+        ValueError: `endpoint` is not an endpoint, or `keys` is no file of keys.
     """
 
-    def __init__(self, endpoint: str = DEFAULT_INGRESS, timeout: float = 10.0) -> None:
+    def __init__(
+        self, endpoint: str = DEFAULT_INGRESS, timeout: float = 10.0, keys: str | None = None
+    ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._connection = Connection(endpoint, timeout, self._loop)
+        self._connection = Connection(endpoint, timeout, keys, self._loop)
 
     def _start(self, message: Generate) -> Coroutine[Any, Any, Completion] | AsyncStream:
         stream = AsyncStream(self, message)

@@ -13,6 +13,7 @@ from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.bench.cli import bench
 from nanovllm.client.answers import cut, note, show
 from nanovllm.client.chat import Chat
+from nanovllm.client.keygen import keygen
 from nanovllm.client.sync import Client
 from nanovllm.client.terminal import answering, told_in_one_line
 from nanovllm.client.where import Where, pipeline_options
@@ -107,7 +108,7 @@ def generate(where: Where, prompt: str, **sampling: Any) -> None:
     with told_in_one_line():
         text = sys.stdin.read() if prompt == "-" else prompt
         params = SamplingParams(**sampling)
-        with Client(where.ingress) as client:
+        with Client(where.ingress, keys=where.keys) as client:
             answering(client, where.ingress)
             shown = show(client.generate(text, params, stream=True))
         if shown.completion is None:
@@ -146,7 +147,7 @@ def chat(
     with told_in_one_line():
         params = SamplingParams(**sampling)
         template = None if thinking is None else {"enable_thinking": thinking}
-        with Client(where.ingress) as client:
+        with Client(where.ingress, keys=where.keys) as client:
             pong = answering(client, where.ingress)
             talk = Chat(client, params, template, system)
             if message is not None:
@@ -253,6 +254,7 @@ def _command(control: Control, command: Scale | Restart) -> None:
 
 
 main.add_command(bench)
+main.add_command(keygen)
 
 if __name__ == "__main__":
     main()

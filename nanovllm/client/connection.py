@@ -13,6 +13,8 @@ from zmq.utils.monitor import parse_monitor_message
 
 from nanovllm.client.core import ClientCore
 from nanovllm.client.results import Pending
+from nanovllm.keys import client_keys
+from nanovllm.transport.curve import secure_to_connect
 from nanovllm.transport.router_monitor import readable
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,9 @@ _TELL: Final = {
     zmq.EVENT_CONNECTED: ClientCore.reached,
     zmq.EVENT_CONNECT_RETRIED: ClientCore.unreachable,
     zmq.EVENT_DISCONNECTED: ClientCore.disconnected,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: ClientCore.key_refused,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: ClientCore.not_understood,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: ClientCore.turned_away,
 }
 
 
@@ -39,14 +44,18 @@ class Connection:
     Args:
         endpoint: the ingress.
         timeout: see `ClientCore`.
+        keys: see `client_keys`.
         loop: the event loop that wakes the connection.
 
     Raises:
-        ValueError: `endpoint` is not an endpoint.
+        ValueError: `endpoint` is not an endpoint, or `keys` is no file of keys.
     """
 
-    def __init__(self, endpoint: str, timeout: float, loop: asyncio.AbstractEventLoop) -> None:
-        self.core = ClientCore(endpoint, timeout)
+    def __init__(
+        self, endpoint: str, timeout: float, keys: str | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._curve = client_keys(endpoint, keys)
+        self.core = ClientCore(endpoint, timeout, has_key=self._curve is not None)
         self.closed = False
         self._endpoint = endpoint
         self._loop = loop
@@ -144,6 +153,7 @@ class Connection:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, ZMTP_HEARTBEAT_MS)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, ZMTP_TIMEOUT_MS)
+        secure_to_connect(self._socket, self._endpoint, self._curve)
         self._monitor = self._socket.get_monitor_socket(sum(_TELL))
         try:
             self._socket.connect(self._endpoint)

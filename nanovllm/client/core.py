@@ -56,11 +56,13 @@ class ClientCore:
         timeout: seconds without an answer after which the pipeline is taken to be gone, and
             everything pending fails. After half of `timeout`, a new connection is tried. Where
             nothing listens, a client that never reached anything waits UNREACHABLE_TIMEOUT_S.
+        has_key: whether the client connects with a key.
     """
 
-    def __init__(self, endpoint: str, timeout: float) -> None:
+    def __init__(self, endpoint: str, timeout: float, *, has_key: bool = False) -> None:
         self._endpoint = endpoint
         self._timeout = timeout
+        self._has_key = has_key
         self._decoder = msgspec.msgpack.Decoder(list[ServerMessage])
         self._pending: dict[str, Pending] = {}
         self._changed: list[Pending] = []
@@ -73,6 +75,7 @@ class ClientCore:
         self._opened_at = 0.0
         self._unreachable = False
         self._reached_ever = False  # over any connection
+        self._turned_away = False
         # Silence counts only while a ping is unanswered and `advance` is called, so that a program
         # that does other things between two deltas does not take the pipeline for dead.
         self._now: float | None = None
@@ -137,6 +140,27 @@ class ClientCore:
     def disconnected(self) -> None:
         """The connection has ended, and the session with it."""
         self._lost = True
+
+    def key_refused(self) -> None:
+        """Something at the endpoint does not take the client's key."""
+        self._fail_all(
+            PipelineUnavailable,
+            f"the pipeline at {self._endpoint} does not take this client's key: it is not one of"
+            " the pipeline's, or was taken back",
+        )
+
+    def not_understood(self) -> None:
+        """What is at the endpoint does not connect as this client does."""
+        why = "wants a key: name the client's key file by keys, --keys or NANOVLLM_KEYS"
+        if self._has_key:
+            why = "takes no keys: drop keys, --keys and NANOVLLM_KEYS"
+        self._fail_all(
+            PipelineUnavailable, f"what listens at {self._endpoint} is no pipeline, or {why}"
+        )
+
+    def turned_away(self) -> None:
+        """The connection ended before the two sides knew each other."""
+        self._turned_away = True
 
     def advance(self, now: float) -> bool:
         """Does what is due at `now` (seconds, any monotonic clock).
@@ -283,6 +307,8 @@ class ClientCore:
                 f" {self._timeout:g} s"
             )
         why = "nothing listens there" if self._nothing_listens else f"waited {self._timeout:g} s"
+        if self._has_key and self._turned_away:
+            why += "; is the key one of another pipeline's?"
         return (
             f"no pipeline answers at {self._endpoint} ({why});"
             " start one with `nanovllm-launch`, or name another endpoint"

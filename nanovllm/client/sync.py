@@ -24,13 +24,17 @@ class Client(GenerateCalls[Completion, "Stream"]):
         timeout: seconds without any sign of life from the pipeline after which calls raise
             PipelineUnavailable. An answer may take longer. If nothing listens at `endpoint` when
             the client is first used, calls raise it after a second.
+        keys: a client's key file (or the directory of a pipeline's keys), for a pipeline that takes
+            TCP connections with keys only; if None, the variable NANOVLLM_KEYS says which.
 
     Raises:
-        ValueError: `endpoint` is not an endpoint.
+        ValueError: `endpoint` is not an endpoint, or `keys` is no file of keys.
     """
 
-    def __init__(self, endpoint: str = DEFAULT_INGRESS, timeout: float = 10.0) -> None:
-        self._thread = ConnectionThread(endpoint, timeout)
+    def __init__(
+        self, endpoint: str = DEFAULT_INGRESS, timeout: float = 10.0, keys: str | None = None
+    ) -> None:
+        self._thread = ConnectionThread(endpoint, timeout, keys)
         self._closing = weakref.finalize(self, self._thread.close)
 
     def _start(self, message: Generate) -> Completion | Stream:

@@ -17,16 +17,13 @@ class ConnectionThread:
     """Runs one connection. Any thread may call its methods.
 
     Args:
-        endpoint, timeout: see `Connection`.
-
-    Raises:
-        ValueError: `endpoint` is not an endpoint.
+        endpoint, timeout, keys: see `Connection`, and what it raises.
     """
 
-    def __init__(self, endpoint: str, timeout: float) -> None:
+    def __init__(self, endpoint: str, timeout: float, keys: str | None = None) -> None:
         self._loop = asyncio.new_event_loop()
         try:
-            self.connection = Connection(endpoint, timeout, self._loop)
+            self.connection = Connection(endpoint, timeout, keys, self._loop)
         except BaseException:
             self._loop.close()
             raise

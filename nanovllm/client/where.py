@@ -14,6 +14,7 @@ from nanovllm.client.results import PipelineUnavailable
 from nanovllm.settings import (
     DEFAULT_INGRESS,
     ENDPOINT_VARIABLE,
+    KEYS_VARIABLE,
     RUNTIME_DIR_VARIABLE,
     Settings,
     default_runtime_dir,
@@ -29,6 +30,7 @@ class Where(NamedTuple):
 
     endpoint: str | None
     runtime_dir: str | None
+    keys: str | None = None
 
     @property
     def ingress(self) -> str:
@@ -83,14 +85,22 @@ def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
         show_default=default_runtime_dir(),
         help="Its runtime directory, instead of the endpoint.",
     )
+    @click.option(
+        "--keys",
+        envvar=KEYS_VARIABLE,
+        show_envvar=True,
+        help="Key file of this client, for an endpoint beyond this machine.",
+    )
     @functools.wraps(command)
-    def with_where(*, endpoint: str | None, runtime_dir: str | None, **others: Any) -> None:
+    def with_where(
+        *, endpoint: str | None, runtime_dir: str | None, keys: str | None, **others: Any
+    ) -> None:
         source = click.get_current_context().get_parameter_source
         sources = source("endpoint"), source("runtime_dir")
         if sources == (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
             runtime_dir = None
         elif sources == (ParameterSource.ENVIRONMENT, ParameterSource.COMMANDLINE):
             endpoint = None
-        command(Where(endpoint or None, runtime_dir or None), **others)
+        command(Where(endpoint or None, runtime_dir or None, keys), **others)
 
     return with_where

@@ -28,6 +28,7 @@ import zmq
 from nanovllm.messages import Message
 from nanovllm.names import ServiceId
 from nanovllm.transport.connection import HEADER, Connection
+from nanovllm.transport.curve import Curve
 from nanovllm.transport.endpoints import connectable
 from nanovllm.transport.sockets import Dealer, Router
 from nanovllm.wording import counted
@@ -141,17 +142,23 @@ class ConnectedLink(Generic[M]):
         endpoint: where the other side binds, now or later.
         me: this process.
         inbound: `list[…]` of the message types that the other side sends.
+        curve: the keys of a TCP connection; None: it has none.
     """
 
     def __init__(
-        self, context: zmq.Context[Any], endpoint: str, me: Peer, inbound: type[list[M]]
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        me: Peer,
+        inbound: type[list[M]],
+        curve: Curve | None = None,
     ) -> None:
         self._me = me
         self._codec = _Codec(inbound)
         self._connection = Connection(0)
         self._connected = False
         self.peer: Peer | None = None
-        self._dealer = Dealer(context, connectable(endpoint))
+        self._dealer = Dealer(context, connectable(endpoint), curve)
 
     @property
     def sockets(self) -> tuple[Any, ...]:
@@ -247,14 +254,19 @@ class BoundLink(Generic[M]):
     """
 
     def __init__(
-        self, context: zmq.Context[Any], endpoint: str, me: Peer, inbound: type[list[M]]
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        me: Peer,
+        inbound: type[list[M]],
+        curve: Curve | None = None,
     ) -> None:
         self._me = me
         self._codec = _Codec(inbound)
         self._peers: dict[bytes, Peer] = {}
         self._routes: dict[Peer, Connection] = {}
         self.pids: dict[Peer, int] = {}
-        self._router = Router(context, endpoint)
+        self._router = Router(context, endpoint, curve)
 
     @property
     def sockets(self) -> tuple[Any, ...]:

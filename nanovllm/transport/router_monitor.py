@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Callable, Container
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -35,15 +36,24 @@ def readable(socket: zmq.Socket[bytes]) -> bool:
 
 
 class Connections:
-    """The live connections of one bound ROUTER socket, by descriptor and by routing id."""
+    """The live connections of one bound ROUTER socket, by descriptor and by routing id.
 
-    def __init__(self, router: zmq.Socket[bytes]) -> None:
+    Args:
+        trusted: the public keys, in Z85, whose connections may stay; None: no connection is ended
+            for its key. A connection without a key may stay.
+    """
+
+    def __init__(
+        self, router: zmq.Socket[bytes], trusted: Callable[[], Container[bytes]] | None = None
+    ) -> None:
         self.monitor = router.get_monitor_socket(WATCHED_EVENTS)
         self._live: set[int] = set()
         self._routing_id: dict[int, bytes] = {}
         # Of the latest connection of each descriptor that has ended.
         self._ended: dict[int, bytes] = {}
         self._replaced: list[bytes] = []
+        self._trusted = trusted
+        self._keys: dict[bytes, bytes] = {}
 
     def closed(self) -> list[bytes]:
         """Drains the monitor: the routing ids of connections that ended since the last call."""
@@ -59,23 +69,35 @@ class Connections:
                 if routing_id is not None:
                     gone.append(routing_id)
                     self._ended[descriptor] = routing_id
+        for routing_id in gone:
+            self._keys.pop(routing_id, None)
         return gone
 
     def opened(self, routing_id: bytes, frame: zmq.Frame) -> bool:
-        """Notes that `frame` came from `routing_id`; False if that connection has ended since."""
+        """Notes that `frame` came from `routing_id`; False if that connection has ended since, or
+        its key is not trusted any more."""
         descriptor = frame.get(_SRCFD)
         if not isinstance(descriptor, int) or descriptor not in self._live:
             return False
         ended = self._ended.get(descriptor)
         if ended is not None and _is_numbered(routing_id) and not _is_newer(routing_id, ended):
             return False
-        other = self._routing_id.get(descriptor, routing_id)
-        if other != routing_id:
+        other = self._routing_id.get(descriptor)
+        if other == routing_id:
+            return True
+        if other is not None:
             if not _is_newer(routing_id, other):
                 return False
             self._replaced.append(other)  # `other` ended before its first frame was looked at
         self._routing_id[descriptor] = routing_id
-        return True
+        return self._stays(routing_id, frame)
+
+    def cut_untrusted(self) -> None:
+        """Ends the connections whose keys were taken back."""
+        if self._trusted is not None and self._keys:
+            trusted = self._trusted()
+            for routing_id in [one for one, key in self._keys.items() if key not in trusted]:
+                self.cut(routing_id)
 
     def cut(self, routing_id: bytes) -> None:
         """Ends a connection, and drops the messages that ZeroMQ holds for its peer or from it. The
@@ -88,12 +110,31 @@ class Connections:
             if other == routing_id:
                 _shut_down(descriptor)
                 self._live.discard(descriptor)
+                self._keys.pop(routing_id, None)
                 return
+
+    def _stays(self, routing_id: bytes, frame: zmq.Frame) -> bool:
+        """Whether the key of a new connection is trusted; else the connection is ended."""
+        if self._trusted is None or (key := _key(frame)) is None:
+            return True
+        self._keys[routing_id] = key
+        if key in self._trusted():
+            return True
+        self.cut(routing_id)
+        return False
 
 
 def _shut_down(descriptor: int) -> None:
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as ours:
         ours.shutdown(socket.SHUT_RDWR)
+
+
+def _key(frame: zmq.Frame) -> bytes | None:
+    """The public key of the peer that sent the frame, as the authenticator names the peer."""
+    try:
+        return str(frame.get("User-Id")).encode()
+    except zmq.ZMQError:  # it came without a key
+        return None
 
 
 def _is_newer(routing_id: bytes, other: bytes) -> bool:

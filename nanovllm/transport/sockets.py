@@ -10,6 +10,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from nanovllm.transport.curve import Curve, secure_to_bind, secure_to_connect
 from nanovllm.transport.endpoints import bind
 from nanovllm.transport.router_monitor import Connections, readable
 from nanovllm.wording import counted
@@ -32,11 +33,16 @@ _IDENTITY = int(zmq.SNDMORE | zmq.DONTWAIT)
 class Dealer:
     """The side that connects, again and again.
 
+    Args:
+        curve: the keys of a TCP connection; None: it has none.
+
     Attributes:
         sockets: readable when there is something to read.
     """
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, curve: Curve | None = None
+    ) -> None:
         self._socket = context.socket(zmq.DEALER)
         _set_options(self._socket)
         # Without a connection, messages wait with their sender, which merges them.
@@ -48,6 +54,7 @@ class Dealer:
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
         self.sockets = self._socket, self._monitor
+        secure_to_connect(self._socket, endpoint, curve)
         self._socket.connect(endpoint)
 
     def read(self) -> list[memoryview]:
@@ -86,6 +93,9 @@ class Dealer:
 class Router:
     """The side that binds.
 
+    Args:
+        curve: as for `Dealer`.
+
     Attributes:
         sockets: readable when there is something to read.
 
@@ -93,10 +103,13 @@ class Router:
         EndpointTaken, EndpointUnusable: see `endpoints.bind`.
     """
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, curve: Curve | None = None
+    ) -> None:
         self._socket = context.socket(zmq.ROUTER)
         _set_options(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        secure_to_bind(self._socket, endpoint, curve)
         self._connections = Connections(self._socket)
         self.sockets = self._socket, self._connections.monitor
         try:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import zmq
 
+from nanovllm.keys import PipelineKeys
+from nanovllm.transport.curve import is_tcp, secure_to_bind
 from nanovllm.transport.endpoints import bind
 from nanovllm.transport.router_monitor import Connections, readable
 
@@ -50,12 +52,19 @@ class FromClient(NamedTuple):
 class ClientSocket:
     """A ROUTER that does not block, and that knows which clients are connected.
 
+    Args:
+        keys: of the pipeline, for TCP endpoints; None: they need none.
+
     Raises:
         EndpointTaken, EndpointUnusable: see `endpoints.bind`.
     """
 
     def __init__(
-        self, context: zmq.Context[Any], endpoints: list[str], max_message_bytes: int
+        self,
+        context: zmq.Context[Any],
+        endpoints: list[str],
+        max_message_bytes: int,
+        keys: PipelineKeys | None = None,
     ) -> None:
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -64,12 +73,16 @@ class ClientSocket:
         self.socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
         self.socket.setsockopt(zmq.HEARTBEAT_IVL, ZMTP_HEARTBEAT_MS)
         self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, ZMTP_TIMEOUT_MS)
-        self._connections = Connections(self.socket)
+        trusted = None if keys is None else functools.partial(keys.trusted, "clients")
+        self._connections = Connections(self.socket, trusted)
         self.monitor = self._connections.monitor
         self._batch: deque[list[zmq.Frame]] = deque()
         self._release = contextlib.ExitStack()
         try:
-            for endpoint in endpoints:
+            # TCP last: its options would hold for what is bound later, too.
+            for endpoint in sorted(endpoints, key=is_tcp):
+                curve = keys.clients if keys is not None and is_tcp(endpoint) else None
+                secure_to_bind(self.socket, endpoint, curve)
                 do_bind = functools.partial(self.socket.bind, endpoint)
                 self._release.callback(bind(endpoint, do_bind))
         except OSError:
@@ -109,6 +122,10 @@ class ClientSocket:
     def disconnect(self, connection: bytes) -> None:
         """Ends a connection, with what ZeroMQ holds for it."""
         self._connections.cut(connection)
+
+    def cut_untrusted(self) -> None:
+        """Ends the connections of clients whose keys were taken back."""
+        self._connections.cut_untrusted()
 
     def close(self) -> None:
         self.socket.disable_monitor()

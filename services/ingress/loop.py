@@ -25,7 +25,7 @@ from nanovllm.services.ingress.clients import ClientSocket, Sent
 from nanovllm.services.ingress.core import About, Core
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.sessions import Session
-from nanovllm.transport.links import Down, Event, Peer, Received, Up
+from nanovllm.transport.links import HEARTBEAT_S, Down, Event, Peer, Received, Up
 
 T = TypeVar("T", bound=Message)
 
@@ -33,6 +33,9 @@ FromServices = TokenizerToIngress | SchedulerToIngress | DetokenizerToIngress
 
 # Drawn seeds are told to clients, some of whose languages have no integers but doubles.
 SEED_BITS = 53
+# How soon a key that was taken back ends the connections that it has opened. The loop wakes up as
+# often.
+LOOK_AT_KEYS_S = HEARTBEAT_S
 
 
 class Outbox(Protocol[T]):
@@ -62,10 +65,13 @@ class Ingress:
         self._services = service.bind(
             settings.services_endpoint, list[FromServices], self._from_services
         )
+        endpoints = settings.client_endpoints
+        service.open_gate(*endpoints)
         self._clients = ClientSocket(
-            service.context, settings.client_endpoints, settings.max_message_bytes
+            service.context, endpoints, settings.max_message_bytes, service.keys
         )
         self._drain_at: float | None = None
+        self._look_at_keys_at = 0.0
         service.on_told(self._on_told)
         service.watch(self._clients.socket, self._clients.read)
         service.watch(self._clients.monitor, self._from_clients)
@@ -112,6 +118,9 @@ class Ingress:
         core = self._core
         if self._drain_at is not None and now >= self._drain_at:
             core.drain()
+        if now >= self._look_at_keys_at:
+            self._look_at_keys_at = now + LOOK_AT_KEYS_S
+            self._clients.cut_untrusted()
         core.work()
         core.submit()
         all_sent = self._send_to_services()
