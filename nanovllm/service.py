@@ -11,6 +11,7 @@ import ctypes
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -298,6 +299,7 @@ def service_command(
         log_format = "json" if LIFELINE_VARIABLE in os.environ else settings.log_format
         log_to_stderr(str(service_id), log_format, settings.log_level)
         _end_with_the_launcher()
+        _allow_connections()
         if not on_step_path:
             os.nice(OFF_STEP_PATH_NICENESS)
         try:
@@ -322,6 +324,13 @@ def _end_with_the_launcher() -> None:
     if descriptor is not None:
         _ask_for_a_kill_with_the_parent()
         watch_lifeline(int(descriptor))
+
+
+def _allow_connections() -> None:
+    """Lets this process have as many descriptors as the system allows. A peer without a key holds
+    one until its handshake has failed, and ZeroMQ accepts nobody while there is none left."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _ask_for_a_kill_with_the_parent() -> None:

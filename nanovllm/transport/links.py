@@ -185,6 +185,7 @@ class ConnectedLink(Generic[M]):
         return sent
 
     def heartbeat(self) -> None:
+        self._dealer.retry()
         if self._connected:
             self._hello()
 

@@ -25,6 +25,8 @@ ZMTP_HEARTBEAT_MS = 1000
 ZMTP_TIMEOUT_MS = 5000
 # How soon a connection is tried anew at first, and at the latest.
 RECONNECT_MS = 20, 200
+# What listens there has other keys, or does not speak ZeroMQ.
+REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 # As plain integers: enum arithmetic would cost more than the sends.
 _DONTWAIT = int(zmq.DONTWAIT)
 _IDENTITY = int(zmq.SNDMORE | zmq.DONTWAIT)
@@ -51,9 +53,11 @@ class Dealer:
         self._socket.setsockopt(zmq.RECONNECT_IVL, first)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, longest)
         self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | REFUSALS
         )
         self.sockets = self._socket, self._monitor
+        self._endpoint = endpoint
+        self._refused = self._told = False
         secure_to_connect(self._socket, endpoint, curve)
         self._socket.connect(endpoint)
 
@@ -72,9 +76,24 @@ class Dealer:
         Call this after `read`, whose frames came before the changes."""
         changes: list[bool] = []
         while readable(self._monitor):
-            event = parse_monitor_message(self._monitor.recv_multipart())
-            changes.append(event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            event = parse_monitor_message(self._monitor.recv_multipart())["event"]
+            if event & REFUSALS:
+                self._refused = True
+            else:
+                changes.append(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+                self._told = self._told and not changes[-1]
         return changes
+
+    def retry(self) -> None:
+        """Connects again where the other side has refused the connection, after which ZeroMQ does
+        not. Call this now and then."""
+        if self._refused:
+            self._refused = False
+            self._socket.disconnect(self._endpoint)  # ZeroMQ has, and remembers the endpoint
+            self._socket.connect(self._endpoint)
+            if not self._told:
+                self._told = True
+                log.warning("%s refuses this service: has it other keys, or none?", self._endpoint)
 
     def send(self, frame: bytes) -> bool:
         """Sends, or returns False."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,19 +10,24 @@ import pytest
 
 from benchmarks.support.pipeline import Pipeline
 from nanovllm.keys import make_keys
+from tests.readers import free_tcp_endpoint
 
 
 class Locked(NamedTuple):
     """A running pipeline with keys.
 
     Attributes:
-        endpoint: the one over TCP.
+        port: where it listens, on every interface.
         keys: the directory.
     """
 
     pipeline: Pipeline
-    endpoint: str
+    port: int
     keys: Path
+
+    @property
+    def endpoint(self) -> str:
+        return f"tcp://127.0.0.1:{self.port}"
 
     def client_key(self, name: str) -> str:
         """Makes a client's key; the path of its file."""
@@ -39,13 +43,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
     """On the simulated device, for all tests of a run."""
     keys = tmp_path_factory.mktemp("keys")
     make_keys(keys, None)
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
-    arguments = ("--device", "sim", "--sim-step-ms", "4", "--ingress", endpoint)
+    port = int(free_tcp_endpoint().rpartition(":")[2])
+    arguments = ("--device", "sim", "--sim-step-ms", "4", "--ingress", f"tcp://*:{port}")
     with Pipeline("", *arguments, "--keys", str(keys)) as running:
-        yield Locked(running, endpoint, keys)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        yield Locked(running, port, keys)
