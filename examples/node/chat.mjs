@@ -1,34 +1,60 @@
-// A client of nanovllm's ingress in another language: streams one chat, and aborts another.
+// A client of nanovllm's ingress in another language: streams one chat, and aborts another. Where its
+// connection ends, it connects again, and goes on where it was.
 //
-//   nanovllm-launch &            # in the project: a pipeline with the demo model
+//   nanovllm-launch &                       # in the project: a pipeline with the demo model
 //   npm install
-//   node chat.mjs [ENDPOINT]     # default tcp://127.0.0.1:5555
+//   node chat.mjs [ENDPOINT [KEY_FILE]]     # default tcp://127.0.0.1:5555, and NANOVLLM_KEYS
 //
 // All that it takes is a DEALER socket and MessagePack maps; docs/protocol.md has every key.
 
+import { readFileSync } from "node:fs";
 import { decode, encode } from "@msgpack/msgpack";
 import { Dealer } from "zeromq";
 
 const endpoint = process.argv[2] ?? "tcp://127.0.0.1:5555";
+const keyFile = process.argv[3] ?? process.env.NANOVLLM_KEYS;
 const ANSWER_TIMEOUT_MS = 60_000;
+const RECONNECT_MS = 500;
+
+// The socket options for a pipeline with keys, from a file that `nanovllm keygen` has made.
+function curveOptions(file) {
+  if (!file || !endpoint.startsWith("tcp:")) return {};
+  const text = readFileSync(file, "utf8");
+  const key = (name) => {
+    const found = text.match(new RegExp(`^\\s*${name}\\s*=\\s*"(.{40})"`, "m"));
+    if (!found) throw new Error(`${file} has no ${name}`);
+    return found[1];
+  };
+  return {
+    curveServerKey: key("server-key"),
+    curvePublicKey: key("public-key"),
+    curveSecretKey: key("secret-key"),
+  };
+}
 
 // Messages go both ways at any time, so what arrives is sorted by the id of its request.
 class Client {
-  #socket = new Dealer({ linger: 0, receiveTimeout: ANSWER_TIMEOUT_MS });
-  #inboxes = new Map();
+  #endpoint;
+  #options;
+  #socket;
+  #refused = false;
+  #heardAt = Date.now();
+  #pending = new Map(); // by id: the request, as it is to be sent again, and what has arrived
 
-  constructor(endpoint) {
-    this.#socket.connect(endpoint);
+  constructor(endpoint, options) {
+    this.#endpoint = endpoint;
+    this.#options = { linger: 0, receiveTimeout: ANSWER_TIMEOUT_MS, ...options };
+    this.#connect();
   }
 
   send(message) {
-    return this.#socket.send(encode(message));
+    return this.#socket.send(encode(message, { useBigInt64: true }));
   }
 
   // Sends a request, and yields the messages that answer it until the last one.
   async *request(message) {
     const inbox = [];
-    this.#inboxes.set(message.id, inbox);
+    this.#pending.set(message.id, { message, inbox });
     await this.send(message);
     for (;;) {
       while (inbox.length === 0) await this.#receive();
@@ -37,20 +63,66 @@ class Client {
       yield answer;
       if (answer.type === "finish" || answer.type === "pong") break;
     }
-    this.#inboxes.delete(message.id);
+    this.#pending.delete(message.id);
   }
 
   close() {
     this.#socket.close();
   }
 
+  // A session is one connection, so each gets a socket of its own: nothing that was meant for an
+  // earlier session is sent in the next one.
+  #connect() {
+    const socket = new Dealer(this.#options);
+    for (const reason of ["auth", "protocol"]) {
+      socket.events.on(`handshake:error:${reason}`, () => (this.#refused = true));
+    }
+    socket.events.on("disconnect", () => setTimeout(() => this.#reconnect(socket), RECONNECT_MS));
+    socket.connect(this.#endpoint);
+    this.#socket = socket;
+  }
+
+  #reconnect(ended) {
+    if (this.#socket !== ended || ended.closed) return;
+    if (!this.#refused) {
+      console.error("[disconnected; going on]");
+      this.#connect();
+      for (const { message } of this.#pending.values()) this.send(message);
+    }
+    ended.close();
+  }
+
   // One frame holds an array of messages, perhaps of several requests. Seeds are int64.
   async #receive() {
-    const [frame] = await this.#socket.receive();
+    const socket = this.#socket;
+    let frame;
+    try {
+      [frame] = await socket.receive();
+    } catch (error) {
+      if (this.#refused) throw new Error(`${this.#endpoint} refuses this client's key, or its lack of one`);
+      if (Date.now() - this.#heardAt >= ANSWER_TIMEOUT_MS) throw error;
+      return; // there is another socket
+    }
+    this.#heardAt = Date.now();
     for (const message of decode(frame, { useBigInt64: true })) {
-      this.#inboxes.get(message.id)?.push(message);
+      const request = this.#pending.get(message.id);
+      if (request === undefined) continue;
+      request.message = resumed(request.message, message);
+      request.inbox.push(message);
     }
   }
+}
+
+// The request that goes on after this answer, should the connection end now.
+function resumed(request, answer) {
+  if (answer.type === "accepted") {
+    return { ...request, sampling: { ...request.sampling, seed: answer.seed } };
+  }
+  if (answer.type === "delta") {
+    const had = request.resume_token_ids ?? [];
+    return { ...request, resume_token_ids: [...had, ...answer.token_ids] };
+  }
+  return request;
 }
 
 async function streamChat(client) {
@@ -91,7 +163,7 @@ async function abortChat(client) {
   }
 }
 
-const client = new Client(endpoint);
+const client = new Client(endpoint, curveOptions(keyFile));
 try {
   for await (const pong of client.request({ type: "ping", id: "ping" })) {
     console.log(`${pong.model} at ${endpoint}`);
@@ -99,7 +171,7 @@ try {
   await streamChat(client);
   await abortChat(client);
 } catch (error) {
-  const silent = error.code === "EAGAIN";
+  const silent = error.code !== undefined; // one of ZeroMQ's
   console.error(silent ? `no pipeline answers at ${endpoint}` : String(error));
   process.exitCode = 1;
 } finally {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from benchmarks.support.pipeline import Pipeline
 from tests.http.server import serving
+from tests.keys.cutting import cutting_proxy
+from tests.keys.locked import locked_pipeline
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "node"
 
@@ -49,6 +52,41 @@ def test_it_streams_a_chat_and_aborts_another(installed: Path, pipeline: Pipelin
     assert len(story.split()) > 5, "a story was told, however short"
     assert lines[-2].startswith(("[stop:", "[length:"))
     assert lines[-1].startswith("[abort, after ")
+
+
+def test_with_a_key_it_goes_on_where_its_connection_was_cut(
+    installed: Path, tmp_path: Path
+) -> None:
+    with locked_pipeline(tmp_path / "keys") as locked, cutting_proxy(locked.port, 3000) as proxy:
+        key = locked.client_key("node")
+        told = {
+            endpoint: subprocess.run(
+                ["node", "chat.mjs", endpoint],
+                cwd=installed,
+                capture_output=True,
+                text=True,
+                timeout=100,
+                check=False,
+                env={**os.environ, "NANOVLLM_KEYS": key},
+            )
+            for endpoint in (locked.pipeline.endpoint, proxy.endpoint)
+        }
+        locked.take_back("node")
+        refused = subprocess.run(
+            ["node", "chat.mjs", locked.endpoint, key],
+            cwd=installed,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+    local, cut = told.values()
+    assert (local.returncode, cut.returncode) == (0, 0), cut.stderr
+    assert cut.stderr == "[disconnected; going on]\n"
+    assert cut.stdout.splitlines()[1:-1] == local.stdout.splitlines()[1:-1]
+    assert cut.stdout.splitlines()[-1].startswith("[abort, after ")
+    assert refused.returncode == 1
+    assert "refuses this client's key" in refused.stderr
 
 
 def test_it_says_when_nothing_answers(installed: Path, tmp_path: Path) -> None:

@@ -1,49 +1,16 @@
-"""A pipeline whose TCP endpoint takes keys alone."""
+"""What the tests of keys share: a running pipeline with keys."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from benchmarks.support.pipeline import Pipeline
-from nanovllm.keys import make_keys
-from tests.readers import free_tcp_endpoint
-
-
-class Locked(NamedTuple):
-    """A running pipeline with keys.
-
-    Attributes:
-        port: where it listens, on every interface.
-        keys: the directory.
-    """
-
-    pipeline: Pipeline
-    port: int
-    keys: Path
-
-    @property
-    def endpoint(self) -> str:
-        return f"tcp://127.0.0.1:{self.port}"
-
-    def client_key(self, name: str) -> str:
-        """Makes a client's key; the path of its file."""
-        make_keys(self.keys, name)
-        return str(self.keys / "clients" / f"{name}.key")
-
-    def take_back(self, name: str) -> None:
-        (self.keys / "clients" / f"{name}.pub").unlink()
+from tests.keys.locked import Locked, locked_pipeline
 
 
 @pytest.fixture(scope="session")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
-    """On the simulated device, for all tests of a run."""
-    keys = tmp_path_factory.mktemp("keys")
-    make_keys(keys, None)
-    port = int(free_tcp_endpoint().rpartition(":")[2])
-    arguments = ("--device", "sim", "--sim-step-ms", "4", "--ingress", f"tcp://*:{port}")
-    with Pipeline("", *arguments, "--keys", str(keys)) as running:
-        yield Locked(running, port, keys)
+    """For all tests of a run."""
+    with locked_pipeline(tmp_path_factory.mktemp("keys")) as running:
+        yield running

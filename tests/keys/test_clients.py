@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from nanovllm import AsyncClient, Client, PipelineUnavailable, SamplingParams
 from nanovllm.client.cli import main
 from nanovllm.control import IngressStats
-from tests.keys.conftest import Locked
+from tests.keys.cutting import cutting_proxy
+from tests.keys.locked import Locked
 
 TIMEOUT_S = 60.0
 LONG = SamplingParams(max_tokens=300, ignore_eos=True, seed=1)
@@ -38,6 +39,17 @@ def test_a_stream_that_is_closed_is_aborted(locked: Locked) -> None:
         with client.generate("Once", ENDLESS, stream=True) as stream:
             next(stream)
         locked.pipeline.stats_once(IngressStats, lambda stats: stats.requests == 0)
+
+
+def test_a_stream_whose_connection_is_cut_goes_on(locked: Locked) -> None:
+    with (
+        Client(locked.pipeline.endpoint, TIMEOUT_S) as local,
+        cutting_proxy(locked.port, 3000, 2000) as proxy,
+        Client(proxy.endpoint, TIMEOUT_S, keys=locked.client_key("grace")) as remote,
+    ):
+        stream = remote.generate("Once", LONG, stream=True)
+        assert stream.result().text == local.generate("Once", LONG).text
+        assert proxy.left == []
 
 
 def test_commands_take_a_key(locked: Locked) -> None:

@@ -11,8 +11,8 @@ import zmq
 
 from nanovllm import Client, SamplingParams
 from nanovllm.control import IngressStats
-from tests.keys.conftest import Locked
 from tests.keys.hostile import greeting
+from tests.keys.locked import Locked
 from tests.namespaces import namespace
 
 TIMEOUT_S = 120.0
