@@ -2,6 +2,7 @@
 
     python -m benchmarks.feed
     python -m benchmarks.feed --engines 4 --sequences 64 --step-ms 20 --depth 3
+    python -m benchmarks.feed --curve
 
 Prints one JSON line for each load and pipeline depth:
 
@@ -16,10 +17,14 @@ Prints one JSON line for each load and pipeline depth:
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -37,6 +42,7 @@ from nanovllm.bench.prompts import Conversation, Shape, random_conversations
 from nanovllm.bench.report import arrived
 from nanovllm.bench.work import Lengths
 from nanovllm.control import IngressStats, SchedulerStats, Stats, Status, WorkerStats
+from nanovllm.keys import make_keys
 from nanovllm.names import ServiceId
 from nanovllm.protocol import Delta, Sampling, ServerMessage
 
@@ -71,6 +77,7 @@ CASES = (Case(256, 2.0), Case(1, 0.5))
     default=0.0,
     help="The share of requests whose answers must be JSON of a schema.",
 )
+@click.option("--curve", is_flag=True, help="The client connects over TCP with a key, not ipc.")
 def main(
     seconds: float,
     depths: tuple[int, ...],
@@ -78,29 +85,36 @@ def main(
     step_ms: float | None,
     engines: int,
     constrained: float,
+    curve: bool,
 ) -> None:
     cases = [case for case in CASES if sequences in (None, case.sequences)]
     if sequences is not None and step_ms is not None:
         cases = [Case(sequences, step_ms)]
     for case in cases:
         for depth in depths:
-            click.echo(json.dumps(measure(case, depth, seconds, engines, constrained)))
+            click.echo(json.dumps(measure(case, depth, seconds, engines, constrained, curve)))
 
 
 def measure(
-    case: Case, depth: int, seconds: float, engines: int = 1, constrained: float = 0.0
+    case: Case,
+    depth: int,
+    seconds: float,
+    engines: int = 1,
+    constrained: float = 0.0,
+    curve: bool = False,
 ) -> dict[str, Any]:
     """Runs a pipeline of its own under `case` for `seconds` after a warm-up.
 
     Args:
         constrained: the share of requests with a grammar.
+        curve: whether the client connects over TCP with a key.
     """
     arguments = f"--device sim --sim-step-ms {case.step_ms} --pipeline-depth {depth}"
     arguments += f" --max-num-seqs {case.sequences} --max-model-len 1024 --log-level warning"
     arguments += f" --engines {engines}"
     # A few more than run, so that whenever a sequence ends another is waiting.
     outstanding = engines * (case.sequences + max(1, case.sequences // 16))
-    with Pipeline("", *arguments.split()) as pipeline, SocketClient(pipeline.endpoint) as client:
+    with _connected(arguments.split(), curve) as (pipeline, client):
         conversations = _probed(case.sequences > 1, constrained)
         load = Load(Concurrency(outstanding), conversations, time.monotonic())
         stamps = Stamps(client)
@@ -116,9 +130,25 @@ def measure(
         "step_ms": case.step_ms,
         "pipeline_depth": depth,
         "engines": engines,
+        **({"curve": True} if curve else {}),
         **_figures(before, after, load, stamps.lags_s),
         **({"constrained": _constrained(load, constrained)} if constrained else {}),
     }
+
+
+@contextlib.contextmanager
+def _connected(arguments: list[str], curve: bool) -> Iterator[tuple[Pipeline, SocketClient]]:
+    """A pipeline, and a client of it."""
+    with contextlib.ExitStack() as stack:
+        endpoint, key = "", None
+        if curve:
+            keys = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            key = str(make_keys(keys, "feed")[-1])
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+            arguments = [*arguments, "--keys", str(keys), "--ingress", endpoint]
+        pipeline = stack.enter_context(Pipeline("", *arguments))
+        yield pipeline, stack.enter_context(SocketClient(endpoint or pipeline.endpoint, key))
 
 
 def _is_constrained(number: int, share: float) -> bool:
