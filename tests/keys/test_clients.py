@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from pathlib import Path
 
+import msgspec
 import pytest
+import zmq
 from click.testing import CliRunner
+from zmq.utils.monitor import parse_monitor_message
 
+from benchmarks.support.pipeline import Pipeline
 from nanovllm import AsyncClient, Client, PipelineUnavailable, SamplingParams
 from nanovllm.client.cli import main
 from nanovllm.control import IngressStats
+from nanovllm.keys import client_keys, make_keys
+from nanovllm.transport.curve import secure_to_connect
 from tests.keys.cutting import cutting_proxy
 from tests.keys.locked import Locked
+from tests.readers import free_tcp_endpoint
 
 TIMEOUT_S = 60.0
 LONG = SamplingParams(max_tokens=300, ignore_eos=True, seed=1)
@@ -85,3 +94,56 @@ def test_a_key_taken_back_opens_nothing_and_ends_its_connections(
         # No request of the other is left, and this one was never disturbed.
         locked.pipeline.stats_once(IngressStats, lambda stats: stats.requests == 1)
         streams[1].close()
+
+
+def test_a_key_taken_back_before_its_first_frame_gets_no_answer(locked: Locked) -> None:
+    curve = client_keys(locked.endpoint, locked.client_key("heidi"))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    secure_to_connect(dealer, locked.endpoint, curve)
+    monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+
+    def next_event() -> int:
+        assert monitor.poll(int(TIMEOUT_S * 1000))
+        return parse_monitor_message(monitor.recv_multipart())["event"]
+
+    dealer.connect(locked.endpoint)
+    assert next_event() == zmq.EVENT_HANDSHAKE_SUCCEEDED
+    locked.take_back("heidi")
+    dealer.send(msgspec.msgpack.encode({"type": "ping"}))
+    assert next_event() == zmq.EVENT_DISCONNECTED
+    assert not dealer.poll(0)
+    monitor.close()
+    context.destroy(linger=0)
+
+
+def test_a_key_of_another_pipeline_is_refused(locked: Locked, tmp_path: Path) -> None:
+    """Even if its owner knows the public key of this one's client socket."""
+    (*_, file) = make_keys(tmp_path, "mallory")
+    with (
+        Client(locked.endpoint, timeout=0.5, keys=str(file)) as client,
+        pytest.raises(PipelineUnavailable, match="is the key one of another pipeline's"),
+    ):
+        client.ping()
+    ours, theirs = (client_keys(locked.endpoint, str(keys)) for keys in (locked.keys, file))
+    assert ours is not None
+    assert theirs is not None
+    file.write_text(file.read_text().replace(theirs.server.decode(), ours.server.decode()))
+    with (
+        Client(locked.endpoint, timeout=600, keys=str(file)) as client,
+        pytest.raises(PipelineUnavailable, match="does not take this client's key"),
+    ):
+        client.ping()
+
+
+def test_a_client_with_a_key_is_told_that_a_pipeline_takes_none(
+    tmp_path: Path, start_pipeline: Callable[..., Pipeline]
+) -> None:
+    endpoint = free_tcp_endpoint()
+    start_pipeline("", "--device", "sim", "--ingress", endpoint)
+    (*_, file) = make_keys(tmp_path, "ivan")
+    with (
+        Client(endpoint, timeout=600, keys=str(file)) as client,
+        pytest.raises(PipelineUnavailable, match="takes no keys"),
+    ):
+        client.ping()
