@@ -66,10 +66,14 @@ class PipelineKeys:
         server = _read_pair(self._server)
         return Curve(server, server.public, "clients")
 
-    def trusted(self, domain: Domain) -> Set[bytes]:
-        """The public keys that open sockets of this domain now. Services are clients too."""
+    def trusted(self, domain: Domain) -> Set[bytes] | None:
+        """The public keys that open sockets of this domain now; None: they cannot be read now.
+        Services are clients too."""
         services = {self.services.own.public}
-        return services | self._trusted_clients.now() if domain == "clients" else services
+        if domain == "services":
+            return services
+        clients = self._trusted_clients.now()
+        return None if clients is None else services | clients
 
 
 def client_keys(endpoint: str, path: str | None) -> Curve | None:
@@ -127,23 +131,26 @@ def _make_client_key(directory: Path, name: str) -> Path:
 
 
 class _PublicKeys:
-    """The public keys in a directory of `.pub` files. Files that cannot be read are not trusted,
-    and logged once."""
+    """The public keys in a directory of `.pub` files. Files that hold none are logged once."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._read: dict[_Version, bytes | None] = {}
+        self._told = False
 
-    def now(self) -> Set[bytes]:
-        """Any thread may ask."""
+    def now(self) -> Set[bytes] | None:
+        """None: they cannot be read now, as where no descriptor is left. Any thread may ask."""
+        before = self._read
         try:
             versions = [v for path in self._directory.glob("*.pub") if (v := _version(path))]
+            read = {v: before[v] if v in before else _public(v.path) for v in versions}
         except OSError as error:
-            log.error("%s cannot be read, so its keys open nothing: %s", self._directory, error)
-            versions = []
-        before = self._read
-        self._read = {v: before[v] if v in before else _public(v.path) for v in versions}
-        return {key for key in self._read.values() if key is not None}
+            if not self._told:
+                log.error("%s cannot be read: nobody else gets in: %s", self._directory, error)
+            self._told = True
+            return None
+        self._read, self._told = read, False
+        return {key for key in read.values() if key is not None}
 
 
 class _Version(NamedTuple):
@@ -163,9 +170,12 @@ def _version(path: Path) -> _Version | None:
 
 
 def _public(path: Path) -> bytes | None:
+    """Raises OSError if the file cannot be read now."""
     try:
-        return _key(_read(path), "public-key", path)
-    except SettingsError as error:
+        return _key(_parse(path), "public-key", path)
+    except FileNotFoundError:
+        return None  # it was removed a moment ago
+    except (SettingsError, PermissionError) as error:
         log.error("a client's key opens nothing: %s", error)
         return None
 
@@ -190,10 +200,16 @@ def _read_secret(file: Path) -> dict[str, str]:
 
 def _read(file: Path) -> dict[str, str]:
     try:
+        return _parse(file)
+    except OSError as error:
+        raise SettingsError(f"key file {file} cannot be read: {error.strerror}") from None
+
+
+def _parse(file: Path) -> dict[str, str]:
+    try:
         lines = file.read_text("ascii").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is no text"
-        raise SettingsError(f"key file {file} cannot be read: {why}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"key file {file} cannot be read: it is no text") from None
     return {found[1]: found[2] for line in lines if (found := _LINE.fullmatch(line))}
 
 

@@ -82,12 +82,12 @@ class Gate:
 
     Args:
         context: at most one Gate each.
-        trusted: the public keys, in Z85, that open the sockets of a domain; asked at each
-            handshake, in the Gate's thread.
+        trusted: the public keys, in Z85, that open the sockets of a domain, or None if that cannot
+            be told now; asked at each handshake, in the Gate's thread.
     """
 
     def __init__(
-        self, context: zmq.Context[Any], trusted: Callable[[Domain], Container[bytes]]
+        self, context: zmq.Context[Any], trusted: Callable[[Domain], Container[bytes] | None]
     ) -> None:
         from zmq.auth.thread import ThreadAuthenticator  # slow to import, and seldom needed
 
@@ -100,7 +100,8 @@ class Gate:
 
     def callback(self, domain: Domain, key: bytes) -> bool:
         """Called by the authenticator."""
-        if key in self._trusted(domain):
+        trusted = self._trusted(domain)
+        if trusted is not None and key in trusted:
             return True
         now = time.monotonic()
         if now >= self._tell_at:

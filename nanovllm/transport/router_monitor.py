@@ -39,12 +39,14 @@ class Connections:
     """The live connections of one bound ROUTER socket, by descriptor and by routing id.
 
     Args:
-        trusted: the public keys, in Z85, whose connections may stay; None: no connection is ended
-            for its key. A connection without a key may stay.
+        trusted: the public keys, in Z85, whose connections may stay; while it is or says None, all
+            may. A connection without a key may stay.
     """
 
     def __init__(
-        self, router: zmq.Socket[bytes], trusted: Callable[[], Container[bytes]] | None = None
+        self,
+        router: zmq.Socket[bytes],
+        trusted: Callable[[], Container[bytes] | None] | None = None,
     ) -> None:
         self.monitor = router.get_monitor_socket(WATCHED_EVENTS)
         self._live: set[int] = set()
@@ -94,10 +96,10 @@ class Connections:
 
     def cut_untrusted(self) -> None:
         """Ends the connections whose keys were taken back."""
-        if self._trusted is not None and self._keys:
-            trusted = self._trusted()
-            for routing_id in [one for one, key in self._keys.items() if key not in trusted]:
-                self.cut(routing_id)
+        if self._trusted is None or not self._keys or (trusted := self._trusted()) is None:
+            return
+        for routing_id in [one for one, key in self._keys.items() if key not in trusted]:
+            self.cut(routing_id)
 
     def cut(self, routing_id: bytes) -> None:
         """Ends a connection, and drops the messages that ZeroMQ holds for its peer or from it. The
@@ -118,7 +120,8 @@ class Connections:
         if self._trusted is None or (key := _key(frame)) is None:
             return True
         self._keys[routing_id] = key
-        if key in self._trusted():
+        trusted = self._trusted()
+        if trusted is None or key in trusted:
             return True
         self.cut(routing_id)
         return False

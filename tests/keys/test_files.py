@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import stat
 from pathlib import Path
 
@@ -101,10 +102,30 @@ def test_a_public_key_that_is_replaced_or_damaged_is_not_trusted(tmp_path: Path)
     keys = PipelineKeys(str(tmp_path))
     alice, bob = (tmp_path / "clients" / f"{name}.pub" for name in ("alice", "bob"))
     both = keys.trusted("clients")
+    assert both is not None
     os.replace(bob, alice)
-    assert len(keys.trusted("clients")) == len(both) - 1
+    one = keys.trusted("clients")
+    assert one is not None
+    assert len(both - one) == 1
     alice.write_text('curve\n    public-key = "short"\n')
     assert keys.trusted("clients") == keys.trusted("services")
+
+
+def test_keys_that_cannot_be_read_now_are_not_taken_back(tmp_path: Path) -> None:
+    make_keys(tmp_path, "alice")
+    keys = PipelineKeys(str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert keys.trusted("clients") is None
+        assert keys.trusted("services") == {keys.services.own.public}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert keys.trusted("clients") == {keys.services.own.public, public_key(tmp_path, "alice")}
+
+
+def public_key(directory: Path, name: str) -> bytes:
+    return zmq.auth.load_certificate(directory / "clients" / f"{name}.pub")[0]
 
 
 def test_secrets_are_in_no_repr(tmp_path: Path) -> None:

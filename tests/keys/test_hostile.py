@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,29 @@ def attack(python: list[str], host: str, locked: Locked, undisturbed: str) -> No
     locked.pipeline.stats_once(IngressStats, lambda stats: stats.sessions == 0)
     assert descriptors(process) <= before
     assert all(service.restarts == 0 for service in locked.pipeline.status().services)
+
+
+def test_without_descriptors_nobody_else_gets_in_and_streams_go_on(
+    locked: Locked, undisturbed: str
+) -> None:
+    process = ingress_of(locked)
+    pid, key = int(process.name), locked.client_key("amid-few")
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    with Client(locked.endpoint, TIMEOUT_S, keys=key) as client:
+        stream = client.generate("Once", STREAM, stream=True)
+        next(stream)
+        few = descriptors(process) + 20
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (few, limits[1]))
+        try:
+            hostile = ["-m", "tests.keys.hostile", "127.0.0.1", str(locked.port), "40"]
+            with subprocess.Popen([sys.executable, *hostile], cwd=ROOT, stdout=subprocess.DEVNULL):
+                assert stream.result().text == undisturbed
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        assert client.ping().ready
+    with Client(locked.endpoint, TIMEOUT_S, keys=key) as client:
+        assert client.ping().ready
+    assert ingress_of(locked) == process
 
 
 @pytest.mark.parametrize("mechanism", ["NULL", "PLAIN", "CURVE"])
