@@ -13,7 +13,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,15 +53,6 @@ Masks = NDArray[np.int32]
 
 class GrammarError(ValueError):
     """The grammar is wrong, not supported or too costly, or does not take the output."""
-
-
-class _Phase(Enum):
-    START = auto()
-    """The output may begin with reasoning or with the answer."""
-    REASONING = auto()
-    ANSWER = auto()
-    ENDED = auto()
-    """No token counts any more."""
 
 
 class Grammars:
@@ -161,17 +151,16 @@ class Matcher:
     the end of sequence; and at the start of the output, what opens reasoning.
     """
 
-    __slots__ = ("_grammars", "_held", "_marks", "_matcher", "_phase")
+    __slots__ = ("_ended", "_grammars", "_held", "_marks", "_matcher", "_reasons")
 
     def __init__(self, grammars: Grammars, matcher: LLMatcher, marks: AnswerMarks | None) -> None:
         self._grammars = grammars
         self._matcher = matcher
-        self._marks = marks
+        reasons = marks is not None and not marks.has_reasoned
+        self._marks = marks if reasons else None  # None from where the answer begins
+        self._reasons = marks is not None and marks.reasons
+        self._ended = False  # no token counts any more
         self._held = b""  # the text of the output, while it is white space
-        if marks is None or marks.has_reasoned:
-            self._phase = _Phase.ANSWER
-        else:
-            self._phase = _Phase.REASONING if marks.reasons else _Phase.START
 
     @property
     def failed(self) -> bool:
@@ -191,44 +180,42 @@ class Matcher:
     def advance(self, token_id: int) -> bool:
         """The output goes on with this token. Returns whether the grammar allows the token. After
         the end of sequence, or no token (a negative id), nothing counts."""
-        if self._phase is _Phase.ENDED:
+        if self._ended:
             return True
         if token_id < 0:
-            self._phase = _Phase.ENDED
+            self._ended = True
             return True
         if self._marks is not None and self._before_answer(token_id, self._marks):
             return True
-        if token_id in self._grammars.eos:
-            self._phase = _Phase.ENDED
+        self._ended = token_id in self._grammars.eos
         return bool(self._matcher.consume_token(token_id))
 
     def _before_answer(self, token_id: int, marks: AnswerMarks) -> bool:
         """Whether the token is none of the answer."""
-        if self._phase is _Phase.REASONING:
+        if self._reasons:
             if token_id == marks.close:
-                self._phase = _Phase.ANSWER
+                self._marks = None
             return True
-        if self._phase is _Phase.START:
-            if token_id == marks.open:
-                self._phase = _Phase.REASONING
-                return bool(self._matcher.reset())
-            self._held += self._grammars.text.get(token_id, b"")
-            text = self._held.decode(errors="replace")
-            if text and not text.isspace():
-                self._phase = _Phase.ANSWER
+        if token_id == marks.open:
+            self._reasons = True
+            return bool(self._matcher.reset())
+        self._held += self._grammars.text.get(token_id, b"")
+        text = self._held.decode(errors="replace")
+        if text and not text.isspace():
+            self._marks = None
         return False
 
     def whole_mask(self) -> Masks | int | None:
         """The mask, int32 [words] or a value for every word, where the grammar does not say."""
-        if self._phase is _Phase.ENDED:
+        if self._ended:
             return -1
-        return self._grammars.reasoning_mask if self._phase is _Phase.REASONING else None
+        reasoning = self._marks is not None and self._reasons
+        return self._grammars.reasoning_mask if reasoning else None
 
-    def widen(self, mask: Masks) -> None:
-        """Allows in the grammar's `mask` what opens reasoning, if it may come."""
-        if self._phase is _Phase.START and self._marks is not None:
-            opening = self._marks.open
-            mask[opening // WORD_BITS] |= np.uint32(1 << opening % WORD_BITS).view(np.int32)
+    @property
+    def opening(self) -> int | None:
+        """The token that opens reasoning, if it may come beside what the grammar allows."""
+        return None if self._marks is None else self._marks.open
 
     @property
     def ll_matcher(self) -> LLMatcher:
@@ -256,23 +243,23 @@ class MaskFiller:
         for index, matcher in enumerate(matchers):
             whole = matcher.whole_mask()
             if whole is None:
-                asked.append(index)
+                asked.append((matcher.ll_matcher, index))
             else:
                 masks[index] = whole
         start, size = masks.ctypes.data, masks.strides[0]
         if self._executor is not None and len(asked) > FEW:
-            pairs = [(matchers[index].ll_matcher, index) for index in asked]
-            self._executor.unsafe_compute_mask_ptr(pairs, start, size, len(matchers))
+            self._executor.unsafe_compute_mask_ptr(asked, start, size, len(matchers))
         else:
-            for index in asked:
-                matchers[index].ll_matcher.unsafe_compute_mask_ptr(start + index * size, size)
+            for ll_matcher, index in asked:
+                ll_matcher.unsafe_compute_mask_ptr(start + index * size, size)
         failed = []
-        for index in asked:
-            if matchers[index].failed:
+        for ll_matcher, index in asked:
+            if ll_matcher.is_error():
                 masks[index] = 0
                 failed.append(index)
-            else:
-                matchers[index].widen(masks[index])
+            elif (opening := matchers[index].opening) is not None:
+                bit = np.uint32(1 << opening % WORD_BITS)
+                masks[index, opening // WORD_BITS] |= bit.view(np.int32)
         return failed
 
 

@@ -96,14 +96,16 @@ class SlotMatchers:
     def __init__(self) -> None:
         self._filler = MaskFiller()
         self._of_slot: dict[int, Matcher] = {}
-        self._awaiting: list[tuple[int, Matcher]] = []
+        # Of the latest step: the rows with a grammar, and their matchers.
+        self._rows = np.empty(0, dtype=np.int32)
+        self._awaiting: Sequence[Matcher] = ()
 
     def admit(self, matchers: Mapping[int, Matcher]) -> None:
         self._of_slot.update(matchers)
 
     def reset(self) -> None:
         self._of_slot.clear()
-        self._awaiting.clear()
+        self._awaiting = ()
 
     @property
     def awaits_tokens(self) -> bool:
@@ -112,9 +114,9 @@ class SlotMatchers:
 
     def advance(self, token_ids: NDArray[np.int32]) -> None:
         """Takes the tokens of the step that `fill` was called for last."""
-        for row, matcher in self._awaiting:
-            matcher.advance(int(token_ids[row]))
-        self._awaiting = []
+        for token_id, matcher in zip(token_ids[self._rows].tolist(), self._awaiting, strict=True):
+            matcher.advance(token_id)
+        self._awaiting = ()
 
     def of(self, slots: NDArray[np.int32]) -> list[Matcher]:
         """The matchers that the slots have now."""
@@ -131,5 +133,5 @@ class SlotMatchers:
         Returns:
             The indices, in `rows`, of those whose matcher failed: their masks are empty.
         """
-        self._awaiting = list(zip(rows.tolist(), matchers, strict=True))
+        self._rows, self._awaiting = rows, matchers
         return self._filler.fill(matchers, masks)

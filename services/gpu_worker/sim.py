@@ -45,6 +45,7 @@ class SimRunner:
 
     A step with rows that have a grammar is like a device's: the masks depend on the tokens of the
     step before, which are known when that has ended; and the step ends once the masks are there.
+    The scheduler's need of a result comes before that of the next masks.
 
     Args:
         vocabulary: int32 [v], the token ids to draw from.
@@ -63,7 +64,8 @@ class SimRunner:
         self._start = time.monotonic()
         self._device = SimDevice(settings.sim_step_ms / 1000, self._start)
         self._timer = Timer()
-        # Steps whose end is not known: an earlier one has not ended, and gives tokens for masks.
+        # Steps whose end is not known: the result of an earlier one, whose tokens masks need, is
+        # not taken yet.
         self._queue: deque[QueuedStep] = deque()
         # Reports and when each is due. Steps end in the order of their launch.
         loaded = Loaded(num_blocks, f"sim, {settings.sim_step_ms:g} ms a step")
@@ -121,11 +123,13 @@ class SimRunner:
         now = time.monotonic()
         if now < self._wake_at:
             return []
-        self._timer.clear()
-        self._run()
         reports: list[Report] = []
         while self._coming and self._coming[0][0] <= now:
             reports.append(self._coming.popleft()[1])
+        if reports and self._queue:
+            return reports  # The timer stays readable: masks are filled once these are sent.
+        self._timer.clear()
+        self._run()
         self._set_timer()
         return reports
 
@@ -140,10 +144,10 @@ class SimRunner:
                 self._timer.set(wake_at)
 
     def _run(self) -> None:
-        """Runs the queued steps whose masks do not depend on tokens that are still to come."""
+        """Runs the queued steps. One with masks runs once all results before it are taken."""
         while self._queue:
             step, masks_at = self._queue[0], 0.0
-            if step.matchers and self._device.free_at > time.monotonic():
+            if step.matchers and self._coming:
                 return
             self._queue.popleft()
             masks, failed = _NO_MASKS, np.array([], dtype=np.int32)
@@ -165,11 +169,12 @@ class SimRunner:
             rows = batch.constrained_rows
             token_ids[rows] = draw_of(masks, step.seeds[rows], batch.sampled_positions[rows])
             self._sampled = token_ids
-        mask_of_row = dict(zip(batch.constrained_rows.tolist(), masks, strict=True))
-        for row, choice in step.choices.items():
-            token_ids[row] = choice.draw(
-                step.seeds[row], batch.sampled_positions[row], mask_of_row.get(row)
-            )
+        if step.choices:
+            mask_of_row = dict(zip(batch.constrained_rows.tolist(), masks, strict=True))
+            for row, choice in step.choices.items():
+                token_ids[row] = choice.draw(
+                    step.seeds[row], batch.sampled_positions[row], mask_of_row.get(row)
+                )
         token_ids[failed] = TOO_COSTLY
         result = StepResult(
             number=step.number,

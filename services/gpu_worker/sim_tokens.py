@@ -77,14 +77,13 @@ def draw_of(
     ends = counts.cumsum(axis=1, dtype=np.int32)
     totals = ends[:, -1]
     indices = draw(seeds, positions, np.maximum(totals, 1))
-    tokens = np.full(len(masks), NO_TOKEN_LEFT, dtype=np.int32)
-    for row in totals.nonzero()[0].tolist():
-        index = int(indices[row])
-        word = int(np.searchsorted(ends[row], index, side="right"))
-        bits = np.unpackbits(masks[row, word : word + 1].view(np.uint8), bitorder="little")
-        rank = index - int(ends[row, word]) + int(counts[row, word])
-        tokens[row] = word * WORD_BITS + int(bits.nonzero()[0][rank])
-    return tokens
+    rows = np.arange(len(masks))
+    words = (ends > indices[:, None]).argmax(axis=1)
+    bits = np.unpackbits(masks[rows, words].view(np.uint8), bitorder="little")
+    ranks = indices - ends[rows, words] + counts[rows, words]
+    in_word = bits.reshape(-1, WORD_BITS).cumsum(axis=1, dtype=np.int32) > ranks[:, None]
+    tokens = words * WORD_BITS + in_word.argmax(axis=1)
+    return np.where(totals > 0, tokens, NO_TOKEN_LEFT).astype(np.int32)
 
 
 def draw(

@@ -52,8 +52,12 @@ def test_all_allowed_tokens_are_drawn_alike(data: st.DataObject) -> None:
         assert set(tokens.tolist()) == {NO_TOKEN_LEFT}
 
 
-def run(*matchers: Matcher | None, sampling: Sampling | None = None) -> list[StepResult]:
-    """All sequences decode, with three steps in flight."""
+def run(
+    *matchers: Matcher | None,
+    sampling: Sampling | None = None,
+    found: list[StepResult] | None = None,
+) -> list[StepResult]:
+    """All sequences decode, with three steps in flight. The results come into `found`."""
     runner = SimRunner(SETTINGS, ORDINARY)
     asked = sampling or Sampling(seed=5)
     admit = [
@@ -64,7 +68,7 @@ def run(*matchers: Matcher | None, sampling: Sampling | None = None) -> list[Ste
     plans = [step_plan(0, admit=admit, prefill=[(slot, 0, 1) for slot in slots])]
     plans += [step_plan(number, decode=slots) for number in range(1, STEPS)]
     by_slot = {slot: m for slot, m in enumerate(matchers) if m is not None}
-    found: list[StepResult] = []
+    found = [] if found is None else found
     launched = 0
     while len(found) < STEPS:
         while launched < min(STEPS, len(found) + 3):
@@ -108,14 +112,16 @@ def test_masks_that_come_late_make_the_device_idle(
     asked = StructuredOutputs(regex="[a-z]+")
     fill = MaskFiller.fill
     filled_at: list[float] = []
+    found: list[StepResult] = []
 
     def slow(self: MaskFiller, matchers: list[Matcher], masks: Masks) -> list[int]:
+        assert len(found) == len(filled_at), "a result is not held back while masks are filled"
         filled_at.append(time.monotonic())
         time.sleep(DELAY_S)
         return fill(self, matchers, masks)
 
     monkeypatch.setattr(MaskFiller, "fill", slow)
-    results = run(grammars.matcher(asked))
+    results = run(grammars.matcher(asked), found=found)
     ends = [result.at_us / 1e6 for result in results]
     assert len(filled_at) == STEPS
     for i in range(1, STEPS):
