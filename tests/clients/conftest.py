@@ -1,7 +1,9 @@
-"""A server whose model uses the tools that it is given, as no small model does reliably."""
+"""A server whose model uses the tools that it is given, and fills the schemas, as no small model
+does reliably."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,19 +25,29 @@ VALUES: dict[str, Any] = {
 }
 
 
+def instance(schema: dict[str, Any]) -> dict[str, Any]:
+    """An object that has all properties of the schema."""
+    properties = schema.get("properties", {}).items()
+    return {name: VALUES.get(what.get("type"), VALUES["string"]) for name, what in properties}
+
+
 def obey(message: Any, session: str) -> Iterator[Answer]:
-    """Calls the first tool, if there are any and their answers have not come; else says hello."""
+    """Writes the object that is asked for; or calls the first tool, if there are any and their
+    answers have not come; or says hello."""
     if not isinstance(message, Generate):
         return
     last = (message.messages or [{}])[-1]
     text = "Hello, world."
-    if message.tools and last.get("role") != "tool":
+    asked = message.sampling.structured_outputs
+    if asked is not None and asked.json_schema is not None:
+        text = msgspec.json.encode(instance(msgspec.json.decode(asked.json_schema))).decode()
+    elif asked is not None and asked.json_object:
+        # The prompt has the keys in quotes.
+        keys = re.findall(r"'(\w+)'", str(last["content"]))
+        text = msgspec.json.encode(dict.fromkeys(keys, VALUES["string"])).decode()
+    elif message.tools and last.get("role") != "tool":
         function = message.tools[0]["function"]
-        properties = function.get("parameters", {}).get("properties", {})
-        arguments = {
-            name: VALUES.get(what.get("type"), VALUES["string"])
-            for name, what in properties.items()
-        }
+        arguments = instance(function.get("parameters", {}))
         call = msgspec.json.encode({"name": function["name"], "arguments": arguments}).decode()
         text = f"<tool_call>\n{call}\n</tool_call>"
     for stop in message.sampling.stop:

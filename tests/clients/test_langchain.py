@@ -22,8 +22,7 @@ pytestmark = [
 
 
 class TestChatModel(ChatModelIntegrationTests):
-    """Without images and the like, which the model cannot read, and structured output, which the
-    double does not write."""
+    """Without images and the like, which the model cannot read."""
 
     @pytest.fixture(autouse=True)
     def _serve(self, obedient: Server) -> None:
@@ -40,9 +39,5 @@ class TestChatModel(ChatModelIntegrationTests):
         return {"model": "demo", "base_url": self.url, "api_key": "none", "stream_usage": True}
 
     @property
-    def has_structured_output(self) -> bool:
-        return False
-
-    @property
     def supports_json_mode(self) -> bool:
-        return False
+        return True
