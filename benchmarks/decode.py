@@ -1,6 +1,8 @@
 """Decode steps through the whole pipeline, against the least that the memory allows.
 
     python -m benchmarks.decode --random-weights benchmarks/shapes/qwen3-0.6b.json
+    python -m benchmarks.decode --random-weights benchmarks/shapes/qwen3-8b.json --tp 4 \\
+        --input 128 --output 512 --num-seqs 64
 
 For each number of sequences: all have a prompt of the same length and decode together, greedily or
 not, and are measured once every one of them has begun. Needs a GPU for each rank. Prints one JSON
@@ -11,11 +13,15 @@ line each:
                    bandwidth of a large copy on the device (bytes read and written), measured before
     ratio          of the two
     device_busy    share of the time for which the device had work, by its own clock
+
+With --output all sequences run to their end, and step_ms is the whole time over --output: prefills
+count, too.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,7 @@ from nanovllm.protocol import Sampling
 from nanovllm.settings import Settings
 
 BYTES_PER_VALUE = 2
+BYTES_IN_FP8 = 1
 
 
 @click.command(help=help_of(__doc__))
@@ -52,6 +59,7 @@ BYTES_PER_VALUE = 2
     show_default=True,
 )
 @click.option("--input", "prompt_tokens", default=1024, show_default=True, help="Prompt tokens.")
+@click.option("--output", "output_tokens", type=int, help="Output tokens, run to the end.")
 @click.option("--temperature", default=0.6, show_default=True)
 @click.option("--top-k", default=0, show_default=True)
 @click.option("--top-p", default=1.0, show_default=True)
@@ -71,6 +79,7 @@ def main(
     random_weights: Path | None,
     sizes: tuple[int, ...],
     prompt_tokens: int,
+    output_tokens: int | None,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -94,7 +103,7 @@ def main(
             frequency_penalty=0.1 * penalties,
             repetition_penalty=1 + 0.1 * penalties,
             ignore_eos=not structured,
-            max_tokens=Settings().max_model_len,
+            max_tokens=output_tokens or Settings().max_model_len,
             structured_outputs=ENDLESS_JSON if structured else None,
         )
         weights = weight_bytes(directory, config)
@@ -106,13 +115,23 @@ def main(
             )
             for size in sizes:
                 prompts = random_prompts(size, prompt_tokens)
-                before, after, context = measure(pipeline, prompts, sampling, seconds)
-                read = weights + size * context * kv_bytes(config)
-                floor_s = read / tensor_parallel_size / bandwidth
-                figures = _figures(before, after, floor_s)
-                click.echo(
-                    json.dumps({"sequences": size, "mean_context": round(context), **figures})
-                )
+                figures: dict[str, Any]
+                if output_tokens is not None:
+                    took_s = whole(pipeline, prompts, sampling)
+                    figures = {
+                        "output": output_tokens,
+                        "step_ms": round(took_s / output_tokens * 1000, 3),
+                        "tokens_per_s": round(size * output_tokens / took_s),
+                    }
+                else:
+                    before, after, context = measure(pipeline, prompts, sampling, seconds)
+                    read = weights + size * context * kv_bytes(config)
+                    floor_s = read / tensor_parallel_size / bandwidth
+                    figures = {
+                        "mean_context": round(context),
+                        **_figures(before, after, floor_s),
+                    }
+                click.echo(json.dumps({"sequences": size, **figures}))
 
 
 def measure(
@@ -134,6 +153,15 @@ def measure(
     return before, after, len(prompts[0]) + generated
 
 
+def whole(pipeline: Pipeline, prompts: list[list[int]], sampling: Sampling) -> float:
+    """Seconds from the requests to the end of the last of them."""
+    load = empty_load()
+    with SocketClient(pipeline.endpoint) as client:
+        records = send(load, client, prompts, sampling)
+        run_until(load, client, lambda: all(record.ended_s is not None for record in records))
+    return max(record.ended_s or 0.0 for record in records)
+
+
 def random_prompts(count: int, length: int) -> list[list[int]]:
     draw = np.random.default_rng(0)
     return [random_ids(draw, length) for _ in range(count)]
@@ -146,11 +174,10 @@ def weight_bytes(directory: Path, config: ModelConfig) -> int:
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="np") as opened:
             for name in opened.keys():  # noqa: SIM118  # no mapping
-                size = 1
-                for length in opened.get_slice(name).get_shape():
-                    size *= length
+                tensor = opened.get_slice(name)
+                size = BYTES_IN_FP8 if tensor.get_dtype().startswith("F8") else BYTES_PER_VALUE
                 if name != "model.embed_tokens.weight" or config.tie_word_embeddings:
-                    total += size * BYTES_PER_VALUE
+                    total += size * math.prod(tensor.get_shape())
     return total
 
 
