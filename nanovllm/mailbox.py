@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from contextlib import suppress
+import threading
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -19,24 +18,26 @@ class Mailbox(Generic[T]):
 
     def __init__(self) -> None:
         self.descriptor, self._write_end = os.pipe()
-        os.set_blocking(self.descriptor, False)
-        os.set_blocking(self._write_end, False)
-        self._items: deque[T | BaseException] = deque()
+        self._lock = threading.Lock()
+        # The pipe has one byte while there are items.
+        self._items: list[T | BaseException] = []
 
     def put(self, item: T | BaseException) -> None:
         """Passes on an item, or the exception that ends a thread."""
-        self._items.append(item)
-        with suppress(BlockingIOError):  # full, so the loop wakes up anyway
-            os.write(self._write_end, b"\0")
+        with self._lock:
+            self._items.append(item)
+            if len(self._items) == 1:
+                os.write(self._write_end, b"\0")
 
     def take(self) -> list[T]:
         """All items so far. Raises the exception that was put, if there is one."""
-        # The pipe first: an item put in between then costs a wake-up, but is not lost.
-        with suppress(BlockingIOError):
-            os.read(self.descriptor, 65536)
+        if not self._items:  # as at most wake-ups
+            return []
+        with self._lock:
+            os.read(self.descriptor, 1)
+            items, self._items = self._items, []
         taken: list[T] = []
-        while self._items:
-            item = self._items.popleft()
+        for item in items:
             if isinstance(item, BaseException):
                 raise item
             taken.append(item)
