@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from nanovllm.client.terminal import told_in_one_line
 from nanovllm.keys import make_keys
-from nanovllm.settings import SettingsError
 
 
 @click.command(
@@ -32,10 +32,8 @@ from nanovllm.settings import SettingsError
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--client", metavar="NAME", help="Whom the new key is for.")
 def keygen(directory: Path, client: str | None) -> None:
-    try:
+    with told_in_one_line():
         made = make_keys(directory, client)
-    except SettingsError as error:
-        raise click.ClickException(str(error)) from None
     for file in made:
         click.echo(f"made {file}")
     if not made:
