@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention.interface import LayerCache
-from nanovllm.kernels.layers import fp8_gemm, gemv
+from nanovllm.kernels.layers import fp8_gemm, fp8_normed, gemv
 from nanovllm.kernels.layers.fp8 import Fp8Weight
 from nanovllm.kernels.layers.ops import Fusion, LayerOps, Norm, Weight
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
@@ -68,6 +68,9 @@ class FusedOps(LayerOps):
         tuning = _tuning(len(x), weight, gated)
         if residual is not None or bias is not None or tuning is None:
             return super().norm_linear(x, residual, norm, weight, bias, gated)
+        normed = fp8_normed.choose_tuning(len(x), weight, gated)
+        if normed is not None and isinstance(weight, Fp8Weight):
+            return fp8_normed.normed_linear(x, norm, weight, gated, normed), x
         return gemv.linear(x, weight, Fusion(norm, gated), tuning), x
 
     def gemm(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -166,7 +169,7 @@ def _fp8_linear(x: Tensor, weight: Fp8Weight, gated: bool) -> Tensor:
 
 def _tuning(rows: int, weight: Weight, gated: bool) -> gemv.GemvTuning | None:
     if isinstance(weight, Fp8Weight):
-        return gemv.choose_fp8_tuning(rows, gated)
+        return gemv.choose_fp8_tuning(rows, weight.values.shape[1], gated)
     outputs, inputs = weight.shape
     return gemv.choose_tuning(rows, inputs, outputs // 2 if gated else outputs, gated)
 

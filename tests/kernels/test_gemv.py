@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.layers import gemv
+from nanovllm.kernels.layers import fp8_normed, gemv
+from nanovllm.kernels.layers.fp8 import quantize
+from nanovllm.kernels.layers.fp8_normed import NormedTuning
 from nanovllm.kernels.layers.gemv import GemvTuning
 from nanovllm.kernels.layers.ops import Fusion, Norm, fused_linear
 
@@ -55,3 +57,19 @@ def test_gemv(dtype: torch.dtype) -> None:
         ]
     for tuning, shape in cases:
         check(tuning, *shape, dtype)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_fp8_behind_a_norm(gated: bool) -> None:
+    """One part of a row and several, tiles of one output and of several."""
+    dtype = torch.bfloat16 if ON_CUDA else torch.float32
+    cases = [(NormedTuning(1, 1, 5), 1024, 256), (NormedTuning(4, 2, 3), 1024, 128)]
+    if ON_CUDA:
+        cases += [(NormedTuning(1, 2, 16), 4096, 12288), (NormedTuning(1, 4, 8), 4096, 6144)]
+    for tuning, inputs, outputs in cases:
+        x, norm = random(1, inputs, dtype=dtype) * 3, Norm(random(inputs, dtype=dtype), 1e-6)
+        weight = quantize(random((1 + gated) * outputs, inputs, dtype=dtype) * inputs**-0.5)
+        found = fp8_normed.normed_linear(x, norm, weight, gated, tuning)
+        expected = fused_linear(x, weight, Fusion(norm, gated))
+        error = (found.float() - expected.float()).norm() / expected.float().norm()
+        assert error.item() < TOLERANCES[dtype]
