@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.support.pipeline import Pipeline
 from tests.http.server import serving
-from tests.keys.cutting import cutting_proxy
+from tests.keys.bad_network import bad_network
 from tests.keys.locked import locked_pipeline
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "node"
@@ -57,7 +57,7 @@ def test_it_streams_a_chat_and_aborts_another(installed: Path, pipeline: Pipelin
 def test_with_a_key_it_goes_on_where_its_connection_was_cut(
     installed: Path, tmp_path: Path
 ) -> None:
-    with locked_pipeline(tmp_path / "keys") as locked, cutting_proxy(locked.port, 3000) as proxy:
+    with locked_pipeline(tmp_path / "keys") as locked, bad_network(locked.port, (3000,)) as proxy:
         key = locked.client_key("node")
         told = {
             endpoint: subprocess.run(
