@@ -24,7 +24,7 @@ from nanovllm.launch.http import Listener
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.log import EventFormatter
-from nanovllm.options import settings_from, settings_options
+from nanovllm.options import config_option, settings_from, settings_options
 from nanovllm.progress import LoadingBar
 from nanovllm.service import LIFELINE_VARIABLE, settled
 from nanovllm.settings import (
@@ -63,11 +63,13 @@ _VARIABLES = {ENDPOINT_VARIABLE, RUNTIME_DIR_VARIABLE}
       nanovllm-launch Qwen/Qwen3-0.6B --tp 2
       nanovllm-launch Qwen/Qwen3-0.6B --engines 4
       nanovllm-launch ./checkpoint --device cpu --max-model-len 2048
+      nanovllm-launch --config pipeline.toml --log-level debug
     """,
     context_settings={"max_content_width": 100},
 )
 @click.version_option(__version__)
 @click.argument("model", default="")
+@config_option
 @settings_options(without=("model",))
 def main(model: str, **options: Any) -> None:
     settings = settings_from({"model": model, **options})

@@ -1,8 +1,13 @@
-"""Command lines from `Settings`: click's options, and settings as a list of arguments."""
+"""Command lines from `Settings`: click's options, settings as a list of arguments, and options from
+a file."""
 
 from __future__ import annotations
 
+import os
+import re
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import click
@@ -10,6 +15,7 @@ import msgspec
 from click.core import ParameterSource
 from msgspec import inspect
 
+from nanovllm.hints import LAUNCH_HINTS
 from nanovllm.settings import (
     KEYS_VARIABLE,
     RUNTIME_DIR_VARIABLE,
@@ -17,11 +23,13 @@ from nanovllm.settings import (
     flag,
     with_fitting_defaults,
 )
+from nanovllm.wording import did_you_mean
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _ALIASES = {"tensor_parallel_size": ("--tp",), "engines": ("--dp",)}
 _VARIABLES = {"runtime_dir": RUNTIME_DIR_VARIABLE, "keys": KEYS_VARIABLE}
+_HUB_ID = re.compile(r"[^./~][^/]*/[^/]+")
 
 
 def settings_options(*, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
@@ -34,6 +42,20 @@ def settings_options(*, without: tuple[str, ...] = ()) -> Callable[[Command], Co
         return command
 
     return decorate
+
+
+def config_option(command: Command) -> Command:
+    """Adds `--config FILE`: a file's options, where neither the command line nor a variable gives
+    them."""
+    return click.option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_take_config,
+        help="TOML file of options, as `max-num-seqs = 64`: the command line and variables win over"
+        " it. Its relative paths are relative to its directory.",
+    )(command)
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
@@ -76,9 +98,10 @@ def _option(field: inspect.Field) -> Callable[[Command], Command]:
         help_text = (described.extra_json_schema or {}).get("description", "")
         described = described.type
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
-    names = (flag(field.name), *_ALIASES.get(field.name, ()))
+    names = _names(field)
     if isinstance(described, inspect.BoolType):
-        return click.option(*names, field.name, is_flag=True, help=help_text)
+        either = f"{names[0]}/--no-{names[0].removeprefix('--')}"
+        return click.option(either, field.name, default=False, help=help_text)
     kind: Any = str
     if isinstance(described, inspect.LiteralType):  # msgspec sorts the choices; keep our order
         kind = click.Choice(get_args(get_type_hints(Settings)[field.name]))
@@ -99,6 +122,54 @@ def _option(field: inspect.Field) -> Callable[[Command], Command]:
         show_envvar=variable is not None,
         help=help_text,
     )
+
+
+def _names(field: inspect.Field) -> tuple[str, ...]:
+    return (flag(field.name), *_ALIASES.get(field.name, ()))
+
+
+def _take_config(context: click.Context, _: click.Parameter, file: Path | None) -> None:
+    if file is not None:
+        context.default_map = _read_config(file)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Values by the names of fields. Raises click.UsageError, which names the file and the key."""
+    try:
+        table = tomllib.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise click.UsageError(f"{file} is not TOML: {error}") from None
+    fields = {name.removeprefix("--"): field for field in _fields() for name in _names(field)}
+    hints = get_type_hints(Settings, include_extras=True)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in fields:
+            hint = LAUNCH_HINTS.get(f"--{key}")
+            what = f"nanovllm has {hint}" if hint else did_you_mean(key, fields)
+            raise click.UsageError(f"{file}: {key} is no option: {what}")
+        field = fields[key]
+        if field.name in values:
+            raise click.UsageError(f"{file}: {key} is given twice, by another name: give one")
+        try:
+            values[field.name] = msgspec.convert(value, hints[field.name])
+        except msgspec.ValidationError as error:
+            choices = get_args(get_type_hints(Settings)[field.name])
+            allowed = f": must be one of {', '.join(choices)}" if choices else ""
+            raise click.UsageError(f"{file}: {key}: {error}{allowed}") from None
+        if isinstance(field.type, inspect.Metadata) and (field.type.extra or {}).get("path"):
+            values[field.name] = _beside(file, field.name, value)
+    return values
+
+
+def _beside(file: Path, name: str, value: str) -> str:
+    """The value of an option that names a path, which in a file is relative to the file."""
+    path = value.removeprefix("ipc://")
+    if not path or "://" in path:
+        return value
+    resolved = os.path.join(file.parent.absolute(), os.path.expanduser(path))
+    if name == "model" and _HUB_ID.fullmatch(value) and not os.path.isdir(resolved):
+        return value
+    return value.removesuffix(path) + resolved
 
 
 def _naming_the_option(message: str) -> str:

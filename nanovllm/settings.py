@@ -66,8 +66,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _option(help_text: str) -> Meta:
-    return Meta(description=help_text)
+def _option(help_text: str, *, path: bool = False) -> Meta:
+    """`path`: whether the option names a file or directory, as `ipc://PATH` does too."""
+    return Meta(description=help_text, extra={"path": path})
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,14 +81,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model: Annotated[
         str,
         _option(
-            "Checkpoint directory or hub id of a Qwen3 or Qwen2.5 model; the demo if not given."
+            "Checkpoint directory or hub id of a Qwen3 or Qwen2.5 model; the demo if not given.",
+            path=True,
         ),
     ] = ""
     ingress: Annotated[
         str,
         _option(
             "Where clients connect, besides ipc in the runtime directory: tcp://HOST:PORT or"
-            " ipc://PATH; '' for only there."
+            " ipc://PATH; '' for only there.",
+            path=True,
         ),
     ] = DEFAULT_INGRESS
     http: Annotated[
@@ -108,20 +111,27 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str,
         _option(
             "Directory of keys that `nanovllm keygen` has made: TCP sockets then take only clients"
-            " and services that have one."
+            " and services that have one.",
+            path=True,
         ),
     ] = ""
     api_key_file: Annotated[
         str,
         _option(
             "File of keys, one a line: HTTP requests must bring one of them, or one of the variable"
-            " NANOVLLM_API_KEY (several with commas)."
+            " NANOVLLM_API_KEY (several with commas).",
+            path=True,
         ),
     ] = ""
     tls_certificate: Annotated[
-        str, _option("PEM file with the HTTP server's certificate chain: it then speaks HTTPS.")
+        str,
+        _option(
+            "PEM file with the HTTP server's certificate chain: it then speaks HTTPS.", path=True
+        ),
     ] = ""
-    tls_key: Annotated[str, _option("PEM file with the private key of --tls-certificate.")] = ""
+    tls_key: Annotated[
+        str, _option("PEM file with the private key of --tls-certificate.", path=True)
+    ] = ""
     cors: Annotated[
         str,
         _option("Origins whose pages may use the HTTP server, with commas; * for any, '' none."),
@@ -136,9 +146,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             " them."
         ),
     ] = "auto"
-    runtime_dir: Annotated[str, _option("Private directory of this pipeline's sockets.")] = (
-        msgspec.field(default_factory=default_runtime_dir)
-    )
+    runtime_dir: Annotated[
+        str, _option("Private directory of this pipeline's sockets.", path=True)
+    ] = msgspec.field(default_factory=default_runtime_dir)
 
     tensor_parallel_size: Annotated[
         int, Meta(ge=1, le=8), _option("Ranks that share the model.")
