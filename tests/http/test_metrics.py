@@ -27,6 +27,7 @@ from tests.recovery.streams import services, wait_for_another
 ROOT = Path(__file__).parents[2]
 ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", re.MULTILINE)
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
+ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
 DOCUMENTED = ROW.findall(PAGE)
 # Labels that Prometheus makes of a histogram.
 OWN_LABELS = {"le"}
@@ -129,6 +130,61 @@ def test_the_dashboard_asks_for_what_is_exported() -> None:
     json.loads(dashboard)
     asked = {re.sub("_bucket$", "", name) for name in re.findall(r"nanovllm_\w+", dashboard)}
     assert asked == {name for name, _, _ in DOCUMENTED}
+
+
+def test_the_alerts_are_those_of_the_page_and_ask_for_what_is_exported() -> None:
+    rules = ALERTS.read_text()
+    asked = {re.sub("_bucket$", "", name) for name in re.findall(r"nanovllm_\w+", rules)}
+    assert asked <= {name for name, _, _ in DOCUMENTED}
+    page = (ROOT / "docs" / "operations.md").read_text()
+    documented = re.findall(r"^\| `(Nanovllm\w+)` \| (\w+) \|", page, re.MULTILINE)
+    alerts = re.findall(r"alert: (\w+)$.*?severity: (\w+)$", rules, re.DOTALL | re.MULTILINE)
+    assert documented == alerts
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+def test_promtool_fires_the_alerts(tmp_path: Path) -> None:
+    ended = 'nanovllm_request_success_total{finished_reason="%s"}'
+    series = {
+        'up{job="nanovllm"}': "0x30",
+        "nanovllm_num_requests_running": "3x30",
+        "nanovllm_num_requests_waiting": "4x30",
+        "nanovllm_generation_tokens_total": "0+9x15 135x15",
+        "nanovllm_service_restarts_total": "0+1x30",
+        "nanovllm_num_preemptions_total": "0+90x30",
+        ended % "stop": "0+90x30",
+        ended % "overloaded": "0+1x30",
+        ended % "poisoned": "_x24 1x6",
+        'nanovllm_time_to_first_token_seconds_bucket{le="10"}': "0+90x30",
+        'nanovllm_time_to_first_token_seconds_bucket{le="30"}': "0+100x30",
+        'nanovllm_time_to_first_token_seconds_bucket{le="+Inf"}': "0+100x30",
+    }
+    firing = "count(ALERTS{alertstate='firing'}) by (alertname)"
+
+    def expected(minutes: int, *missing: str) -> dict[str, object]:
+        names = set(re.findall(r"alert: (\w+)", ALERTS.read_text())) - {*missing}
+        samples = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in sorted(names)]
+        return {"expr": firing, "eval_time": f"{minutes}m", "exp_samples": samples}
+
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": s, "values": v} for s, v in series.items()],
+        "promql_expr_test": [
+            expected(14, "NanovllmStalled", "NanovllmPoisoned"),
+            expected(26),
+        ],
+    }
+    file = tmp_path / "test.json"
+    file.write_text(json.dumps({"rule_files": [str(ALERTS)], "tests": [test]}))
+    for command, rules in (("check", ALERTS), ("test", file)):
+        ran = subprocess.run(
+            ["promtool", command, "rules", rules],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,10 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.support.pipeline import READY_TIMEOUT_S, Pipeline
-from nanovllm.keys import make_keys
+from benchmarks.support.pipeline import READY_TIMEOUT_S
 from nanovllm.options import config_option, settings_from, settings_options
 from nanovllm.settings import Settings
-from tests.readers import free_tcp_endpoint
 from tests.shared.test_settings import another_of_each
-
-PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
-(EXAMPLE,) = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
 def parse(file: Path, text: str, *argv: str, **variables: str) -> Settings:
@@ -143,13 +137,3 @@ def test_both_commands_take_it(file: Path) -> None:
             )
             assert ran.returncode == 2
             assert told in ran.stderr
-
-
-def test_the_page_s_example_serves(file: Path) -> None:
-    make_keys(file.parent / "keys", None)
-    file.write_text(EXAMPLE.replace('"Qwen/Qwen3-0.6B"', '""'))
-    here = ("--ingress", free_tcp_endpoint(), "--http", "127.0.0.1:0", "--device", "sim")
-    with Pipeline("", "--config", str(file), *here) as running:
-        engines = [s.engine for s in running.status().services if s.role == "scheduler"]
-        assert engines == [0, 1]
-        assert json.loads(running.output[0])["service"], "the log is JSON"
