@@ -43,16 +43,18 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         self._source = source
         self._special_tokens = special_tokens
-        self._importing: threading.Thread | None = None
+        self._importing = threading.Thread(target=import_module, args=[RENDERER], daemon=True)
 
-    def imported(self) -> bool:
-        """Whether the modules that `render` needs are there. The first call begins to import them,
-        in a thread: a service whose own thread did so would give no sign of life meanwhile, which
-        may be long on a busy machine or a slow disk."""
-        if self._importing is None:
-            self._importing = threading.Thread(target=import_module, args=[RENDERER], daemon=True)
-            self._importing.start()
-        return not self._importing.is_alive()
+    def begin_import(self) -> None:
+        """Begins to import, in a thread, the modules that `render` needs, which takes long on a
+        busy machine or a slow disk. A service whose own thread imported them would give no sign of
+        life meanwhile. To be called once."""
+        self._importing.start()
+
+    @property
+    def importing(self) -> bool:
+        """Whether the import that was begun goes on."""
+        return self._importing.is_alive()
 
     def render(self, chat: Chat) -> str:
         """The prompt's text. It ends with the generation prompt, or inside the last message if that

@@ -63,6 +63,7 @@ def serve(service: Service) -> NoReturn:
     queue = TokenizeQueue(encoder.encode, checks.start, encoder.prepared)
     loop = TokenizerLoop(service, queue, checks)
     service.ready()
+    encoder.prepare()
     service.run(loop.step, queue.stats)
 
 

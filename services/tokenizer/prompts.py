@@ -87,10 +87,15 @@ class PromptEncoder:
             max_model_len,
         )
 
+    def prepare(self) -> None:
+        """Begins to import what renders chats, before the first chat comes. To be called once."""
+        if self._chat_template is not None:
+            self._chat_template.begin_import()
+
     def prepared(self, request: Tokenize) -> bool:
-        """Whether `encode` would answer without first importing what renders chats."""
+        """Whether `encode` would answer now, and not wait for the import."""
         chats = self._chat_template
-        return request.chat is None or chats is None or chats.imported()
+        return request.chat is None or chats is None or not chats.importing
 
     def encode(self, request: Tokenize) -> Tokenized | Refused:
         try:

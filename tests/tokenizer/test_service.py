@@ -70,24 +70,28 @@ import pathlib, sys, time
 
 class Late:
     def find_spec(self, name, path=None, target=None):
-        while name == "transformers" and not pathlib.Path({go_on!r}).exists():
-            time.sleep(0.01)
+        if name == "transformers":
+            pathlib.Path({begun!r}).touch()
+            while not pathlib.Path({go_on!r}).exists():
+                time.sleep(0.01)
 
 sys.meta_path.insert(0, Late())
 """
 
 
-def test_it_gives_signs_of_life_while_it_imports_what_renders_chats(
+def test_it_imports_what_renders_chats_before_any_comes_and_gives_signs_of_life_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on = tmp_path / "go on"
-    (tmp_path / "sitecustomize.py").write_text(LATE_IMPORT.format(go_on=str(go_on)))
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+    late_import = LATE_IMPORT.format(begun=str(begun), go_on=str(go_on))
+    (tmp_path / "sitecustomize.py").write_text(late_import)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with Neighbourhood(max_model_len=64) as here:
         (Path(here.settings.model) / "chat_template.jinja").write_text("{{ messages }}")
         supervisor = here.binds("supervisor", here.settings.control_endpoint, list[ToSupervisor])
         ingress = here.binds("ingress", here.settings.services_endpoint, list[TokenizerToIngress])
         here.start("tokenizer")
+        here.wait("import", lambda: begun.exists() or None)
         chat = [{"role": "user", "content": "the fox"}]
         ingress.send(request(uid=1, messages=chat), request(uid=2, prompt="the fox"))
 
