@@ -55,6 +55,7 @@ class Request:
     over: bool = False
     outcome: Finish | Error | None = None  # the last message for the client
     unsent: bool = False  # whether the session's list of unsent streams has the request
+    unsent_bytes: int = 0  # about what its output takes there
 
     @property
     def prompt_tokens(self) -> int:

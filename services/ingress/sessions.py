@@ -7,6 +7,7 @@ output stays with the requests, and goes out merged in the next frame.
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 import msgspec
 
@@ -23,6 +24,9 @@ OVERHEAD_BYTES = 128
 # so much is kept for it.
 MAX_FULL_S = 1.2
 MAX_UNREAD_BYTES = 16 << 20
+# A frame with so much output, roughly, takes no further stream's: while a client decodes a frame,
+# it does nothing else.
+FRAME_BYTES = 256 << 10
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -45,7 +49,7 @@ class Session:
         # The requests whose last message is among the answers.
         self._ended: list[Request] = []
         # Streams with output or an outcome to send.
-        self._unsent: list[Request] = []
+        self._unsent: deque[Request] = deque()
         self._frame: bytes | None = None
         # The requests that end once the frame is sent.
         self._ended_by_frame: list[Request] = []
@@ -60,6 +64,7 @@ class Session:
         """`request` has output, which takes `size` bytes, or an outcome to send."""
         if request.stream:
             self.unread_bytes += size
+            request.unsent_bytes += size
             if not request.unsent:
                 request.unsent = True
                 self._unsent.append(request)
@@ -97,15 +102,17 @@ class Session:
 
     def _next_frame(self) -> bytes | None:
         messages: list[msgspec.Raw | ServerMessage] = [*self._answers]
-        ended = self._ended
-        for request in self._unsent:
-            request.unsent = False
+        ended, size = self._ended, 0
+        while self._unsent and (size < FRAME_BYTES or not messages):
+            request = self._unsent.popleft()
+            size += request.unsent_bytes
+            request.unsent, request.unsent_bytes = False, 0
             messages += request.take()
             if request.outcome is not None:
                 ended.append(request)
-        self._answers, self._ended, self._unsent = [], [], []
+        self._answers, self._ended = [], []
         self._ended_by_frame = ended
-        self.unread_bytes = 0
+        self.unread_bytes = sum(request.unsent_bytes for request in self._unsent)
         return _encoder.encode(messages) if messages else None
 
 

@@ -12,7 +12,7 @@ from nanovllm.messages import Submit, Tokenized, TokenLogprobs, pack
 from nanovllm.protocol import Accepted, Delta, Error, Finish, Pong
 from nanovllm.services.ingress import pending
 from nanovllm.services.ingress.core import MAX_QUEUED_BYTES
-from nanovllm.services.ingress.sessions import MAX_FULL_S, MAX_UNREAD_BYTES
+from nanovllm.services.ingress.sessions import FRAME_BYTES, MAX_FULL_S, MAX_UNREAD_BYTES
 from tests.ingress.harness import CLIENT, OTHER, SESSION, TOKENIZER, World, decode, decoded
 
 
@@ -122,6 +122,9 @@ def test_token_ids_that_are_listed_count(monkeypatch: pytest.MonkeyPatch) -> Non
     assert error.code == "overloaded"
 
 
+LIKELIEST = {"logprobs": 20}
+
+
 def pings(world: World, submit: Submit) -> None:
     world.say({"type": "ping", "id": "x" * 30_000})
 
@@ -166,6 +169,24 @@ def test_output_kept_for_a_client_that_does_not_read_is_bounded(
     world.engine_frames()
     assert (submit.uid, 1) in world.ended, "its request was aborted"
     assert world.core.stats.requests == 1, "others go on"
+
+
+def test_output_that_waits_for_a_client_comes_in_frames_of_bounded_size() -> None:
+    world = World()
+    submits = [submit for name in "abcdefghij" for submit in world.start(name, sampling=LIKELIEST)]
+    world.full.add(CLIENT)
+    for world.steps in range(8):
+        for submit in submits:
+            logprobs(world, submit)
+    (session,) = world.core.sessions.unsent
+    size = session.unread_bytes // len(submits)
+    world.full.clear()
+    frames = [decode(frame) for frame in world.sent()]
+    assert session.unread_bytes == 0
+    deltas = [[message for message in frame if isinstance(message, Delta)] for frame in frames]
+    assert max(map(len, deltas)) <= FRAME_BYTES // size + 1
+    tokens = {delta.id: len(delta.token_ids) for frame in deltas for delta in frame}
+    assert tokens == dict.fromkeys("abcdefghij", 800)
 
 
 def test_output_that_a_client_has_read_is_not_counted() -> None:
