@@ -19,8 +19,11 @@ from nanovllm.transport.router_monitor import readable
 
 log = logging.getLogger(__name__)
 
-# Frames that one wake-up reads at most, so that an event loop gets its turn.
-BATCH: Final = 256
+# One wake-up reads no more once it has read so much, so that an event loop gets its turn: some
+# milliseconds of it, as a frame may hold deltas of all requests, with logprobs.
+BYTES_PER_WAKE_UP: Final = 128 << 10
+# What reading a frame costs beside its bytes, in bytes.
+FRAME_BYTES: Final = 512
 # How long until a pipeline that is stopped, or whose machine is gone, is noticed.
 ZMTP_HEARTBEAT_MS: Final = 1000
 ZMTP_TIMEOUT_MS: Final = 3000
@@ -88,13 +91,13 @@ class Connection:
         self.check_process()
         for pending in pendings:
             self.core.submit(pending)
-        self._pump()
+        self._pump(reads=False)
 
     def abandon(self, *pendings: Pending) -> None:
         """Aborts requests, or drops pings."""
         for pending in pendings:
             self.core.abandon(pending)
-        self._pump()
+        self._pump(reads=False)
 
     def close(self, reason: str = "the client is closed") -> None:
         """Disconnects. What is unfinished fails; the ingress aborts it."""
@@ -108,11 +111,12 @@ class Connection:
         self.core.close(reason)
         self._pump()
 
-    def _pump(self) -> None:
-        """Reads and sends what there is, without blocking, and tells what has changed."""
+    def _pump(self, *, reads: bool = True) -> None:
+        """Reads and sends what there is, without blocking, and tells what has changed. Only the
+        loop has it read: a program may submit or abandon many requests in one turn."""
         if not self.closed:
             try:
-                self._exchange()
+                self._exchange(BYTES_PER_WAKE_UP if reads else 0)
                 self._wake_later()
             except Exception as error:
                 log.exception("the client's connection has failed")
@@ -120,11 +124,11 @@ class Connection:
         for pending in self.core.changed():
             pending.on_change()
 
-    def _exchange(self) -> None:
-        for _ in range(BATCH):
-            if not readable(self._socket):
-                break
-            self.core.receive(self._socket.recv())
+    def _exchange(self, left: int) -> None:
+        while left > 0 and readable(self._socket):
+            frame = self._socket.recv()
+            left -= FRAME_BYTES + len(frame)
+            self.core.receive(frame)
         while readable(self._monitor):
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
             _TELL[zmq.Event(event)](self.core)
