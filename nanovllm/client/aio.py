@@ -49,7 +49,8 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
     def submit(
         self, message: Generate, on_change: Callable[[], object] | None = None
     ) -> AsyncStream:
-        """The stream of a request as the protocol has it; its `id` is from `new_id`.
+        """The stream of a request as the protocol has it; its `id` is from `new_id`. Logprobs that
+        came in Deltas are not kept for the `result`.
 
         Args:
             message: where its `stream` is false, the stream has no Deltas, only a `result`.
@@ -57,7 +58,7 @@ class AsyncClient(GenerateCalls[Coroutine[Any, Any, Completion], "AsyncStream"])
 
         Raises UnicodeEncodeError on text that is not valid Unicode.
         """
-        return AsyncStream(self, message, on_change)
+        return AsyncStream(self, message, on_change, keeps_logprobs=False)
 
     def new_id(self) -> str:
         return new_id()
@@ -103,11 +104,15 @@ class AsyncStream(AsyncIterator[Delta]):
         client: AsyncClient,
         message: Generate,
         on_change: Callable[[], object] | None = None,
+        *,
+        keeps_logprobs: bool = True,
     ) -> None:
         self._client = client
         self._waiters: list[asyncio.Future[None]] = []
         # Without a reference to the stream, so that a stream can be dropped.
-        self._request = PendingRequest(message, partial(_wake, self._waiters, on_change))
+        self._request = PendingRequest(
+            message, partial(_wake, self._waiters, on_change), keeps_logprobs=keeps_logprobs
+        )
         self._client._connection.submit(self._request)
 
     async def accepted(self) -> None:

@@ -158,10 +158,16 @@ class PendingRequest(_Pending[Completion]):
         message: the request.
         on_change: see above.
         patient: whether the request waits when the ingress is overloaded, instead of failing.
+        keeps_logprobs: whether the Completion has those that Deltas had.
     """
 
     def __init__(
-        self, message: Generate, on_change: Callable[[], object], *, patient: bool = False
+        self,
+        message: Generate,
+        on_change: Callable[[], object],
+        *,
+        patient: bool = False,
+        keeps_logprobs: bool = True,
     ) -> None:
         super().__init__(on_change)
         self.message = message
@@ -169,6 +175,7 @@ class PendingRequest(_Pending[Completion]):
         self.accepted = False
         self.unanswered_bytes = 0  # the size of the request; 0 once the ingress has answered it
         self.waits_for_room = patient  # whether `overloaded` means later
+        self._keeps_logprobs = keeps_logprobs
         self._token_ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: Logprobs = []
@@ -205,10 +212,11 @@ class PendingRequest(_Pending[Completion]):
             answer_at = delta.answer_at
             self._answer_at = sum(map(len, self._texts)) + answer_at
         prompt_logprobs = delta.prompt_logprobs or None
-        self._prompt_logprobs = self._prompt_logprobs or prompt_logprobs
         self._token_ids += delta.token_ids
         self._texts.append(delta.text)
-        self._logprobs += logprobs
+        if self._keeps_logprobs:
+            self._logprobs += logprobs
+            self._prompt_logprobs = self._prompt_logprobs or prompt_logprobs
         self.deltas.append(
             Delta(delta.text, delta.token_ids, self._if_asked(logprobs), answer_at, prompt_logprobs)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -44,6 +45,11 @@ KEEP_ALIVE_S: Final = 75
 STATUS_S: Final = 3.0
 # At the end of a drain responses are written, and only connections are left to be closed.
 CLOSING_S: Final = 1
+# Collections of the middle generation before a full one: Logprobs that wait for slow clients are
+# many objects.
+FULL_COLLECTION: Final = 1000
+# How long a thread that writes a large answer keeps the event loop waiting, each time.
+SWITCH_S: Final = 0.0005
 
 
 class Door:
@@ -178,6 +184,9 @@ def serve(service: Service) -> NoReturn:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
+    # Full collections stop the event loop: they are for the few cycles that live long.
+    gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTION)
+    sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(Door(service).run())
     sys.exit(0)

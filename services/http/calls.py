@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from starlette.requests import Request
@@ -19,6 +20,8 @@ from nanovllm.services.http.errors import ApiError, api_error
 T = TypeVar("T")
 
 MAX_CLIENT_BYTES: Final = 128
+# One, since threads take their turns from the event loop.
+_thread: Final = ThreadPoolExecutor(1, "large answers")
 
 
 class ClientGone(Exception):
@@ -154,7 +157,9 @@ class Calls:
 
 async def made(make: Callable[[], T], *, large: bool) -> T:
     """What `make` makes; in a thread if that may be large, so that the event loop goes on."""
-    return await asyncio.to_thread(make) if large else make()
+    if not large:
+        return make()
+    return await asyncio.get_running_loop().run_in_executor(_thread, make)
 
 
 def client_name(request: Request) -> str:

@@ -78,7 +78,7 @@ async def chat(request: Request, context: DoorContext) -> Response:
             ChatChunk(id=answer_id, created=created, model=model.name, choices=[]),
             calls,
             outputs,
-            context.recorder,
+            context,
             usage if ask.include_usage else None,
         )
     completions = await calls.results()

@@ -81,9 +81,7 @@ async def complete(
     usage = partial(usage_of, choices=choices, prompt_only=ask.max_tokens == 0)
     if ask.stream:
         await calls.answered()
-        return EventStream(
-            answer, calls, outputs, context.recorder, usage if ask.include_usage else None
-        )
+        return EventStream(answer, calls, outputs, context, usage if ask.include_usage else None)
     completions = await calls.results()
     answer.usage = usage([completion.usage for completion in completions])
 

@@ -9,6 +9,7 @@ from nanovllm.checkpoint.generation import SamplingDefaults, read_sampling_defau
 from nanovllm.client.aio import AsyncClient
 from nanovllm.protocol import Reasoning
 from nanovllm.services.http.metrics import Recorder
+from nanovllm.services.http.turns import Turns
 from nanovllm.vocabulary import Vocabulary
 
 
@@ -71,3 +72,4 @@ class DoorContext:
     client: AsyncClient
     model: ServedModel
     recorder: Recorder = field(default_factory=Recorder)
+    turns: Turns = field(default_factory=Turns)

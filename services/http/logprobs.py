@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from codecs import getincrementaldecoder
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 from nanovllm.protocol import Logprobs
@@ -31,20 +32,20 @@ def chat_logprobs(entries: Logprobs, token_text: dict[int, bytes]) -> ChatLogpro
     """
     content: list[TokenLogprob] = []
     for (token_id, logprob), *likeliest in entries:
-        raw = token_text.get(token_id, b"")
-        content.append(
-            TokenLogprob(
-                raw.decode(errors="replace"),
-                max(logprob, LOWEST),
-                list(raw),
-                [_likely(token_text.get(other, b""), its) for other, its in likeliest],
-            )
-        )
+        text, raw = _shown(token_text.get(token_id, b""))
+        likely: list[LikelyToken] = []
+        for other, its in likeliest:
+            its_text, its_raw = _shown(token_text.get(other, b""))
+            likely.append(LikelyToken(its_text, max(its, LOWEST), its_raw))
+        content.append(TokenLogprob(text, max(logprob, LOWEST), raw, likely))
     return ChatLogprobs(content)
 
 
-def _likely(raw: bytes, logprob: float) -> LikelyToken:
-    return LikelyToken(raw.decode(errors="replace"), max(logprob, LOWEST), list(raw))
+@lru_cache(maxsize=1 << 16)
+def _shown(raw: bytes) -> tuple[str, list[int]]:
+    """A token's bytes as text, and as JSON has bytes. Of the lists there are few, as garbage
+    collections look at each."""
+    return raw.decode(errors="replace"), list(raw)
 
 
 def prompt_logprobs(

@@ -76,7 +76,7 @@ PromptLogprobs = list[dict[int, LikelyPromptToken] | None]
 # Chats ------------------------------------------------------------------------------------------
 
 
-class LikelyToken(msgspec.Struct):
+class LikelyToken(msgspec.Struct, gc=False):
     """`bytes` are the token's own, of which `token` shows what is UTF-8."""
 
     token: str
@@ -84,7 +84,7 @@ class LikelyToken(msgspec.Struct):
     bytes: list[int]
 
 
-class TokenLogprob(LikelyToken):
+class TokenLogprob(LikelyToken, gc=False):
     top_logprobs: list[LikelyToken]
 
 

@@ -16,9 +16,10 @@ from nanovllm.client.aio import AsyncStream
 from nanovllm.client.results import Completion, Delta
 from nanovllm.client.results import Usage as PipelineUsage
 from nanovllm.services.http.calls import Calls, made
+from nanovllm.services.http.context import DoorContext
 from nanovllm.services.http.errors import ApiError, ErrorAnswer
-from nanovllm.services.http.metrics import Recorder
 from nanovllm.services.http.responses import ChatChunk, TextCompletion, Usage
+from nanovllm.services.http.turns import ENTRIES_A_TURN
 
 # A client for which so much waits, beside what is being sent, is disconnected.
 MAX_WAITING_BYTES: Final = 4 << 20
@@ -29,8 +30,6 @@ COMMENT_S: Final = 15.0
 LOOK_S: Final = 1.0
 # What an entry of logprobs takes, about.
 ENTRY_BYTES: Final = 64
-# Logprobs of more tokens, which wait for slow readers, are written in a thread.
-MANY_TOKENS: Final = 256
 
 _encode = msgspec.json.Encoder().encode
 
@@ -65,7 +64,7 @@ class EventStream(Response):
         chunk: ChatChunk | TextCompletion,
         calls: Calls,
         outputs: Sequence[Output],
-        recorder: Recorder,
+        context: DoorContext,
         usage: Callable[[list[PipelineUsage]], Usage] | None,
     ) -> None:
         super().__init__(
@@ -80,7 +79,8 @@ class EventStream(Response):
         self._head, self._tail = b"data: " + before + mark, after + b"\n\n"
         self._calls = calls
         self._running = dict(zip(calls.streams, outputs, strict=True))
-        self._recorder = recorder
+        self._recorder = context.recorder
+        self._turns = context.turns
         self._usage = usage
         self._output_at: dict[AsyncStream, float] = {}  # when a stream last had output
         self._sending = 0  # bytes that wait for room in the socket
@@ -133,9 +133,12 @@ class EventStream(Response):
             while deltas := stream.take():  # more may come, and the end, while events are made
                 self._observe(stream, deltas)
                 delta = merged(deltas)
+                entries = sum(map(len, delta.logprobs or ()))
+                large = entries > ENTRIES_A_TURN or delta.prompt_logprobs is not None
+                if entries and not large:
+                    await self._turns.take(entries)
                 make = partial(self._news_of, output, delta)
-                many = len(delta.logprobs or ()) > MANY_TOKENS
-                events.append(await made(make, large=many or delta.prompt_logprobs is not None))
+                events.append(await made(make, large=large))
             if stream.ended:
                 completion = await self._calls.result(stream)
                 usages[stream] = completion.usage

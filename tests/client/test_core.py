@@ -108,6 +108,16 @@ def test_a_request_that_does_not_stream_gets_all_at_its_finish() -> None:
     assert harness.core.changed() == [request]
 
 
+def test_logprobs_that_came_in_deltas_need_not_be_kept() -> None:
+    harness = Harness()
+    message = generate_message("abc", SamplingParams(logprobs=0), stream=True)
+    request = harness.take(PendingRequest(message, lambda: None, keeps_logprobs=False))
+    new = Delta(id=message.id, offset=0, token_ids=[5], text="5", logprobs=[[(5, -0.5)]])
+    harness.step(0.1, accepted(request), new, finish(message))
+    assert [delta.logprobs for delta in request.deltas] == [[[(5, -0.5)]]]
+    assert (request.result().token_ids, request.result().logprobs) == ([5], [])
+
+
 def test_a_disconnection_resumes_every_stream_where_it_stood() -> None:
     harness = Harness()
     first, second = harness.submit(max_tokens=4), harness.submit("xy", max_tokens=4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from nanovllm.services.http.logprobs import LOWEST, CompletionLogprobsWriter, chat_logprobs
@@ -22,6 +24,12 @@ def test_a_chat_has_the_true_bytes_of_half_characters() -> None:
     assert content[0].token == "\N{REPLACEMENT CHARACTER}"
     assert [(top.token, top.logprob) for top in content[0].top_logprobs] == [("a", -0.75)]
     assert content[1].logprob == LOWEST, "JSON has no infinity"
+
+
+def test_what_a_chat_writes_costs_no_garbage_collection() -> None:
+    first, again = (chat_logprobs(ENTRIES, TEXT).content[0] for _ in range(2))
+    assert not any(map(gc.is_tracked, (first, *first.top_logprobs)))
+    assert first.bytes is again.bytes
 
 
 def test_a_completion_has_offsets_into_its_text() -> None:
