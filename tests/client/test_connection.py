@@ -20,7 +20,7 @@ def test_a_turn_of_the_event_loop_reads_some_of_what_waits(monkeypatch: pytest.M
     frames = [FRAME] * 100
 
     async def test() -> None:
-        connection = Connection("tcp://127.0.0.1:1", 10.0, asyncio.get_running_loop())
+        connection = Connection("tcp://127.0.0.1:1", 10.0, None, asyncio.get_running_loop())
         socket: Any = connection._socket
         monkeypatch.setattr(
             "nanovllm.client.connection.readable",
