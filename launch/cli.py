@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from nanovllm.keys import PipelineKeys
 from nanovllm.launch.console import passed_on
 from nanovllm.launch.gpus import Gpus
 from nanovllm.launch.http import Listener
+from nanovllm.launch.join import JoinedAnew, Membership, offer, settings_to_join
+from nanovllm.launch.machines import Machines
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.log import EventFormatter
-from nanovllm.options import config_option, settings_from, settings_options
+from nanovllm.options import config_option, given_options, settings_from, settings_options
 from nanovllm.progress import LoadingBar
 from nanovllm.service import LIFELINE_VARIABLE, settled
 from nanovllm.settings import (
@@ -37,6 +41,7 @@ from nanovllm.settings import (
 )
 from nanovllm.transport.curve import is_tcp
 from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectable, is_local
+from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +69,12 @@ _VARIABLES = {ENDPOINT_VARIABLE, RUNTIME_DIR_VARIABLE}
       nanovllm-launch Qwen/Qwen3-0.6B --engines 4
       nanovllm-launch ./checkpoint --device cpu --max-model-len 2048
       nanovllm-launch --config pipeline.toml --log-level debug
+
+    Services on other machines join a pipeline that says where, and take its options:
+
+    \b
+      nanovllm-launch Qwen/Qwen3-0.6B --services tcp://10.0.0.1:5600 --keys ./keys
+      nanovllm-launch --join tcp://10.0.0.1:5600 --engines 2 --keys ./keys
     """,
     context_settings={"max_content_width": 100},
 )
@@ -72,7 +83,8 @@ _VARIABLES = {ENDPOINT_VARIABLE, RUNTIME_DIR_VARIABLE}
 @config_option
 @settings_options(without=("model",))
 def main(model: str, **options: Any) -> None:
-    settings = settings_from({"model": model, **options})
+    options = {"model": model, **options}
+    settings, given = settings_from(options), given_options(options).keys()
     lifeline = os.environ.pop(LIFELINE_VARIABLE, None)
     with passed_on():
         bar = LoadingBar()
@@ -80,7 +92,11 @@ def main(model: str, **options: Any) -> None:
         handler.setFormatter(EventFormatter("supervisor", settings.log_format))
         logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
         try:
-            _launch(settings, bar, None if lifeline is None else int(lifeline))
+            owner = None if lifeline is None else int(lifeline)
+            if settings.join:
+                _join(settings, given, bar, owner)
+            else:
+                _launch(settings, bar, owner)
         except (CheckpointError, SettingsError, ServiceFailed, OSError) as error:
             if settings.log_format == "text":
                 click.echo(f"nanovllm-launch: {error}", err=True)
@@ -100,34 +116,79 @@ class _AboveTheBar(logging.Handler):
         self._bar.write(self.format(record))
 
 
-def _launch(settings: Settings, bar: LoadingBar, lifeline: int | None) -> None:
-    directory = resolve_model(settings.model)
+def _launch(asked: Settings, bar: LoadingBar, lifeline: int | None) -> None:
+    directory = resolve_model(asked.model)
+    settings = _checked(asked, directory)
+    name = model_name(directory)
+    keys = PipelineKeys(settings.keys) if settings.keys else None
+    for endpoint in filter(None, (settings.ingress, settings.services)):
+        _warn_if_insecure(endpoint, keys)
+    gpus = Gpus(settings)
+    with runtime_dir(Path(settings.runtime_dir)), contextlib.ExitStack() as stack:
+        _check_free("--ingress", settings.ingress)
+        _check_free("--services", settings.services_beyond)
+        listener = _listener(settings)
+        machines = None
+        if settings.services:
+            try:
+                told = offer(settings, asked.model, directory)
+                machines = Machines(settings.services, told, keys)
+            except EndpointUnusable as error:
+                raise SettingsError(f"--services {error}") from None
+            stack.callback(machines.close)
+        announce = partial(_announce, settings, name, listener)
+        Supervisor(settings, name, bar, gpus, listener, announce, lifeline, machines).run()
+
+
+def _join(own: Settings, given: Set[str], bar: LoadingBar, lifeline: int | None) -> None:
+    keys = PipelineKeys(own.keys) if own.keys else None
+    _warn_if_insecure(own.join, keys)
+    with (
+        runtime_dir(Path(own.runtime_dir)),
+        contextlib.closing(Membership(own.join, keys)) as membership,
+    ):
+        membership.join()
+        listener = _listener(own)
+        while True:
+            settings, directory = settings_to_join(own, given, membership.joined)
+            settings = _checked(settings, directory)
+            name, gpus = model_name(directory), Gpus(settings)
+            announce = partial(_announce_joined, settings, membership.joined.number, listener)
+            try:
+                Supervisor(
+                    *(settings, name, bar, gpus, listener, announce, lifeline), None, membership
+                ).run()
+            except JoinedAnew:
+                log.warning("the pipeline is another one: services start anew")
+            else:
+                return
+
+
+def _checked(settings: Settings, directory: Path) -> Settings:
     config = ModelConfig.from_checkpoint(directory, settings.quantization)
     if settings.device != "sim":
         config.check_tensor_parallel(settings.tensor_parallel_size)
-    name = model_name(directory)
-    settings = settled(settings, directory, config)
-    if settings.keys:
-        PipelineKeys(settings.keys)  # tells now what is wrong with them
-    elif settings.ingress and not is_local(settings.ingress):
+    return settled(settings, directory, config)
+
+
+def _listener(settings: Settings) -> Listener | None:
+    return Listener(settings) if settings.http and settings.http_servers else None
+
+
+def _warn_if_insecure(endpoint: str, keys: PipelineKeys | None) -> None:
+    if keys is None and not is_local(endpoint):
         log.warning(
             "--insecure: whoever reaches %s may use the pipeline, and the network can read along",
-            settings.ingress,
+            endpoint,
         )
-    gpus = Gpus(settings)
-    with runtime_dir(Path(settings.runtime_dir)):
-        _check_free(settings)
-        listener = Listener(settings) if settings.http else None
-        announce = partial(_announce, settings, name, listener)
-        Supervisor(settings, name, bar, gpus, listener, announce, lifeline).run()
 
 
-def _check_free(settings: Settings) -> None:
-    if settings.ingress:
+def _check_free(option: str, endpoint: str) -> None:
+    if endpoint:
         try:
-            check_free(settings.ingress)
+            check_free(endpoint)
         except EndpointUnusable as error:
-            raise SettingsError(f"--ingress {error}") from None
+            raise SettingsError(f"{option} {error}") from None
 
 
 def _announce(settings: Settings, name: str, listener: Listener | None) -> None:
@@ -146,7 +207,25 @@ def _announce(settings: Settings, name: str, listener: Listener | None) -> None:
     click.echo(f"      {nanovllm} status{where}")
     if listener is not None:
         click.echo(f"      {listener.curl(settings.served_model_name or name)}")
+    if settings.services:
+        by = " --keys DIRECTORY" if settings.keys else " --insecure"
+        by = by if settings.keys or not is_local(settings.services) else ""
+        click.echo(f"join: nanovllm-launch --join {connectable(settings.services)} --engines 1{by}")
     click.echo("Ctrl-C stops the pipeline.")
+    sys.stdout.flush()
+
+
+def _announce_joined(settings: Settings, number: int, listener: Listener | None) -> None:
+    counts = {
+        "engine": settings.engines,
+        "tokenizer": settings.tokenizers,
+        "detokenizer": settings.detokenizers,
+        "HTTP server": settings.http_servers if listener else 0,
+    }
+    joined = ", ".join(counted(count, what) for what, count in counts.items() if count)
+    at = f" at {listener.url}" if listener else ""
+    click.echo(f"machine {number}: {joined}{at} joined the pipeline at {settings.join}")
+    click.echo("Ctrl-C takes them away again.")
     sys.stdout.flush()
 
 

@@ -54,6 +54,7 @@ class Policy:
         groups: the services of each group.
         now: the time.
         grace_s: of a role, the seconds between SIGTERM and SIGKILL.
+        first: the number of the first service of each role.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class Policy:
         groups: Iterable[Sequence[ServiceId]],
         now: float,
         grace_s: Callable[[str], float] = lambda role: GRACE_S,
+        first: int = 0,
     ) -> None:
+        self._first = first
         self._grace_s = grace_s
         self.groups = [self._group(services, now) for services in groups]
         self._commands: deque[_Command] = deque()
-        self._engines = 0  # how many `scale` was asked for last
+        self._engines_end = 0  # the number behind the engines that `scale` was asked for last
         self._called_at = now
 
     # Commands -----------------------------------------------------------------------------------
@@ -95,20 +98,22 @@ class Policy:
         Args:
             services: of each group of the one with a number.
         """
+        end = self._first + count
         if role == "engine":
-            self._engines = count
+            self._engines_end = end
         groups = [g for g in self.groups if _is(g.services[0], role) and g.phase is not Phase.GONE]
         leaving: dict[int, _Step] = {}
         for group in groups:
             number = group.services[0].number
-            if number < count:
+            if number < end:
                 group.stay()
             elif role == "engine":
                 leaving.setdefault(number, _Step([], number, for_good=True)).groups.append(group)
             else:
                 group.stop(now, leave=True)
         there = {group.services[0].number for group in groups}
-        new = [group for i in range(count) if i not in there for group in services(i)]
+        numbers = [i for i in range(self._first, end) if i not in there]
+        new = [group for i in numbers for group in services(i)]
         added = [self._group(group, now) for group in new]
         self.groups += added
         self._commands.append(_Command(asked_by, deque(leaving.values()), groups + added))
@@ -196,7 +201,7 @@ class Policy:
 
     def _leaves(self, step: _Step) -> bool:
         """Whether the engine is to end for good: no later command has called it back."""
-        return step.for_good and step.engine is not None and step.engine >= self._engines
+        return step.for_good and step.engine is not None and step.engine >= self._engines_end
 
 
 def _is(service: ServiceId, role: str) -> bool:

@@ -20,16 +20,19 @@ from nanovllm.control import (
     Done,
     Drain,
     Drained,
-    FromSupervisor,
     IngressStats,
+    Left,
     Loading,
+    Over,
     Ready,
     Report,
     Restart,
     Scale,
+    Services,
     ServiceStatus,
     Status,
     StatusRequest,
+    ToMachine,
     ToSupervisor,
     Vacate,
     Vacated,
@@ -48,19 +51,30 @@ from nanovllm.launch.groups import (
     work_of,
 )
 from nanovllm.launch.http import Listener
+from nanovllm.launch.join import Membership
+from nanovllm.launch.machines import Machines
 from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
 from nanovllm.log import render
-from nanovllm.names import ServiceId
+from nanovllm.names import ENGINE_ROLES, ServiceId, first_of
 from nanovllm.progress import LoadingBar
 from nanovllm.quietly import QUIET_VARIABLE
 from nanovllm.settings import MAX_SERVICES, RESTARTABLE, SCALABLE, Settings, SettingsError
-from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation
+from nanovllm.transport.links import (
+    BoundLink,
+    Event,
+    Peer,
+    Received,
+    Up,
+    new_incarnation,
+)
 from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
 INGRESS = ServiceId("ingress", 0)
+# Who asks for what another machine's supervisor passes on.
+PIPELINE = Peer("pipeline", 0, 0)
 DRAINED_ROLES = ("ingress", "http")
 # How long an ingress that starts during a drain takes requests, so that the clients of the ingress
 # before can submit their unfinished requests again.
@@ -68,6 +82,8 @@ RESUME_S = 5.0
 # Between two wake-ups while a service floods its output: no more than that is read of it, and it
 # takes little of a core.
 FLOOD_PAUSE_S = 0.02
+# How often the pipeline is told of the services that have joined it.
+TELL_S = 0.5
 
 
 class ServiceFailed(RuntimeError):
@@ -86,6 +102,8 @@ class Supervisor:
         announce: called once, when every service is ready.
         lifeline: a descriptor that becomes readable when the program that owns the pipeline ends;
             None if a person started the pipeline.
+        machines: those that join the pipeline; None if none can.
+        membership: in the pipeline that these services join; None if they are the pipeline.
 
     Raises:
         EndpointTaken, EndpointUnusable: the control endpoint cannot be bound.
@@ -100,8 +118,17 @@ class Supervisor:
         listener: Listener | None,
         announce: Callable[[], None],
         lifeline: int | None,
+        machines: Machines | None = None,
+        membership: Membership | None = None,
     ) -> None:
         self._settings = settings
+        self._machines = machines
+        self._membership = membership
+        self._first = first_of(membership.joined.number) if membership else 0
+        self._relayed: dict[Peer, Restart] = {}
+        self._asked: list[Peer] = []  # who waits for the status of the whole pipeline
+        self._beat_at = 0.0
+        self._pipeline_drains = False
         self._model = model
         self._gpus = gpus
         self._listener = listener
@@ -110,15 +137,14 @@ class Supervisor:
         self._owner = lifeline
         self._bar = bar
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._me = Peer("supervisor", 0, new_incarnation())
         self._control = BoundLink(
-            self._context,
-            settings.control_endpoint,
-            Peer("supervisor", 0, new_incarnation()),
-            list[ToSupervisor],
+            self._context, settings.control_endpoint, self._me, list[ToSupervisor]
         )
         self._lifeline = Lifeline()
         self._poller = zmq.Poller()
-        self._policy = Policy(_groups(settings), time.monotonic(), self._grace_s)
+        groups = _groups(settings, self._first)
+        self._policy = Policy(groups, time.monotonic(), self._grace_s, self._first)
         self._services: dict[ServiceId, ServiceProcess] = {}
         self._ingress: Peer | None = None
         self._drained: set[ServiceId] = set()
@@ -131,6 +157,7 @@ class Supervisor:
 
         Raises:
             ServiceFailed: a service was given up; every other service has ended too.
+            SettingsError, JoinedAnew: see `Membership.receive`.
         """
         wakeup = _SignalPipe(signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
         try:
@@ -144,7 +171,8 @@ class Supervisor:
             wakeup.close()
 
     def _watch(self, wakeup: _SignalPipe) -> None:
-        for socket in self._control.sockets:
+        links = (self._control, self._machines, self._membership)
+        for socket in [socket for link in links if link for socket in link.sockets]:
             self._poller.register(socket, zmq.POLLIN)
         self._poller.register(wakeup.descriptor, zmq.POLLIN)
         if self._owner is not None:
@@ -155,6 +183,10 @@ class Supervisor:
             now = time.monotonic()
             for event in self._control.receive():
                 self._on_event(event, now)
+            if self._machines is not None:
+                self._hear_machines(self._machines)
+            if self._membership is not None:
+                self._hear_pipeline(self._membership, now)
             self._on_signals(wakeup.caught(), now)
             self._look_after_processes(now)
             for action in self._policy.due(now, self._connected()):
@@ -163,7 +195,8 @@ class Supervisor:
             if self._drain_until is not None and self._all_drained():
                 self._over = True
             elif self._drain_until is not None and now >= self._drain_until:
-                log.warning("requests that are unfinished end here")
+                if self._membership is None:
+                    log.warning("requests that are unfinished end here")
                 self._over = True
             self._over = self._over or self._owner in readable
             wait_s = self._policy.wait_s(now)
@@ -190,12 +223,17 @@ class Supervisor:
                     self._ingress = peer
                     for engine in self._policy.leaving:
                         self._tell_ingress(Vacate(engine, leaves=True))
-                if self._drain_until is not None and peer.role in DRAINED_ROLES:
+                    for vacate in self._machines.leaving if self._machines else []:
+                        self._tell_ingress(vacate)
+                drains = self._drain_until is not None or self._pipeline_drains
+                if drains and peer.role in DRAINED_ROLES:
                     self._control.send(peer, [Drain(RESUME_S)])
             case Received(message=StatusRequest()):
-                self._control.send(peer, [self._status()])
+                self._tell_status(peer)
             case Received(message=Vacated(engine=engine)):
                 self._policy.moved(engine)
+                if self._machines is not None:
+                    self._machines.vacated(engine)
             case Received(message=Drained()):
                 self._drained.add(service_id)
             case Received(message=Loading() | Ready() | Report() as said):
@@ -206,25 +244,77 @@ class Supervisor:
                     group.work(service_id, work_of(said.stats), now)
                     self._announce_drain(said)
 
-    def _on_command(self, asker: Peer, command: ToSupervisor, now: float) -> None:
+    def _on_command(self, asker: Peer, command: ToSupervisor | ToMachine, now: float) -> None:
+        fewest = 0 if self._machines or self._membership else 1
         match command:
             case StatusRequest():
-                self._control.send(asker, [self._status()])
-            case Scale(role="http") | Restart(role="http") if self._listener is None:
-                error = "this pipeline serves no HTTP: launch it with --http HOST:PORT"
-                self._control.send(asker, [Done(error)])
+                self._tell_status(asker)
+            case Scale(machine=machine) if machine and self._machines is not None:
+                self._machines.command(asker, command)
+            case Scale(role="http") | Restart(role="http") if (
+                self._listener is None and self._machines is None and self._membership is None
+            ):
+                self._done(asker, "this pipeline serves no HTTP: launch it with --http HOST:PORT")
+            case Scale(role="http") if self._listener is None:
+                self._done(asker, "this machine serves no HTTP: launch it with --http HOST:PORT")
             case Scale(role=role, count=count):
-                if role in SCALABLE and 1 <= count <= MAX_SERVICES:
+                if role in SCALABLE and fewest <= count <= MAX_SERVICES:
                     self._scale(role, count, asker, now)
                 else:
-                    error = f"only {', '.join(SCALABLE)} can be scaled, to 1 to {MAX_SERVICES}"
-                    self._control.send(asker, [Done(error)])
+                    roles = ", ".join(SCALABLE)
+                    self._done(asker, f"only {roles} can be scaled, to {fewest} to {MAX_SERVICES}")
             case Restart(role=role):
                 if role in RESTARTABLE:
+                    self._relayed[asker] = command
                     self._policy.restart(role, asker)
                 else:
-                    error = f"there is no {role!r}; there are {', '.join(RESTARTABLE)}"
-                    self._control.send(asker, [Done(error)])
+                    self._done(asker, f"there is no {role!r}; there are {', '.join(RESTARTABLE)}")
+
+    def _done(self, asker: Peer, error: str | None = None) -> None:
+        if asker == PIPELINE and self._membership is not None:
+            self._membership.send(Done(error))
+        else:
+            self._control.send(asker, [Done(error)])
+
+    def _tell_status(self, asker: Peer) -> None:
+        if self._membership is not None and self._membership.send(StatusRequest()):
+            self._asked.append(asker)
+        else:
+            self._control.send(asker, [self._status()])
+
+    def _hear_machines(self, machines: Machines) -> None:
+        for peer, message in machines.receive():
+            if isinstance(message, StatusRequest):
+                machines.tell(peer, self._status())
+            elif not self._tell_ingress(message) and isinstance(message, Vacate):
+                machines.vacated(message.engine)
+        for asker, done in machines.answers():
+            self._control.send(asker, [done])
+
+    def _hear_pipeline(self, membership: Membership, now: float) -> None:
+        for message in membership.receive():
+            match message:
+                case Status():
+                    for asker in self._asked:
+                        self._control.send(asker, [message])
+                    self._asked.clear()
+                case Vacated(engine=engine):
+                    self._policy.moved(engine)
+                case Scale() | Restart():
+                    self._on_command(PIPELINE, message, now)
+                case Drain():
+                    self._pipeline_drains = True
+                    self._drain()
+                case Over():
+                    log.info("the pipeline ends")
+                    membership.send(Left())
+                    self._over = True
+        if now >= self._beat_at:
+            self._beat_at = now + TELL_S
+            membership.heartbeat()
+            membership.send(Services(self._statuses(), self._policy.leaving))
+        if self._pipeline_drains and self._drained >= self._doors:
+            self._pipeline_drains = not membership.send(Drained())
 
     def _scale(self, role: str, count: int, asker: Peer, now: float) -> None:
         def services(number: int) -> list[list[ServiceId]]:
@@ -236,7 +326,7 @@ class Supervisor:
             try:
                 self._gpus.check(count)
             except SettingsError as error:
-                self._control.send(asker, [Done(str(error))])
+                self._done(asker, str(error))
                 return
             self._settings = msgspec.structs.replace(self._settings, engines=count)
         self._policy.scale(role, count, services, asker, now)
@@ -252,9 +342,16 @@ class Supervisor:
         if self._owner is None:  # there is a person to tell
             log.info("stopping")
             self._drain_unannounced_since = now
+        self._drain()
+        if self._membership is not None:
+            self._policy.scale("engine", 0, lambda _: [], self._me, now)
+
+    def _drain(self) -> None:
         for peer in self._control.peers:  # the others are told when they connect
             if peer.role in DRAINED_ROLES:
                 self._control.send(peer, [Drain(0.0)])
+        if self._machines is not None:
+            self._machines.drain()
 
     def _announce_drain(self, report: Report) -> None:
         """Says once how many requests the drain waits for, if any."""
@@ -316,14 +413,19 @@ class Supervisor:
                 if not self._tell_ingress(Vacate(engine, leaves)):
                     self._policy.moved(engine)
             case Answer(asked_by=peer):
-                self._control.send(peer, [Done(None)])
+                command = self._relayed.pop(peer, None)
+                if command is None or self._machines is None:
+                    self._done(peer)
+                else:
+                    self._machines.command(peer, command)
 
     def _inherited(self, service_id: ServiceId) -> tuple[dict[str, str], list[int]]:
         """Environment and descriptors that this service has beside the launcher's."""
         if service_id.role == "http" and self._listener is not None:
             return self._listener.environment, self._listener.descriptors
         if service_id.role == "gpu_worker":
-            environment = self._gpus.environment(service_id.engine, self._settings.engines)
+            engine = service_id.engine - self._first
+            environment = self._gpus.environment(engine, self._settings.engines)
             if self._policy.runs(service_id.role):
                 environment[QUIET_VARIABLE] = "1"
             return environment, []
@@ -337,8 +439,10 @@ class Supervisor:
         if incarnation is not None:
             self._tell_ingress(Crashed(first, incarnation))
 
-    def _tell_ingress(self, message: FromSupervisor) -> bool:
+    def _tell_ingress(self, message: Crashed | Vacate) -> bool:
         """Returns False if the ingress is not there."""
+        if self._membership is not None:
+            return self._membership.send(message)
         return self._ingress is not None and self._control.send(self._ingress, [message])
 
     def _show(self) -> None:
@@ -356,20 +460,26 @@ class Supervisor:
         return {peer.service for peer in self._control.peers}
 
     def _all_drained(self) -> bool:
-        """Whether no request is left: of an HTTP server that has ended none is."""
-        doors = {
-            service_id
-            for service_id, service in self._services.items()
-            if service_id.role == "http" and service.alive
-        }
-        return self._drained >= {INGRESS, *doors}
+        """Whether no request is left: where services have joined a pipeline, in their engines."""
+        if not self._drained >= self._doors:
+            return False
+        if self._membership is not None:
+            return not any(g.services[0].role in ENGINE_ROLES for g in self._policy.groups)
+        return INGRESS in self._drained and (self._machines is None or self._machines.drained)
+
+    @property
+    def _doors(self) -> set[ServiceId]:
+        """The HTTP servers that may have a request: none that has ended has."""
+        return {i for i, service in self._services.items() if i.role == "http" and service.alive}
 
     def _grace_s(self, role: str) -> float:
         return GRACE_S + (self._settings.drain_timeout if role == "http" else 0.0)
 
     def _status(self) -> Status:
         url = self._listener.url if self._listener else ""
-        return Status(self._model, self._settings.client_endpoints[0], url, self._statuses())
+        endpoint = self._settings.client_endpoints[0]
+        others = self._machines.statuses if self._machines else []
+        return Status(self._model, endpoint, url, self._statuses() + others)
 
     def _statuses(self) -> list[ServiceStatus]:
         return [
@@ -380,15 +490,19 @@ class Supervisor:
         ]
 
 
-def _groups(settings: Settings) -> list[list[ServiceId]]:
+def _groups(settings: Settings, first: int) -> list[list[ServiceId]]:
     """One group of all ranks of an engine (one_for_all), and one of each other service
-    (one_for_one)."""
+    (one_for_one). Numbers count from `first` on."""
+
+    def each(role: str, count: int) -> list[list[ServiceId]]:
+        return [[ServiceId(role, first + i)] for i in range(count)]
+
     return [
-        [INGRESS],
-        *[group for engine in range(settings.engines) for group in _engine(settings, engine)],
-        *[[ServiceId("tokenizer", index)] for index in range(settings.tokenizers)],
-        *[[ServiceId("detokenizer", index)] for index in range(settings.detokenizers)],
-        *[[ServiceId("http", index)] for index in range(settings.http_servers) if settings.http],
+        *([] if settings.join else [[INGRESS]]),
+        *[group for i in range(settings.engines) for group in _engine(settings, first + i)],
+        *each("tokenizer", settings.tokenizers),
+        *each("detokenizer", settings.detokenizers),
+        *each("http", settings.http_servers if settings.http else 0),
     ]
 
 

@@ -100,6 +100,7 @@ class Scale(Message, tag="scale"):
 
     role: str  # or "engine"
     count: int
+    machine: str = ""  # one that has joined, by its name; empty: the first one
 
 
 class Restart(Message, tag="restart"):
@@ -148,7 +149,7 @@ class Drained(Message, tag="drained"):
     """From the ingress and the HTTP servers: no request is unfinished, and no new one is taken."""
 
 
-ServiceState = Literal["starting", "loading", "ready", "ended"]
+ServiceState = Literal["starting", "loading", "ready", "ended", "unreachable"]
 
 
 class ServiceStatus(Message):
@@ -167,6 +168,7 @@ class ServiceStatus(Message):
     cpu_s: float
     stats: Stats | None
     detail: str = ""
+    machine: str = ""  # the name of a machine that has joined; empty on the first one
 
     @property
     def service(self) -> ServiceId:
@@ -182,3 +184,51 @@ class Status(Message, tag="status"):
 
 ToSupervisor = Loading | Ready | Report | Drained | Vacated | StatusRequest | Scale | Restart
 FromSupervisor = Status | Done | Drain | Crashed | Vacate
+
+
+# The supervisor of a machine that joins <-> the pipeline's ----------------------------------------
+
+
+class Join(Message, tag="join"):
+    """The first message on every connection. Of another version nothing else can be read.
+
+    `machine` is the machine's name, and `number` the one that it had on an earlier connection, or
+    0. The answer is `Joined` or `NotJoined`.
+    """
+
+    version: str
+    machine: str = ""
+    number: int = 0
+
+
+class Joined(Message, tag="joined"):
+    """What the machine is to run with. The numbers of its services count from `first_of(number)`.
+    `settings` (JSON) are those of the pipeline's `Settings` that are not a machine's own; `model`
+    is as the pipeline's command line names it, and `fingerprint` tells its files from others."""
+
+    number: int
+    settings: bytes
+    fingerprint: str
+
+
+class NotJoined(Message, tag="not_joined"):
+    why: str
+
+
+class Services(Message, tag="services"):
+    """Twice a second: the machine's services, and which engines are being stopped for good."""
+
+    services: list[ServiceStatus]
+    leaving: list[int]
+
+
+class Left(Message, tag="left"):
+    """The services of the machine have ended for good."""
+
+
+class Over(Message, tag="over"):
+    """The pipeline ends, and the machine's services with it."""
+
+
+ToPipeline = Join | Services | Crashed | Vacate | Drained | StatusRequest | Done | Left
+ToMachine = Joined | NotJoined | Status | Vacated | Drain | Scale | Restart | Over

@@ -5,6 +5,13 @@ from __future__ import annotations
 import msgspec
 
 ENGINE_ROLES = ("scheduler", "gpu_worker")
+# The services of the n-th machine that has joined are numbered from n times this on.
+NUMBERS_OF_A_MACHINE = 100
+
+
+def first_of(machine: int) -> int:
+    """The number of the first service, or engine, of a machine."""
+    return machine * NUMBERS_OF_A_MACHINE
 
 
 class ServiceId(msgspec.Struct, frozen=True, array_like=True):

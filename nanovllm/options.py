@@ -64,12 +64,17 @@ def settings_from(values: dict[str, Any]) -> Settings:
     Raises:
         click.UsageError: a value is not valid; the message names its option.
     """
-    source = click.get_current_context().get_parameter_source
-    given = {k: v for k, v in values.items() if source(k) is not ParameterSource.DEFAULT}
+    given = given_options(values)
     try:
         return msgspec.convert(with_fitting_defaults(given), Settings)
     except msgspec.ValidationError as error:  # a SettingsError comes as one too
         raise click.UsageError(_naming_the_option(str(error))) from None
+
+
+def given_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Of the values that click has parsed for the current command, those that are no defaults."""
+    source = click.get_current_context().get_parameter_source
+    return {k: v for k, v in values.items() if source(k) is not ParameterSource.DEFAULT}
 
 
 def settings_argv(settings: Settings) -> list[str]:

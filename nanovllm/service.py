@@ -24,6 +24,7 @@ import click
 import msgspec
 import zmq
 
+from nanovllm.agreement import agreement
 from nanovllm.checkpoint import CheckpointError, ModelConfig, resolve_model
 from nanovllm.control import (
     Drained,
@@ -83,6 +84,7 @@ class Service:
         self.directory: Path = resolve_model(settings.model)
         self.config = ModelConfig.from_checkpoint(self.directory, settings.quantization)
         self.settings = settled(settings, self.directory, self.config)
+        self._agreement = agreement(self.settings, self.directory)
         self.me = Peer.of(service, new_incarnation())
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.keys = PipelineKeys(settings.keys) if settings.keys else None
@@ -105,7 +107,7 @@ class Service:
     ) -> ConnectedLink[M]:
         """Opens a link to a service that binds; `handler` is called with its events."""
         curve = None if self.keys is None else self.keys.services
-        link = ConnectedLink(self.context, endpoint, self.me, inbound, curve)
+        link = ConnectedLink(self.context, endpoint, self.me, inbound, curve, self._agreement)
         self._add(link, handler)
         return link
 
@@ -119,9 +121,14 @@ class Service:
         """
         self.open_gate(endpoint)
         curve = None if self.keys is None else self.keys.services
-        link = BoundLink(self.context, endpoint, self.me, inbound, curve)
+        link = BoundLink(self.context, endpoint, self.me, inbound, curve, self._agreement)
         self._add(link, handler)
         return link
+
+    def bind_beyond(self, link: BoundLink[Any], endpoint: str) -> str:
+        """Binds one more endpoint of a link, for other machines; see `Router.bind`."""
+        self.open_gate(endpoint)
+        return link.bind(endpoint)
 
     def open_gate(self, *endpoints: str) -> None:
         """To be called before a socket binds these endpoints: from now on, keys open it."""

@@ -16,7 +16,11 @@ import msgspec
 from msgspec import Meta
 
 from nanovllm.log import LogFormat
-from nanovllm.transport.endpoints import LONGEST_IPC_PATH, host_and_port, is_local
+from nanovllm.transport.endpoints import (
+    LONGEST_IPC_PATH,
+    host_and_port,
+    is_local,
+)
 
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
 DEFAULT_HTTP = "127.0.0.1:8000"
@@ -32,8 +36,10 @@ RESTARTABLE = (*ROLES, "engine", "all")
 SCALABLE = ("tokenizer", "detokenizer", "http", "engine")
 # As browsers write it: no path, no slash at the end. A page from a file has the origin "null".
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
-# At most so many services of a role that can be scaled.
+# At most so many services of a role that can be scaled, on one machine.
 MAX_SERVICES = 64
+# What a machine that joins brings, each none unless its option is given.
+JOINING = ("engines", "tokenizers", "detokenizers", "http_servers")
 
 
 class SettingsError(ValueError):
@@ -50,10 +56,11 @@ def default_runtime_dir() -> str:
 
 def with_fitting_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The options given, and beside them those whose default the given ones would contradict:
-    fewer sequences for a smaller token budget, a larger budget for more sequences."""
+    fewer sequences for a smaller token budget, a larger budget for more sequences; and of the
+    services that join a pipeline those alone that are named."""
     defaults = Settings()
     budget, sequences = given.get("max_num_batched_tokens"), given.get("max_num_seqs")
-    moved: dict[str, int] = {}
+    moved: dict[str, int] = dict.fromkeys(JOINING, 0) if given.get("join") else {}
     if isinstance(budget, int) and 1 <= budget < defaults.max_num_seqs:
         moved["max_num_seqs"] = budget
     if isinstance(sequences, int) and sequences > defaults.max_num_batched_tokens:
@@ -100,11 +107,32 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             " HTTP."
         ),
     ] = DEFAULT_HTTP
+    services: Annotated[
+        str,
+        _option(
+            "Where other machines --join: tcp://HOST:PORT, which takes PORT + 1 too; '' for one"
+            " machine alone."
+        ),
+    ] = ""
+    join: Annotated[
+        str,
+        _option(
+            "The --services of a running pipeline: adds the --engines, --tokenizers,"
+            " --detokenizers and --http-servers that are named here to it, on this machine."
+        ),
+    ] = ""
+    advertise: Annotated[
+        str,
+        _option(
+            "The address by which the other machines reach this one, if not that of --services, or"
+            " that of the connection to --join."
+        ),
+    ] = ""
     insecure: Annotated[
         bool,
         _option(
-            "Allow an --ingress, or an --http without keys, beyond loopback: for networks that you"
-            " trust."
+            "Allow an --ingress, --services or --join, or an --http without keys, beyond loopback:"
+            " for networks that you trust."
         ),
     ] = False
     keys: Annotated[
@@ -155,7 +183,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 1
     engines: Annotated[
         int,
-        Meta(ge=1, le=MAX_SERVICES),
+        Meta(ge=0, le=MAX_SERVICES),
         _option("Engines: a scheduler and --tp ranks each, which share the requests."),
     ] = 1
     gpus: Annotated[
@@ -165,9 +193,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             " '' for all."
         ),
     ] = ""
-    tokenizers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("Tokenizer processes.")] = 1
-    detokenizers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("Detokenizer processes.")] = 1
-    http_servers: Annotated[int, Meta(ge=1, le=MAX_SERVICES), _option("HTTP server processes.")] = 1
+    tokenizers: Annotated[int, Meta(ge=0, le=MAX_SERVICES), _option("Tokenizer processes.")] = 1
+    detokenizers: Annotated[int, Meta(ge=0, le=MAX_SERVICES), _option("Detokenizer processes.")] = 1
+    http_servers: Annotated[int, Meta(ge=0, le=MAX_SERVICES), _option("HTTP server processes.")] = 1
 
     device: Annotated[
         Literal["auto", "cuda", "cpu", "sim"],
@@ -243,17 +271,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if not self.runtime_dir:
             raise SettingsError("--runtime-dir is empty: name a directory")
-        if self.ingress:
-            try:
-                local = is_local(self.ingress)
-            except ValueError as error:
-                raise SettingsError(f"--ingress {self.ingress}: {error}") from None
-            if not local and not self.keys and not self.insecure:
-                raise SettingsError(
-                    f"--ingress {self.ingress} is beyond loopback, and whoever reaches it may use"
-                    " the pipeline: make keys with `nanovllm keygen` and name them with --keys,"
-                    " bind 127.0.0.1, or allow it with --insecure"
-                )
+        for name in ("join",) if self.join else ("ingress", "services"):
+            self._check_endpoint(name, getattr(self, name))
+        self._check_machines()
         if self.num_kvcache_blocks == 0:
             raise SettingsError("--num-kvcache-blocks is 0: give 1 or more, or -1")
         if self.http:
@@ -288,6 +308,43 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         return f"ipc://{path}"
 
+    def _check_endpoint(self, name: str, endpoint: str) -> None:
+        if not endpoint:
+            return
+        try:
+            local = is_local(endpoint)
+        except ValueError as error:
+            raise SettingsError(f"{flag(name)} {endpoint}: {error}") from None
+        if not local and not self.keys and not self.insecure:
+            raise SettingsError(
+                f"{flag(name)} {endpoint} is beyond loopback, and whoever reaches it may use the"
+                " pipeline: make keys with `nanovllm keygen` and name them with --keys, bind"
+                " 127.0.0.1, or allow it with --insecure"
+            )
+
+    def _check_machines(self) -> None:
+        if self.services and self.join:
+            raise SettingsError("--services and --join: a machine that joins is not joined itself")
+        for name in ("services", "join"):
+            endpoint: str = getattr(self, name)
+            if endpoint.startswith("ipc:") or endpoint.endswith(":65535"):
+                raise SettingsError(
+                    f"{flag(name)} {endpoint}: must be tcp://HOST:PORT, with a PORT below 65535"
+                )
+        if self.scheduler_beyond:
+            if _host(self.scheduler_beyond) in ("*", "0.0.0.0"):
+                raise SettingsError(
+                    f"--services {self.services}: name an address of this machine, by which others"
+                    " reach it, or --advertise one"
+                )
+            self._check_endpoint("advertise", self.scheduler_beyond.replace(":0", ":1"))
+        if not self.join and not self.services:
+            for name in JOINING:
+                if not getattr(self, name):
+                    raise SettingsError(
+                        f"{flag(name)} is 0: that goes with --services, from where others join"
+                    )
+
     @property
     def client_endpoints(self) -> list[str]:
         """Where the ingress binds for clients."""
@@ -295,13 +352,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return [local] if self.ingress in ("", local) else [self.ingress, local]
 
     @property
+    def ingress_endpoint(self) -> str:
+        """Where HTTP servers, which are clients, connect to the ingress."""
+        return self.ingress if self.join else self.in_runtime_dir("ingress")
+
+    @property
     def services_endpoint(self) -> str:
-        """Where the ingress binds for the other services."""
-        return self.in_runtime_dir("services")
+        """Where the other services connect to the ingress."""
+        return _next_port(self.join) if self.join else self.in_runtime_dir("services")
+
+    @property
+    def services_beyond(self) -> str:
+        """Where the ingress binds for services of other machines; empty if none can join."""
+        return _next_port(self.services) if self.services else ""
 
     def scheduler_endpoint(self, engine: int) -> str:
-        """Where an engine's scheduler binds for gpu_worker rank 0 and the detokenizers."""
+        """Where an engine's scheduler binds for gpu_worker rank 0, and for the detokenizers if
+        there is one machine alone."""
         return self.in_runtime_dir(f"scheduler-{engine}")
+
+    @property
+    def scheduler_beyond(self) -> str:
+        """Where schedulers bind for the detokenizers of all machines, at ports that the system
+        chooses; empty if there is one machine alone."""
+        host = self.advertise or _host(self.services)
+        return f"tcp://{host}:0" if (self.services or self.join) and host else ""
 
     def workers_endpoint(self, engine: int) -> str:
         """Where an engine's gpu_worker rank 0 binds for the other ranks."""
@@ -311,3 +386,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def control_endpoint(self) -> str:
         """Where the supervisor binds for services and commands."""
         return self.in_runtime_dir("control")
+
+
+def _next_port(endpoint: str) -> str:
+    address, _, port = endpoint.rpartition(":")
+    return f"{address}:{int(port) + 1}"
+
+
+def _host(endpoint: str) -> str:
+    return endpoint.removeprefix("tcp://").rpartition(":")[0]

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -45,9 +45,11 @@ class Pipeline:
     Args:
         model: as on the command line; "" is the demo checkpoint.
         arguments: further arguments of `nanovllm-launch`. Unless they name an `--ingress` and an
-            `--http`, there is no TCP endpoint, so that pipelines do not meet.
+            `--http`, there is no TCP endpoint, so that pipelines do not meet. With `--join` these
+            are services of another pipeline.
         lifeline: whether the pipeline ends with this process, however this process ends. Without,
             it is as a shell launches it.
+        within: a command that runs the launcher, such as `ip netns exec NAME`.
 
     Attributes:
         endpoint: where clients connect.
@@ -55,16 +57,26 @@ class Pipeline:
         start_s: seconds from the launch until the pipeline served.
     """
 
-    def __init__(self, model: Path | str = "", *arguments: str, lifeline: bool = True) -> None:
+    def __init__(
+        self,
+        model: Path | str = "",
+        *arguments: str,
+        lifeline: bool = True,
+        within: Sequence[str] = (),
+    ) -> None:
         if "--runtime-dir" not in arguments:
             arguments = ("--runtime-dir", tempfile.mkdtemp(prefix="nv-"), *arguments)
         self.runtime_dir = Path(arguments[arguments.index("--runtime-dir") + 1])
         self.endpoint = f"ipc://{self.runtime_dir}/ingress.sock"
         named = [str(model)] if str(model) else []
-        tcp = [option for option in ("--ingress", "--http") if option not in arguments]
+        joins = "--join" in arguments
+        self._says = "joined the pipeline" if joins else "nanovllm serves"
+        endpoints = ("--http",) if joins else ("--ingress", "--http")
+        tcp = [option for option in endpoints if option not in arguments]
         without_tcp = [word for option in tcp for word in (option, "")]
         self.arguments = [*named, *without_tcp, *arguments]
         self.output: list[str] = []
+        self._within = within
         self.start_s = 0.0
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._lifeline = [*os.pipe()] if lifeline else []
@@ -91,7 +103,7 @@ class Pipeline:
         started = time.monotonic()
         self.launch()
         try:
-            self.wait_for("nanovllm serves", READY_TIMEOUT_S)
+            self.wait_for(self._says, READY_TIMEOUT_S)
         except BaseException:
             self.stop()
             raise
@@ -103,7 +115,7 @@ class Pipeline:
         if self._lifeline:
             environment[LIFELINE_VARIABLE] = str(self._lifeline[0])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "nanovllm.launch.cli", *self.arguments],
+            [*self._within, sys.executable, "-m", "nanovllm.launch.cli", *self.arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -189,25 +189,28 @@ def status(where: Where, as_json: bool) -> None:
     help="""Run COUNT services of this ROLE from now on; returns when they do.
 
     ROLE is tokenizer, detokenizer, http, or engine: a scheduler and its GPU workers.
-    Nothing is lost: what a service that ends had in hand is given to others.
+    Nothing is lost: what a service that ends had in hand is given to others. Each machine has a
+    number of its own; without --machine that of the main one is meant, where the ingress runs.
 
     \b
     Examples:
       nanovllm scale tokenizer 4
       nanovllm scale engine 2
+      nanovllm scale engine 0 --machine worker-7
     """,
     short_help="Run so many tokenizers, detokenizers, HTTP servers or engines.",
 )
 @click.argument("role", type=click.Choice(SCALABLE), metavar="ROLE")
-@click.argument("count", type=click.IntRange(1, MAX_SERVICES))
+@click.argument("count", type=click.IntRange(0, MAX_SERVICES))
+@click.option("--machine", default="", help="One that has joined, as `nanovllm status` names it.")
 @pipeline_options
-def scale(where: Where, role: str, count: int) -> None:
+def scale(where: Where, role: str, count: int, machine: str) -> None:
     from nanovllm.control import Scale
 
     with told_in_one_line(), where.control() as control:
         services = counted(count, "HTTP server" if role == "http" else role)
         click.echo(f"scaling to {services} …", err=True)
-        _command(control, Scale(role, count))
+        _command(control, Scale(role, count, machine))
         click.echo(f"{services} running")
 
 

@@ -26,6 +26,8 @@ BYTES_PER_WAKE_UP: Final = 128 << 10
 FRAME_BYTES: Final = 512
 # How long until a pipeline that is stopped, or whose machine is gone, is noticed.
 ZMTP_HEARTBEAT_MS: Final = 1000
+# Where packets are dropped, TCP itself would wait twice as long before each try.
+CONNECT_TIMEOUT_MS: Final = 1000
 ZMTP_TIMEOUT_MS: Final = 3000
 # What each event of the socket's monitor tells the core.
 _TELL: Final = {
@@ -155,6 +157,7 @@ class Connection:
         # No bound: the program bounds the requests, and `max_tokens` bounds their output.
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, ZMTP_HEARTBEAT_MS)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, ZMTP_TIMEOUT_MS)
         secure_to_connect(self._socket, self._endpoint, self._curve)

@@ -34,11 +34,14 @@ def render(before: Status, now: Status) -> str:
         now: the status to show.
     """
     earlier = {s.service: s for s in before.services}
-    rows = [("SERVICE", "PID", "STATE", "UPTIME", "RESTARTS", "CPU", "WORK")]
+    several = any(service.machine for service in now.services)
+    machine = ("MACHINE",) if several else ()
+    rows = [(*machine, "SERVICE", "PID", "STATE", "UPTIME", "RESTARTS", "CPU", "WORK")]
     for service in now.services:
         then = earlier.get(service.service)
         rows.append(
             (
+                *((service.machine or "main",) if several else ()),
                 str(service.service),
                 str(service.pid),
                 service.state,

@@ -91,6 +91,7 @@ Event = Up | Down | Received[M]
 class _Hello(msgspec.Struct, array_like=True, tag="hello"):
     service: ServiceId
     pid: int
+    agreement: str = ""
 
 
 class _Welcome(msgspec.Struct, array_like=True, tag="welcome"):
@@ -143,6 +144,7 @@ class ConnectedLink(Generic[M]):
         me: this process.
         inbound: `list[…]` of the message types that the other side sends.
         curve: the keys of a TCP connection; None: it has none.
+        agreement: what both sides must have alike, see `agreement`.
     """
 
     def __init__(
@@ -152,8 +154,10 @@ class ConnectedLink(Generic[M]):
         me: Peer,
         inbound: type[list[M]],
         curve: Curve | None = None,
+        agreement: str = "",
     ) -> None:
         self._me = me
+        self._agreement = agreement
         self._codec = _Codec(inbound)
         self._connection = Connection(0)
         self._connected = False
@@ -202,7 +206,7 @@ class ConnectedLink(Generic[M]):
             self.peer = None
 
     def _hello(self) -> None:
-        hello = _Hello(self._me.service, os.getpid())
+        hello = _Hello(self._me.service, os.getpid(), self._agreement)
         self._send(_TO_ANYONE, _encoder.encode(hello))
 
     def _send(self, to: int, payload: bytes) -> bool:
@@ -249,6 +253,8 @@ class BoundLink(Generic[M]):
         endpoint: what to bind.
         me: this process.
         inbound: `list[…]` of the message types that the peers send.
+        agreement: a peer that says another one is refused; one that says none, and any peer if
+            this is empty, is not.
 
     Raises:
         EndpointTaken, EndpointUnusable: see `endpoints.bind`.
@@ -261,13 +267,20 @@ class BoundLink(Generic[M]):
         me: Peer,
         inbound: type[list[M]],
         curve: Curve | None = None,
+        agreement: str = "",
     ) -> None:
         self._me = me
+        self._agreement = agreement
+        self._refused: Peer | None = None  # the latest that was
         self._codec = _Codec(inbound)
         self._peers: dict[bytes, Peer] = {}
         self._routes: dict[Peer, Connection] = {}
         self.pids: dict[Peer, int] = {}
         self._router = Router(context, endpoint, curve)
+
+    def bind(self, endpoint: str) -> str:
+        """Binds one more endpoint, see `Router.bind`."""
+        return self._router.bind(endpoint)
 
     @property
     def sockets(self) -> tuple[Any, ...]:
@@ -341,6 +354,11 @@ class BoundLink(Generic[M]):
             log.error("dropped a malformed hello: %s", error)
             return
         peer = Peer.of(hello.service, incarnation)
+        if self._agreement and hello.agreement and hello.agreement != self._agreement:
+            if peer != self._refused:
+                log.warning("%s is refused: its version, model or options are others", peer)
+            self._refused = peer
+            return
         known = self._routes.get(peer)
         if known is not None and known.is_same(route):
             known.confirmed = route.confirmed

@@ -5,12 +5,13 @@ blocks.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from nanovllm.transport.curve import Curve, secure_to_bind, secure_to_connect
+from nanovllm.transport.curve import HANDSHAKE_MS, Curve, secure_to_bind, secure_to_connect
 from nanovllm.transport.endpoints import bind
 from nanovllm.transport.router_monitor import Connections, readable
 from nanovllm.wording import counted
@@ -27,6 +28,9 @@ ZMTP_TIMEOUT_MS = 5000
 RECONNECT_MS = 20, 200
 # What listens there has other keys, or does not speak ZeroMQ.
 REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+# A connection that is not made by then is tried anew: where packets are dropped, TCP itself would
+# wait twice as long each time.
+CONNECT_TIMEOUT_MS = 1000
 # As plain integers: enum arithmetic would cost more than the sends.
 _DONTWAIT = int(zmq.DONTWAIT)
 _IDENTITY = int(zmq.SNDMORE | zmq.DONTWAIT)
@@ -50,6 +54,8 @@ class Dealer:
         # Without a connection, messages wait with their sender, which merges them.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         first, longest = RECONNECT_MS
+        self._socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self._socket.setsockopt(zmq.RECONNECT_IVL, first)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, longest)
         self._monitor = self._socket.get_monitor_socket(
@@ -125,17 +131,26 @@ class Router:
     def __init__(
         self, context: zmq.Context[Any], endpoint: str, curve: Curve | None = None
     ) -> None:
+        self._curve = curve
+        self._releases: list[Callable[[], None]] = []
         self._socket = context.socket(zmq.ROUTER)
         _set_options(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        secure_to_bind(self._socket, endpoint, curve)
         self._connections = Connections(self._socket)
         self.sockets = self._socket, self._connections.monitor
         try:
-            self._release = bind(endpoint, lambda: self._socket.bind(endpoint))
+            self.bind(endpoint)
         except OSError:
             self._close_sockets()
             raise
+
+    def bind(self, endpoint: str) -> str:
+        """Binds one more endpoint, and returns it with the port that the system has chosen if the
+        port is 0. Raises like the constructor."""
+        secure_to_bind(self._socket, endpoint, self._curve)
+        self._releases.append(bind(endpoint, lambda: self._socket.bind(endpoint)))
+        bound: bytes = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        return bound.rstrip(b"\0").decode()
 
     def read(self) -> tuple[list[bytes], list[tuple[bytes, memoryview]]]:
         """The routing ids of connections that have ended; and at most a batch of frames, each after
@@ -167,7 +182,8 @@ class Router:
 
     def close(self) -> None:
         self._close_sockets()
-        self._release()
+        for release in self._releases:
+            release()
 
     def _close_sockets(self) -> None:
         self._socket.disable_monitor()

@@ -72,7 +72,9 @@ class Door:
             settings.max_model_len,
             generation_config=settings.generation_config == "auto",
         )
-        async with AsyncClient(settings.in_runtime_dir("ingress"), timeout=PATIENCE_S) as client:
+        async with AsyncClient(
+            settings.ingress_endpoint, timeout=PATIENCE_S, keys=settings.keys
+        ) as client:
             app = make_app(DoorContext(client, model, self._recorder))
             app.add_route("/metrics", self._metrics, ["GET"])
             self._guard = Guard(app, keys, settings.max_message_bytes)

@@ -65,6 +65,8 @@ class Ingress:
         self._services = service.bind(
             settings.services_endpoint, list[FromServices], self._from_services
         )
+        if settings.services_beyond:
+            service.bind_beyond(self._services, settings.services_beyond)
         endpoints = settings.client_endpoints
         service.open_gate(*endpoints)
         self._clients = ClientSocket(

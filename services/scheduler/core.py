@@ -48,13 +48,14 @@ class Scheduler:
         first_matcher: the number of the first matcher, see `Preparations`.
 
     Attributes:
+        endpoint: where detokenizers connect.
         group: the worker group, and the messages for its rank 0.
         detokenizers: the messages for the detokenizers.
     """
 
     def __init__(self, settings: Settings, engine: int = 0, first_matcher: int = 0) -> None:
         self._settings = settings
-        self._endpoint = settings.scheduler_endpoint(engine)
+        self.endpoint = settings.scheduler_endpoint(engine)
         self._records: dict[int, Sequence] = {}
         preparations = Preparations(first_matcher)
         self._planner = StepPlanner(settings, preparations)
@@ -145,7 +146,7 @@ class Scheduler:
         blocks = self._planner.blocks
         slots = self._settings.max_num_seqs
         return EngineState(
-            self.group.ready, slots, blocks.num_blocks, blocks.block_size, self._endpoint
+            self.group.ready, slots, blocks.num_blocks, blocks.block_size, self.endpoint
         )
 
     # The worker group ---------------------------------------------------------------------------

@@ -35,6 +35,8 @@ class SchedulerLoop:
         self._link = service.bind(
             settings.scheduler_endpoint(service.me.engine), list[WorkerToScheduler], self._on_event
         )
+        if settings.scheduler_beyond:
+            core.endpoint = service.bind_beyond(self._link, settings.scheduler_beyond)
         self._ingress = service.connect(
             settings.services_endpoint, list[IngressToScheduler], self._on_ingress
         )

@@ -83,7 +83,8 @@ def test_a_chat_goes_on_while_services_are_killed(sim: Pipeline, tmp_path: Path)
 
 def test_commands_explain_mistakes(sim: Pipeline, tmp_path: Path) -> None:
     assert "is not one of" in command(sim, "scale", "scheduler", "2").output
-    assert "1<=x<=64" in command(sim, "scale", "tokenizer", "0").output
+    assert "to 1 to 64" in command(sim, "scale", "tokenizer", "0").output
+    assert "x<=64" in command(sim, "scale", "tokenizer", "65").output
     assert "is not one of" in command(sim, "restart", "everything").output
     nowhere = CliRunner().invoke(main, ["restart", "all", "--runtime-dir", str(tmp_path)])
     assert nowhere.exit_code == 1

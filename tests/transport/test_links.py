@@ -88,6 +88,23 @@ def test_each_side_learns_of_the_other_and_messages_pass(
     assert answer == Received(SCHEDULER, Reset(7))
 
 
+def test_a_peer_of_another_pipeline_is_refused(
+    context: zmq.Context[Any], endpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    binder = BoundLink(context, endpoint, SCHEDULER, list[WorkerToScheduler], agreement="ours")
+    other = ConnectedLink(context, endpoint, WORKER, list[SchedulerToWorker], agreement="theirs")
+    events_until(lambda _: "is refused" in caplog.text, binder, other)
+    assert binder.peers == []
+    same, told_nothing = Peer("gpu_worker", 1, 303), Peer("gpu_worker", 2, 404)
+    links = [
+        ConnectedLink(context, endpoint, same, list[SchedulerToWorker], agreement="ours"),
+        ConnectedLink(context, endpoint, told_nothing, list[SchedulerToWorker]),
+    ]
+    events_until(lambda events: len(events) == 2, binder, *links)
+    assert set(binder.peers) == {same, told_nothing}
+    assert other.peer is None
+
+
 def test_a_peer_that_closes_is_noticed_while_nothing_is_sent(
     context: zmq.Context[Any], endpoint: str
 ) -> None:
