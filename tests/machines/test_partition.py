@@ -1,0 +1,75 @@
+"""One of several machines is cut off: packets are dropped, not refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.machines.pipeline import Machines, five_machines
+from tests.pipeline.leftovers import wait_until_nothing_is_left
+from tests.recovery.streams import MODEL_STOPS, Outcome, Streams, mixed_cases, undisturbed
+
+CASES = mixed_cases(MODEL_STOPS)
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    running = five_machines("--device", "cpu", "--dtype", "float32")
+    try:
+        machines = running.__enter__()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield machines
+    running.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def expected(machines: Machines) -> list[Outcome]:
+    return undisturbed(machines.main.endpoint, CASES)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3], ids=["engine", "only engine left", "tokenizers"])
+def test_streams_go_on_while_a_machine_is_cut_off(
+    machines: Machines, expected: list[Outcome], number: int
+) -> None:
+    streams = Streams(machines.main.endpoint, CASES)
+    streams.wait_for_news()
+    host = machines.network.hosts[number]
+    machines.network.cut(host)
+    try:
+        machines.wait_until(unreachable=True)
+        streams.wait_for_news()
+        streams.wait_for_news()
+    finally:
+        machines.network.heal(host)
+    machines.wait_until(unreachable=False)
+    streams.wait_for_news()
+    check(machines, streams, expected)
+
+
+def check(machines: Machines, streams: Streams, expected: list[Outcome]) -> None:
+    for case, outcome, _ in streams.finish():
+        assert outcome == expected[case], f"case {case}\n{machines.main.transcript}"
+    wait_until_nothing_is_left(machines.main)
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 2), (1, 3)])
+def test_streams_go_on_while_two_machines_do_not_reach_each_other(
+    machines: Machines, expected: list[Outcome], one: int, other: int
+) -> None:
+    """The others reach both: an engine without an ingress, a detokenizer without an engine."""
+    streams = Streams(machines.main.endpoint, CASES)
+    streams.wait_for_news()
+    pair = machines.network.hosts[one], machines.network.hosts[other]
+    machines.network.cut_between(*pair)
+    try:
+        if one == 0:
+            machines.wait_until(unreachable=True)
+        for _ in range(3):
+            streams.wait_for_news()
+    finally:
+        machines.network.heal_between(*pair)
+    machines.wait_until(unreachable=False)
+    streams.wait_for_news()
+    check(machines, streams, expected)
