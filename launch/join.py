@@ -150,15 +150,14 @@ def settings_to_join(own: Settings, given: Set[str], joined: Joined) -> tuple[Se
     theirs = msgspec.json.decode(joined.settings)
     mine = msgspec.to_builtins(own)
     taken = {name: mine[name] for name in (given & FREE_OPTIONS) | OWN_OPTIONS}
-    settings = msgspec.convert(
-        {
-            **theirs,
-            **taken,
-            "advertise": own.advertise or _own_address(own.join),
-            "ingress": _from_here(theirs["ingress"], own),
-        },
-        Settings,
-    )
+    here = {
+        "advertise": own.advertise or _own_address(own.join),
+        "ingress": _from_here(theirs["ingress"], own),
+    }
+    try:
+        settings = msgspec.convert({**theirs, **taken, **here}, Settings)
+    except msgspec.ValidationError as error:  # a SettingsError comes as one too
+        raise SettingsError(str(error)) from None
     if (settings.device == "sim") != (theirs["device"] == "sim"):
         raise SettingsError(f"--device {settings.device}: the pipeline has {theirs['device']}")
     try:

@@ -60,14 +60,7 @@ from nanovllm.names import ENGINE_ROLES, ServiceId, first_of
 from nanovllm.progress import LoadingBar
 from nanovllm.quietly import QUIET_VARIABLE
 from nanovllm.settings import MAX_SERVICES, RESTARTABLE, SCALABLE, Settings, SettingsError
-from nanovllm.transport.links import (
-    BoundLink,
-    Event,
-    Peer,
-    Received,
-    Up,
-    new_incarnation,
-)
+from nanovllm.transport.links import BoundLink, Event, Peer, Received, Up, new_incarnation
 from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from nanovllm.log import LogFormat
-from nanovllm.transport.endpoints import (
-    LONGEST_IPC_PATH,
-    host_and_port,
-    is_local,
-)
+from nanovllm.transport.endpoints import LONGEST_IPC_PATH, host_and_port, is_local
 
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
 DEFAULT_HTTP = "127.0.0.1:8000"

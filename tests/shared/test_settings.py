@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from nanovllm.launch.cli import main as launch
 from nanovllm.options import settings_argv, settings_from, settings_options
-from nanovllm.settings import Settings, SettingsError, flag, with_fitting_defaults
+from nanovllm.settings import JOINING, Settings, SettingsError, flag, with_fitting_defaults
 
 
 def parse(*argv: str) -> Settings:
@@ -146,6 +146,37 @@ def test_an_ingress_beyond_loopback_needs_insecure(host: str) -> None:
 def test_an_ingress_on_this_machine_needs_nothing(ingress: str) -> None:
     assert parse("--ingress", ingress, "--runtime-dir", "/run/x").ingress == ingress
     assert Settings(ingress="tcp://localhost:5").ingress
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--services", "tcp://10.0.0.1:5600"), "beyond loopback"),
+        (("--services", "tcp://*:5600", "--insecure"), "name an address"),
+        (("--services", "tcp://127.0.0.1:65535"), "below 65535"),
+        (("--services", "ipc:///x"), "must be tcp"),
+        (("--services", "tcp://127.0.0.1:5600", "--join", "tcp://127.0.0.1:5700"), "joins"),
+        (("--services", "tcp://127.0.0.1:5600", "--advertise", "10.0.0.1"), "--advertise"),
+        (("--join", "tcp://10.0.0.1:5600", "--engines", "1"), "--join .*beyond loopback"),
+        (("--engines", "0"), "--engines is 0"),
+        (("--detokenizers", "0"), "--detokenizers is 0"),
+    ],
+)
+def test_what_other_machines_could_not_join_is_refused(
+    arguments: tuple[str, ...], why: str
+) -> None:
+    with pytest.raises(click.UsageError, match=why):
+        parse(*arguments)
+
+
+def test_where_services_of_other_machines_meet() -> None:
+    main = parse("--services", "tcp://127.0.0.1:5600", "--engines", "0")
+    joined = parse("--join", "tcp://127.0.0.1:5600", "--engines", "2", "--advertise", "127.0.0.2")
+    assert main.services_beyond == joined.services_endpoint == "tcp://127.0.0.1:5601"
+    assert main.scheduler_beyond == "tcp://127.0.0.1:0"
+    assert joined.scheduler_beyond == "tcp://127.0.0.2:0"
+    assert [getattr(joined, name) for name in JOINING] == [2, 0, 0, 0]
+    assert parse().services_beyond == parse().scheduler_beyond == ""
 
 
 @pytest.mark.parametrize("origin", ["page.example", "https://page.example/", "https://a/b", "**"])
