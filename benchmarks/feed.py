@@ -77,7 +77,7 @@ CASES = (Case(256, 2.0), Case(1, 0.5))
     default=0.0,
     help="The share of requests whose answers must be JSON of a schema.",
 )
-@click.option("--curve", is_flag=True, help="The client connects over TCP with a key, not ipc.")
+@click.option("--curve", is_flag=True, help="All connections by TCP with keys, as on two machines.")
 def main(
     seconds: float,
     depths: tuple[int, ...],
@@ -107,14 +107,14 @@ def measure(
 
     Args:
         constrained: the share of requests with a grammar.
-        curve: whether the client connects over TCP with a key.
+        curve: whether all but the ingress joins from another supervisor, and every connection
+            between the two, and the client's, is TCP with keys.
     """
     arguments = f"--device sim --sim-step-ms {case.step_ms} --pipeline-depth {depth}"
     arguments += f" --max-num-seqs {case.sequences} --max-model-len 1024 --log-level warning"
-    arguments += f" --engines {engines}"
     # A few more than run, so that whenever a sequence ends another is waiting.
     outstanding = engines * (case.sequences + max(1, case.sequences // 16))
-    with _connected(arguments.split(), curve) as (pipeline, client):
+    with _connected(arguments.split(), engines, curve) as (pipeline, client):
         conversations = _probed(case.sequences > 1, constrained)
         load = Load(Concurrency(outstanding), conversations, time.monotonic())
         stamps = Stamps(client)
@@ -137,18 +137,42 @@ def measure(
 
 
 @contextlib.contextmanager
-def _connected(arguments: list[str], curve: bool) -> Iterator[tuple[Pipeline, SocketClient]]:
+def _connected(
+    arguments: list[str], engines: int, curve: bool
+) -> Iterator[tuple[Pipeline, SocketClient]]:
     """A pipeline, and a client of it."""
-    with contextlib.ExitStack() as stack:
-        endpoint, key = "", None
-        if curve:
-            keys = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            key = str(make_keys(keys, "feed")[-1])
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-            arguments = [*arguments, "--keys", str(keys), "--ingress", endpoint]
-        pipeline = stack.enter_context(Pipeline("", *arguments))
-        yield pipeline, stack.enter_context(SocketClient(endpoint or pipeline.endpoint, key))
+    brings = ["--engines", str(engines), "--tokenizers", "1", "--detokenizers", "1"]
+    if not curve:
+        with (
+            Pipeline("", *arguments, *brings) as pipeline,
+            SocketClient(pipeline.endpoint) as client,
+        ):
+            yield pipeline, client
+        return
+    none = ["--engines", "0", "--tokenizers", "0", "--detokenizers", "0"]
+    with tempfile.TemporaryDirectory() as directory:
+        *_, key = make_keys(Path(directory), "feed")
+        ports = _free_ports()
+        ingress, services = (f"tcp://127.0.0.1:{port}" for port in ports[:2])
+        where = ["--ingress", ingress, "--services", services, "--keys", directory]
+        join = ["--join", services, "--keys", directory, "--log-level", "warning"]
+        with (
+            Pipeline("", *arguments, *where, *none) as pipeline,
+            Pipeline("", *join, *brings),
+            SocketClient(ingress, str(key)) as client,
+        ):
+            yield pipeline, client
+
+
+def _free_ports() -> range:
+    """Three in a row: --services takes two."""
+    while True:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as probes:
+            first = probes.enter_context(socket.create_server(("127.0.0.1", 0)))
+            ports = range(port := first.getsockname()[1], port + 3)
+            for port in ports[1:]:
+                probes.enter_context(socket.create_server(("127.0.0.1", port)))
+            return ports
 
 
 def _is_constrained(number: int, share: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from benchmarks.support.pipeline import LOOK_AGAIN_S, Pipeline
 from nanovllm.client.control import Control
 from nanovllm.control import ServiceStatus
 from nanovllm.keys import make_keys
-from tests.machines.network import Network
+from tests.machines.network import Host, Network
 from tests.recovery.streams import TIMEOUT_S
 
 PORT = 5600
@@ -28,9 +29,10 @@ SERVICES = sum(map(int, (word for words in BRING for word in words[1::2]))) + 2 
 
 
 class Machines(NamedTuple):
-    """The pipeline of the ingress, and what has joined it."""
+    """The pipeline of the ingress, and what has joined it; `stranger` is a host without keys."""
 
     network: Network
+    stranger: Host
     main: Pipeline
     joined: list[Pipeline]
 
@@ -56,27 +58,30 @@ class Machines(NamedTuple):
 @contextlib.contextmanager
 def five_machines(*options: str) -> Iterator[Machines]:
     """The ingress and a detokenizer on the first machine, with these options; on the others what
-    they `BRING`. All have keys.
+    they `BRING`. All have the keys that they need.
 
     Raises:
         RuntimeError: network namespaces cannot be made here; the message says why.
     """
     with contextlib.ExitStack() as stack:
-        network = Network(1 + len(BRING))
+        network = Network(1 + len(BRING) + 1)
         stack.callback(network.close)
-        directory = stack.enter_context(tempfile.TemporaryDirectory())
-        make_keys(Path(directory), None)
-        keys = ("--keys", directory)
-        first, *others = network.hosts
+        first, *others, stranger = network.hosts
+        keys = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        make_keys(keys / "first", None)
+        (keys / "others").mkdir()
+        shutil.copy2(keys / "first" / "services.key", keys / "others")
         services = f"tcp://{first.address}:{PORT}"
-        arguments = ("--services", services, *keys, "--engines", "0", "--tokenizers", "0")
+        where = ("--services", services, "--ingress", f"tcp://{first.address}:5555")
+        arguments = (*where, "--keys", str(keys / "first"), "--engines", "0", "--tokenizers", "0")
         main = stack.enter_context(Pipeline("", *arguments, *options, within=first.within))
+        join = ("--join", services, "--keys", str(keys / "others"))
         joined = [
-            Pipeline("", "--join", services, *keys, *brings, within=host.within)
+            Pipeline("", *join, *brings, within=host.within)
             for host, brings in zip(others, BRING, strict=True)
         ]
         for pipeline in joined:
             stack.enter_context(pipeline)
-        running = Machines(network, main, joined)
+        running = Machines(network, stranger, main, joined)
         running.wait_until(unreachable=False)
         yield running

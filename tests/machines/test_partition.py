@@ -1,14 +1,25 @@
-"""One of several machines is cut off: packets are dropped, not refused."""
+"""One of several machines is cut off: packets are dropped, not refused. Or a stranger comes."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
+from tests.keys.hostile import assert_nothing_is_answered
+from tests.machines.network import Host
 from tests.machines.pipeline import Machines, five_machines
 from tests.pipeline.leftovers import wait_until_nothing_is_left
-from tests.recovery.streams import MODEL_STOPS, Outcome, Streams, mixed_cases, undisturbed
+from tests.recovery.streams import (
+    MODEL_STOPS,
+    TIMEOUT_S,
+    Outcome,
+    Streams,
+    mixed_cases,
+    undisturbed,
+)
 
 CASES = mixed_cases(MODEL_STOPS)
 
@@ -73,3 +84,35 @@ def test_streams_go_on_while_two_machines_do_not_reach_each_other(
     machines.wait_until(unreachable=False)
     streams.wait_for_news()
     check(machines, streams, expected)
+
+
+def test_a_machine_without_keys_gets_nowhere(machines: Machines, expected: list[Outcome]) -> None:
+    """At every port that is open, while streams run: nothing is answered, and nobody is harmed."""
+    streams = Streams(machines.main.endpoint, CASES)
+    streams.wait_for_news()
+    attacks = []
+    for host in machines.network.hosts:
+        for port in listening(host):
+            hostile = [sys.executable, "-m", "tests.keys.hostile", host.address, str(port), "500"]
+            attacks.append(
+                subprocess.Popen(
+                    [*machines.stranger.within, *hostile], stdout=subprocess.PIPE, text=True
+                )
+            )
+    # The client's socket, that of supervisors, the ingress's for services, two schedulers.
+    assert len(attacks) == 5
+    for attack in attacks:
+        answers, _ = attack.communicate(timeout=TIMEOUT_S)
+        assert attack.returncode == 0
+        assert_nothing_is_answered(answers)
+    streams.wait_for_news()
+    check(machines, streams, expected)
+    assert all(service.restarts == 0 for service in machines.status)
+
+
+def listening(host: Host) -> list[int]:
+    """The TCP ports on which somebody listens there."""
+    told = subprocess.run(
+        [*host.within, "ss", "-Hltn"], capture_output=True, text=True, check=True, timeout=60
+    )
+    return [int(line.split()[3].rpartition(":")[2]) for line in told.stdout.splitlines()]
