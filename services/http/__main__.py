@@ -143,8 +143,12 @@ class Door:
         try:
             status = await asyncio.wait_for(asked, STATUS_S)
         except TimeoutError:
-            self._asked.clear()
             raise ApiError(503, "the supervisor does not answer", code="unavailable") from None
+        finally:
+            if asked in self._asked:
+                self._asked.remove(asked)
+                if self._asked:  # the answer may be lost: who came later has time for another
+                    self._service.ask_status()
         return Response(exposition(status), media_type=CONTENT_TYPE)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlencode
 
 import pytest
@@ -18,7 +19,11 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.support.pipeline import LOOK_AGAIN_S, Pipeline
+from nanovllm.control import Status
 from nanovllm.names import ServiceId
+from nanovllm.services.http import __main__ as http_server
+from nanovllm.services.http.__main__ import Door
+from nanovllm.services.http.errors import ApiError
 from tests.http.server import TIMEOUT_S, Server
 from tests.http.test_door import HTTP, SIM
 from tests.pipeline.leftovers import wait_until_nothing_is_left
@@ -242,3 +247,34 @@ def test_restarts_are_counted_by_role(doors: Doors, door: Server) -> None:
     restarts = families(door)["nanovllm_service_restarts_total"]
     assert total(restarts, role="detokenizer", index="0") == 1
     assert total(restarts, role="http") == 0
+
+
+def test_one_that_asks_in_vain_takes_no_answer_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first question to the supervisor is lost."""
+    monkeypatch.setattr(http_server, "STATUS_S", 0.2)
+    asked = 0
+
+    class Supervisor:
+        def on_told(self, handler: Callable[[Status], None]) -> None:
+            self._answer = handler
+
+        def ask_status(self) -> bool:
+            nonlocal asked
+            asked += 1
+            if asked > 1:
+                self._answer(Status("", "", "", []))
+            return True
+
+    async def test() -> None:
+        door = Door(cast(Any, Supervisor()))
+        first = asyncio.create_task(door._metrics(cast(Any, None)))
+        await asyncio.sleep(0)  # it asks
+        monkeypatch.setattr(http_server, "STATUS_S", TIMEOUT_S)
+        second = asyncio.create_task(door._metrics(cast(Any, None)))
+        with pytest.raises(ApiError, match="does not answer"):
+            await first
+        assert (await second).status_code == 200
+        assert (await door._metrics(cast(Any, None))).status_code == 200
+        assert asked == 3
+
+    asyncio.run(test())
