@@ -44,6 +44,7 @@ class LimitedProtocol(DoorProtocol):
         self._in_body = False
         self._timer: asyncio.TimerHandle | None = None
         self._unanswered: list[RequestResponseCycle] = []
+        self._deaf = False  # whether what comes is no HTTP, behind requests that are answered
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -54,9 +55,11 @@ class LimitedProtocol(DoorProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
         self._bytes += len(data)
         super().data_received(data if self._in_body else _without_upgrade(data))
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._deaf:
             return
         # While a body that is wanted comes, the application looks at the clock.
         if self._timer is None and (self._in_headers or not self._answers()):
@@ -85,6 +88,12 @@ class LimitedProtocol(DoorProtocol):
         self._bytes = 0
 
     def send_400_response(self, msg: str) -> None:
+        unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
+        if unanswered and not self._in_body:
+            unanswered[-1].keep_alive = False  # whole requests have their answers first
+            self._deaf = True
+            self._stop_timer()
+            return
         self._refuse(400, "this is no valid HTTP/1.1 request")
 
     def _refuse(self, status: int, message: str) -> None:

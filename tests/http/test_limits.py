@@ -52,6 +52,13 @@ def test_what_does_not_come_in_time_is_refused(hurried: Server, sent: bytes, sta
     assert f"HTTP/1.1 {status} ".encode() in answer_to(hurried, sent)
 
 
+def test_whole_requests_before_garbage_are_answered(server: Server) -> None:
+    body = b'{"model": "demo", "prompt": "Once", "max_tokens": 4}'
+    whole = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    answer = answer_to(server, whole * 2 + b"\0garbage\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200 ") == answer.count(b'"finish_reason"') == 2
+
+
 @pytest.mark.parametrize("chunk", [b"-3\r\n", b"f" * 20 + b"\r\n", b"3\nabc\n0\n\n", b"zz"])
 def test_a_malformed_chunk_is_refused(server: Server, chunk: bytes) -> None:
     sent = POST + b"transfer-encoding: chunked\r\n\r\n" + chunk
