@@ -23,6 +23,10 @@ _KEY: Final = re.compile(
 )
 
 
+# The session is that of this server, which has many clients.
+_FULL: Final = re.compile(r"of .* are held, .* for this session; try later")
+
+
 class ErrorBody(msgspec.Struct):
     message: str
     type: str
@@ -75,6 +79,8 @@ def api_error(
         message = message.replace("prompt_token_ids", "prompt", 1)  # over HTTP one key has both
     if message.startswith("structured_outputs: "):
         message = message.replace("structured_outputs", answer_key, 1)
+    if _FULL.fullmatch(message):
+        message = "the server holds as many requests as it may; try again later"
     key = _KEY.match(message)
     return ApiError(_STATUS_OF[error.code], message, key and key[1], error.code)
 

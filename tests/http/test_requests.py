@@ -197,6 +197,11 @@ def test_what_is_no_json_in_a_key_for_the_template_is_refused(value: bytes) -> N
         ("prompt_token_ids: 999 is no token", "prompt", "prompt: 999 is no token"),
         ("messages[0].content: no", "messages[0].content", "messages[0].content: no"),
         ("the prompt: too long", None, "the prompt: too long"),
+        (
+            "of max_pending_requests (2) 2 are held, 1 of them for this session; try later",
+            None,
+            "the server holds as many requests as it may; try again later",
+        ),
         ("idle: no key", None, "idle: no key"),
     ],
 )
