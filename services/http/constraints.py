@@ -65,7 +65,8 @@ class NamedTool(msgspec.Struct):
     type: Literal["function"] = "function"
 
 
-ToolChoice = Literal["auto", "none", "required"] | NamedTool
+ToolMode = Literal["auto", "none", "required"]
+ToolChoice = ToolMode | NamedTool
 
 END_OF_CALL: Final = "}\n" + CLOSE
 _OTHER_KEYS: Final = "structured_outputs, guided_json, guided_regex, guided_choice, guided_grammar"

@@ -7,7 +7,7 @@ that leaves only what changes nothing (null, 0, …), so that it is refused and 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
@@ -30,6 +30,7 @@ from nanovllm.services.http.constraints import (
     ResponseFormat,
     StructuredKeys,
     ToolChoice,
+    ToolMode,
 )
 from nanovllm.services.http.errors import ApiError
 from nanovllm.wording import key_and_reason
@@ -125,10 +126,13 @@ class MessageToolCall(msgspec.Struct):
     type: Literal["function"] = "function"
 
 
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
 class Message(msgspec.Struct, kw_only=True):
     """What chat templates know of; further keys go to the template too."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Role
     content: str | list[Part] | None = None
     name: str | None = None
     tool_call_id: str | None = None
@@ -272,6 +276,14 @@ def is_continued(ask: ChatRequest | TokenizeRequest) -> bool:
     return continued
 
 
+# What keys can be of which msgspec says only that the value is invalid.
+_VALUES: Final = {
+    "role": get_args(Role),
+    "tool_choice": get_args(ToolMode),
+    "response_format.type": [kind.__struct_config__.tag for kind in get_args(ResponseFormat)],
+}
+
+
 class TemplateKeys(msgspec.Struct):
     """Messages and tools as they were sent, for the chat template."""
 
@@ -300,6 +312,8 @@ def _refusal(key: str, reason: str) -> ApiError:
         reason = "only text is served, no images, audio or files"
     elif re.split(r"[.\[]", key)[0] in _NOT_SERVED:
         reason = f"is not served: {reason}"
+    elif reason.startswith("Invalid") and (values := _VALUES.get(key.rpartition("].")[2])):
+        reason = f"{reason}; must be {', '.join(values[:-1])} or {values[-1]}"
     elif found := re.search(r"required field `(\w+)`", reason):
         key, reason = ".".join(filter(None, (key, found[1]))), "missing"
     return ApiError(400, f"{key}: {reason}" if key else reason, key or None)

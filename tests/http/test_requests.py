@@ -36,6 +36,22 @@ def refusal(kind: type[msgspec.Struct], keys: dict[str, Any]) -> ApiError:
 
 
 @pytest.mark.parametrize(
+    ("keys", "values"),
+    [
+        ({"messages": [{"role": "bot", "content": "x"}]}, "user, assistant or tool"),
+        ({"tool_choice": "bot"}, "auto, none or required"),
+        ({"response_format": {"type": "bot"}}, "text, json_object or json_schema"),
+    ],
+)
+def test_a_value_that_there_is_not_is_refused_with_those_that_there_are(
+    keys: dict[str, Any], values: str
+) -> None:
+    body = {"model": "demo", "messages": [{"role": "user", "content": "x"}], **keys}
+    with pytest.raises(ApiError, match=f"'bot'; must be .*{values}"):
+        parse(json.dumps(body).encode(), ChatRequest)
+
+
+@pytest.mark.parametrize(
     ("keys", "param"),
     [
         ({"messages": []}, "messages"),
