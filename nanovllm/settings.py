@@ -277,6 +277,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 host_and_port(self.http)
             except ValueError as error:
                 raise SettingsError(f"--http {self.http}: {error}") from None
+        else:
+            for option, value in (
+                ("--api-key-file", self.api_key_file),
+                ("--tls-certificate", self.tls_certificate),
+                ("--cors", self.cors),
+            ):
+                if value:
+                    raise SettingsError(
+                        f"--http '' serves no HTTP, and {option} is for HTTP alone: leave one away"
+                    )
         for origin in filter(None, map(str.strip, self.cors.split(","))):
             if not _ORIGIN.fullmatch(origin):
                 raise SettingsError(

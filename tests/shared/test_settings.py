@@ -179,6 +179,12 @@ def test_where_services_of_other_machines_meet() -> None:
     assert parse().services_beyond == parse().scheduler_beyond == ""
 
 
+@pytest.mark.parametrize("option", ["--api-key-file", "--tls-certificate", "--cors"])
+def test_options_of_http_need_http(option: str) -> None:
+    with pytest.raises(click.UsageError, match=f"--http '' serves no HTTP, and {option} "):
+        parse("--http", "", option, "*")
+
+
 @pytest.mark.parametrize("origin", ["page.example", "https://page.example/", "https://a/b", "**"])
 def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
     with pytest.raises(click.UsageError, match=r"--cors .* must be an origin"):
