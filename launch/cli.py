@@ -201,12 +201,13 @@ def _announce(settings: Settings, name: str, listener: Listener | None) -> None:
     elif endpoint != DEFAULT_INGRESS or os.environ.keys() & _VARIABLES:
         where = f" --endpoint {shlex.quote(endpoint)}"
     nanovllm = _command()
+    name = settings.served_model_name or name
     click.echo(f"nanovllm serves {name} at {bound}{f' and {listener.url}' if listener else ''}")
     click.echo(f"try:  {nanovllm} generate 'Once upon a time'{where}")
     click.echo(f"      {nanovllm} chat{where}")
     click.echo(f"      {nanovllm} status{where}")
     if listener is not None:
-        click.echo(f"      {listener.curl(settings.served_model_name or name)}")
+        click.echo(f"      {listener.curl(name)}")
     if settings.services:
         by = " --keys DIRECTORY" if settings.keys else " --insecure"
         by = by if settings.keys or not is_local(settings.services) else ""

@@ -193,6 +193,11 @@ def test_every_interface_is_announced_as_it_is_reached(monkeypatch: pytest.Monke
             tried(pipeline)
 
 
+def test_the_announcement_has_the_served_name(capsys: pytest.CaptureFixture[str]) -> None:
+    _announce(Settings(served_model_name="other"), "demo", None)
+    assert "serves other at " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("variable", ["NANOVLLM_ENDPOINT", "NANOVLLM_RUNTIME_DIR"])
 def test_proposals_hold_though_the_environment_names_another_pipeline(
     variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
