@@ -19,9 +19,9 @@ from nanovllm.transport.router_monitor import readable
 
 log = logging.getLogger(__name__)
 
-# One wake-up reads no more once it has read so much, so that an event loop gets its turn: some
-# milliseconds of it, as a frame may hold deltas of all requests, with logprobs.
-BYTES_PER_WAKE_UP: Final = 128 << 10
+# One wake-up reads no more once it has read so much, so that an event loop gets its turn: about
+# 10 to 20 ms of CPU. A frame may hold deltas of all requests, with logprobs.
+BYTES_PER_WAKE_UP: Final = 512 << 10
 # What reading a frame costs beside its bytes, in bytes.
 FRAME_BYTES: Final = 512
 # How long until a pipeline that is stopped, or whose machine is gone, is noticed.
