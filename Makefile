@@ -3,6 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEBIAN := $(VENV)/debian
+DEBIAN_LIB = $(CURDIR)/$(DEBIAN)/usr/lib/$(shell cc -print-multiarch 2>/dev/null)
+# Those that are not installed. msgpack-c has had two names.
+C_LIBRARIES = $(shell for msgpack in libmsgpack-c-dev libmsgpack-dev; do \
+	apt-get -s install --no-install-recommends libzmq3-dev $$msgpack 2>/dev/null; done \
+	| sed -n '/boost/d; s/^Inst \([^ ]*\).*/\1/p' | sort -u)
 
 .PHONY: help demo serve test test-clients lint clean
 .DEFAULT_GOAL := help
@@ -39,15 +44,19 @@ test: lint
 
 test-clients: $(READY) $(DEBIAN)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,clients]'
-	PATH="$(CURDIR)/$(DEBIAN)/usr/bin:$$PATH" $(BIN)/python -m pytest \
-		tests/clients tests/http/test_metrics.py
+	PATH="$(CURDIR)/$(DEBIAN)/usr/bin:$$PATH" CPATH="$(CURDIR)/$(DEBIAN)/usr/include" \
+	LIBRARY_PATH="$(DEBIAN_LIB)" LD_LIBRARY_PATH="$(DEBIAN_LIB)" $(BIN)/python -m pytest \
+		tests/clients tests/http/test_metrics.py tests/examples/test_c.py
 
-# Debian's Prometheus and promtool, unpacked: that needs no root. Without them their tests are skipped.
+# Debian's Prometheus, promtool, and what the C client is built with, unpacked: that needs no root.
+# Without them their tests are skipped.
 $(DEBIAN):
-	@rm -rf $@.part && mkdir -p $@.part && cd $@.part && apt-get -qq download prometheus \
-		&& dpkg -x prometheus_*.deb . && mv $(CURDIR)/$@.part $(CURDIR)/$@ \
-		|| echo "Prometheus is not tested: apt-get cannot download its package here"
+	@rm -rf $@.part && mkdir -p $@.part && cd $@.part \
+		&& apt-get -qq download prometheus $(C_LIBRARIES) \
+		&& for package in *.deb; do dpkg -x "$$package" . || exit; done \
+		&& mv $(CURDIR)/$@.part $(CURDIR)/$@ \
+		|| echo "Prometheus and the C client are not tested: apt-get cannot download their packages"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/node/node_modules \
-		examples/node/package-lock.json
+		examples/node/package-lock.json examples/c/complete
