@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.support.pipeline import READY_TIMEOUT_S, Pipeline
+from benchmarks.support.pipeline import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
+from nanovllm import Client, SamplingParams
 from nanovllm.settings import DEFAULT_INGRESS
 from tests.readers import free_tcp_endpoint
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+# The addresses of the new pipeline beside the old one.
+NEW = ("tcp://127.0.0.1:5556", "tcp://127.0.0.1:8001")
 BLOCKS = re.findall(r"^```(toml|sh)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is missing")
 def test_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(BLOCKS) == PAGE.count("```") / 2
-    command = tmp_path / "nanovllm"
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m nanovllm "$@"\n')
-    command.chmod(0o700)
+    for name, module in (("nanovllm", "nanovllm"), ("nanovllm-launch", "nanovllm.launch.cli")):
+        command = tmp_path / name
+        command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {module} "$@"\n')
+        command.chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    endpoint = free_tcp_endpoint()
+    endpoint, *others = (free_tcp_endpoint() for _ in range(3))
+    addresses = dict(zip((DEFAULT_INGRESS, *NEW), (endpoint, *others), strict=True))
 
     def run(block: str) -> subprocess.CompletedProcess[str]:
+        for written, used in addresses.items():
+            written, used = (text.removeprefix("tcp://") for text in (written, used))
+            block = block.replace(written, used)
         return subprocess.run(
             ["sh", "-e"],
-            input=block.replace(DEFAULT_INGRESS, endpoint),
+            input=block,
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -43,18 +56,19 @@ def test_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (make_keys,) = [block for _, block in BLOCKS if "nanovllm keygen" in block]
     (take_back,) = [block for _, block in BLOCKS if block.startswith("rm ")]
     (use_key,) = [block for _, block in BLOCKS if "nanovllm generate" in block]
+    (take_over,) = [block for _, block in BLOCKS if "kill -TERM" in block]
     made = run(make_keys)
     assert made.returncode == 0, made.stderr
     file = tmp_path / "pipeline.toml"
-    file.write_text(example.replace('"Qwen/Qwen3-0.6B"', '""'))
-    here = ("--ingress", endpoint, "--http", "127.0.0.1:0", "--device", "sim")
+    file.write_text(example.replace('"Qwen/Qwen3-0.6B"', '""') + 'device = "sim"\n')
+    here = ("--ingress", endpoint, "--http", "127.0.0.1:0")
     with Pipeline("", "--config", str(file), *here) as running:
         monkeypatch.setenv("NANOVLLM_RUNTIME_DIR", str(running.runtime_dir))
         engines = [s.engine for s in running.status().services if s.role == "scheduler"]
         assert engines == [0, 1]
         assert json.loads(running.output[0])["service"], "the log is JSON"
         for kind, block in BLOCKS:
-            if kind == "sh" and block != make_keys:
+            if kind == "sh" and block not in (make_keys, take_over):
                 ran = run(block)
                 assert ran.returncode == 0, (block, ran.stderr)
             if block == take_back:
@@ -64,3 +78,23 @@ def test_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         services = running.status().services
         assert all(service.restarts == 1 for service in services)
         assert sum(service.role == "detokenizer" for service in services) == 2
+        monkeypatch.setenv("OLD", str(running.process.pid))
+        with Client(running.endpoint) as client, ended(tmp_path / "new.pid"):
+            stream = client.generate("Once", SamplingParams(max_tokens=2000), stream=True)
+            next(stream)
+            ran = run(take_over)
+            assert ran.returncode == 0, ran.stderr
+            with Client(f"ipc://{tmp_path}/new/ingress.sock") as another:
+                assert another.generate("Once", SamplingParams(max_tokens=3)).token_ids
+            assert stream.result().finish_reason in ("stop", "length")
+            assert running.process.wait(END_TIMEOUT_S) == 0
+
+
+@contextlib.contextmanager
+def ended(pid: Path) -> Iterator[None]:
+    """Ends the process that the file names, if it is there by then."""
+    try:
+        yield
+    finally:
+        if pid.exists():
+            os.kill(int(pid.read_text()), signal.SIGTERM)
