@@ -66,6 +66,7 @@ class Policy:
     ) -> None:
         self._first = first
         self._grace_s = grace_s
+        self._numbers: set[int] = set()  # of all engines that there have been
         self.groups = [self._group(services, now) for services in groups]
         self._commands: deque[_Command] = deque()
         self._engines_end = 0  # the number behind the engines that `scale` was asked for last
@@ -125,13 +126,18 @@ class Policy:
                 command.moving = command.moving[0], 0.0
 
     @property
-    def leaving(self) -> list[int]:
-        """The engines that are being stopped for good."""
-        return [
+    def vacating(self) -> list[Move]:
+        """What an ingress that has just started must know of the engines: those that have ended for
+        good, or are about to, and the one whose requests are being moved."""
+        staying = {
             group.services[0].engine
             for group in self.groups
-            if group.services[0].role == "scheduler" and group.leaves
-        ]
+            if group.services[0].role == "scheduler" and not group.leaves
+        }
+        moving = [command.moving[0] for command in self._commands if command.moving is not None]
+        moves = {step.engine: self._leaves(step) for step in moving if step.engine is not None}
+        moves |= dict.fromkeys(self._numbers - staying, True)
+        return [Move(engine, leaves) for engine, leaves in moves.items()]
 
     # What there is to do --------------------------------------------------------------------------
 
@@ -141,7 +147,13 @@ class Policy:
         if pause > LONGEST_PAUSE_S:
             for group in self.groups:
                 group.forgive(pause)
-        actions = self._due_for_commands(now)
+        # An ingress that has started meanwhile may have met an engine in its last moments.
+        actions: list[Action] = [
+            Move(group.services[0].engine, leaves=True)
+            for group in self.groups
+            if group.phase is Phase.GONE and group.services[0].role == "scheduler"
+        ]
+        actions += self._due_for_commands(now)
         for group in self.groups:
             actions += group.due(now, connected)
         self.groups = [group for group in self.groups if group.phase is not Phase.GONE]
@@ -169,6 +181,8 @@ class Policy:
         return next((group for group in self.groups if service in group.services), None)
 
     def _group(self, services: Sequence[ServiceId], now: float) -> Group:
+        if services[0].role == "scheduler":
+            self._numbers.add(services[0].engine)
         return Group(services, now, self._grace_s(services[0].role))
 
     def _due_for_commands(self, now: float) -> list[Action]:

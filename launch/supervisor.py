@@ -214,8 +214,8 @@ class Supervisor:
             case Up():
                 if service_id == INGRESS:
                     self._ingress = peer
-                    for engine in self._policy.leaving:
-                        self._tell_ingress(Vacate(engine, leaves=True))
+                    for move in self._policy.vacating:
+                        self._do(move)
                     for vacate in self._machines.leaving if self._machines else []:
                         self._tell_ingress(vacate)
                 drains = self._drain_until is not None or self._pipeline_drains
@@ -305,7 +305,8 @@ class Supervisor:
         if now >= self._beat_at:
             self._beat_at = now + TELL_S
             membership.heartbeat()
-            membership.send(Services(self._statuses(), self._policy.leaving))
+            leaving = [move.engine for move in self._policy.vacating if move.leaves]
+            membership.send(Services(self._statuses(), leaving))
         if self._pipeline_drains and self._drained >= self._doors:
             self._pipeline_drains = not membership.send(Drained())
 

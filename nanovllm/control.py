@@ -216,7 +216,8 @@ class NotJoined(Message, tag="not_joined"):
 
 
 class Services(Message, tag="services"):
-    """Twice a second: the machine's services, and which engines are being stopped for good."""
+    """Twice a second: the machine's services, and which engines are being stopped for good, or have
+    been."""
 
     services: list[ServiceStatus]
     leaving: list[int]

@@ -190,7 +190,7 @@ class Engine:
                 self.end(request)
             self._ever_given = 0
             self.cached.clear()
-            self.stops = False
+            self.stops = self.leaves = False
         self.peer = peer
         self._incarnation = peer.incarnation
         self._ends.clear()

@@ -380,6 +380,28 @@ def test_engines_are_restarted_one_after_the_other_and_their_requests_moved_firs
         assert len(starts) - before[service] == again
 
 
+def test_an_ingress_that_starts_is_told_of_the_engines_that_go() -> None:
+    """It may start while requests are moved, and meet an engine that has a moment to live."""
+    world = World(load_s=1.0)
+    world.policy.scale("engine", 2, engine, COMMAND, world.now)
+    world.run(3)
+    assert world.policy.vacating == []
+    world.moves_at_once = False
+    world.policy.restart("engine", COMMAND)
+    world.run(0.5)
+    assert world.policy.vacating == [Move(0, False)]
+    world.run(2 * (MOVE_S + 2))
+    world.policy.scale("engine", 1, engine, COMMAND, world.now)
+    world.run(0.5)
+    assert world.policy.vacating == [Move(1, True)], "it still runs"
+    world.policy.moved(1)
+    world.run(5)
+    assert world.moves[-2:] == [Move(1, True)] * 2, "once more when the engine has ended"
+    assert world.policy.vacating == [Move(1, True)]
+    world.policy.scale("engine", 2, engine, COMMAND, world.now)
+    assert world.policy.vacating == []
+
+
 def engine(number: int) -> list[list[ServiceId]]:
     ranks = [ServiceId("gpu_worker", rank, number) for rank in range(len(RANKS))]
     return [[ServiceId("scheduler", 0, number)], ranks]
