@@ -16,8 +16,8 @@ from typing import Any
 import click
 
 from nanovllm import __version__
-from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.checkpoint import CheckpointError, ModelConfig, model_name, resolve_model
+from nanovllm.exit_codes import EXIT_INTERRUPTED
 from nanovllm.hints import LAUNCH_HINTS, HintingCommand
 from nanovllm.keys import PipelineKeys
 from nanovllm.launch.console import passed_on

@@ -12,8 +12,8 @@ from collections.abc import Sequence, Set
 from typing import Final, NamedTuple
 
 from nanovllm.control import Stats, TokenizerStats, WorkerStats
+from nanovllm.exit_codes import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.names import ServiceId
-from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.transport.links import Peer
 
 # Back-off: the first restart is at once, each later one waits twice as long as the one before.

@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 
 from nanovllm.control import Loading, Ready, Report, ServiceState, ServiceStatus
+from nanovllm.exit_codes import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.log import Event, event_of
 from nanovllm.names import ServiceId
 from nanovllm.options import settings_argv
 from nanovllm.output import PIPE_BYTES, output_pipe
-from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED, LIFELINE_VARIABLE, REASON_PREFIX
+from nanovllm.service import LIFELINE_VARIABLE, REASON_PREFIX
 from nanovllm.settings import Settings
 
 # The last lines of a service's output are kept, to show them if the service ends.

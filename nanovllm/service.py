@@ -37,6 +37,7 @@ from nanovllm.control import (
     StatusRequest,
     Vacated,
 )
+from nanovllm.exit_codes import EXIT_MISCONFIGURED
 from nanovllm.keys import PipelineKeys
 from nanovllm.log import log_to_stderr
 from nanovllm.names import ServiceId
@@ -61,12 +62,8 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M")
 
-# Exit code of a service that its options keep from running: a restart would not help.
-EXIT_MISCONFIGURED = 2
 # Begins the critical event that tells why.
 REASON_PREFIX = "cannot start: "
-# Exit code of a service that ends because another has ended.
-EXIT_FOLLOWED = 3
 # How soon a service tries again to send messages that a peer did not take.
 RETRY_S = 0.01
 TURN_S = 0.02

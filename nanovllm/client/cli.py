@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nanovllm import __version__
-from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.bench.cli import bench
 from nanovllm.client.answers import cut, note, show
 from nanovllm.client.chat import Chat
@@ -17,6 +16,7 @@ from nanovllm.client.keygen import keygen
 from nanovllm.client.sync import Client
 from nanovllm.client.terminal import answering, told_in_one_line
 from nanovllm.client.where import Where, pipeline_options
+from nanovllm.exit_codes import EXIT_INTERRUPTED
 from nanovllm.hints import REQUEST_HINTS, HintingCommand
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings import MAX_SERVICES, RESTARTABLE, SCALABLE

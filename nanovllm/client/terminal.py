@@ -11,9 +11,9 @@ from typing import Final
 
 import click
 
-from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.client.results import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client
+from nanovllm.exit_codes import EXIT_INTERRUPTED
 from nanovllm.protocol import Pong
 from nanovllm.settings import SettingsError
 

@@ -7,7 +7,8 @@ import os
 import sys
 from typing import NoReturn
 
-from nanovllm.service import EXIT_FOLLOWED, service_command
+from nanovllm.exit_codes import EXIT_FOLLOWED
+from nanovllm.service import service_command
 from nanovllm.services.gpu_worker.loop import serve
 from nanovllm.services.gpu_worker.runner import GroupBroken
 

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.support.pipeline import Pipeline
-from nanovllm.__main__ import EXIT_INTERRUPTED
 from nanovllm.bench.cli import bench
+from nanovllm.exit_codes import EXIT_INTERRUPTED
 from tests.terminal import CTRL_C, terminal
 
 TIMEOUT_S = 60.0

@@ -14,6 +14,7 @@ import pytest
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.control import Ready, Report, ToSupervisor, WorkerStats
+from nanovllm.exit_codes import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.messages import (
     Admission,
     GroupReady,
@@ -22,7 +23,7 @@ from nanovllm.messages import (
     WorkerToScheduler,
     pack,
 )
-from nanovllm.service import EXIT_FOLLOWED, EXIT_MISCONFIGURED, REASON_PREFIX
+from nanovllm.service import REASON_PREFIX
 from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.transport.links import Up

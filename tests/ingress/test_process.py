@@ -14,9 +14,9 @@ import msgspec
 import psutil
 import pytest
 
+from nanovllm.exit_codes import EXIT_MISCONFIGURED
 from nanovllm.messages import Submit, unpack
 from nanovllm.protocol import Accepted, Delta, Finish, Pong
-from nanovllm.service import EXIT_MISCONFIGURED
 from nanovllm.services.ingress.core import MAX_QUEUED_BYTES
 from tests.ingress.harness import NOT_READY, READY, decoded
 from tests.ingress.process import Client, Surroundings

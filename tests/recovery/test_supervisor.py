@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanovllm.exit_codes import EXIT_FOLLOWED
 from nanovllm.launch.groups import (
     CONNECTED_START_LIVENESS_S,
     GRACE_S,
@@ -31,7 +32,6 @@ from nanovllm.launch.groups import (
 )
 from nanovllm.launch.policy import MOVE_S, Policy
 from nanovllm.names import ENGINE_ROLES, ServiceId
-from nanovllm.service import EXIT_FOLLOWED
 from nanovllm.transport.links import Peer
 
 SCHEDULER = ServiceId("scheduler", 0)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from nanovllm.control import Report, TokenizerStats, ToSupervisor
+from nanovllm.exit_codes import EXIT_MISCONFIGURED
 from nanovllm.grammars import Grammars
 from nanovllm.messages import (
     IngressToTokenizer,
@@ -20,7 +21,7 @@ from nanovllm.messages import (
     unpack,
 )
 from nanovllm.protocol import Sampling, StructuredOutputs
-from nanovllm.service import EXIT_MISCONFIGURED, REASON_PREFIX, Service
+from nanovllm.service import REASON_PREFIX, Service
 from nanovllm.services.tokenizer.__main__ import TokenizerLoop
 from nanovllm.services.tokenizer.core import TokenizeQueue
 from nanovllm.services.tokenizer.grammar_checks import GrammarChecks
