@@ -92,7 +92,16 @@ class Blame(NamedTuple):
     service: ServiceId
 
 
-Action = Start | Stop | Kill | GiveUp | Move | Answer | Blame
+class TakeBack(NamedTuple):
+    """Tell those who `asked_by` command for more services that `service` has ended `times` in a row
+    before it was ready, and is not started again."""
+
+    service: ServiceId
+    times: int
+    asked_by: list[Peer]
+
+
+Action = Start | Stop | Kill | GiveUp | Move | Answer | Blame | TakeBack
 
 
 class Work(NamedTuple):
@@ -254,6 +263,11 @@ class Group:
         elif self.phase is Phase.WAITING:
             self._start_at = now
             self.phase = Phase.GONE if leave else Phase.WAITING
+
+    def give_up(self, now: float) -> None:
+        """Ends the group alone, and not the pipeline, if the group cannot start."""
+        self.given_up = False
+        self.stop(now, leave=True)
 
     def stay(self) -> None:
         """Takes back a `leave`: a group that has not ended yet starts again when it has."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from nanovllm.launch.groups import GRACE_S, Action, Answer, Group, Move, Phase
+from nanovllm.launch.groups import GRACE_S, Action, Answer, GiveUp, Group, Move, Phase, TakeBack
 from nanovllm.names import ENGINE_ROLES, ServiceId
 from nanovllm.transport.links import Peer
 
@@ -38,12 +38,15 @@ class _Command:
     """A command in hand: the groups of each step are stopped once all of `awaits` are settled.
 
     Attributes:
+        asked_by: who is to be told; None: who asked has been told already.
+        added: the groups it asks for that have never been ready.
         moving: the step whose requests are being moved, and until when that may take.
     """
 
-    asked_by: Peer
+    asked_by: Peer | None
     steps: deque[_Step]
     awaits: list[Group]
+    added: list[Group] = field(default_factory=list)
     moving: tuple[_Step, float] | None = None
 
 
@@ -112,12 +115,15 @@ class Policy:
                 leaving.setdefault(number, _Step([], number, for_good=True)).groups.append(group)
             else:
                 group.stop(now, leave=True)
-        there = {group.services[0].number for group in groups}
-        numbers = [i for i in range(self._first, end) if i not in there]
-        new = [group for i in numbers for group in services(i)]
+        there = {group.services for group in groups}  # of an engine that ends, perhaps only one
+        numbers = range(self._first, end)
+        new = [group for i in numbers for group in services(i) if tuple(group) not in there]
         added = [self._group(group, now) for group in new]
         self.groups += added
-        self._commands.append(_Command(asked_by, deque(leaving.values()), groups + added))
+        starting = [g for c in self._commands for g in c.added if g in groups]
+        asked_for = added + [g for g in starting if g.services[0].number < end]
+        command = _Command(asked_by, deque(leaving.values()), groups + added, asked_for)
+        self._commands.append(command)
 
     def moved(self, engine: int) -> None:
         """The ingress has moved an engine's requests, or cannot be asked to."""
@@ -147,17 +153,15 @@ class Policy:
         if pause > LONGEST_PAUSE_S:
             for group in self.groups:
                 group.forgive(pause)
-        # An ingress that has started meanwhile may have met an engine in its last moments.
-        actions: list[Action] = [
-            Move(group.services[0].engine, leaves=True)
-            for group in self.groups
-            if group.phase is Phase.GONE and group.services[0].role == "scheduler"
-        ]
-        actions += self._due_for_commands(now)
+        actions = self._due_for_commands(now)
         for group in self.groups:
-            actions += group.due(now, connected)
+            for action in group.due(now, connected):
+                actions.append(self._or_take_back(action, group, now))
+        gone = [group.services[0] for group in self.groups if group.phase is Phase.GONE]
         self.groups = [group for group in self.groups if group.phase is not Phase.GONE]
-        return actions
+        # An ingress that has started meanwhile may have met an engine in its last moments.
+        engines = (service.engine for service in gone if service.role == "scheduler")
+        return [*(Move(engine, leaves=True) for engine in engines), *actions]
 
     def wait_s(self, now: float) -> float:
         """The seconds until `due` must be called again."""
@@ -200,7 +204,8 @@ class Policy:
             if not all(group.settled for group in command.awaits):
                 break
             if not command.steps:
-                actions.append(Answer(command.asked_by))
+                if command.asked_by is not None:
+                    actions.append(Answer(command.asked_by))
                 self._commands.popleft()
                 continue
             step = command.steps.popleft()
@@ -212,6 +217,22 @@ class Policy:
                 command.moving = step, now + MOVE_S
                 actions.append(Move(step.engine, self._leaves(step)))
         return actions
+
+    def _or_take_back(self, action: Action, group: Group, now: float) -> Action:
+        """A group that cannot start ends the pipeline, unless a command has added it: then its
+        engine, or the group, ends alone."""
+        commands = [command for command in self._commands if group in command.added]
+        if not isinstance(action, GiveUp) or not commands:
+            return action
+        first = group.services[0]
+        role = "engine" if first.role in ENGINE_ROLES else first.role
+        for other in self.groups:
+            if _is(other.services[0], role) and other.services[0].number == first.number:
+                other.give_up(now)
+        asked_by = [command.asked_by for command in commands if command.asked_by is not None]
+        for command in commands:
+            command.asked_by = None
+        return TakeBack(action.service, action.times, asked_by)
 
     def _leaves(self, step: _Step) -> bool:
         """Whether the engine is to end for good: no later command has called it back."""

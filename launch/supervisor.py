@@ -48,6 +48,7 @@ from nanovllm.launch.groups import (
     Move,
     Start,
     Stop,
+    TakeBack,
     work_of,
 )
 from nanovllm.launch.http import Listener
@@ -403,6 +404,11 @@ class Supervisor:
                 self._blame(service_id)
             case GiveUp(service=service_id, times=times):
                 raise ServiceFailed(self._services[service_id].last_words(times))
+            case TakeBack(service=service_id, times=times, asked_by=peers):
+                why = self._services[service_id].last_words(times)
+                log.error("%s\nit is given up; the other services go on", why)
+                for peer in peers:
+                    self._control.send(peer, [Done(f"{why}; the other services go on")])
             case Move(engine=engine, leaves=leaves):
                 if not self._tell_ingress(Vacate(engine, leaves)):
                     self._policy.moved(engine)

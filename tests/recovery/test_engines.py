@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.support.pipeline import REPORT_TIMEOUT_S, Pipeline
-from nanovllm import Client, SamplingParams
+from nanovllm import Client, SamplingParams, file_lock
 from nanovllm.client.cli import main
 from nanovllm.control import SchedulerStats
-from nanovllm.names import ServiceId
+from nanovllm.names import ENGINE_ROLES, ServiceId
 from nanovllm.quietly import QUIET_VARIABLE
 from tests.pipeline.leftovers import wait_until_nothing_is_left
 from tests.recovery.streams import (
@@ -121,3 +121,24 @@ def test_engines_are_restarted_and_scaled_while_streams_run(
     after = services(engines)
     assert after.keys() == before.keys()
     assert all(after[service].pid != before[service].pid for service in [*SCHEDULERS, *WORKERS])
+
+
+def test_an_engine_that_cannot_start_ends_no_stream(
+    engines: Pipeline, expected: list[Outcome]
+) -> None:
+    streams = Streams(engines.endpoint, CASES)
+    streams.wait_for_news()
+    held = engines.runtime_dir / "scheduler-2.sock.lock"
+    lock = file_lock.hold(held)
+    ran = CliRunner().invoke(
+        main, ["scale", "engine", "3", "--runtime-dir", str(engines.runtime_dir)]
+    )
+    file_lock.release(held, lock)
+    assert ran.exit_code == 1
+    assert "scheduler 2 cannot start" in ran.output
+    assert "the other services go on" in ran.output
+    for number, outcome, _ in streams.finish():
+        assert outcome == expected[number], f"case {number}\n{engines.transcript}"
+    assert {s.engine for s in services(engines) if s.role in ENGINE_ROLES} == {0, 1}
+    command(engines, "scale", "engine", "3")
+    command(engines, "scale", "engine", "2")

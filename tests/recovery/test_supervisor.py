@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.exit_codes import EXIT_FOLLOWED
+from nanovllm.exit_codes import EXIT_FOLLOWED, EXIT_MISCONFIGURED
 from nanovllm.launch.groups import (
     CONNECTED_START_LIVENESS_S,
     GRACE_S,
@@ -28,6 +28,7 @@ from nanovllm.launch.groups import (
     Move,
     Start,
     Stop,
+    TakeBack,
     Work,
 )
 from nanovllm.launch.policy import MOVE_S, Policy
@@ -66,6 +67,7 @@ class World:
         self.moves: list[Move] = []
         self.moves_at_once = True
         self.given_up: GiveUp | None = None
+        self.taken_back: list[TakeBack] = []
         self.answered: list[Peer] = []
         self.blamed: list[ServiceId] = []
 
@@ -120,6 +122,8 @@ class World:
                 self.end(service)
             case GiveUp():
                 self.given_up = self.given_up or action
+            case TakeBack():
+                self.taken_back.append(action)
             case Move():
                 self.moves.append(action)
                 if self.moves_at_once:
@@ -400,6 +404,42 @@ def test_an_ingress_that_starts_is_told_of_the_engines_that_go() -> None:
     assert world.policy.vacating == [Move(1, True)]
     world.policy.scale("engine", 2, engine, COMMAND, world.now)
     assert world.policy.vacating == []
+
+
+@pytest.mark.parametrize("code", [1, EXIT_MISCONFIGURED])
+def test_an_engine_that_is_added_and_cannot_start_is_given_up_alone(code: int) -> None:
+    world = World(load_s=1.0)
+    world.run(3)
+    victim, other = ServiceId("gpu_worker", 0, 1), Peer("command", 2, 2)
+    world.policy.scale("engine", 2, engine, COMMAND, world.now)
+    world.policy.scale("engine", 3, engine, other, world.now)
+    world.run(60, lambda: world.end(victim, code))
+    times = 1 if code == EXIT_MISCONFIGURED else MAX_FAILED_STARTS
+    assert world.taken_back == [TakeBack(victim, times, [COMMAND, other])]
+    assert world.given_up is None
+    assert not world.answered
+    assert world.policy.all_ready
+    assert {s.engine for s in world.alive if s.role in ENGINE_ROLES} == {0, 2}
+    world.policy.scale("engine", 2, engine, COMMAND, world.now)
+    world.run(10)
+    assert world.answered == [COMMAND]
+    assert {s.engine for s in world.alive if s.role in ENGINE_ROLES} == {0, 1}
+
+
+@pytest.mark.parametrize("role", ENGINE_ROLES)
+def test_an_engine_is_called_back_when_half_of_it_has_ended(role: str) -> None:
+    world = World(load_s=1.0, obeys=False)
+    world.policy.scale("engine", 2, engine, COMMAND, world.now)
+    world.run(3)
+    world.policy.scale("engine", 1, engine, COMMAND, world.now)
+    world.run(0.5)
+    for service in [s for s in world.alive if s.role == role and s.engine == 1]:
+        world.end(service, 0)
+    world.run(0.5)
+    world.policy.scale("engine", 2, engine, COMMAND, world.now)
+    world.run(10)
+    assert len(world.answered) == 3
+    assert {s for s in world.alive if s.engine == 1} == {s for g in engine(1) for s in g}
 
 
 def engine(number: int) -> list[list[ServiceId]]:
