@@ -23,7 +23,7 @@ from nanovllm.keys import PipelineKeys
 from nanovllm.launch.console import passed_on
 from nanovllm.launch.gpus import Gpus
 from nanovllm.launch.http import Listener
-from nanovllm.launch.join import JoinedAnew, Membership, offer, settings_to_join
+from nanovllm.launch.join import JoinedAnew, Membership, check_to_join, offer, settings_to_join
 from nanovllm.launch.machines import Machines
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
@@ -141,6 +141,7 @@ def _launch(asked: Settings, bar: LoadingBar, lifeline: int | None) -> None:
 
 
 def _join(own: Settings, given: Set[str], bar: LoadingBar, lifeline: int | None) -> None:
+    check_to_join(own, given)
     keys = PipelineKeys(own.keys) if own.keys else None
     _warn_if_insecure(own.join, keys)
     with (

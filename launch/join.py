@@ -18,7 +18,7 @@ from nanovllm.checkpoint import CheckpointError, resolve_model
 from nanovllm.control import Join, Joined, Left, NotJoined, ToMachine, ToPipeline
 from nanovllm.keys import PipelineKeys
 from nanovllm.settings import JOINING, Settings, SettingsError, flag
-from nanovllm.transport.endpoints import is_local, parse
+from nanovllm.transport.endpoints import host_and_port, is_local, parse
 from nanovllm.transport.links import (
     HEARTBEAT_S,
     ConnectedLink,
@@ -55,6 +55,7 @@ class Membership:
         curve = None if keys is None else keys.services
         self._link = ConnectedLink(self._context, endpoint, me, list[ToMachine], curve)
         self._number = 0
+        self._has_keys = keys is not None
 
     @property
     def sockets(self) -> tuple[Any, ...]:
@@ -72,7 +73,8 @@ class Membership:
             self.receive()
             self._link.heartbeat()
             if time.monotonic() >= tell_at:
-                log.info("waiting for a pipeline with --services %s", self._endpoint)
+                keys = " and the same services.key" if self._has_keys else ""
+                log.info("waiting for a pipeline with --services %s%s", self._endpoint, keys)
                 tell_at = float("inf")
 
     def receive(self) -> list[ToMachine]:
@@ -131,6 +133,21 @@ def offer(settings: Settings, model: str, directory: Path) -> Joined:
     return Joined(0, msgspec.json.encode(told), fingerprint(directory))
 
 
+def check_to_join(own: Settings, given: Set[str]) -> None:
+    """Checks a command line with --join for what is wrong with any pipeline.
+
+    Raises SettingsError; the message says what to change.
+    """
+    if not any(getattr(own, name) for name in JOINING):
+        raise SettingsError(f"--join: name what joins, by {', '.join(map(flag, JOINING))}")
+    for name in sorted(given - OWN_OPTIONS - FREE_OPTIONS):
+        raise SettingsError(f"{flag(name)}: the pipeline says this, leave it out with --join")
+    try:
+        socket.getaddrinfo(*host_and_port(own.join.removeprefix("tcp://")))
+    except socket.gaierror as error:
+        raise SettingsError(f"--join {own.join}: {error.strerror}") from None
+
+
 def settings_to_join(own: Settings, given: Set[str], joined: Joined) -> tuple[Settings, Path]:
     """The settings of the services that join, and the directory of their model.
 
@@ -143,10 +160,6 @@ def settings_to_join(own: Settings, given: Set[str], joined: Joined) -> tuple[Se
         SettingsError: the options do not fit the pipeline's, or the model is another one.
         CheckpointError: there is no such model.
     """
-    if not any(getattr(own, name) for name in JOINING):
-        raise SettingsError(f"--join: name what joins, by {', '.join(map(flag, JOINING))}")
-    for name in sorted(given - OWN_OPTIONS - FREE_OPTIONS):
-        raise SettingsError(f"{flag(name)}: the pipeline says this, leave it out with --join")
     theirs = msgspec.json.decode(joined.settings)
     mine = msgspec.to_builtins(own)
     taken = {name: mine[name] for name in (given & FREE_OPTIONS) | OWN_OPTIONS}

@@ -245,6 +245,13 @@ class Supervisor:
                 self._tell_status(asker)
             case Scale(machine=machine) if machine and self._machines is not None:
                 self._machines.command(asker, command)
+            case Scale(machine=machine) if machine and asker != PIPELINE:
+                why = (
+                    "no machine has joined"
+                    if self._membership is None
+                    else ("only the main machine reaches others; those here are scaled without it")
+                )
+                self._done(asker, f"--machine {machine}: {why}")
             case Scale(role="http") | Restart(role="http") if (
                 self._listener is None and self._machines is None and self._membership is None
             ):

@@ -190,7 +190,8 @@ def status(where: Where, as_json: bool) -> None:
 
     ROLE is tokenizer, detokenizer, http, or engine: a scheduler and its GPU workers.
     Nothing is lost: what a service that ends had in hand is given to others. Each machine has a
-    number of its own; without --machine that of the main one is meant, where the ingress runs.
+    number of its own; without --machine that of this one is meant, and only the main machine, where
+    the ingress runs, reaches others.
 
     \b
     Examples:

@@ -89,7 +89,7 @@ def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
         "--keys",
         envvar=KEYS_VARIABLE,
         show_envvar=True,
-        help="Key file of this client, for an endpoint beyond this machine.",
+        help="Key file of this client, where the pipeline takes keys.",
     )
     @functools.wraps(command)
     def with_where(

@@ -190,6 +190,11 @@ def test_commands_reach_all_machines(two: Two, expected: list[Outcome]) -> None:
     ran = two.command("scale", "engine", "2", "--machine", "nowhere")
     assert ran.exit_code == 1
     assert name in ran.output
+    there = ("--runtime-dir", str(two.joined.runtime_dir))
+    ran = CliRunner().invoke(main, ["scale", "engine", "2", "--machine", "nowhere", *there])
+    assert ran.exit_code == 1
+    assert "--machine nowhere" in ran.output
+    two.wait_for(*ALL)
     check(two, streams, expected)
 
 
@@ -245,6 +250,19 @@ def test_what_does_not_fit_is_refused(two: Two, tmp_path: Path) -> None:
     assert "--device cpu" in refusal(two, "", "--engines", "1", "--device", "cpu")
     assert "not the pipeline's model" in refusal(two, str(tmp_path), "--engines", "1")
     two.wait_for(*ALL)
+
+
+def test_a_command_line_that_fits_no_pipeline_is_refused_without_one() -> None:
+    """No pipeline is waited for."""
+    for host, options, why in (
+        ("127.0.0.1", [], "name what joins"),
+        ("127.0.0.1", ["--engines", "1", "--max-model-len", "9"], "--max-model-len"),
+        ("no-such-host.invalid", ["--engines", "1"], "no-such-host.invalid"),
+    ):
+        refused = Pipeline("", "--join", f"tcp://{host}:1", "--insecure", *options)
+        with pytest.raises(RuntimeError, match=why):
+            refused.start()
+        assert refused.stop() == 1
 
 
 def test_another_version_is_told_so_and_nothing_else_happens(two: Two) -> None:
