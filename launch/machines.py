@@ -66,8 +66,8 @@ class _Machine:
     @property
     def statuses(self) -> list[ServiceStatus]:
         change: dict[str, Any] = {"machine": self.name}
-        if self.peer is None:
-            change["state"] = "unreachable"
+        if self.peer is None:  # what it had in hand is given to others
+            change |= {"state": "unreachable", "stats": None}
         return [msgspec.structs.replace(service, **change) for service in self.services]
 
 
@@ -159,14 +159,15 @@ class Machines:
 
     def command(self, asked_by: Peer, command: Restart | Scale) -> None:
         """Has all machines, or the one that is named, do this; `answers` has the end."""
-        machines = [m for m in self._machines.values() if m.peer is not None]
         if isinstance(command, Scale):
-            machines = [m for m in machines if m.name == command.machine]
+            machines = [m for m in self._machines.values() if m.name == command.machine]
             if not machines:
                 names = ", ".join(m.name for m in self._machines.values())
                 error = f"there is no machine {command.machine!r}; joined: {names or 'none'}"
                 self._answers.append((asked_by, Done(error)))
                 return
+        else:
+            machines = [m for m in self._machines.values() if m.peer is not None]
         self._commands.append(_Command(asked_by, command, deque(machines)))
         if len(self._commands) == 1:
             self._go_on()

@@ -273,6 +273,7 @@ class Supervisor:
 
     def _done(self, asker: Peer, error: str | None = None) -> None:
         if asker == PIPELINE and self._membership is not None:
+            self._tell_services(self._membership)  # so that the asker sees what is done
             self._membership.send(Done(error))
         else:
             self._control.send(asker, [Done(error)])
@@ -313,10 +314,13 @@ class Supervisor:
         if now >= self._beat_at:
             self._beat_at = now + TELL_S
             membership.heartbeat()
-            leaving = [move.engine for move in self._policy.vacating if move.leaves]
-            membership.send(Services(self._statuses(), leaving))
+            self._tell_services(membership)
         if self._pipeline_drains and self._drained >= self._doors:
             self._pipeline_drains = not membership.send(Drained())
+
+    def _tell_services(self, membership: Membership) -> None:
+        leaving = [move.engine for move in self._policy.vacating if move.leaves]
+        membership.send(Services(self._statuses(), leaving))
 
     def _scale(self, role: str, count: int, asker: Peer, now: float) -> None:
         def services(number: int) -> list[list[ServiceId]]:

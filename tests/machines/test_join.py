@@ -45,6 +45,7 @@ CASES = mixed_cases(["ree", "old "])
 SCHEDULER, WORKER = ServiceId("scheduler", 0, 100), ServiceId("gpu_worker", 0, 100)
 TOKENIZER, DETOKENIZER = ServiceId("tokenizer", 100), ServiceId("detokenizer", 100)
 DOOR = ServiceId("http", 100)
+TOKENIZER_2 = ServiceId("tokenizer", 200)
 HERE = [ServiceId("scheduler"), ServiceId("gpu_worker"), ServiceId("detokenizer")]
 
 
@@ -182,7 +183,8 @@ def test_commands_reach_all_machines(two: Two, expected: list[Outcome]) -> None:
     name = after[SCHEDULER].machine
     ran = two.command("scale", "engine", "2", "--machine", name)
     assert ran.exit_code == 0, ran.output
-    two.wait_for(*ALL, ServiceId("scheduler", 0, 101), ServiceId("gpu_worker", 0, 101))
+    more = ServiceId("scheduler", 0, 101), ServiceId("gpu_worker", 0, 101)
+    assert all(two.status()[service].state == "ready" for service in more)
     streams.wait_for_news()
     ran = two.command("scale", "engine", "1", "--machine", name)
     assert ran.exit_code == 0, ran.output
@@ -221,12 +223,19 @@ def test_a_machine_leaves_and_streams_go_on(
 
 
 def test_a_machine_whose_supervisor_died_is_the_same_again(two: Two) -> None:
-    second = [ServiceId("tokenizer", 200)]
+    second = [TOKENIZER_2]
     for _ in range(2):
         dying = Pipeline("", *two.joins, "--tokenizers", "1").start()
         two.wait_for(*ALL, *second)
+        name = two.status()[TOKENIZER_2].machine
         dying.process.kill()
         dying.stop()
+        two.main.wait_for(f"{name} cannot be reached", TIMEOUT_S)
+        gone = two.status()[TOKENIZER_2]
+        assert (gone.state, gone.stats) == ("unreachable", None)
+        ran = two.command("scale", "tokenizer", "2", "--machine", name)
+        assert ran.exit_code == 1
+        assert f"{name} cannot be reached" in ran.output
     leaving = Pipeline("", *two.joins, "--tokenizers", "1").start()
     two.wait_for(*ALL, *second)
     assert leaving.stop() == 0
