@@ -86,9 +86,7 @@ class Quarantine:
 
     def moved(self, request: Request) -> None:
         """A request has new output, or is over. Both can clear it."""
-        if not self.suspects.records:
-            return
-        if request.over:
+        if request.over:  # a guilty one has no record any more
             self.suspects.forget(request.uid)
             self._aside.pop(request.uid, None)
         elif not self.suspects.got_to(request.uid, request.output.num_tokens):

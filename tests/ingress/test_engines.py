@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.messages import End, Submit, Tokenized, pack
-from nanovllm.protocol import Generate
+from nanovllm.messages import End, InHand, Lost, Submit, Tokenized, pack
+from nanovllm.protocol import Error, Generate
 from nanovllm.services.ingress.engines import CLEARLY_MORE
 from nanovllm.services.ingress.pending import PendingRequests
 from nanovllm.services.ingress.sessions import Session
 from nanovllm.services.scheduler.blocks import BlockManager, root
 from nanovllm.transport.links import Peer
 from tests.ingress.harness import READY, SCHEDULER, World, decoded
+from tests.ingress.test_suspects import MOST_DEATHS
 
 OTHER = Peer("scheduler", 0, 23, engine=1)
 SIZE = 4
@@ -218,3 +219,27 @@ def test_an_engine_that_has_left_for_good_is_forgotten(dead: bool) -> None:
     assert [(e, m.uid) for e, m in world.given()] == [(1, submit.uid)]
     ((_, (engines,)),) = world.core.detokenizers.frames()
     assert engines.endpoints == {1: TOLD[1]}
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["told first", "moved first"])
+def test_a_guilty_request_is_given_to_no_engine_any_more(moved: bool) -> None:
+    """Its engine is gone before, or after, the ingress knows that a service died by itself."""
+    world = Engines()
+    _, good = world.ask("good", [1] * 8)
+    _, bad = world.ask("bad", [1] * 8)
+    for death in range(MOST_DEATHS):
+        has_it = [n for n, e in world.core.engines.by_number.items() if bad.uid in e.given]
+        scheduler = {0: SCHEDULER, 1: OTHER}[has_it[0]]
+        worker = Peer("gpu_worker", 0, death + 1, engine=scheduler.engine)
+        uids = list(world.core.engines.by_number[scheduler.engine].given)
+        in_hand = InHand(uids, alone=len(uids) == 1)
+        if moved:
+            world.ready(scheduler, ready=False)
+        world.core.from_scheduler(scheduler, Lost(worker.service, worker.incarnation, in_hand))
+        world.core.quarantine.crashed(worker)
+        world.ready(scheduler, ready=False)
+        world.ready(scheduler)
+        given_ = {submit.uid for _, submit in world.given()}
+        if any(isinstance(message, Error) for message in world.heard()):
+            break
+    assert given_ == {good.uid}
