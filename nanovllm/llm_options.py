@@ -15,6 +15,7 @@ class LLMOptions(TypedDict, total=False):
     ingress: str
     insecure: bool
     keys: str
+    services: str
     tensor_parallel_size: int
     engines: int
     gpus: str

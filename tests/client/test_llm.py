@@ -245,8 +245,10 @@ def test_options_are_checked_before_anything_is_launched() -> None:
 def test_the_options_for_editors_are_those_of_the_settings() -> None:
     settings = get_type_hints(Settings)
     of_http = "http http_servers api_key_file tls_certificate tls_key cors served_model_name"
-    for name in ("model", "runtime_dir", "generation_config", *of_http.split()):
-        del settings[name]  # an LLM's own pipeline has no HTTP servers
+    of_joining = "join advertise"
+    names = ("model", "runtime_dir", "generation_config", *of_http.split(), *of_joining.split())
+    for name in names:
+        del settings[name]  # an LLM's own pipeline has no HTTP servers, and joins no other
     assert get_type_hints(LLMOptions) == settings
 
 
