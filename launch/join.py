@@ -55,6 +55,7 @@ class Membership:
         curve = None if keys is None else keys.services
         self._link = ConnectedLink(self._context, endpoint, me, list[ToMachine], curve)
         self._number = 0
+        self._unread: list[ToMachine] = []  # what came behind `Joined`
         self._has_keys = keys is not None
 
     @property
@@ -70,7 +71,7 @@ class Membership:
         while not hasattr(self, "joined"):
             sockets = [(socket, zmq.POLLIN) for socket in self.sockets]
             zmq.zmq_poll(sockets, int(HEARTBEAT_S * 1000))
-            self.receive()
+            self._unread = self.receive()
             self._link.heartbeat()
             if time.monotonic() >= tell_at:
                 keys = " and the same services.key" if self._has_keys else ""
@@ -84,7 +85,7 @@ class Membership:
             SettingsError: the pipeline refuses.
             JoinedAnew: it is another pipeline than before, or has other options.
         """
-        messages: list[ToMachine] = []
+        another = False
         for event in self._link.receive():
             if isinstance(event, Up):
                 self._link.send([Join(__version__, socket.gethostname(), self._number)])
@@ -92,9 +93,12 @@ class Membership:
                 if isinstance(event.message, NotJoined):
                     raise SettingsError(f"--join {self._endpoint}: {event.message.why}")
                 if isinstance(event.message, Joined):
-                    self._note(event.message)
+                    another = self._is_another(event.message)
                 else:
-                    messages.append(event.message)
+                    self._unread.append(event.message)
+        if another:
+            raise JoinedAnew
+        messages, self._unread = self._unread, []
         return messages
 
     def send(self, message: ToPipeline) -> bool:
@@ -110,11 +114,10 @@ class Membership:
         self._link.close()
         self._context.term()
 
-    def _note(self, joined: Joined) -> None:
+    def _is_another(self, joined: Joined) -> bool:
         before = getattr(self, "joined", joined)
         self.joined, self._number = joined, joined.number
-        if joined != before:
-            raise JoinedAnew
+        return joined != before
 
 
 def offer(settings: Settings, model: str, directory: Path) -> Joined:

@@ -340,3 +340,23 @@ def test_the_pipeline_dies_and_comes_back(tmp_path: Path) -> None:
     assert other.stop() == 0
     assert joined.process.wait(END_TIMEOUT_S) == 0
     joined.stop()
+
+
+def test_a_machine_that_joins_a_drain_drains_too() -> None:
+    """The pipeline ends with its last request, not with its --drain-timeout."""
+    services = free_services()
+    options = ("--ingress", free_services(), "--sim-step-ms", "50", "--drain-timeout", "3600")
+    brings = ("--engines", "1", "--http-servers", "1", "--http", "127.0.0.1:0")
+    with (
+        Pipeline("", *SIM, *options, "--services", services, lifeline=False) as pipeline,
+        Client(pipeline.endpoint) as client,
+    ):
+        params = SamplingParams(max_tokens=10_000, ignore_eos=True, seed=1)
+        stream = client.generate("Once", params, stream=True)
+        next(iter(stream))
+        pipeline.process.send_signal(signal.SIGINT)
+        pipeline.wait_for("draining", TIMEOUT_S)
+        with Pipeline("", "--join", services, *brings) as joined:
+            stream.close()
+            assert pipeline.process.wait(END_TIMEOUT_S) == 0
+            assert joined.process.wait(END_TIMEOUT_S) == 0
