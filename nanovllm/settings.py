@@ -331,6 +331,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def _check_machines(self) -> None:
         if self.services and self.join:
             raise SettingsError("--services and --join: a machine that joins is not joined itself")
+        if self.advertise and not self.services and not self.join:
+            raise SettingsError("--advertise goes with --services or --join: name one, or leave it")
         for name in ("services", "join"):
             endpoint: str = getattr(self, name)
             if endpoint.startswith("ipc:") or endpoint.endswith(":65535"):

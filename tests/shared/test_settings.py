@@ -158,6 +158,7 @@ def test_an_ingress_on_this_machine_needs_nothing(ingress: str) -> None:
         (("--services", "tcp://127.0.0.1:5600", "--join", "tcp://127.0.0.1:5700"), "joins"),
         (("--services", "tcp://127.0.0.1:5600", "--advertise", "10.0.0.1"), "--advertise"),
         (("--join", "tcp://10.0.0.1:5600", "--engines", "1"), "--join .*beyond loopback"),
+        (("--advertise", "10.0.0.1"), "--advertise goes with"),
         (("--engines", "0"), "--engines is 0"),
         (("--detokenizers", "0"), "--detokenizers is 0"),
     ],
