@@ -1,4 +1,4 @@
-"""The processes of services, as the supervisor sees them: start, output, end."""
+"""The processes of services, as the supervisor sees them: start, output, end; and its signals."""
 
 from __future__ import annotations
 
@@ -189,3 +189,28 @@ def end_all(services: list[ServiceProcess], grace_s: float) -> None:
         except subprocess.TimeoutExpired:
             service.process.kill()
             service.process.wait()
+
+
+class SignalPipe:
+    """Signals as bytes on a descriptor, for the one poll that waits for everything."""
+
+    def __init__(self, *signals: signal.Signals) -> None:
+        self.descriptor, self._write_end = os.pipe()
+        os.set_blocking(self.descriptor, False)
+        os.set_blocking(self._write_end, False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in signals}
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+
+    def caught(self) -> set[int]:
+        """The signals that have come since the last call."""
+        try:
+            return set(os.read(self.descriptor, 4096))
+        except BlockingIOError:
+            return set()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self.descriptor)
+        os.close(self._write_end)

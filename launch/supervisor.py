@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -55,7 +54,7 @@ from nanovllm.launch.http import Listener
 from nanovllm.launch.join import Membership
 from nanovllm.launch.machines import Machines
 from nanovllm.launch.policy import Policy
-from nanovllm.launch.processes import Lifeline, ServiceProcess, end_all
+from nanovllm.launch.processes import Lifeline, ServiceProcess, SignalPipe, end_all
 from nanovllm.log import render
 from nanovllm.names import ENGINE_ROLES, ServiceId, first_of
 from nanovllm.progress import LoadingBar
@@ -153,7 +152,7 @@ class Supervisor:
             ServiceFailed: a service was given up; every other service has ended too.
             SettingsError, JoinedAnew: see `Membership.receive`.
         """
-        wakeup = _SignalPipe(signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
+        wakeup = SignalPipe(signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
         try:
             self._watch(wakeup)
         finally:
@@ -164,7 +163,7 @@ class Supervisor:
             self._context.term()
             wakeup.close()
 
-    def _watch(self, wakeup: _SignalPipe) -> None:
+    def _watch(self, wakeup: SignalPipe) -> None:
         links = (self._control, self._machines, self._membership)
         for socket in [socket for link in links if link for socket in link.sockets]:
             self._poller.register(socket, zmq.POLLIN)
@@ -523,28 +522,3 @@ def _engine(settings: Settings, engine: int) -> list[list[ServiceId]]:
         [ServiceId("scheduler", 0, engine)],
         [ServiceId("gpu_worker", rank, engine) for rank in ranks],
     ]
-
-
-class _SignalPipe:
-    """Signals as bytes on a descriptor, for the one poll that waits for everything."""
-
-    def __init__(self, *signals: signal.Signals) -> None:
-        self.descriptor, self._write_end = os.pipe()
-        os.set_blocking(self.descriptor, False)
-        os.set_blocking(self._write_end, False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in signals}
-        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-
-    def caught(self) -> set[int]:
-        """The signals that have come since the last call."""
-        try:
-            return set(os.read(self.descriptor, 4096))
-        except BlockingIOError:
-            return set()
-
-    def close(self) -> None:
-        signal.set_wakeup_fd(self._wakeup_before)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        os.close(self.descriptor)
-        os.close(self._write_end)

@@ -26,9 +26,9 @@ BYTES_PER_WAKE_UP: Final = 512 << 10
 FRAME_BYTES: Final = 512
 # How long until a pipeline that is stopped, or whose machine is gone, is noticed.
 ZMTP_HEARTBEAT_MS: Final = 1000
+ZMTP_TIMEOUT_MS: Final = 3000
 # Where packets are dropped, TCP itself would wait twice as long before each try.
 CONNECT_TIMEOUT_MS: Final = 1000
-ZMTP_TIMEOUT_MS: Final = 3000
 # What each event of the socket's monitor tells the core.
 _TELL: Final = {
     zmq.EVENT_CONNECTED: ClientCore.reached,

@@ -253,6 +253,7 @@ class BoundLink(Generic[M]):
         endpoint: what to bind.
         me: this process.
         inbound: `list[…]` of the message types that the peers send.
+        curve: the keys of TCP connections; None: they have none.
         agreement: a peer that says another one is refused; one that says none, and any peer if
             this is empty, is not.
 
