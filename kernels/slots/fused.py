@@ -45,8 +45,10 @@ class FusedSlotOps(SlotOps):
         )
         return inputs
 
-    def advance(self, state: SlotState, slots: Tensor, token_ids: Tensor) -> Tensor:
-        sampled = torch.empty(len(slots), dtype=torch.int32, device=slots.device)
+    def advance(
+        self, state: SlotState, slots: Tensor, token_ids: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        sampled = torch.empty_like(slots, dtype=torch.int32) if out is None else out
         padding_slot = len(state.num_tokens) - 1
         _advance[(len(slots),)](
             slots,

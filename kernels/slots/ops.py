@@ -71,13 +71,16 @@ class SlotOps:
             sampling=SamplingTensors(*(held[slots] for held in state.sampling)),
         )
 
-    def advance(self, state: SlotState, slots: Tensor, token_ids: Tensor) -> Tensor:
+    def advance(
+        self, state: SlotState, slots: Tensor, token_ids: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """Appends a sampled token to each slot: token 0 for one that is NOT_FINITE (see
         `kernels.sampling.reference`), since the next step computes it before the host knows.
 
         Args:
             slots: int64 [n]; only the padding slot may occur more than once.
             token_ids: int64 [n].
+            out: int32 [n], where to write the sampled tokens, if given.
 
         Returns:
             The sampled tokens as int32 [n].
@@ -85,7 +88,7 @@ class SlotOps:
         state.last_tokens[slots] = token_ids.clamp_min(0)
         state.num_tokens[slots] += 1
         state.num_tokens[-1:] = 1
-        return token_ids.int()
+        return token_ids.int() if out is None else out.copy_(token_ids)
 
 
 def choose_slot_ops(device: torch.device) -> SlotOps:

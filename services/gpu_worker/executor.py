@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm.grammars import Matcher
@@ -27,6 +26,7 @@ from nanovllm.messages import (
     pack,
 )
 from nanovllm.services.gpu_worker.graphs import (
+    MASKED_SIZES,
     PROCESSED_SHARES,
     WHOLE_SHARES,
     Capture,
@@ -34,6 +34,7 @@ from nanovllm.services.gpu_worker.graphs import (
     Sizes,
     StepGraphs,
     capture_draws,
+    first_rows,
     pinned,
 )
 from nanovllm.services.gpu_worker.logits import LogitsProcessors
@@ -155,9 +156,10 @@ class Executor:
         self._constrained: PendingResult | None = None
         self._graphs: StepGraphs | None = None
         self._whole_draws: list[DrawGraph] = []
+        self._masked_draws: list[DrawGraph] = []
         self._processed_draws: list[DrawGraph] = []
-        # What captured draws of processed rows read: the rows' tokens without processors.
-        self._raw = self._steps.no_tokens
+        # In results of captured steps, the row that takes what a captured draw has too many.
+        self._padding_row = 0
 
     @torch.inference_mode()
     def capture_graphs(
@@ -170,42 +172,52 @@ class Executor:
             capture: turns a step into a function that replays it.
             progress: takes the number of graphs captured, and the number in total.
         """
-        steps = self._steps
+        steps, device = self._steps, self._device
         rows = max(sizes.decodes[-1], *(layout.samples for layout in sizes.mixed))
-        # All graphs write to the same logits. Otherwise each graph would keep logits of its own.
-        logits = self._logits_like.new_empty(rows, len(self._logits_like))
+        # All steps write to the same results, which the draws after them read and overwrite.
+        results = StepOutput(
+            torch.zeros(rows + 1, dtype=torch.int32, device=device),
+            self._logits_like.new_zeros(rows + 1, len(self._logits_like)),
+        )
 
         def decode(slots: Tensor) -> StepOutput:
-            return steps.decode(slots, logits[: len(slots)])
+            return steps.decode(slots, first_rows(results, len(slots)))
 
         def mixed(columns: Tensor, layout: Layout) -> StepOutput:
-            output = steps.mixed(columns, layout, steps.bounds(layout), logits[: layout.samples])
+            out = first_rows(results, layout.samples)
+            output = steps.mixed(columns, layout, steps.bounds(layout), out)
             return output._replace(hidden=None)  # or each graph would keep its own
 
         padding_slot = self._state.padding_slot
-        self._graphs = StepGraphs(
-            decode, mixed, sizes, padding_slot, self._device, capture, progress
-        )
+        self._graphs = StepGraphs(decode, mixed, sizes, padding_slot, device, capture, progress)
+        self._padding_row = rows
         ranks, most = self._ids.tp.size, sizes.decodes[-1]
-        raw = self._raw = self._raw.new_zeros(max(PROCESSED_SHARES) * ranks)
-        processors = self.processors
+        processors, (masked, _, masks) = self.processors, self._masks.device
+        masked[0], masked[1] = rows, padding_slot
 
-        # It does not refer to this executor, or what only a cycle holds would stay for a while: the
-        # group's connections, which tell the other ranks that this one is gone.
-        def draw_processed(drawn: Tensor) -> Tensor:
-            return steps.draw_processed(logits, raw[: drawn.shape[1]], drawn, processors)
+        def padding(share: int) -> Tensor:
+            drawn = torch.zeros(2, share * ranks, dtype=torch.int64, device=device)
+            drawn[1] = padding_slot
+            return drawn
 
-        draws = partial(
-            capture_draws,
-            ranks=ranks,
-            max_num_seqs=most,
-            padding_slot=padding_slot,
-            device=self._device,
-            capture=capture,
-        )
+        # These do not refer to this executor, or what only a cycle holds would stay for a while:
+        # the group's connections, which tell the other ranks that this one is gone.
+        def draw_masked(drawn: Tensor) -> None:
+            steps.draw_masked(results, drawn, masks[: drawn.shape[1]])
+
+        def draw_processed(drawn: Tensor) -> None:
+            steps.draw_processed(results, drawn, processors)
+
+        share = -(-most // ranks)
         if ranks > 1:
-            self._whole_draws = draws(partial(steps.draw_whole, logits), WHOLE_SHARES)
-        self._processed_draws = draws(draw_processed, PROCESSED_SHARES)
+            draw_whole = partial(steps.draw_whole, results)
+            self._whole_draws = capture_draws(draw_whole, WHOLE_SHARES, share, padding, capture)
+        self._masked_draws = capture_draws(
+            draw_masked, MASKED_SIZES, most, lambda size: masked[:, :size], capture
+        )
+        self._processed_draws = capture_draws(
+            draw_processed, PROCESSED_SHARES, share, padding, capture
+        )
 
     def reset(self) -> None:
         """Empties all slots."""
@@ -229,7 +241,7 @@ class Executor:
         output = None
         if self._graphs is not None and not batch.prompt_spans:
             output = self._graphs.replay(batch)
-        # Captured draws read the logits that captured steps write.
+        # Captured draws read what captured steps write.
         replayed = output is not None
         if output is None:
             layout = Layout.of(batch)
@@ -237,10 +249,15 @@ class Executor:
             lengths = Lengths(batch.query_lens, batch.context_lens)
             output = self._steps.mixed(flat, layout, lengths)
         if len(batch.whole_rows) and self._ids.tp.size > 1:
-            self._draw_whole(output, batch, self._whole_draws if replayed else [])
-        too_costly = self._constrain(output, batch) if len(batch.constrained_rows) else NO_ROWS
+            draws = self._whole_draws if replayed else []
+            self._draw(output, batch, batch.whole_rows, self._steps.draw_whole, draws)
+        too_costly = NO_ROWS
+        if len(batch.constrained_rows):
+            too_costly = self._constrain(output, batch, self._masked_draws if replayed else [])
         if len(batch.processed_rows):
-            self._draw_processed(output, batch, self._processed_draws if replayed else [])
+            draw = partial(self._steps.draw_processed, processors=self.processors)
+            draws = self._processed_draws if replayed else []
+            self._draw(output, batch, batch.processed_rows, draw, draws)
         found = self._logprobs(batch, output.logits, output.token_ids)
         prompt: list[PromptLogprobs] = []
         for span in batch.prompt_spans:
@@ -253,78 +270,73 @@ class Executor:
             pending = self._constrained = pending._replace(too_costly=too_costly)
         return pending
 
-    def _draw_whole(self, output: StepOutput, batch: Batch, draws: list[DrawGraph]) -> None:
-        """Samples again the rows that need whole logits; overwrites their token ids."""
-        drawn, graph = self._to_draw(batch, batch.whole_rows, draws)
-        if graph is None:
-            token_ids = self._steps.draw_whole(output.logits, drawn)
-        else:
-            token_ids = graph.replay()
-        output.token_ids[drawn[0]] = token_ids
-
-    def _constrain(self, output: StepOutput, batch: Batch) -> Int32s:
+    def _constrain(self, output: StepOutput, batch: Batch, draws: list[DrawGraph]) -> Int32s:
         """Fills the masks of rows with a grammar, while the forward pass runs. These depend on the
         tokens of the step before, which are waited for. Samples the masked rows again, and sets the
         masks of those that are processed.
 
+        Args:
+            draws: captured, the fewest rows first.
+
         Returns:
             The rows whose grammars took too much work.
         """
-        if self._constrained is not None and self._matchers.awaits_tokens:
-            self._constrained.wait()
-            self._matchers.advance(self._constrained.token_ids.numpy())
-        rows = batch.constrained_rows
+        if self._constrained is not None:
+            self._constrained.wait()  # Then nothing reads the buffers any more.
+            if self._matchers.awaits_tokens:
+                self._matchers.advance(self._constrained.token_ids.numpy())
+        host, device = self._masks.host, self._masks.device
+        masked, restricted = len(batch.masked_rows), len(batch.restricted_rows)
+        rows = np.concatenate((batch.masked_rows, batch.restricted_rows))
         slots = batch.sampling_slots[rows]
-        masks = self._masks.host[: len(rows)].numpy()
+        masks = host.masks[: len(rows)].numpy()
         failed = self._matchers.fill(rows, self._matchers.of(slots), masks)
-        uploaded = self._masks.upload(len(rows))
-        masked = np.isin(rows, batch.masked_rows)
-        if masked.any():
-            both = np.stack((rows[masked], slots[masked])).astype(np.int64)
-            drawn = to_device(both, self._device)
-            raw, part = output.token_ids[drawn[0]], self._part(uploaded, masked)
-            token_ids = self._steps.draw_masked(output.logits, raw, drawn, part)
-            output.token_ids[drawn[0]] = token_ids
-        if not masked.all():
-            self.processors.restrict(slots[~masked], self._part(uploaded, ~masked))
+        self.processors.cut_down(slots[masked:], masks[masked:])
+        graph = _with_room(draws, masked)
+        drawn = host.drawn.numpy()
+        drawn[:, :masked] = rows[:masked], slots[:masked]
+        if graph is not None:
+            drawn[0, masked : graph.share] = self._padding_row
+            drawn[1, masked : graph.share] = self._state.padding_slot
+        host.restricted.numpy()[:restricted] = slots[masked:]
+        self._masks.upload(len(rows))
+        if graph is not None:
+            graph.replay()
+        elif masked:
+            self._steps.draw_masked(output, device.drawn[:, :masked], device.masks[:masked])
+        if restricted:
+            masks_of_others = device.masks[masked : len(rows)]
+            self.processors.restrict(device.restricted[:restricted], masks_of_others)
         return rows[failed]
 
-    def _part(self, masks: Tensor, chosen: NDArray[np.bool_]) -> Tensor:
-        return masks if chosen.all() else masks[to_device(np.flatnonzero(chosen), self._device)]
-
-    def _draw_processed(self, output: StepOutput, batch: Batch, draws: list[DrawGraph]) -> None:
-        """Samples again the rows whose logits are processed; overwrites their token ids."""
-        drawn, graph = self._to_draw(batch, batch.processed_rows, draws)
-        if graph is None:
-            raw = output.token_ids[drawn[0]]
-            token_ids = self._steps.draw_processed(output.logits, raw, drawn, self.processors)
-        else:
-            torch.index_select(output.token_ids, 0, drawn[0], out=self._raw[: drawn.shape[1]])
-            token_ids = graph.replay()
-        output.token_ids[drawn[0]] = token_ids
-
-    def _to_draw(
-        self, batch: Batch, rows: Int32s, draws: list[DrawGraph]
-    ) -> tuple[Tensor, DrawGraph | None]:
-        """What `Steps` draws, int64 [2, ranks * k] on the device, and the graph that draws it, if
-        one has room.
+    def _draw(
+        self,
+        output: StepOutput,
+        batch: Batch,
+        rows: Int32s,
+        draw: Callable[[StepOutput, Tensor], None],
+        draws: list[DrawGraph],
+    ) -> None:
+        """Samples rows again, which the ranks divide among them.
 
         Args:
             rows: int32 [w], of the rows that sample.
+            draw: enqueues the draw of rows and slots int64 [2, ranks * k].
             draws: captured, the fewest rows first.
         """
         ranks = self._ids.tp.size
         share = -(-len(rows) // ranks)
-        graph = next((draw for draw in draws if draw.share >= share), None)
+        graph = _with_room(draws, share)
         # All ranks draw equally many rows, and a graph as many as it has room for: rows are drawn
         # again.
         repeated = np.arange((share if graph is None else graph.share) * ranks) % len(rows)
         drawn = rows[repeated]
         both = np.stack((drawn, batch.sampling_slots[drawn])).astype(np.int64)
         if graph is None:
-            return to_device(both, self._device), None
-        graph.drawn.copy_(pinned(both), non_blocking=True)
-        return graph.drawn, graph
+            draw(output, to_device(both, self._device))
+        else:
+            graph.drawn.copy_(pinned(both), non_blocking=True)
+            graph.replay()
 
     def _pending(
         self,
@@ -354,6 +366,11 @@ class Executor:
         return SampledLogprobs(rows, ids.int(), values)
 
 
+def _with_room(draws: list[DrawGraph], share: int) -> DrawGraph | None:
+    """The smallest draw of so many rows a rank; None for no rows."""
+    return next((draw for draw in draws if draw.share >= share > 0), None)
+
+
 def _event(device: torch.device) -> torch.cuda.Event | None:
     """An event for this point of the device's queue; None on a CPU."""
     if device.type != "cuda":
@@ -365,8 +382,9 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _to_host(x: Tensor) -> Tensor:
-    # From CUDA torch copies to pinned memory, so that nothing waits for the copy.
-    return x.to("cpu", non_blocking=True)
+    # From CUDA torch copies to pinned memory, so that nothing waits for the copy. The next step may
+    # overwrite `x`, wherever that is.
+    return x.to("cpu", non_blocking=True, copy=True)
 
 
 def _rows(found: SampledLogprobs) -> list[RowLogprobs]:

@@ -27,6 +27,8 @@ FEWEST_CHUNK_TOKENS = 128
 WHOLE_SHARES = (1, 2, 4, 8, 16)
 # As many of rows whose logits are processed: their draw is more kernels, some of them small.
 PROCESSED_SHARES = (1, 4, 16, 64, 256)
+# How many rows with a grammar alone are drawn in a replay. All ranks draw all of them.
+MASKED_SIZES = (1, 4, 16, 32, 64, 96, 128, 192, 256)
 
 
 class Sizes(NamedTuple):
@@ -105,7 +107,7 @@ class StepGraphs:
         self._columns[layout].copy_(
             pinned(columns(batch, layout, self._padding_slot)), non_blocking=True
         )
-        return _first(self._replays[layout](), len(batch.sampling_rows))
+        return first_rows(self._replays[layout](), len(batch.sampling_rows))
 
     def _replay_decodes(self, slots: Int32s) -> StepOutput:
         n = len(slots)
@@ -117,7 +119,7 @@ class StepGraphs:
             self._host_slots[:n] = slots
             self._host_slots[n:size] = self._padding_slot
             self._slots[:size].copy_(pinned(self._host_slots[:size]), non_blocking=True)
-        return _first(self._replays[size](), n)
+        return first_rows(self._replays[size](), n)
 
     def _room_for(self, needed: Layout) -> Layout | None:
         """The first layout that has room: the smallest one."""
@@ -132,38 +134,35 @@ class StepGraphs:
 
 
 class DrawGraph(NamedTuple):
-    """A captured draw of a step's rows, see `Steps.draw_whole` and `Steps.draw_processed`.
+    """A captured draw of a step's rows, see `Steps.draw_whole`, `draw_masked`, `draw_processed`.
 
     Attributes:
         share: how many rows each rank draws.
-        drawn: int64 [2, share * ranks] on the device, which a replay reads.
+        drawn: int64 [2, n] on the device, which a replay reads.
     """
 
     share: int
     drawn: Tensor
-    replay: Replay[Tensor]
+    replay: Replay[None]
 
 
 def capture_draws(
-    draw: Callable[[Tensor], Tensor],
+    draw: Callable[[Tensor], None],
     shares: Sequence[int],
-    ranks: int,
-    max_num_seqs: int,
-    padding_slot: int,
-    device: torch.device,
+    most: int,
+    make_drawn: Callable[[int], Tensor],
     capture: Capture,
 ) -> list[DrawGraph]:
-    """Draws of few rows, the fewest first. Capture them after the steps: a draw follows a step, and
-    only so does the draw's memory hold nothing of the step's result.
+    """Draws of few rows, the fewest first.
 
     Args:
-        draw: enqueues the draw of the rows and slots int64 [2, share * ranks] given.
-        shares: how many rows each rank draws, at most as many as there are slots.
+        draw: enqueues the draw of the rows and slots int64 [2, n] given.
+        shares: how many rows each rank draws, `most` at most.
+        make_drawn: makes rows and slots for a share, of padding.
     """
     graphs = []
-    for share in sorted({min(share, -(-max_num_seqs // ranks)) for share in shares}):
-        drawn = torch.zeros(2, share * ranks, dtype=torch.int64, device=device)
-        drawn[1] = padding_slot
+    for share in sorted({min(share, most) for share in shares}):
+        drawn = make_drawn(share)
         graphs.append(DrawGraph(share, drawn, capture(partial(draw, drawn))))
     return graphs
 
@@ -215,7 +214,7 @@ def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
     return Sizes(decodes, mixed)
 
 
-def _first(output: StepOutput, rows: int) -> StepOutput:
+def first_rows(output: StepOutput, rows: int) -> StepOutput:
     return StepOutput(output.token_ids[:rows], output.logits[:rows])
 
 
@@ -227,4 +226,4 @@ def pinned(array: NDArray[np.int64]) -> Tensor:
 
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
-_NOTHING = Batch._make([[], [], _NO_ROWS.reshape(0, 3), *[_NO_ROWS] * 14, []])
+_NOTHING = Batch._make([[], [], _NO_ROWS.reshape(0, 3), *[_NO_ROWS] * 15, []])

@@ -57,7 +57,7 @@ class LogitsProcessors:
         self._process = choose_process(device)
         self._words_of_sets = num_words(vocab_size)
         # Of the slots that have a grammar: the sets that the grammar's masks are cut down to.
-        self._static: dict[int, Tensor] = {}
+        self._static: dict[int, NDArray[np.int32]] = {}
         self._held = ProcessorState(
             repetition=zeros(torch.float32),
             frequency=zeros(torch.float32),
@@ -87,17 +87,25 @@ class LogitsProcessors:
         for admission in admissions:
             self._admit(admission)
 
-    def restrict(self, slots: NDArray[np.int32], masks: Tensor) -> None:
-        """Sets what the grammars of some slots allow next.
+    def cut_down(self, slots: NDArray[np.int32], masks: NDArray[np.int32]) -> None:
+        """Takes from the grammars' masks what the requests rule out themselves. On the host.
 
         Args:
             slots: int32 [n].
-            masks: int32 [n, words], sets as `ProcessorState` has them; overwritten.
+            masks: int32 [n, words].
         """
         for mask, slot in zip(masks, slots.tolist(), strict=True):
             if slot in self._static:
                 mask &= self._static[slot]
-        self._held.allowed[self._on_device(slots.astype(np.int64))] = masks
+
+    def restrict(self, slots: Tensor, masks: Tensor) -> None:
+        """Sets what the grammars of some slots allow next.
+
+        Args:
+            slots: int64 [n].
+            masks: int32 [n, words], sets as `ProcessorState` has them, cut down.
+        """
+        self._held.allowed[slots] = masks
 
     def process(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Applies the processors in place.
@@ -140,11 +148,13 @@ class LogitsProcessors:
         words = [word for word in sampling.bad_words if not isinstance(word, str)]
         single = [word[0] for word in words if len(word) == 1]
         allowed = sampling.allowed_token_ids
-        held.allowed[slot] = self._set_of(allowed, single)
+        static = token_set(allowed, self._words_of_sets, single)
+        held.allowed[slot] = self._on_device(static)
         self._static.pop(slot, None)
         if admission.matcher is not None and (single or allowed is not None):
-            self._static[slot] = held.allowed[slot].clone()
-        held.held_off[slot] = self._set_of(sampling.stop_token_ids)
+            self._static[slot] = static
+        held_off = token_set(sampling.stop_token_ids, self._words_of_sets)
+        held.held_off[slot] = self._on_device(held_off)
         self._set_bias(slot, sampling.logit_bias)
         self._set_words(slot, [word for word in words if len(word) > 1])
         tail = np.full(MAX_BAD_WORD_TOKENS - 1, NO_TOKEN, dtype=np.int32)
@@ -160,10 +170,6 @@ class LogitsProcessors:
         seen[self._columns(prompt)[1]] |= np.int16(IN_PROMPT)
         used = seen.nonzero()[0]
         self._held.seen[slot, self._on_device(used)] = self._on_device(seen[used])
-
-    def _set_of(self, token_ids: list[int] | None, without: Sequence[int] = ()) -> Tensor:
-        """A set as `ProcessorState` has it; all token ids if None is given."""
-        return self._on_device(token_set(token_ids, self._words_of_sets, without))
 
     def _set_bias(self, slot: int, bias: dict[int, float]) -> None:
         columns = np.zeros(MAX_LOGIT_BIAS, dtype=np.int64)

@@ -59,10 +59,9 @@ class Batch(NamedTuple):
     # Rows whose logits are processed are not among them.
     whole_rows: Int32s
     processed_rows: Int32s  # which of the s rows have their logits processed
-    constrained_rows: Int32s  # which of the s rows have a grammar
-    # Which of these are drawn from masked logits: neither processed otherwise nor drawn from whole
-    # logits. The others are among the processed rows.
-    masked_rows: Int32s
+    constrained_rows: Int32s  # which of the s rows have a grammar: the next two together
+    masked_rows: Int32s  # which of the s rows have a grammar, and are not processed otherwise
+    restricted_rows: Int32s  # which of the processed rows have a grammar
     logprobs: Int32s  # [s], how many likeliest tokens to report, or NO_LOGPROBS
     prompt_spans: Sequence[PromptSpan] = ()
 
@@ -86,7 +85,6 @@ class SlotTable:
         self._needs_whole_logits = np.zeros(max_num_seqs, dtype=np.bool_)
         self._processes_logits = np.zeros(max_num_seqs, dtype=np.bool_)
         self._constrained = np.zeros(max_num_seqs, dtype=np.bool_)
-        self._masked = np.zeros(max_num_seqs, dtype=np.bool_)
         # Of the sequences that ask for log-probabilities of their prompts: how many likeliest
         # tokens, and the prompt's length.
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
@@ -138,6 +136,8 @@ class SlotTable:
         sampled_positions = self._num_tokens[sampling_slots]
         self._num_tokens[sampling_slots] = sampled_positions + 1
         samples = self._indices[: len(sampling_slots)]
+        processed = self._processes_logits[sampling_slots]
+        constrained = self._constrained[sampling_slots]
         return Batch(
             admitted=plan.admit,
             admitted_processed=[one for one in plan.admit if self._processes_logits[one.slot]],
@@ -152,9 +152,10 @@ class SlotTable:
             sampling_slots=sampling_slots,
             sampled_positions=sampled_positions,
             whole_rows=samples[self._needs_whole_logits[sampling_slots]],
-            processed_rows=samples[self._processes_logits[sampling_slots]],
-            constrained_rows=samples[self._constrained[sampling_slots]],
-            masked_rows=samples[self._masked[sampling_slots]],
+            processed_rows=samples[processed],
+            constrained_rows=samples[constrained],
+            masked_rows=samples[constrained & ~processed],
+            restricted_rows=samples[constrained & processed],
             logprobs=self._logprobs[sampling_slots],
             prompt_spans=prompt_spans,
         )
@@ -173,7 +174,6 @@ class SlotTable:
         processes = _processes_logits(sampling) or (constrained and whole)
         self._processes_logits[slot] = processes
         self._constrained[slot] = constrained
-        self._masked[slot] = constrained and not processes
         self._needs_whole_logits[slot] = whole and not processes
 
     def _append(self, slot: int, blocks: list[int], updates: list[tuple[int, int, int]]) -> None:

@@ -82,11 +82,11 @@ class Steps:
         query[layout.decodes :] = layout.tokens
         return Lengths(query, np.full(rows, self._max_model_len, dtype=np.int32))
 
-    def decode(self, slots: Tensor, logits_out: Tensor) -> StepOutput:
+    def decode(self, slots: Tensor, out: StepOutput) -> StepOutput:
         """All of the slots int64 [n] decode.
 
         Args:
-            logits_out: [n, shard], where to write the logits.
+            out: of n rows, where to write tokens and logits.
         """
         n = len(slots)
         inputs = self._ops.gather(self._state.held, slots, self._block_size)
@@ -106,18 +106,19 @@ class Steps:
             self._backend.prepare(attention),
             self._kv_cache,
         )
-        logits = self._model.logits(hidden, logits_out)
-        token_ids = sample(logits, inputs.sampling, inputs.next_positions, self._shard)
-        return StepOutput(self._ops.advance(self._state.held, slots, token_ids), logits)
+        logits = self._model.logits(hidden, out.logits)
+        sampled = sample(logits, inputs.sampling, inputs.next_positions, self._shard)
+        token_ids = self._ops.advance(self._state.held, slots, sampled, out.token_ids)
+        return StepOutput(token_ids, logits)
 
     def mixed(
-        self, columns: Tensor, layout: Layout, lengths: Lengths, logits_out: Tensor | None = None
+        self, columns: Tensor, layout: Layout, lengths: Lengths, out: StepOutput | None = None
     ) -> StepOutput:
         """Some slots decode, and prefill chunks of others are computed. Either may be missing.
 
         Args:
             columns: int64, see `slots.Columns`.
-            logits_out: [layout.samples, shard], where to write the logits, if given.
+            out: of layout.samples rows, where to write tokens and logits, if given.
         """
         held, decodes, block_size = self._state.held, layout.decodes, self._block_size
         c = Columns(*torch.split(columns, list(layout.lengths)))
@@ -144,12 +145,14 @@ class Steps:
         )
         if not layout.samples:
             return StepOutput(self.no_tokens, hidden[:0], hidden)
+        tokens_out, logits_out = (None, None) if out is None else out[:2]
         logits = self._model.logits(hidden[c.sampling_tokens], logits_out)
         # A sequence's length is the index of the token that comes next.
         next_positions = held.num_tokens[c.sampling_slots]
         params = self._state.sampling(c.sampling_slots)
-        token_ids = sample(logits, params, next_positions, self._shard)
-        return StepOutput(self._ops.advance(held, c.sampling_slots, token_ids), logits, hidden)
+        sampled = sample(logits, params, next_positions, self._shard)
+        token_ids = self._ops.advance(held, c.sampling_slots, sampled, tokens_out)
+        return StepOutput(token_ids, logits, hidden)
 
     def prompt_logprobs(self, hidden: Tensor, span: PromptSpan) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the span's tokens, from `StepOutput.hidden`: ids and values as of
@@ -164,78 +167,66 @@ class Steps:
             ids[part], values[part] = logprobs(logits, token_ids[part], span.likeliest, self._shard)
         return ids, values
 
-    def draw_whole(self, logits: Tensor, drawn: Tensor) -> Tensor:
+    def draw_whole(self, output: StepOutput, drawn: Tensor) -> None:
         """Samples rows that need whole logits, if there is more than one rank.
 
         Args:
-            logits: [n, shard], of the step that these rows are in.
-            drawn: int64 [2, ranks * k], the rows' indices into `logits`, and their slots. This rank
+            output: of the step that these rows are in. Their tokens are overwritten.
+            drawn: int64 [2, ranks * k], the rows' indices into `output`, and their slots. This rank
                 draws k of them. A row may occur more than once.
-
-        Returns:
-            Their tokens, int32 [ranks * k].
         """
         rows, slots = drawn
         own = slots.view(self._shard.tp.size, -1)[self._shard.tp.rank]
-        held = self._state.held
-        token_ids = sample_whole(
-            logits[rows],
-            self._state.sampling(own),
-            held.num_tokens[own] - 1,  # the length includes the sampled token
-            self._shard,
-        )
-        held.last_tokens[slots] = token_ids.clamp_min(0)
-        return token_ids.int()
+        params, positions = self._state.sampling(own), self._sampled_positions(own)
+        token_ids = sample_whole(output.logits[rows], params, positions, self._shard)
+        self._replace(output, drawn, token_ids)
 
-    def draw_masked(self, logits: Tensor, raw: Tensor, drawn: Tensor, masks: Tensor) -> Tensor:
+    def draw_masked(self, output: StepOutput, drawn: Tensor, masks: Tensor) -> None:
         """Samples rows from masked logits. None needs whole logits.
 
         Args:
-            logits: [m, shard], of the step that these rows are in.
-            raw: int32 [n], the tokens that these rows have without masks.
-            drawn: int64 [2, n], the rows' indices into `logits`, and their slots.
+            output: of the step that these rows are in. Their tokens are overwritten, by
+                NO_TOKEN_LEFT where a mask leaves a row none.
+            drawn: int64 [2, n], the rows' indices into `output`, and their slots.
             masks: int32 [n, words], sets as `ProcessorState` has them.
-
-        Returns:
-            Their tokens, int32 [n]; NO_TOKEN_LEFT where a mask is empty.
         """
         rows, slots = drawn
-        positions = self._state.held.num_tokens[slots] - 1  # the length includes the sampled token
-        masked = self._mask(logits, rows, masks, self._shard.first)
-        token_ids = sample(masked, self._state.sampling(slots), positions, self._shard)
-        return self._redrawn(raw, slots, token_ids).int()
+        masked = self._mask(output.logits, rows, masks, self._shard.first)
+        params, positions = self._state.sampling(slots), self._sampled_positions(slots)
+        self._replace(output, drawn, sample(masked, params, positions, self._shard))
 
     def draw_processed(
-        self, logits: Tensor, raw: Tensor, drawn: Tensor, processors: LogitsProcessors
-    ) -> Tensor:
+        self, output: StepOutput, drawn: Tensor, processors: LogitsProcessors
+    ) -> None:
         """Samples rows from logits that are processed.
 
         Args:
-            logits: [n, shard], of the step that these rows are in.
-            raw: int32 [ranks * k], the tokens that these rows have without processors.
+            output: of the step that these rows are in. Their tokens are overwritten, by
+                NO_TOKEN_LEFT where the processors leave a row none.
             drawn: int64 [2, ranks * k], see `draw_whole`.
-
-        Returns:
-            Their tokens, int32 [ranks * k]; NO_TOKEN_LEFT where the processors leave a row none.
         """
         rows, slots = drawn
-        held, tp = self._state.held, self._shard.tp
-        processed = logits[rows].float()
-        positions = held.num_tokens[slots] - 1  # the length includes the sampled token
+        tp = self._shard.tp
+        processed = output.logits[rows].float()
+        positions = self._sampled_positions(slots)
         processors.process(processed, slots, positions)
         if tp.size == 1:
             token_ids = sample(processed, self._state.sampling(slots), positions, self._shard)
         else:
             own = slots.view(tp.size, -1)[tp.rank]
-            params, own_positions = self._state.sampling(own), held.num_tokens[own] - 1
+            params, own_positions = self._state.sampling(own), self._sampled_positions(own)
             token_ids = sample_whole(processed, params, own_positions, self._shard)
-        sampled = self._redrawn(raw, slots, token_ids)
-        processors.advance(slots, sampled.clamp_min(0))
-        return sampled.int()
+        self._replace(output, drawn, token_ids)
+        processors.advance(slots, token_ids.clamp_min(0))
 
-    def _redrawn(self, raw: Tensor, slots: Tensor, token_ids: Tensor) -> Tensor:
-        """Rows were drawn again, and go on with these tokens, int64 [n], which are returned;
-        NO_TOKEN_LEFT for -1, unless their `raw` ones are -1, too."""
-        token_ids.masked_fill_((raw >= 0) & (token_ids < 0), NO_TOKEN_LEFT)
+    def _sampled_positions(self, slots: Tensor) -> Tensor:
+        """The index in its sequence of each slot's latest token."""
+        return self._state.held.num_tokens[slots] - 1
+
+    def _replace(self, output: StepOutput, drawn: Tensor, token_ids: Tensor) -> None:
+        """Rows were drawn again, and go on with these tokens, int64 [n]: NO_TOKEN_LEFT for -1,
+        unless the step's own token is -1, too."""
+        rows, slots = drawn
+        none_left = (output.token_ids[rows] >= 0) & (token_ids < 0)
+        output.token_ids[rows] = token_ids.int().masked_fill_(none_left, NO_TOKEN_LEFT)
         self._state.held.last_tokens[slots] = token_ids.clamp_min(0)
-        return token_ids

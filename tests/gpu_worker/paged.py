@@ -134,18 +134,24 @@ class PagedSequences:
 
 class RunAgain:
     """A double of a CUDA graph, for want of a GPU: a replay runs the step once more, on the buffers
-    that it was captured with. Counts both."""
+    that it was captured with.
+
+    Attributes:
+        captured: how many graphs.
+        replayed: which of these, one after the other.
+    """
 
     def __init__(self) -> None:
         self.captured = 0
-        self.replays = 0
+        self.replayed: list[int] = []
 
     def __call__(self, enqueue: Callable[[], T]) -> Callable[[], T]:
+        number = self.captured
         self.captured += 1
         enqueue()
 
         def replay() -> T:
-            self.replays += 1
+            self.replayed.append(number)
             return enqueue()
 
         return replay

@@ -6,13 +6,18 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from nanovllm.grammars import Grammars, Matcher
 from nanovllm.messages import Admission, StepPlan, StepResult, pack, unpack
-from nanovllm.protocol import Sampling
+from nanovllm.protocol import Sampling, StructuredOutputs
 
 GREEDY = Sampling(temperature=0.0, seed=0)
+END = 256
+GRAMMARS = Grammars({i: bytes([i]) for i in range(256)}, {END: b"<end>"}, [END], 515)
+ASKED = StructuredOutputs(regex="([a-c]|[x-z]{3})*!?")
 
 
 def step_plan(
@@ -28,6 +33,17 @@ def step_plan(
         return pack(value for row in values for value in row)
 
     return StepPlan(number, pack(release), list(admit), rows(append), rows(prefill), pack(decode))
+
+
+def constrain(plan: StepPlan) -> dict[int, Matcher]:
+    """Gives a grammar to each sequence admitted whose seed is divisible by three. Returns the
+    matchers by slot."""
+    matchers: dict[int, Matcher] = {}
+    for i, admission in enumerate(plan.admit):
+        if (number := admission.sampling.seed or 0) % 3 == 0:
+            plan.admit[i] = msgspec.structs.replace(admission, matcher=number)
+            matchers[admission.slot] = GRAMMARS.matcher(ASKED)
+    return matchers
 
 
 class Request(NamedTuple):

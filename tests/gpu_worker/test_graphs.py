@@ -7,18 +7,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.grammars import Grammars, Matcher
 from nanovllm.kernels.attention.choose import ByPhaseBackend
 from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.attention.triton_prefill import TritonPrefillBackend
 from nanovllm.messages import Admission
-from nanovllm.protocol import Sampling, StructuredOutputs
+from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import MAX_CHUNKS, Sizes, StepGraphs, graph_sizes
@@ -30,9 +30,13 @@ from nanovllm.settings import Settings
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import CPU, RunAgain, load_model
 from tests.gpu_worker.plans import (
+    ASKED,
+    END,
+    GRAMMARS,
     GREEDY,
     Request,
     Scheduled,
+    constrain,
     floats,
     outputs,
     random_schedule,
@@ -79,6 +83,7 @@ def random_requests(count: int, longest_output: int, seed: int) -> list[Request]
                 top_p=rng.choice((0.7, 1.0)),
                 top_k=rng.choice((0, 20)),
                 min_p=rng.choice((0.0, 0.05)),
+                frequency_penalty=rng.choice((0.0, 0.0, 1.2)),
                 seed=n,
                 logprobs=rng.choice((None, 3)),
             ),
@@ -87,21 +92,9 @@ def random_requests(count: int, longest_output: int, seed: int) -> list[Request]
     ]
 
 
-END = 256
-GRAMMARS = Grammars({i: bytes([i]) for i in range(256)}, {END: b"<end>"}, [END], 515)
-ASKED = StructuredOutputs(regex="([a-c]|[x-z]{3})*!?")
-
-
 def execute(on: Executor, schedule: list[Scheduled], requests: int) -> list[list[int]]:
     """Every third request has a grammar. No step waits for the host to see a result."""
-    sampled = []
-    for plan, _ in schedule:
-        matchers: dict[int, Matcher] = {}
-        for i, admission in enumerate(plan.admit):
-            if (number := admission.sampling.seed or 0) % 3 == 0:
-                plan.admit[i] = msgspec.structs.replace(admission, matcher=number)
-                matchers[admission.slot] = GRAMMARS.matcher(ASKED)
-        sampled.append(on.step(plan, matchers))
+    sampled = [on.step(plan, constrain(plan)) for plan, _ in schedule]
     for step in sampled:
         step.wait()
     results = [step.result(busy_us=0, at_us=0) for step in sampled]
@@ -142,7 +135,36 @@ def test_padded_steps_sample_what_exact_ones_do(tmp_path: Path) -> None:
     sizes = Sizes([2, 5], [Layout(5, 3, tokens, 8) for tokens in (30, 60)])
     found, capture = replayed_and_exact(tmp_path, requests, schedule, sizes)
     assert found[0] == found[1]
-    assert len(schedule) // 2 < capture.replays < len(schedule), "some steps fit, and some do not"
+    replayed = sum(number < sizes.total for number in capture.replayed)
+    assert len(schedule) // 2 < replayed < len(schedule), "some steps fit, and some do not"
+
+
+def test_masked_rows_are_drawn_again_in_a_replay_of_their_own(tmp_path: Path) -> None:
+    """By graphs with room for more rows, beside rows that have a mask and penalties."""
+    requests = [
+        request._replace(
+            sampling=Sampling(
+                temperature=request.sampling.temperature,
+                top_k=request.sampling.top_k,
+                frequency_penalty=0.0 if number % 6 else 1.5,
+                seed=3 * number,
+                logprobs=3,
+            )
+        )
+        for number, request in enumerate(random_requests(14, 6, seed=6))
+    ]
+    schedule = random_schedule(
+        requests, random.Random(4), slots=5, blocks=40, block_size=16, largest_chunk=25
+    )
+    found, capture = replayed_and_exact(
+        tmp_path, requests, schedule, Sizes([5], [Layout(5, 5, 5 * 25, 10)])
+    )
+    assert found[0] == found[1]
+    masked = [sum(owner % 6 > 0 for owner in owners) for _, owners in schedule]
+    processed = [sum(owner % 6 == 0 for owner in owners) for _, owners in schedule]
+    assert len(capture.replayed) == len(schedule) + np.count_nonzero(masked + processed)
+    assert any(count in (2, 3) for count in masked), "a graph has room for more"
+    assert (np.array(masked) * processed).any(), "a step has both"
 
 
 def test_processed_rows_are_drawn_again_in_a_replay_of_their_own(tmp_path: Path) -> None:
@@ -159,7 +181,7 @@ def test_processed_rows_are_drawn_again_in_a_replay_of_their_own(tmp_path: Path)
     found, capture = replayed_and_exact(tmp_path, requests, schedule, sizes)
     assert found[0] == found[1]
     sampling_steps = sum(bool(owners) for _, owners in schedule)
-    assert capture.replays == len(schedule) + sampling_steps
+    assert len(capture.replayed) == len(schedule) + sampling_steps
     drawn = {len(owners) for _, owners in schedule}
     assert drawn & {2, 3}, "a graph has room for more"
 

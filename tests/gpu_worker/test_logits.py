@@ -127,8 +127,9 @@ def test_a_slot_keeps_nothing_of_its_former_sequences(
         masks = {slot: draw.sample(range(VOCAB), 40) for slot in slots if living[slot][3]}
         if masks:
             words = np.stack([token_set(mask, num_words(VOCAB)) for mask in masks.values()])
+            processors.cut_down(np.array([*masks], dtype=np.int32), words)
             processors.restrict(
-                np.array([*masks], dtype=np.int32), torch.from_numpy(words).to(DEVICE)
+                torch.tensor([*masks], device=DEVICE), torch.from_numpy(words).to(DEVICE)
             )
         logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(draw.randrange(99)))
         rows = logits.repeat(len(slots), 1).to(DEVICE)

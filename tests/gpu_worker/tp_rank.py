@@ -29,7 +29,7 @@ from nanovllm.services.gpu_worker.slots import Layout
 from nanovllm.services.gpu_worker.startup import allocate_kv_cache, attention_shape
 from nanovllm.settings import Settings
 from tests.gpu_worker.paged import CPU, PagedSequences, RunAgain, load_model
-from tests.gpu_worker.plans import Request, Scheduled, random_schedule
+from tests.gpu_worker.plans import Request, Scheduled, constrain, random_schedule
 from tests.kernels.drawn import BY_SHORTLISTS, KINDS, Row, row_tensors
 
 SIZES = (2, 4)
@@ -114,7 +114,7 @@ def steps_file(root: Path, size: int, rank: int) -> Path:
 
 def scheduled_steps() -> list[Scheduled]:
     """Of requests some of whose rows need whole logits, or have their logits processed: often not
-    as many as there are ranks."""
+    as many as there are ranks. Some have a grammar, see `plans.constrain`."""
     rng = random.Random(3)
     samplings = [
         Sampling(top_p=0.9),
@@ -192,7 +192,7 @@ def run_steps_on_gpu(rank: int, root: Path, size: int) -> None:
 def sampled_by(executor: Executor) -> list[list[int]]:
     found = []
     for plan, _ in scheduled_steps():
-        sampled = executor.step(plan)
+        sampled = executor.step(plan, constrain(plan))
         sampled.wait()
         result = sampled.result(0, 0)
         reported = b"".join(row.logprobs.token_ids for row in result.logprobs)
