@@ -35,7 +35,7 @@ from nanovllm.services.scheduler.group import WorkerGroup
 from nanovllm.services.scheduler.planner import StepPlanner
 from nanovllm.services.scheduler.preparations import Preparations
 from nanovllm.services.scheduler.sequences import Sequence
-from nanovllm.services.scheduler.steps import Sampled
+from nanovllm.services.scheduler.steps import Sampled, logprobs_of
 from nanovllm.settings import Settings
 from nanovllm.transport.links import Peer
 
@@ -265,7 +265,5 @@ class Scheduler:
 
     def _keep(self, sampled: Sampled, logprobs: list[RowLogprobs]) -> None:
         """Keeps logprobs with their sequences, since a `Begin` repeats them."""
-        uid_of = dict(zip(sampled.result_rows.tolist(), sampled.uids.tolist(), strict=True))
-        for entry in logprobs:
-            if entry.row in uid_of:
-                self._records[uid_of[entry.row]].logprobs.append(entry.logprobs)
+        for i, entry in logprobs_of(sampled.result_rows, logprobs):
+            self._records[int(sampled.uids[i])].logprobs.append(entry)

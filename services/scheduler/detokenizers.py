@@ -27,7 +27,7 @@ from nanovllm.messages import (
 )
 from nanovllm.services.scheduler.sequences import NO_SLOT, Sequence
 from nanovllm.services.scheduler.slots import NO_DETOKENIZER, Indices, Slots
-from nanovllm.services.scheduler.steps import Ended, Sampled
+from nanovllm.services.scheduler.steps import Ended, Sampled, logprobs_of
 from nanovllm.transport.links import Peer
 
 # `Begin`s in one frame at most: each may hold a long output.
@@ -256,19 +256,12 @@ def _finished(sequence: Sequence) -> Finished:
 
 def _new_tokens(sampled: Sampled, rows: Indices, logprobs: list[RowLogprobs]) -> NewTokens:
     """The message for these rows of `sampled`. `logprobs` belong to the whole result."""
-    of_these: list[RowLogprobs] = []
-    if logprobs:
-        row_of = {row: i for i, row in enumerate(sampled.result_rows[rows].tolist())}
-        of_these = [
-            RowLogprobs(row_of[entry.row], entry.logprobs)
-            for entry in logprobs
-            if entry.row in row_of
-        ]
+    of_these = logprobs_of(sampled.result_rows[rows], logprobs) if logprobs else []
     return NewTokens(
         uids=pack_int64(sampled.uids[rows]),
         attempts=pack(sampled.attempts[rows]),
         offsets=pack(sampled.offsets[rows]),
         token_ids=pack(sampled.token_ids[rows]),
-        logprob_rows=pack(entry.row for entry in of_these),
-        logprobs=[entry.logprobs for entry in of_these],
+        logprob_rows=pack(i for i, _ in of_these),
+        logprobs=[entry for _, entry in of_these],
     )

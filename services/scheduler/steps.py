@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.messages import Admission, StepPlan, pack
+from nanovllm.messages import Admission, RowLogprobs, StepPlan, TokenLogprobs, pack
 from nanovllm.services.scheduler.sequences import Sequence
 from nanovllm.services.scheduler.slots import Indices, Ints
 
@@ -34,6 +34,17 @@ class Sampled(NamedTuple):
     token_ids: Ints
     detokenizers: Ints  # the index of the detokenizer that has begun the sequence, or none
     result_rows: Indices  # the token's row in the result
+
+
+def logprobs_of(rows: Indices, logprobs: list[RowLogprobs]) -> list[tuple[int, TokenLogprobs]]:
+    """The `logprobs` of these rows of a result, each with the index of its row in `rows`, which
+    ascend."""
+    places = rows.searchsorted([entry.row for entry in logprobs]).tolist()
+    return [
+        (i, entry.logprobs)
+        for i, entry in zip(places, logprobs, strict=True)
+        if i < len(rows) and rows[i] == entry.row
+    ]
 
 
 class Ended(NamedTuple):
