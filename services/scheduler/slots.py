@@ -134,8 +134,9 @@ class Slots:
         ended: dict[int, FinishReason] = {}
         for i in (self.known[rows] == self.limit[rows]).nonzero()[0].tolist():
             ended[i] = "length"
-        for i in (self.stops[rows] == token_ids[:, None]).nonzero()[0].tolist():
-            ended[i] = "stop"
+        stops = self.stops.take(rows, axis=0) == token_ids[:, None]
+        for i in np.flatnonzero(stops).tolist():
+            ended[i // STOP_COLUMNS] = "stop"
         for i in self.many_stops[rows].nonzero()[0].tolist():
             if int(token_ids[i]) in self.occupant(int(rows[i])).stop_ids:
                 ended[i] = "stop"
