@@ -8,7 +8,7 @@ from typing import NoReturn
 from nanovllm.messages import IngressToDetokenizer, SchedulerToDetokenizer
 from nanovllm.service import RETRY_S, Service, service_command
 from nanovllm.services.detokenizer.core import Detokenizer
-from nanovllm.transport.links import ConnectedLink, Event, Received, Up
+from nanovllm.transport.links import ConnectedLink, Event, Received
 from nanovllm.vocabulary import Vocabulary
 
 
@@ -21,9 +21,8 @@ class DetokenizerLoop:
         self._ingress = service.connect(
             service.settings.services_endpoint, list[IngressToDetokenizer], self._on_ingress
         )
-        # By the engine's number. `_endpoints` is what the ingress has said last.
-        self._schedulers: dict[int, ConnectedLink[SchedulerToDetokenizer]] = {}
-        self._endpoints: dict[int, str] = {}
+        # By the engine's number: where its scheduler binds, and the link to it.
+        self._schedulers: dict[int, tuple[str, ConnectedLink[SchedulerToDetokenizer]]] = {}
 
     def step(self, now: float) -> float | None:
         """Sends all new output. Output that cannot be sent now is sent later, merged."""
@@ -36,39 +35,26 @@ class DetokenizerLoop:
         return None
 
     def _on_ingress(self, event: Event[IngressToDetokenizer]) -> None:
-        if isinstance(event, Up):
-            self._core.ingress_up()
-        elif isinstance(event, Received):
-            before, self._endpoints = self._endpoints, event.message.endpoints
-            for engine, endpoint in self._endpoints.items():
-                if engine in self._schedulers and endpoint != before.get(engine, endpoint):
-                    self._disconnect(engine)
-                if engine not in self._schedulers:
-                    handler = partial(self._on_scheduler, engine)
-                    self._schedulers[engine] = self._service.connect(
-                        endpoint, list[SchedulerToDetokenizer], handler
-                    )
-            for engine, link in list(self._schedulers.items()):
-                if link.peer is None:
-                    self._disconnect_if_left(engine)
+        """Connects to the engines that the ingress tells of, and to no others. A detokenizer that
+        the ingress cannot reach is of no use to an engine: it leaves them all, and so their
+        schedulers give its outputs to another, or begin them anew when it is back."""
+        told = event.message.endpoints if isinstance(event, Received) else {}
+        for engine, (endpoint, link) in list(self._schedulers.items()):
+            if told.get(engine) != endpoint:
+                del self._schedulers[engine]
+                self._service.disconnect(link)
+                self._core.forget(engine)
+        for engine, endpoint in told.items():
+            if engine not in self._schedulers:
+                handler = partial(self._on_scheduler, engine)
+                link = self._service.connect(endpoint, list[SchedulerToDetokenizer], handler)
+                self._schedulers[engine] = endpoint, link
 
     def _on_scheduler(self, engine: int, event: Event[SchedulerToDetokenizer]) -> None:
         if isinstance(event, Received):
             self._core.take(event.message, engine)
-        elif isinstance(event, Up):
-            self._core.forget(engine)
         else:
-            self._disconnect_if_left(engine)
-
-    def _disconnect_if_left(self, engine: int) -> None:
-        """An ingress that starts learns of the engines one after the other: a link that stands is
-        kept."""
-        if engine not in self._endpoints:
-            self._disconnect(engine)
-
-    def _disconnect(self, engine: int) -> None:
-        self._service.disconnect(self._schedulers.pop(engine))
-        self._core.forget(engine)
+            self._core.forget(engine)
 
 
 def serve(service: Service) -> NoReturn:

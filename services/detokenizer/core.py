@@ -19,7 +19,7 @@ from nanovllm.messages import (
 from nanovllm.services.detokenizer.decoding import TOKEN_BYTES, Decoding
 from nanovllm.vocabulary import Vocabulary
 
-# A frame holds so many outputs at most: after a reconnection each is sent from its start.
+# A frame holds so many outputs at most: after a reconnection all are sent anew.
 OUTPUTS_A_FRAME = 512
 
 
@@ -54,19 +54,12 @@ class Detokenizer:
                 self._unsent.pop(message.uid, None)
 
     def forget(self, engine: int = 0) -> None:
-        """A connection to the engine's scheduler was made, or the engine has left for good. A
-        scheduler begins its sequences anew. Since the last connection it may have ended some, or
-        given some to another detokenizer."""
+        """The connection to the engine's scheduler is gone: the scheduler gives its sequences to
+        another detokenizer, or begins them anew on the next connection."""
         for uid, output in list(self._outputs.items()):
             if output.engine == engine:
                 del self._outputs[uid]
                 self._unsent.pop(uid, None)
-
-    def ingress_up(self) -> None:
-        """A connection to the ingress was made. Output that was sent before may be lost."""
-        for uid, output in self._outputs.items():
-            output.rewind()
-            self._note(uid, output)
 
     def frame(self) -> list[Decoded]:
         """The next frame for the ingress: the new part of each output. Empty if all was sent. Call
@@ -76,7 +69,7 @@ class Detokenizer:
     def sent(self, frame: list[Decoded]) -> None:
         """`frame` was sent. No message has been taken since it was made."""
         for decoded in frame:
-            self._unsent.pop(decoded.uid).sent(decoded)
+            self._unsent.pop(decoded.uid).sent()
 
     def stats(self) -> DetokenizerStats:
         return DetokenizerStats(requests=len(self._outputs), tokens=self._tokens)

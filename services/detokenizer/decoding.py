@@ -13,8 +13,7 @@ TOKEN_BYTES = 4  # an int32
 class Decoding:
     """The output of one attempt, decoded so far, and how much of it was sent.
 
-    The whole output is kept until the request ends, so that it can be sent again to an ingress that
-    connects anew. Tokens after the end of the output are not kept.
+    What was sent is not kept, and neither are tokens after the end of the output.
     """
 
     def __init__(self, begin: Begin, vocabulary: Vocabulary, engine: int) -> None:
@@ -31,13 +30,13 @@ class Decoding:
         self._finder = AnswerFinder(options.answer_marks) if options.answer_marks else None
         self._answer_at: int | None = None
         self._breaks = False  # whether line breaks that come now are those behind reasoning
+        self.count = 0  # tokens of the output so far
+        self._chars = 0  # characters released so far, those of resumed tokens too
+        # Unsent: tokens, the logprobs of each of them if it has any, and text.
         self._tokens = bytearray()
-        self.count = 0  # tokens in `_tokens`
-        self._pieces: list[str] = []
-        self._chars = 0  # of all pieces so far, those of resumed tokens too
-        # Logprobs of the tokens from `_logprobs_from` on. An earlier attempt has sent the others.
         self._logprobs: list[TokenLogprobs] = []
-        self._logprobs_from = 0
+        self._pieces: list[str] = []
+        self._sent_chars = 0
         self._reason: EndReason | None = None
         self._finish: tuple[EndReason, int] | None = None
 
@@ -47,12 +46,8 @@ class Decoding:
             if not self.ended:
                 self.push(token_id, known[i * TOKEN_BYTES : (i + 1) * TOKEN_BYTES])
         # All resumed tokens count as output, even if a stop string in them ended the output.
-        self._tokens[:] = known
         self.count = resumed
-        self._resumed = resumed
-        self._resumed_chars = self._chars
-        self._pieces.clear()
-        self.rewind()
+        self.sent()
         self.update(begin)
 
     @property
@@ -62,7 +57,7 @@ class Decoding:
     @property
     def unsent(self) -> bool:
         """Whether there is output, or an end, to send. An end that was sent counts too."""
-        return self.ended or self.count > self._sent_tokens
+        return self.ended or bool(self._tokens)
 
     def update(self, begin: Begin) -> None:
         """Adds the tokens that the scheduler has and this output lacks, if there are any."""
@@ -88,11 +83,12 @@ class Decoding:
 
         Args:
             raw: the token as an int32.
-            logprobs: once a token has logprobs, all later tokens have them.
+            logprobs: once a token has logprobs, all later tokens have them. An earlier attempt has
+                sent the tokens before.
         """
         if logprobs is not None:
             if not self._logprobs:
-                self._logprobs_from = self.count
+                self._tokens.clear()
             self._logprobs.append(logprobs)
         self._tokens += raw
         self.count += 1
@@ -116,35 +112,26 @@ class Decoding:
 
     def decoded(self) -> Decoded:
         """All output that was not sent yet."""
-        start = self._sent_tokens
-        logprobs: list[TokenLogprobs] = []
-        if self._logprobs:
-            start = max(start, self._logprobs_from)
-            logprobs = self._logprobs[start - self._logprobs_from :]
+        start = self.count - len(self._tokens) // TOKEN_BYTES
         return Decoded(
             self._uid,
             self.attempt,
             start,
             self._sent_chars,
-            bytes(self._tokens[start * TOKEN_BYTES :]),
-            "".join(self._pieces[self._sent_pieces :]),
-            logprobs,
+            bytes(self._tokens),
+            "".join(self._pieces),
+            list(self._logprobs),
             None if self._reason is None else Ending(self._reason, self._usage()),
             self._answer_at,
             [] if start else self._prompt_parts,
         )
 
-    def sent(self, decoded: Decoded) -> None:
-        """`decoded` was sent. No token has been added since it was made."""
-        self._sent_tokens = self.count
-        self._sent_pieces = len(self._pieces)
-        self._sent_chars += len(decoded.text)
-
-    def rewind(self) -> None:
-        """Sent output may be lost: all output after the resumed tokens is to be sent again."""
-        self._sent_tokens = self._resumed
-        self._sent_pieces = 0
-        self._sent_chars = self._resumed_chars
+    def sent(self) -> None:
+        """All output so far was sent."""
+        self._tokens.clear()
+        self._logprobs.clear()
+        self._pieces.clear()
+        self._sent_chars = self._chars
 
     def _end_if_complete(self) -> None:
         if self._finish is None or self.ended:

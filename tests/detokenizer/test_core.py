@@ -155,8 +155,6 @@ def test_the_joined_text_is_the_decoding_cut_before_the_stop(
                 ingress.take(decoded)
                 if choices.random() < 0.7:  # else the sender does not know that it was sent
                     core.sent([decoded])
-        if choices.random() < 0.1:
-            core.ingress_up()
     core.take(Finished(UID, 1, "length", len(token_ids)))
     for decoded in flush(core):
         ingress.take(decoded)
@@ -365,41 +363,28 @@ def test_a_new_attempt_without_news_takes_back_what_was_unsent() -> None:
     assert core.frame() == []
 
 
-def test_an_ingress_that_connects_anew_gets_all_outputs_again() -> None:
-    core = Detokenizer(VOCABULARY)
-    core.take(begin(ids_of_bytes(b"ab"), resumed=1))
-    core.take(Finished(UID, 1, "length", 2))
-    core.take(begin(ids_of_bytes(b"cd"), uid=UID + 1))
-    core.take(begin(uid=UID + 2))
-    first = flush(core)
-    assert [decoded.text for decoded in first] == ["b", "cd"]
-    core.ingress_up()
-    assert flush(core) == first
-
-
 def test_an_end_is_of_its_attempt_and_older_ones() -> None:
     core = Detokenizer(VOCABULARY)
     core.take(begin(ids_of_bytes(b"ab"), attempt=2))
     core.take(End(UID, 1))
     core.take(End(UID + 1, 9))
-    assert only(core).text == "ab"
-    core.ingress_up()
+    assert core.stats().requests == 1
     core.take(End(UID, 3))
     core.take(rows((UID, 2, 2, 5)))
-    assert flush(core) == []
+    assert core.frame() == []
     assert core.stats().requests == 0
 
 
 def test_a_scheduler_that_connects_anew_begins_all_anew() -> None:
     core = Detokenizer(VOCABULARY)
     core.take(begin(ids_of_bytes(b"ab"), attempt=2))
+    core.take(begin(ids_of_bytes(b"xy"), uid=UID + 1), engine=1)
     core.forget()
-    core.ingress_up()
     core.take(rows((UID, 2, 2, 5)))
-    assert flush(core) == []
-    assert core.stats().requests == 0
+    assert [decoded.text for decoded in flush(core)] == ["xy"]
+    assert core.stats().requests == 1
     core.take(begin(ids_of_bytes(b"abc"), attempt=2))
-    assert (only(core).text, core.stats().requests) == ("abc", 1)
+    assert (only(core).text, core.stats().requests) == ("abc", 2)
 
 
 def test_many_requests_take_several_frames() -> None:

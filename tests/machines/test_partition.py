@@ -65,11 +65,12 @@ def check(machines: Machines, streams: Streams, expected: list[Outcome]) -> None
     wait_until_nothing_is_left(machines.main)
 
 
-@pytest.mark.parametrize(("one", "other"), [(0, 2), (1, 3)])
+@pytest.mark.parametrize(("one", "other"), [(0, 2), (0, 3), (1, 3)])
 def test_streams_go_on_while_two_machines_do_not_reach_each_other(
     machines: Machines, expected: list[Outcome], one: int, other: int
 ) -> None:
-    """The others reach both: an engine without an ingress, a detokenizer without an engine."""
+    """The others reach both: an engine without an ingress, a detokenizer without an ingress, a
+    detokenizer without an engine."""
     streams = Streams(machines.main.endpoint, CASES)
     streams.wait_for_news()
     pair = machines.network.hosts[one], machines.network.hosts[other]

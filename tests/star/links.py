@@ -32,6 +32,8 @@ class Link:
         self.binder = binder
         self.connector = connector
         self.stands = False
+        self.closed = False  # the connecting side wants no connection
+        self.cut = False  # no connection can be made
 
     def send(self, sender: End, messages: Sequence[Any]) -> bool:
         """As a link's `send`: False if the other side is not there. What is sent on a connection
@@ -46,7 +48,7 @@ class Link:
     def make(self) -> None:
         """A connection is made anew once both sides know that the last one has ended."""
         both = (self.binder, self.connector)
-        if self.stands or any(end.inbox or end.other for end in both):
+        if self.stands or self.closed or self.cut or any(end.inbox or end.other for end in both):
             return
         self.stands = True
         self.binder.other = self.connector.peer
@@ -62,6 +64,13 @@ class Link:
             for _ in range(draw.randrange(len(end.inbox) + 1)):
                 end.inbox.pop()
             end.inbox.append("down")
+
+    def close(self, draw: random.Random) -> None:
+        """The connecting side closes its socket, and reads nothing more."""
+        self.closed = True
+        self.lose(draw)
+        self.connector.inbox.clear()
+        self.connector.other = None
 
     def replace(self, old: End, new: End, draw: random.Random) -> None:
         """The process of one side has died; another takes its place."""

@@ -24,6 +24,7 @@ class Chaos:
     ) -> None:
         self.world = world
         self.draw = draw
+        self.troubles = troubles
         self.guilty = guilty  # the share of guilty requests
         self.num_guilty = 0
         self.asked = 0
@@ -59,6 +60,8 @@ class Chaos:
         for asks in self.world.asks.values():
             for ask in asks.values():
                 ask.check()
+        if self.troubles and len(self.world.detokenizers) > 1 and self.draw.random() < 0.5:
+            self.cut_off()
         self.world.settle()
 
     def ask(self) -> None:
@@ -129,6 +132,13 @@ class Chaos:
 
     def broken_link(self) -> None:
         self.draw.choice(self.world.links).lose(self.draw)
+
+    def cut_off(self) -> None:
+        """One link of one detokenizer is cut, and does not heal: another decodes its outputs."""
+        texts, tokens = self.world.text_links[0], self.world.token_links
+        cut = self.draw.choice([texts, *(tokens[e, 0] for e in self.world.schedulers)])
+        cut.lose(self.draw)
+        cut.cut = True
 
     def tokenizer_dies(self) -> None:
         i = self.draw.choice(list(self.world.tokenizers))

@@ -11,6 +11,7 @@ import msgspec
 
 from nanovllm.messages import (
     Decoded,
+    Engines,
     GroupReady,
     Refused,
     Reset,
@@ -231,9 +232,10 @@ class World:
             peer = self._peer("detokenizer", i)
             self.text_links[i] = Link(self._ingress_side(ingress), self._text_side(i, peer))
             for scheduler in schedulers:
-                self.token_links[scheduler.engine, i] = Link(
+                self.token_links[scheduler.engine, i] = token = Link(
                     self._bound_side(scheduler), self._token_side(i, peer, scheduler.engine)
                 )
+                token.closed = True
         for e in self.schedulers:
             self._start_worker(e)
 
@@ -299,13 +301,22 @@ class World:
         )
 
     def _text_side(self, i: int, peer: Peer) -> Side:
-        return Side(peer, lambda _: self.detokenizers[i].ingress_up(), self._nothing, self._nothing)
+        def left(_: Peer) -> None:
+            for e in self.schedulers:
+                self.token_links[e, i].close(self.draw)
+                self.detokenizers[i].forget(e)
+
+        def told(_: Peer, message: Engines) -> None:
+            for e in message.endpoints:
+                self.token_links[e, i].closed = False
+
+        return Side(peer, self._nothing, left, told)
 
     def _token_side(self, i: int, peer: Peer, e: int) -> Side:
         return Side(
             peer,
-            lambda _: self.detokenizers[i].forget(e),
             self._nothing,
+            lambda _: self.detokenizers[i].forget(e),
             lambda _, message: self.detokenizers[i].take(message, e),
         )
 
@@ -433,6 +444,7 @@ class World:
         for e in self.schedulers:
             token = self.token_links[e, i]
             token.replace(token.connector, self._token_side(i, peer, e), self.draw)
+            token.closed = True
 
     def _new_ingress(self) -> Ingress:
         self._numbers += 1
