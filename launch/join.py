@@ -17,6 +17,7 @@ from nanovllm.agreement import FREE_OPTIONS, OWN_OPTIONS, fingerprint
 from nanovllm.checkpoint import CheckpointError, resolve_model
 from nanovllm.control import Join, Joined, Left, NotJoined, ToMachine, ToPipeline
 from nanovllm.keys import PipelineKeys
+from nanovllm.progress import PATIENCE_S
 from nanovllm.settings import JOINING, Settings, SettingsError, flag
 from nanovllm.transport.endpoints import host_and_port, is_local, parse
 from nanovllm.transport.links import (
@@ -30,8 +31,8 @@ from nanovllm.transport.links import (
 
 log = logging.getLogger(__name__)
 
-# After so long a person is told what is waited for.
-PATIENCE_S: Final = 2.0
+# What ends each connection for so long has other keys: a pipeline that starts or ends does not.
+TURNED_AWAY_S: Final = 5.0
 
 
 class JoinedAnew(Exception):
@@ -56,7 +57,7 @@ class Membership:
         self._link = ConnectedLink(self._context, endpoint, me, list[ToMachine], curve)
         self._number = 0
         self._unread: list[ToMachine] = []  # what came behind `Joined`
-        self._has_keys = keys is not None
+        self._keys = keys
 
     @property
     def sockets(self) -> tuple[Any, ...]:
@@ -65,17 +66,22 @@ class Membership:
     def join(self) -> None:
         """Waits for the pipeline, for as long as that takes, and joins it.
 
-        Raises SettingsError if the pipeline refuses.
+        Raises SettingsError if the pipeline refuses, or does not take the keys.
         """
-        tell_at = time.monotonic() + PATIENCE_S
+        welcome_at = time.monotonic()  # when it was not turned away
+        tell_at = welcome_at + PATIENCE_S
         while not hasattr(self, "joined"):
             sockets = [(socket, zmq.POLLIN) for socket in self.sockets]
             zmq.zmq_poll(sockets, int(HEARTBEAT_S * 1000))
             self._unread = self.receive()
             self._link.heartbeat()
-            if time.monotonic() >= tell_at:
-                keys = " and the same services.key" if self._has_keys else ""
-                log.info("waiting for a pipeline with --services %s%s", self._endpoint, keys)
+            now = time.monotonic()
+            if not self._link.turned_away:
+                welcome_at = now
+            elif now - welcome_at >= TURNED_AWAY_S:
+                raise SettingsError(f"--join {self._endpoint}: {self._turned_away()}")
+            if now >= tell_at:
+                log.info("waiting for a pipeline with --services %s", self._endpoint)
                 tell_at = float("inf")
 
     def receive(self) -> list[ToMachine]:
@@ -113,6 +119,17 @@ class Membership:
         self._link.send([Left()])
         self._link.close()
         self._context.term()
+
+    def _turned_away(self) -> str:
+        if self._keys is None:
+            return (
+                "what listens there is no pipeline, or has keys: name the directory of its"
+                " services.key with --keys"
+            )
+        return (
+            f"what listens there does not take {self._keys.file}: it is no pipeline, has no keys,"
+            " or has another services.key, which belongs here"
+        )
 
     def _is_another(self, joined: Joined) -> bool:
         before = getattr(self, "joined", joined)

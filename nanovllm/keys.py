@@ -39,6 +39,7 @@ class PipelineKeys:
     """What the services of a pipeline need of its directory of keys.
 
     Attributes:
+        file: the services' key.
         services: for the links between services.
         door: for a service that is a client of the ingress.
 
@@ -54,7 +55,8 @@ class PipelineKeys:
                 f"--keys {directory} is no directory: a pipeline takes the one that"
                 " `nanovllm keygen` has made"
             )
-        self.door = _read_curve(root / SERVICES)
+        self.file = root / SERVICES
+        self.door = _read_curve(self.file)
         own = self.door.own
         self.services = Curve(own, own.public, "services")
         self._server = root / SERVER

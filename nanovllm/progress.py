@@ -1,4 +1,4 @@
-"""The progress bars: of a pipeline's start, and of `LLM.generate`."""
+"""What a person sees who waits: the progress bars of a pipeline's start and of `LLM.generate`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from nanovllm.control import ServiceStatus
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+# After so long without an answer a person is told what is waited for.
+PATIENCE_S: Final = 2.0
 REFRESH_S: Final = 0.5
 # A start's bar is drawn again this soon, though its numbers may change at any message.
 REDRAW_S: Final = 0.1

@@ -272,7 +272,7 @@ static int complete(void *context, const char *endpoint, const char *keys,
                     struct request *request) {
     struct connection connection = connect_to(context, endpoint, keys);
     int64_t unreachable_at = now_ms() + UNREACHABLE_MS;
-    bool connected = false, aborted = false, over = false;
+    bool connected = false, turned_away = false, aborted = false, over = false;
     send_request(connection.socket, request);
     while (!over) {
         zmq_pollitem_t items[] = {{connection.socket, 0, ZMQ_POLLIN, 0},
@@ -282,14 +282,19 @@ static int complete(void *context, const char *endpoint, const char *keys,
         uint16_t event = next_event(connection.monitor);
         if (event == ZMQ_EVENT_HANDSHAKE_SUCCEEDED) {
             connected = true;
+            turned_away = false;
         } else if (event == ZMQ_EVENT_DISCONNECTED) {
+            turned_away = !connected;
             if (connected) {
                 fprintf(stderr, "[disconnected; going on]\n");
                 unreachable_at = now_ms() + UNREACHABLE_MS;
             }
             connected = false;
+        } else if (event == ZMQ_EVENT_HANDSHAKE_FAILED_AUTH) {
+            fail(endpoint, "does not take this client's key: was it taken back?");
         } else if (event) {
-            fail(endpoint, "refuses this client's key, or its lack of one");
+            fail(endpoint, keys && *keys ? "takes no keys (see NANOVLLM_KEYS), or is no pipeline"
+                                         : "wants a key (see NANOVLLM_KEYS), or is no pipeline");
         }
         if (interrupted && !connected) break; /* a request ends with its connection */
         if (interrupted && !aborted) {
@@ -302,7 +307,10 @@ static int complete(void *context, const char *endpoint, const char *keys,
             connection = connect_to(context, endpoint, keys);
             send_request(connection.socket, request);
         }
-        if (!connected && now_ms() >= unreachable_at) fail(endpoint, "nothing answers");
+        if (!connected && now_ms() >= unreachable_at)
+            fail(endpoint, turned_away
+                     ? "ends every connection: does NANOVLLM_KEYS name another pipeline's key?"
+                     : "nothing answers");
     }
     disconnect(connection);
     return over && !aborted ? EXIT_SUCCESS : EXIT_INTERRUPTED;

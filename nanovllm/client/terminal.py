@@ -7,18 +7,15 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Final
 
 import click
 
 from nanovllm.client.results import PipelineUnavailable, RequestError
 from nanovllm.client.sync import Client
 from nanovllm.exit_codes import EXIT_INTERRUPTED
+from nanovllm.progress import PATIENCE_S
 from nanovllm.protocol import Pong
 from nanovllm.settings import SettingsError
-
-# After so long without an answer, tell the person which pipeline the command waits for.
-PATIENCE_S: Final = 2.0
 
 
 @contextlib.contextmanager

@@ -169,6 +169,12 @@ class ConnectedLink(Generic[M]):
         """Readable when there is something to receive."""
         return self._dealer.sockets
 
+    @property
+    def turned_away(self) -> bool:
+        """Whether what listens there has ended the latest connection before it stood. It may have
+        other keys, or have died."""
+        return self._dealer.turned_away
+
     def receive(self) -> list[Event[M]]:
         """What has happened since; at most a batch. Never blocks."""
         events: list[Event[M]] = []

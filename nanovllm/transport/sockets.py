@@ -26,7 +26,8 @@ ZMTP_HEARTBEAT_MS = 1000
 ZMTP_TIMEOUT_MS = 5000
 # How soon a connection is tried anew at first, and at the latest.
 RECONNECT_MS = 20, 200
-# What listens there has other keys, or does not speak ZeroMQ.
+# What listens there refuses this side's key, or does not connect as this side does. Where this side
+# expects another key of it, it only ends the connection, as when it dies.
 REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 # A connection that is not made by then is tried anew: where packets are dropped, TCP itself would
 # wait twice as long each time.
@@ -44,11 +45,13 @@ class Dealer:
 
     Attributes:
         sockets: readable when there is something to read.
+        turned_away: whether the latest connection has ended before its handshake had.
     """
 
     def __init__(
         self, context: zmq.Context[Any], endpoint: str, curve: Curve | None = None
     ) -> None:
+        self.turned_away = False
         self._socket = context.socket(zmq.DEALER)
         _set_options(self._socket)
         # Without a connection, messages wait with their sender, which merges them.
@@ -59,7 +62,10 @@ class Dealer:
         self._socket.setsockopt(zmq.RECONNECT_IVL, first)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, longest)
         self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | REFUSALS
+            zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | REFUSALS
         )
         self.sockets = self._socket, self._monitor
         self._endpoint = endpoint
@@ -83,11 +89,14 @@ class Dealer:
         changes: list[bool] = []
         while readable(self._monitor):
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
-            if event & REFUSALS:
-                self._refused = True
+            if event == zmq.EVENT_DISCONNECTED:
+                changes.append(False)
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                changes.append(True)
+                self.turned_away = self._told = False
             else:
-                changes.append(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
-                self._told = self._told and not changes[-1]
+                self.turned_away = True
+                self._refused = self._refused or bool(event & REFUSALS)
         return changes
 
     def retry(self) -> None:

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.support.pipeline import END_TIMEOUT_S, Pipeline
 from nanovllm import Client, SamplingParams
 from nanovllm.control import IngressStats
+from nanovllm.keys import make_keys
 from nanovllm.names import ServiceId
 from tests.keys.bad_network import bad_network
 from tests.keys.locked import Locked, locked_pipeline
@@ -82,10 +83,10 @@ def test_it_streams_a_completion_and_tells_mistakes(built: Path, pipeline: Pipel
     assert subprocess.run([built], capture_output=True, check=False).returncode == 2
 
 
-def test_ctrl_c_aborts(built: Path, pipeline: Pipeline) -> None:
+def test_ctrl_c_aborts(built: Path, locked: Locked) -> None:
     with subprocess.Popen(
-        [built, PROMPT, "4000"],
-        env=environment(pipeline.endpoint),
+        [built, PROMPT, "4000", "7"],
+        env=environment(locked.pipeline.endpoint),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,  # `communicate` reads what `read` has left
@@ -96,7 +97,7 @@ def test_ctrl_c_aborts(built: Path, pipeline: Pipeline) -> None:
         _, said = running.communicate(timeout=END_TIMEOUT_S)
     assert running.returncode == 130, said
     assert b"\n[abort: " in said or b"\n[stop: " in said
-    pipeline.stats_once(IngressStats, lambda stats: stats.requests == 0)
+    locked.pipeline.stats_once(IngressStats, lambda stats: stats.requests == 0)
 
 
 def test_it_goes_on_where_its_connection_was_cut(built: Path, locked: Locked) -> None:
@@ -134,8 +135,8 @@ def test_it_says_when_nobody_lets_it_in(built: Path, locked: Locked) -> None:
     assert complete(built, locked.endpoint, "1", keys=keys).returncode == 0
     locked.take_back("taken")
     for endpoint, given, why in (
-        (locked.endpoint, keys, b"refuses this client's key"),
-        (locked.endpoint, "", b"refuses this client's key"),
+        (locked.endpoint, keys, b"does not take this client's key"),
+        (locked.endpoint, "", b"wants a key (see NANOVLLM_KEYS)"),
         (locked.endpoint, os.devnull, b"is no client's key"),
     ):
         ran = complete(built, endpoint, keys=given)
@@ -144,11 +145,17 @@ def test_it_says_when_nobody_lets_it_in(built: Path, locked: Locked) -> None:
         assert ran.stdout == b""
 
 
-def test_it_says_when_nothing_answers(built: Path, tmp_path: Path) -> None:
+def test_it_says_when_nothing_answers(built: Path, locked: Locked, tmp_path: Path) -> None:
+    """Or when what answers knows another key than this client thinks."""
     source = (built.parent / "complete.c").read_text()
     (tmp_path / "complete.c").write_text(source.replace("10000", "300"))
     shutil.copy(built.parent / "Makefile", tmp_path)
     subprocess.run(["make", "CFLAGS=-O2 -Werror"], cwd=tmp_path, check=True, timeout=END_TIMEOUT_S)
-    ran = complete(tmp_path / "complete", f"ipc://{tmp_path}/none.sock")
-    assert (ran.returncode, ran.stdout) == (1, b"")
-    assert b"nothing answers" in ran.stderr
+    (*_, others) = make_keys(tmp_path / "others", "c")
+    for endpoint, keys, why in (
+        (f"ipc://{tmp_path}/none.sock", "", b"nothing answers"),
+        (locked.endpoint, str(others), b"does NANOVLLM_KEYS name another pipeline's key?"),
+    ):
+        ran = complete(tmp_path / "complete", endpoint, keys=keys)
+        assert (ran.returncode, ran.stdout) == (1, b"")
+        assert why in ran.stderr

@@ -21,8 +21,9 @@ from nanovllm import Client, SamplingParams
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.client.cli import main
 from nanovllm.client.control import Control
-from nanovllm.control import Join, NotJoined, ServiceStatus, ToMachine
+from nanovllm.control import Join, Joined, NotJoined, ServiceStatus, ToMachine
 from nanovllm.keys import PipelineKeys, make_keys
+from nanovllm.launch.machines import Machines
 from nanovllm.names import ServiceId
 from nanovllm.transport.links import ConnectedLink, Peer, Received, Up
 from tests.machines.ports import free_services
@@ -259,6 +260,34 @@ def test_what_does_not_fit_is_refused(two: Two, tmp_path: Path) -> None:
     assert "--device cpu" in refusal(two, "", "--engines", "1", "--device", "cpu")
     assert "not the pipeline's model" in refusal(two, str(tmp_path), "--engines", "1")
     two.wait_for(*ALL)
+
+
+def test_a_machine_with_wrong_keys_is_told_so(tmp_path: Path) -> None:
+    """What listens refuses it, or only ends its connections."""
+    ours, others = tmp_path / "ours", tmp_path / "others"
+    make_keys(ours, None)
+    make_keys(others, None)
+    with_keys, without = free_services(), free_services()
+    listening = [
+        Machines(endpoint, Joined(0, b"", ""), keys)
+        for endpoint, keys in ((with_keys, PipelineKeys(str(ours))), (without, None))
+    ]
+    wrong = ("--keys", str(others)), str(others / "services.key")
+    joining = []
+    for endpoint, (given, named) in (
+        (with_keys, wrong),
+        (with_keys, ((), "--keys")),
+        (without, wrong),
+    ):
+        pipeline = Pipeline("", "--join", endpoint, "--engines", "1", *given)
+        pipeline.launch()
+        joining.append((pipeline, f"--join {endpoint}: what listens there ", named))
+    for pipeline, what, named in joining:
+        assert named in pipeline.wait_for(what, TIMEOUT_S)
+        assert pipeline.process.wait(TIMEOUT_S) == 1
+        pipeline.stop()
+    for machines in listening:
+        machines.close()
 
 
 def test_a_command_line_that_fits_no_pipeline_is_refused_without_one() -> None:
