@@ -8,11 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.logits.processors import MOST_COUNTED, ProcessorState
+from nanovllm.kernels.slots.ops import SETTLED
 from nanovllm.token_sets import WORD_BITS
 
 COLUMNS = 2048
 
 _MOST_COUNTED = tl.constexpr(MOST_COUNTED)
+_SETTLED = tl.constexpr(SETTLED)
 _WORD_BITS = tl.constexpr(WORD_BITS)
 
 
@@ -36,7 +38,7 @@ def process(
     )
 
 
-def mask(logits: Tensor, rows: Tensor, masks: Tensor, first: int) -> Tensor:
+def mask(logits: Tensor, rows: Tensor, masks: Tensor, positions: Tensor, first: int) -> Tensor:
     """As `processors.mask`."""
     count, shard = len(rows), logits.shape[1]
     masked = torch.empty((count, shard), dtype=logits.dtype, device=logits.device)
@@ -46,6 +48,7 @@ def mask(logits: Tensor, rows: Tensor, masks: Tensor, first: int) -> Tensor:
             logits,
             rows,
             masks,
+            positions,
             first,
             shard,
             logits.stride(0),
@@ -61,6 +64,7 @@ def _mask(
     logits_ptr,
     rows_ptr,
     masks_ptr,
+    positions_ptr,
     first,
     shard,
     logits_stride,
@@ -69,7 +73,8 @@ def _mask(
 ):
     index = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < shard
+    settled = tl.load(positions_ptr + index) == _SETTLED
+    inside = columns < tl.where(settled, 0, shard)
     tokens = first + columns
     words = tl.load(masks_ptr + index * masks_stride + tokens // _WORD_BITS, mask=inside, other=0)
     allowed = inside & (((words >> (tokens % _WORD_BITS)) & 1) != 0)

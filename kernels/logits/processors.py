@@ -40,7 +40,7 @@ class ProcessorState(NamedTuple):
     held_off: Tensor
 
 
-Mask = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Mask = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 Process = Callable[[Tensor, ProcessorState, Tensor, Tensor, int], None]
 
 
@@ -74,14 +74,15 @@ def process(
     logits.masked_fill_(ruled_out, -torch.inf)
 
 
-def mask(logits: Tensor, rows: Tensor, masks: Tensor, first: int) -> Tensor:
+def mask(logits: Tensor, rows: Tensor, masks: Tensor, positions: Tensor, first: int) -> Tensor:
     """Rows of logits, with -inf for tokens that their masks do not hold: [n, shard], of the dtype
-    of `logits`.
+    of `logits`; of rows whose position is SETTLED, anything.
 
     Args:
         logits: [m, shard], of the tokens from `first` on.
         rows: int64 [n].
         masks: int32 [n, words], sets as `ProcessorState` has them.
+        positions: int64 [n], see `slots.ops.DrawInputs`.
     """
     tokens = torch.arange(first, first + logits.shape[1], device=logits.device)
     return logits[rows].masked_fill_(~_contains(masks, tokens), -torch.inf)

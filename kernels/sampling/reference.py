@@ -66,7 +66,8 @@ def sample(logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor
 
     Args:
         logits: [n, vocab] of any float dtype; not changed.
-        positions: int64 [n], the index in its sequence that the sampled token will have.
+        positions: int64 [n], the index in its sequence that the sampled token will have. A row
+            that no filter has an effect on may have a negative one: it gets any token, or none.
 
     Returns:
         int64 [n]; NOT_FINITE where the row's logits are.

@@ -72,7 +72,7 @@ def scan(
 
     Args:
         logits: float32, bfloat16 or float16 [n, vocab], n > 0; each row contiguous.
-        positions: int64 [n].
+        positions: int64 [n]. The logits of a row with a negative position are not read.
         first: the token id of the first column.
         off_from: a top-k of this or more is ignored.
     """
@@ -144,7 +144,8 @@ def _scan(
     bounded = (top_k > 0) | (min_p > 0)
     filtered = random & (bounded | (top_p < 1))
     noisy = random & (bounded == 0)
-    low, high = row_key(tl.load(seed_ptr + row), tl.load(positions_ptr + row))
+    position = tl.load(positions_ptr + row)
+    low, high = row_key(tl.load(seed_ptr + row), position)
 
     tile_groups = tl.arange(0, TILE)
     within = tile_groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -155,7 +156,8 @@ def _scan(
     best = float("-inf")
     best_id = first + first_tile * (TILE * GROUP)
     bad = tl.zeros((TILE, GROUP), tl.int1)
-    for tile in range(first_tile, first_tile + tiles_each):
+    last_tile = first_tile + tl.where(position < 0, 0, tiles_each)
+    for tile in range(first_tile, last_tile):
         at = tile * (TILE * GROUP) + within
         values = tl.load(logits + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         bad |= (values < float("inf")) == 0  # NaN is not below either

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
-from nanovllm.kernels.sampling.reference import SamplingTensors
-from nanovllm.kernels.slots.ops import DecodeInputs, SlotOps, SlotState
+from nanovllm.kernels.sampling.reference import NOT_FINITE, SamplingTensors
+from nanovllm.kernels.slots.ops import SETTLED, DecodeInputs, DrawInputs, SlotOps, SlotState
+from nanovllm.token_sets import WORD_BITS
 
 
 class FusedSlotOps(SlotOps):
@@ -61,6 +62,52 @@ class FusedSlotOps(SlotOps):
             **overlapped(),
         )
         return sampled
+
+    def gather_draw(
+        self, state: SlotState, drawn: Tensor, token_ids: Tensor, masks: Tensor | None = None
+    ) -> DrawInputs:
+        rows, slots = drawn
+        inputs = DrawInputs(
+            torch.empty_like(slots),
+            SamplingTensors(*(torch.empty_like(slots, dtype=of.dtype) for of in state.sampling)),
+        )
+        _gather_draw[(len(slots),)](
+            rows,
+            slots,
+            state.num_tokens,
+            *state.sampling,
+            inputs.positions,
+            *inputs.sampling,
+            token_ids,
+            token_ids if masks is None else masks,
+            0 if masks is None else masks.stride(0),
+            len(state.num_tokens) - 1,
+            MASKED=masks is not None,
+            num_warps=1,
+        )
+        return inputs
+
+    def replace(
+        self,
+        state: SlotState,
+        drawn: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
+        out: Tensor,
+        none_left: int,
+    ) -> None:
+        rows, slots = drawn
+        _replace[(len(rows),)](
+            rows,
+            slots,
+            positions,
+            token_ids,
+            state.last_tokens,
+            out,
+            none_left,
+            num_warps=1,
+            **overlapped(),
+        )
 
 
 @triton.jit
@@ -134,3 +181,76 @@ def _advance(
     tl.store(last_tokens_ptr + slot, tl.maximum(token, 0), mask=advances)
     length = tl.load(num_tokens_ptr + slot)
     tl.store(num_tokens_ptr + slot, length + 1, mask=advances)
+
+
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
+_SETTLED = tl.constexpr(SETTLED)
+_WORD_BITS = tl.constexpr(WORD_BITS)
+
+
+@triton.jit
+def _gather_draw(
+    rows_ptr,
+    slots_ptr,
+    num_tokens_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_ptr,
+    positions_ptr,
+    out_temperature_ptr,
+    out_top_k_ptr,
+    out_top_p_ptr,
+    out_min_p_ptr,
+    out_seed_ptr,
+    token_ids_ptr,  # this and the rest are used if MASKED
+    masks_ptr,
+    masks_stride,
+    padding_slot,
+    MASKED: tl.constexpr,
+):
+    index = tl.program_id(0)
+    slot = tl.load(slots_ptr + index)
+    position = tl.load(num_tokens_ptr + slot) - 1
+    temperature = tl.load(temperature_ptr + slot)
+    top_k = tl.load(top_k_ptr + slot)
+    top_p = tl.load(top_p_ptr + slot)
+    min_p = tl.load(min_p_ptr + slot)
+    if MASKED:
+        token = tl.load(token_ids_ptr + tl.load(rows_ptr + index))
+        known = tl.maximum(token, 0)
+        word = tl.load(masks_ptr + index * masks_stride + known // _WORD_BITS)
+        allowed = ((word >> (known % _WORD_BITS)) & 1) != 0
+        filtered = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
+        settled = (token >= 0) & allowed & (filtered == 0)
+        position = tl.where(settled | (slot == padding_slot), _SETTLED, position)
+    tl.store(positions_ptr + index, position)
+    tl.store(out_temperature_ptr + index, temperature)
+    tl.store(out_top_k_ptr + index, top_k)
+    tl.store(out_top_p_ptr + index, top_p)
+    tl.store(out_min_p_ptr + index, min_p)
+    tl.store(out_seed_ptr + index, tl.load(seed_ptr + slot))
+
+
+@triton.jit
+def _replace(
+    rows_ptr,
+    slots_ptr,
+    positions_ptr,
+    token_ids_ptr,
+    last_tokens_ptr,
+    out_ptr,  # int32
+    none_left,
+    OVERLAP: tl.constexpr,
+):
+    launch_next(OVERLAP)
+    await_previous(OVERLAP)
+    index = tl.program_id(0)
+    out = out_ptr + tl.load(rows_ptr + index)
+    last = last_tokens_ptr + tl.load(slots_ptr + index)
+    anew = tl.load(positions_ptr + index) != _SETTLED
+    token = tl.load(token_ids_ptr + index)
+    none = (token == _NOT_FINITE) & (tl.load(out) != _NOT_FINITE)
+    tl.store(out, tl.where(none, none_left, token.to(tl.int32)), mask=anew)
+    tl.store(last, tl.maximum(token, 0), mask=anew)

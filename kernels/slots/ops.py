@@ -1,4 +1,4 @@
-"""How a decode step reads and advances the slots, in plain torch.
+"""How a step, and a draw after it, read and advance the slots, in plain torch.
 
 `FusedSlotOps` in `kernels.slots.fused` does the same on a GPU in one kernel each. A dozen small
 copies would take a thirtieth of the step of one sequence.
@@ -11,7 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.kernels.sampling.reference import NOT_FINITE, SamplingTensors, filters
+from nanovllm.token_sets import WORD_BITS
+
+# In `DrawInputs.positions`.
+SETTLED = -1
 
 
 class SlotState(NamedTuple):
@@ -52,6 +56,19 @@ class DecodeInputs(NamedTuple):
     sampling: SamplingTensors
 
 
+class DrawInputs(NamedTuple):
+    """The inputs of n rows that are drawn again.
+
+    Attributes:
+        positions: int64 [n], the index in its sequence of each slot's latest token; SETTLED for a
+            row that keeps the token.
+        sampling: tensors [n].
+    """
+
+    positions: Tensor
+    sampling: SamplingTensors
+
+
 class SlotOps:
     """The reference."""
 
@@ -89,6 +106,59 @@ class SlotOps:
         state.num_tokens[slots] += 1
         state.num_tokens[-1:] = 1
         return token_ids.int() if out is None else out.copy_(token_ids)
+
+    def gather_draw(
+        self, state: SlotState, drawn: Tensor, token_ids: Tensor, masks: Tensor | None = None
+    ) -> DrawInputs:
+        """The inputs of rows that are drawn again.
+
+        With masks some rows are settled. Without filters a token has the best score + noise, or the
+        best logit, of all tokens. If the mask holds this token, it is the best of those in the
+        mask, too. Nor is the padding slot drawn.
+
+        Args:
+            drawn: int64 [2, n], rows and slots.
+            token_ids: int32, the rows' tokens.
+            masks: int32 [n, words], sets as `nanovllm.token_sets` has them; None if the rows are
+                drawn without.
+        """
+        rows, slots = drawn
+        positions = state.num_tokens[slots] - 1
+        params = SamplingTensors(*(held[slots] for held in state.sampling))
+        if masks is not None:
+            tokens = token_ids[rows].long()
+            known = tokens.clamp_min(0)
+            words = masks.gather(1, (known // WORD_BITS)[:, None])[:, 0]
+            allowed = (words >> (known % WORD_BITS).int()) & 1 != 0
+            settled = (tokens >= 0) & allowed & ~filters(params)
+            settled |= slots == len(state.num_tokens) - 1
+            positions.masked_fill_(settled, SETTLED)
+        return DrawInputs(positions, params)
+
+    def replace(
+        self,
+        state: SlotState,
+        drawn: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
+        out: Tensor,
+        none_left: int,
+    ) -> None:
+        """Rows that are not settled go on with the tokens drawn.
+
+        Args:
+            drawn: int64 [2, n], rows and slots. A row may occur more than once, then always with
+                the same token.
+            positions: int64 [n], of `gather_draw`.
+            token_ids: int64 [n].
+            out: int32, the rows' tokens, which are overwritten.
+            none_left: in place of NOT_FINITE, where the row's former token is another one.
+        """
+        anew = (positions != SETTLED).nonzero()[:, 0]
+        (rows, slots), token_ids = drawn[:, anew], token_ids[anew]
+        none = (token_ids == NOT_FINITE) & (out[rows] != NOT_FINITE)
+        out[rows] = token_ids.int().masked_fill_(none, none_left)
+        state.last_tokens[slots] = token_ids.clamp_min(0)
 
 
 def choose_slot_ops(device: torch.device) -> SlotOps:

@@ -28,7 +28,7 @@ WHOLE_SHARES = (1, 2, 4, 8, 16)
 # As many of rows whose logits are processed: their draw is more kernels, some of them small.
 PROCESSED_SHARES = (1, 4, 16, 64, 256)
 # How many rows with a grammar alone are drawn in a replay. All ranks draw all of them.
-MASKED_SIZES = (1, 4, 16, 32, 64, 96, 128, 192, 256)
+MASKED_SIZES = (1, 4, 16, 64, 128, 256)
 
 
 class Sizes(NamedTuple):

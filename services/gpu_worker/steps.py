@@ -19,7 +19,8 @@ from nanovllm.kernels.attention.interface import (
     LayerCache,
 )
 from nanovllm.kernels.logits.processors import choose_mask
-from nanovllm.kernels.slots.ops import choose_slot_ops
+from nanovllm.kernels.sampling.reference import SamplingTensors
+from nanovllm.kernels.slots.ops import DrawInputs, choose_slot_ops
 from nanovllm.messages import NO_TOKEN_LEFT
 from nanovllm.services.gpu_worker.logits import LogitsProcessors
 from nanovllm.services.gpu_worker.model.registry import Model
@@ -175,11 +176,9 @@ class Steps:
             drawn: int64 [2, ranks * k], the rows' indices into `output`, and their slots. This rank
                 draws k of them. A row may occur more than once.
         """
-        rows, slots = drawn
-        own = slots.view(self._shard.tp.size, -1)[self._shard.tp.rank]
-        params, positions = self._state.sampling(own), self._sampled_positions(own)
-        token_ids = sample_whole(output.logits[rows], params, positions, self._shard)
-        self._replace(output, drawn, token_ids)
+        inputs = self._ops.gather_draw(self._state.held, drawn, output.token_ids)
+        token_ids = self._sample_whole(output.logits[drawn[0]], inputs)
+        self._replace(output, drawn, inputs, token_ids)
 
     def draw_masked(self, output: StepOutput, drawn: Tensor, masks: Tensor) -> None:
         """Samples rows from masked logits. None needs whole logits.
@@ -190,10 +189,10 @@ class Steps:
             drawn: int64 [2, n], the rows' indices into `output`, and their slots.
             masks: int32 [n, words], sets as `ProcessorState` has them.
         """
-        rows, slots = drawn
-        masked = self._mask(output.logits, rows, masks, self._shard.first)
-        params, positions = self._state.sampling(slots), self._sampled_positions(slots)
-        self._replace(output, drawn, sample(masked, params, positions, self._shard))
+        inputs = self._ops.gather_draw(self._state.held, drawn, output.token_ids, masks)
+        positions, params = inputs
+        masked = self._mask(output.logits, drawn[0], masks, positions, self._shard.first)
+        self._replace(output, drawn, inputs, sample(masked, params, positions, self._shard))
 
     def draw_processed(
         self, output: StepOutput, drawn: Tensor, processors: LogitsProcessors
@@ -206,27 +205,25 @@ class Steps:
             drawn: int64 [2, ranks * k], see `draw_whole`.
         """
         rows, slots = drawn
-        tp = self._shard.tp
         processed = output.logits[rows].float()
-        positions = self._sampled_positions(slots)
-        processors.process(processed, slots, positions)
-        if tp.size == 1:
-            token_ids = sample(processed, self._state.sampling(slots), positions, self._shard)
+        inputs = self._ops.gather_draw(self._state.held, drawn, output.token_ids)
+        processors.process(processed, slots, inputs.positions)
+        if self._shard.tp.size == 1:
+            token_ids = sample(processed, inputs.sampling, inputs.positions, self._shard)
         else:
-            own = slots.view(tp.size, -1)[tp.rank]
-            params, own_positions = self._state.sampling(own), self._sampled_positions(own)
-            token_ids = sample_whole(processed, params, own_positions, self._shard)
-        self._replace(output, drawn, token_ids)
+            token_ids = self._sample_whole(processed, inputs)
+        self._replace(output, drawn, inputs, token_ids)
         processors.advance(slots, token_ids.clamp_min(0))
 
-    def _sampled_positions(self, slots: Tensor) -> Tensor:
-        """The index in its sequence of each slot's latest token."""
-        return self._state.held.num_tokens[slots] - 1
+    def _sample_whole(self, logits: Tensor, inputs: DrawInputs) -> Tensor:
+        """The tokens of rows, int64 [ranks * k], of which this rank draws its k."""
+        tp, rows = self._shard.tp, len(logits)
+        own = slice(tp.rank * rows // tp.size, (tp.rank + 1) * rows // tp.size)
+        params = SamplingTensors(*(values[own] for values in inputs.sampling))
+        return sample_whole(logits, params, inputs.positions[own], self._shard)
 
-    def _replace(self, output: StepOutput, drawn: Tensor, token_ids: Tensor) -> None:
-        """Rows were drawn again, and go on with these tokens, int64 [n]: NO_TOKEN_LEFT for -1,
-        unless the step's own token is -1, too."""
-        rows, slots = drawn
-        none_left = (output.token_ids[rows] >= 0) & (token_ids < 0)
-        output.token_ids[rows] = token_ids.int().masked_fill_(none_left, NO_TOKEN_LEFT)
-        self._state.held.last_tokens[slots] = token_ids.clamp_min(0)
+    def _replace(
+        self, output: StepOutput, drawn: Tensor, inputs: DrawInputs, token_ids: Tensor
+    ) -> None:
+        held, out = self._state.held, output.token_ids
+        self._ops.replace(held, drawn, inputs.positions, token_ids, out, NO_TOKEN_LEFT)

@@ -89,6 +89,17 @@ def test_a_row_is_the_same_alone_and_in_any_batch() -> None:
         assert token.item() == together[row].item()
 
 
+def test_rows_that_are_not_to_be_drawn_are_not_read() -> None:
+    """Rows at a negative position, without filters or at temperature 0."""
+    kinds = [KINDS[name] for name in ("plain", "greedy with filters", "plain")]
+    logits = random_logits(3, 333)
+    positions = torch.tensor([5, -1, -1], device=DEVICE)
+    expected = fused.sample(logits, of_rows(kinds), positions, SMALL)[0]
+    logits[1:] = torch.inf
+    found = fused.sample(logits, of_rows(kinds), positions, SMALL)
+    assert found.tolist() == [expected.item(), NOT_FINITE, NOT_FINITE]
+
+
 def test_padded_rows_and_none() -> None:
     padded = random_logits(5, 400)
     padded[:, 333:] = torch.inf

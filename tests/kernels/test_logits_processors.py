@@ -15,6 +15,7 @@ from transformers import (
 
 from nanovllm.kernels.logits import fused, processors
 from nanovllm.kernels.logits.processors import IN_PROMPT, MOST_COUNTED, ProcessorState
+from nanovllm.kernels.slots.ops import SETTLED
 from nanovllm.token_sets import WORD_BITS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,10 +80,13 @@ def test_masked_rows_have_the_logits_of_their_sets_alone(
     rows = torch.tensor([3, 0, 2], device=DEVICE)
     sets: list[list[int]] = [[first, first + shard - 1], [], list(range(0, first + shard, 3))]
     masks = torch.stack([bits(members, first + shard) for members in sets]).to(DEVICE)
-    expected = processors.mask(logits, rows, masks, first)
-    torch.testing.assert_close(
-        fused.mask(logits, rows, masks, first), expected, rtol=0, atol=0, equal_nan=True
-    )
+    positions = torch.zeros_like(rows)
+    expected = processors.mask(logits, rows, masks, positions, first)
+    found = fused.mask(logits, rows, masks, positions, first)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    positions[1] = SETTLED
+    found = fused.mask(logits, rows, masks, positions, first)[[0, 2]]
+    torch.testing.assert_close(found, expected[[0, 2]], rtol=0, atol=0, equal_nan=True)
     for index, (row, members) in enumerate(zip(rows.tolist(), sets, strict=True)):
         own = [token - first for token in members if token >= first]
         others = torch.ones(shard, dtype=torch.bool)
