@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nanovllm.token_sets import WORD_BITS
 
+NO_TOKEN = -1  # in `ProcessorState.beginnings` and `tail`
+NO_COLUMN = -1  # in `ProcessorState.bias_columns` and `lasts`
 # In `ProcessorState.seen`: the token is in the prompt. The other bits count it in the output.
 IN_PROMPT = -(1 << 15)
 MOST_COUNTED = (1 << 15) - 1
@@ -29,6 +31,12 @@ class ProcessorState(NamedTuple):
             IN_PROMPT if it is in the prompt.
         allowed, held_off: int32 [s, words], sets of token ids of the whole vocabulary, see
             `nanovllm.token_sets`.
+        bias_columns, bias: int32 and float32 [s, biases], distinct columns of the shard, and what
+            is added to their logits. Unused entries are NO_COLUMN and 0.
+        beginnings, lasts: int32 [s, bad words, t] and [s, bad words], of each bad word of several
+            tokens all but its last, to the right of NO_TOKEN; and the column of its last.
+            NO_COLUMN if the last is in another shard, or there is no bad word.
+        tail: int32 [s, t], the last tokens of the sequence, to the right of NO_TOKEN.
     """
 
     repetition: Tensor
@@ -38,40 +46,60 @@ class ProcessorState(NamedTuple):
     seen: Tensor
     allowed: Tensor
     held_off: Tensor
+    bias_columns: Tensor
+    bias: Tensor
+    beginnings: Tensor
+    lasts: Tensor
+    tail: Tensor
 
 
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-Process = Callable[[Tensor, ProcessorState, Tensor, Tensor, int], None]
+Process = Callable[[Tensor, Tensor, ProcessorState, Tensor, Tensor, int], Tensor]
 
 
 def process(
-    logits: Tensor, state: ProcessorState, slots: Tensor, positions: Tensor, first: int
-) -> None:
-    """Applies the processors in place.
+    logits: Tensor,
+    rows: Tensor,
+    state: ProcessorState,
+    slots: Tensor,
+    positions: Tensor,
+    first: int,
+) -> Tensor:
+    """Rows of logits after the processors: float32 [n, shard].
 
-    1. Repetition penalty (Keskar et al., 2019, "CTRL"): of a token in prompt or output, a positive
+    1. The bias is added.
+    2. Repetition penalty (Keskar et al., 2019, "CTRL"): of a token in prompt or output, a positive
        logit is divided by it, a negative one multiplied.
-    2. Frequency and presence penalty: of a token that is c times in the output, c times the first
+    3. Frequency and presence penalty: of a token that is c times in the output, c times the first
        is subtracted, and the second.
-    3. Tokens that are not allowed, or held off, get -inf.
+    4. Tokens that are not allowed, held off, or the last of a bad word whose beginning is said, get
+       -inf.
 
     Args:
-        logits: float32 [n, shard], of the tokens from `first` on.
+        logits: [m, shard] of any float dtype, of the tokens from `first` on.
+        rows: int64 [n].
         slots: int64 [n], the rows' slots.
         positions: int64 [n], the index in its sequence that the sampled token will have.
     """
+    processed = logits[rows].float()
+    processed.scatter_add_(1, state.bias_columns[slots].clamp_min(0).long(), state.bias[slots])
     seen = state.seen[slots].int()
     count = seen & MOST_COUNTED
     repetition = state.repetition[slots, None]
-    penalized = torch.where(logits > 0, logits / repetition, logits * repetition)
-    torch.where(seen != 0, penalized, logits, out=logits)
-    logits -= state.frequency[slots, None] * count
-    logits -= state.presence[slots, None] * (count > 0)
-    tokens = torch.arange(first, first + logits.shape[1], device=logits.device)
+    penalized = torch.where(processed > 0, processed / repetition, processed * repetition)
+    torch.where(seen != 0, penalized, processed, out=processed)
+    processed -= state.frequency[slots, None] * count
+    processed -= state.presence[slots, None] * (count > 0)
+    tokens = torch.arange(first, first + processed.shape[1], device=processed.device)
     early = (positions < state.min_length[slots])[:, None]
     ruled_out = ~_contains(state.allowed[slots], tokens)
     ruled_out |= early & _contains(state.held_off[slots], tokens)
-    logits.masked_fill_(ruled_out, -torch.inf)
+    processed.masked_fill_(ruled_out, -torch.inf)
+    beginnings, lasts = state.beginnings[slots], state.lasts[slots]
+    said = ((beginnings == state.tail[slots, None]) | (beginnings == NO_TOKEN)).all(dim=-1)
+    penalty = torch.zeros_like(lasts, dtype=torch.float32)
+    penalty.masked_fill_(said & (lasts != NO_COLUMN), -torch.inf)
+    return processed.scatter_add_(1, lasts.clamp_min(0).long(), penalty)
 
 
 def mask(logits: Tensor, rows: Tensor, masks: Tensor, positions: Tensor, first: int) -> Tensor:

@@ -1,8 +1,7 @@
 """The rows whose requests ask for logits processors: penalties, bias, tokens ruled out.
 
 Few rows of few requests ask for any, and a captured step has no room for them. So their tokens are
-drawn again, after the step: from a copy of their logits, since log-probabilities are of the raw
-ones.
+drawn again, after the step. Log-probabilities are of the raw logits, which stay as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from torch import Tensor
 from nanovllm.kernels.logits.processors import (
     IN_PROMPT,
     MOST_COUNTED,
+    NO_COLUMN,
+    NO_TOKEN,
     ProcessorState,
     choose_process,
 )
@@ -26,8 +27,6 @@ from nanovllm.protocol import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS
 from nanovllm.services.gpu_worker.model.parallel import VocabShard
 from nanovllm.services.gpu_worker.slot_state import to_device
 from nanovllm.token_sets import num_words, token_set
-
-NO_TOKEN = -1  # in `LogitsProcessors._words` and `_tail`
 
 
 class LogitsProcessors:
@@ -66,21 +65,17 @@ class LogitsProcessors:
             seen=zeros(torch.int16, shard_size),
             allowed=zeros(torch.int32, self._words_of_sets),
             held_off=zeros(torch.int32, self._words_of_sets),
+            bias_columns=zeros(torch.int32, MAX_LOGIT_BIAS).fill_(NO_COLUMN),
+            bias=zeros(torch.float32, MAX_LOGIT_BIAS),
+            beginnings=zeros(torch.int32, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS - 1),
+            lasts=zeros(torch.int32, MAX_BAD_WORDS).fill_(NO_COLUMN),
+            tail=zeros(torch.int32, MAX_BAD_WORD_TOKENS - 1),
         )
-        # Columns of this shard, and what is added to their logits. Unused entries add 0.
-        self._bias_columns = zeros(torch.int64, MAX_LOGIT_BIAS)
-        self._bias = zeros(torch.float32, MAX_LOGIT_BIAS)
-        # Of each bad word of several tokens, all but its last, to the right of NO_TOKEN; and its
-        # last. And the end of the sequence, as long as the longest beginning of a bad word.
-        self._beginnings = zeros(torch.int32, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS - 1)
-        self._lasts = zeros(torch.int64, MAX_BAD_WORDS)
-        self._tail = zeros(torch.int32, MAX_BAD_WORD_TOKENS - 1)
 
     @property
     def bytes(self) -> int:
         """How much memory the state takes."""
-        tensors = (*self._held, self._bias_columns, self._bias, self._beginnings, self._lasts)
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self._held)
 
     def admit(self, admissions: Iterable[Admission]) -> None:
         """Fills the slots of sequences that ask for processors."""
@@ -107,34 +102,27 @@ class LogitsProcessors:
         """
         self._held.allowed[slots] = masks
 
-    def process(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
-        """Applies the processors in place.
+    def process(self, logits: Tensor, rows: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """Rows of logits after the processors, see `processors.process`: float32 [n, shard].
 
         Args:
-            logits: float32 [n, shard].
+            logits: [m, shard].
+            rows: int64 [n].
             slots: int64 [n], of sequences that ask for processors.
             positions: int64 [n], the index in its sequence that the sampled token will have.
         """
-        logits.scatter_add_(1, self._bias_columns[slots], self._bias[slots])
-        self._process(logits, self._held, slots, positions, self._first)
-        beginnings = self._beginnings[slots]
-        said = (beginnings == self._tail[slots, None]) | (beginnings == NO_TOKEN)
-        columns = self._lasts[slots] - self._first
-        ruled_out = said.all(dim=-1) & (columns >= 0) & (columns < self._shard_size)
-        # A word that is not said rules out nothing: what it would write is what stands there.
-        columns = columns.clamp(0, self._shard_size - 1)
-        penalty = torch.zeros_like(columns, dtype=torch.float32).masked_fill_(ruled_out, -torch.inf)
-        logits.scatter_add_(1, columns, penalty)
+        return self._process(logits, rows, self._held, slots, positions, self._first)
 
     def advance(self, slots: Tensor, token_ids: Tensor) -> None:
         """Each slot of int64 [n] has got a token of int64 [n]; one, also if both occur again."""
         columns = token_ids - self._first
         inside = (columns >= 0) & (columns < self._shard_size)
         columns = columns.clamp(0, self._shard_size - 1)
-        seen = self._held.seen[slots, columns]
+        held = self._held
+        seen = held.seen[slots, columns]
         more = inside & ((seen & MOST_COUNTED) < MOST_COUNTED)
-        self._held.seen[slots, columns] = seen + more
-        self._tail[slots] = torch.cat((self._tail[slots, 1:], token_ids[:, None].int()), dim=-1)
+        held.seen[slots, columns] = seen + more
+        held.tail[slots] = torch.cat((held.tail[slots, 1:], token_ids[:, None].int()), dim=-1)
 
     def _admit(self, admission: Admission) -> None:
         slot, sampling, held = admission.slot, admission.sampling, self._held
@@ -160,7 +148,7 @@ class LogitsProcessors:
         tail = np.full(MAX_BAD_WORD_TOKENS - 1, NO_TOKEN, dtype=np.int32)
         last = tokens[-len(tail) :]
         tail[len(tail) - len(last) :] = last
-        self._tail[slot] = self._on_device(tail)
+        held.tail[slot] = self._on_device(tail)
 
     def _count(self, slot: int, prompt: NDArray[np.int32], output: NDArray[np.int32]) -> None:
         ids, counts = np.unique(output, return_counts=True)
@@ -172,22 +160,23 @@ class LogitsProcessors:
         self._held.seen[slot, self._on_device(used)] = self._on_device(seen[used])
 
     def _set_bias(self, slot: int, bias: dict[int, float]) -> None:
-        columns = np.zeros(MAX_LOGIT_BIAS, dtype=np.int64)
+        columns = np.full(MAX_LOGIT_BIAS, NO_COLUMN, dtype=np.int32)
         values = np.zeros(MAX_LOGIT_BIAS, dtype=np.float32)
         inside, own = self._columns(np.fromiter(bias.keys(), dtype=np.int64))
         columns[: len(own)] = own
         values[: len(own)] = np.fromiter(bias.values(), dtype=np.float32)[inside]
-        self._bias_columns[slot] = self._on_device(columns)
-        self._bias[slot] = self._on_device(values)
+        self._held.bias_columns[slot] = self._on_device(columns)
+        self._held.bias[slot] = self._on_device(values)
 
     def _set_words(self, slot: int, words: Sequence[Sequence[int]]) -> None:
         beginnings = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS - 1), NO_TOKEN, dtype=np.int32)
-        lasts = np.full(MAX_BAD_WORDS, NO_TOKEN, dtype=np.int64)
+        lasts = np.full(MAX_BAD_WORDS, NO_COLUMN, dtype=np.int32)
         for i, word in enumerate(words):
             beginnings[i, 1 - len(word) :] = word[:-1]
-            lasts[i] = word[-1]
-        self._beginnings[slot] = self._on_device(beginnings)
-        self._lasts[slot] = self._on_device(lasts)
+        inside, columns = self._columns(np.array([word[-1] for word in words], dtype=np.int64))
+        lasts[: len(words)][inside] = columns
+        self._held.beginnings[slot] = self._on_device(beginnings)
+        self._held.lasts[slot] = self._on_device(lasts)
 
     def _columns(self, token_ids: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[Any]]:
         """Which of the token ids are in this shard, and the columns of those."""

@@ -205,9 +205,8 @@ class Steps:
             drawn: int64 [2, ranks * k], see `draw_whole`.
         """
         rows, slots = drawn
-        processed = output.logits[rows].float()
         inputs = self._ops.gather_draw(self._state.held, drawn, output.token_ids)
-        processors.process(processed, slots, inputs.positions)
+        processed = processors.process(output.logits, rows, slots, inputs.positions)
         if self._shard.tp.size == 1:
             token_ids = sample(processed, inputs.sampling, inputs.positions, self._shard)
         else:

@@ -15,7 +15,6 @@ from transformers import (
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
 )
 
 from nanovllm.messages import Admission, pack
@@ -46,12 +45,10 @@ def expected(logits: Tensor, sampling: Sampling, prompt: list[int], output: list
     """Logits from transformers' processors, by hand for what they lack: float32 [VOCAB]."""
     sequence = torch.tensor([prompt + output])
     row: Tensor = logits[None].clone()
-    before, after = LogitsProcessorList(), LogitsProcessorList()
-    if sampling.logit_bias:
-        bias = [[[token], value] for token, value in sampling.logit_bias.items()]
-        before.append(SequenceBiasLogitsProcessor(bias))
-    before.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    row = before(sequence, row)
+    after = LogitsProcessorList()
+    for token, value in sampling.logit_bias.items():
+        row[0, token] += value
+    row = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(sequence, row)
     for token in set(output):
         row[0, token] -= sampling.frequency_penalty * output.count(token)
         row[0, token] -= sampling.presence_penalty
@@ -96,10 +93,10 @@ def test_every_row_is_processed_as_transformers_does(
         processors.admit([Admission(1, tokens, len(prompt), b"", 0, sampling)])
         for token in output[had:]:
             processors.advance(slots, torch.tensor([token], device=DEVICE))
-        row = logits[None, start:end].clone().to(DEVICE)
+        row = logits[None, start:end].to(DEVICE)
         position = torch.tensor([len(prompt) + len(output)], device=DEVICE)
-        processors.process(row, slots, position)
-        found.append(row[0].cpu())
+        processed = processors.process(row, torch.zeros_like(slots), slots, position)
+        found.append(processed[0].cpu())
     np.testing.assert_allclose(
         torch.cat(found).numpy(), expected(logits, sampling, prompt, output).numpy(), rtol=1e-6
     )
@@ -132,11 +129,13 @@ def test_a_slot_keeps_nothing_of_its_former_sequences(
                 torch.tensor([*masks], device=DEVICE), torch.from_numpy(words).to(DEVICE)
             )
         logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(draw.randrange(99)))
-        rows = logits.repeat(len(slots), 1).to(DEVICE)
+        same_row = torch.zeros(len(slots), dtype=torch.int64, device=DEVICE)
         positions = [len(living[slot][1]) + len(living[slot][2]) for slot in slots]
         on_device = torch.tensor(slots, device=DEVICE)
-        processors.process(rows, on_device, torch.tensor(positions, device=DEVICE))
-        for slot, row in zip(slots, rows.cpu(), strict=True):
+        processed = processors.process(
+            logits[None].to(DEVICE), same_row, on_device, torch.tensor(positions, device=DEVICE)
+        )
+        for slot, row in zip(slots, processed.cpu(), strict=True):
             sampling, prompt, output, _ = living[slot]
             wanted = expected(logits, sampling, prompt, output)
             if slot in masks:
