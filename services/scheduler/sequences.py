@@ -9,7 +9,7 @@ import msgspec
 
 from nanovllm.block_names import TOKEN_BYTES
 from nanovllm.messages import EndReason, PromptPart, Submit, TokenLogprobs, unpack
-from nanovllm.services.scheduler.blocks import Prefix, root
+from nanovllm.services.scheduler.blocks import Prefix
 
 NO_SLOT = -1
 
@@ -32,7 +32,7 @@ class Sequence:
     stop_ids: frozenset[int] = field(init=False)
     slot: int = NO_SLOT
     blocks: list[int] = field(default_factory=list)  # its block table
-    prefix: Prefix = field(init=False)  # the chain of its blocks that have a name
+    prefix: Prefix = field(init=False)  # in a slot: the chain of its blocks that have a name
     # Prompt tokens found in the cache at the first admission; None before it.
     cached_tokens: int | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of this attempt's tokens
@@ -49,7 +49,6 @@ class Sequence:
         self.prompt_tokens = len(self.submit.prompt) // TOKEN_BYTES
         self.output = self.submit.output
         self.stop_ids = frozenset(self.submit.sampling.stop_token_ids)
-        self.prefix = root(self.submit.cache_salt)
 
     @property
     def uid(self) -> int:
