@@ -168,11 +168,6 @@ class Detokenizers:
 
     # Sending ----------------------------------------------------------------------
 
-    @property
-    def blocked(self) -> bool:
-        """Whether messages wait for a detokenizer that does not keep up."""
-        return any(outbox.blocked for outbox in self._outboxes.values() if outbox.up)
-
     def retry(self) -> None:
         """Time has passed: detokenizers that did not keep up are sent frames again."""
         for outbox in self._outboxes.values():

@@ -58,7 +58,7 @@ class SchedulerLoop:
             else:
                 all_sent = False
         detokenizers = self._core.detokenizers
-        if detokenizers.blocked and now >= self._retry_at:
+        if now >= self._retry_at:
             detokenizers.retry()
         while frames := detokenizers.frames():
             for frame in frames:
@@ -67,7 +67,7 @@ class SchedulerLoop:
                 else:
                     detokenizers.undelivered(frame)
                     self._retry_at = now + RETRY_S
-        return RETRY_S if not all_sent or detokenizers.blocked else None
+        return RETRY_S if not all_sent or now < self._retry_at else None
 
     def _launch(self) -> bool:
         """Makes as many plans as may be in flight. Returns False if one could not be sent."""
