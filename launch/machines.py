@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 # So long the end of the pipeline waits for machines to hear of it.
 FAREWELL_S: Final = 2.0
+# A machine that cannot be reached for so long is gone for good.
+FORGOTTEN_S: Final = 600.0
 
 
 @dataclass
@@ -53,12 +56,14 @@ class _Machine:
         host: what it is called by itself.
         name: the same, and its number if others are called so.
         peer: its supervisor; None while that cannot be reached.
+        lost_at: when it could be reached last, if it cannot.
     """
 
     host: str
     name: str
     number: int
     peer: Peer | None = None
+    lost_at: float = math.inf
     services: list[ServiceStatus] = field(default_factory=list)
     leaving: list[int] = field(default_factory=list)
     drained: bool = False
@@ -140,8 +145,23 @@ class Machines:
                     yield from self._said(peer, machine, event.message)
             elif isinstance(event, Down) and machine is not None:
                 log.warning("%s cannot be reached", machine.name)
-                machine.peer = None
+                machine.peer, machine.lost_at = None, time.monotonic()
                 self._done(machine, f"{machine.name} cannot be reached")
+
+    def forget(self, now: float) -> list[Vacate]:
+        """Forgets the machines that have not been reached for `FORGOTTEN_S`; one that comes back
+        after all joins as a new one. Returns what the ingress is to be told: their engines, which
+        have left for good."""
+        gone = [m for m in self._machines.values() if now - m.lost_at >= FORGOTTEN_S]
+        for machine in gone:
+            log.warning("%s is forgotten: it cannot be reached for so long", machine.name)
+            del self._machines[machine.number]
+        return [
+            Vacate(service.engine, leaves=True)
+            for machine in gone
+            for service in machine.services
+            if service.role == "scheduler"
+        ]
 
     def drain(self) -> None:
         """HTTP servers take no new requests."""
@@ -204,7 +224,7 @@ class Machines:
             self._link.send(peer, [NotJoined(why)])
             return
         machine = self._known(join) or self._new(join)
-        machine.peer = peer
+        machine.peer, machine.lost_at = peer, math.inf
         machine.drained = False
         log.info("%s has joined, as machine %d", machine.name, machine.number)
         self._link.send(peer, [msgspec.structs.replace(self._offer, number=machine.number)])

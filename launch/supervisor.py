@@ -177,7 +177,7 @@ class Supervisor:
             for event in self._control.receive():
                 self._on_event(event, now)
             if self._machines is not None:
-                self._hear_machines(self._machines)
+                self._hear_machines(self._machines, now)
             if self._membership is not None:
                 self._hear_pipeline(self._membership, now)
             self._on_signals(wakeup.caught(), now)
@@ -283,12 +283,14 @@ class Supervisor:
         else:
             self._control.send(asker, [self._status()])
 
-    def _hear_machines(self, machines: Machines) -> None:
+    def _hear_machines(self, machines: Machines, now: float) -> None:
         for peer, message in machines.receive():
             if isinstance(message, StatusRequest):
                 machines.tell(peer, self._status())
             elif not self._tell_ingress(message) and isinstance(message, Vacate):
                 machines.vacated(message.engine)
+        for vacate in machines.forget(now):
+            self._tell_ingress(vacate)  # one that is not there will not know the engine
         for asker, done in machines.answers():
             self._control.send(asker, [done])
 
