@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Set
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from nanovllm.launch.gpus import Gpus
 from nanovllm.launch.http import Listener
 from nanovllm.launch.join import JoinedAnew, Membership, check_to_join, offer, settings_to_join
 from nanovllm.launch.machines import Machines
+from nanovllm.launch.notify import Notifier
 from nanovllm.launch.runtime_dir import runtime_dir
 from nanovllm.launch.supervisor import ServiceFailed, Supervisor
 from nanovllm.log import EventFormatter
@@ -86,6 +88,7 @@ def main(model: str, **options: Any) -> None:
     options = {"model": model, **options}
     settings, given = settings_from(options), given_options(options).keys()
     lifeline = os.environ.pop(LIFELINE_VARIABLE, None)
+    notifier = Notifier(os.environ)
     with passed_on():
         bar = LoadingBar()
         handler = _AboveTheBar(bar)
@@ -94,9 +97,9 @@ def main(model: str, **options: Any) -> None:
         try:
             owner = None if lifeline is None else int(lifeline)
             if settings.join:
-                _join(settings, given, bar, owner)
+                _join(settings, given, bar, notifier, owner)
             else:
-                _launch(settings, bar, owner)
+                _launch(settings, bar, notifier, owner)
         except (CheckpointError, SettingsError, ServiceFailed, OSError) as error:
             if settings.log_format == "text":
                 click.echo(f"nanovllm-launch: {error}", err=True)
@@ -116,7 +119,7 @@ class _AboveTheBar(logging.Handler):
         self._bar.write(self.format(record))
 
 
-def _launch(asked: Settings, bar: LoadingBar, lifeline: int | None) -> None:
+def _launch(asked: Settings, bar: LoadingBar, notifier: Notifier, lifeline: int | None) -> None:
     directory = resolve_model(asked.model)
     settings = _checked(asked, directory)
     name = model_name(directory)
@@ -137,10 +140,14 @@ def _launch(asked: Settings, bar: LoadingBar, lifeline: int | None) -> None:
                 raise SettingsError(f"--services {error}") from None
             stack.callback(machines.close)
         announce = partial(_announce, settings, name, listener)
-        Supervisor(settings, name, bar, gpus, listener, announce, lifeline, machines).run()
+        Supervisor(
+            *(settings, name, bar, gpus, listener, announce, notifier, lifeline), machines=machines
+        ).run()
 
 
-def _join(own: Settings, given: Set[str], bar: LoadingBar, lifeline: int | None) -> None:
+def _join(
+    own: Settings, given: Set[str], bar: LoadingBar, notifier: Notifier, lifeline: int | None
+) -> None:
     check_to_join(own, given)
     keys = PipelineKeys(own.keys) if own.keys else None
     _warn_if_insecure(own.join, keys)
@@ -148,6 +155,7 @@ def _join(own: Settings, given: Set[str], bar: LoadingBar, lifeline: int | None)
         runtime_dir(Path(own.runtime_dir)),
         contextlib.closing(Membership(own.join, keys)) as membership,
     ):
+        notifier.tell(time.monotonic(), f"waits for a pipeline at {own.join}")
         membership.join()
         listener = _listener(own)
         while True:
@@ -157,7 +165,8 @@ def _join(own: Settings, given: Set[str], bar: LoadingBar, lifeline: int | None)
             announce = partial(_announce_joined, settings, membership.joined.number, listener)
             try:
                 Supervisor(
-                    *(settings, name, bar, gpus, listener, announce, lifeline), None, membership
+                    *(settings, name, bar, gpus, listener, announce, notifier, lifeline),
+                    membership=membership,
                 ).run()
             except JoinedAnew:
                 log.warning("the pipeline is another one: services start anew")

@@ -63,6 +63,11 @@ class Membership:
     def sockets(self) -> tuple[Any, ...]:
         return self._link.sockets
 
+    @property
+    def connected(self) -> bool:
+        """Whether the pipeline is there."""
+        return self._link.peer is not None
+
     def join(self) -> None:
         """Waits for the pipeline, for as long as that takes, and joins it.
 

@@ -19,6 +19,8 @@ from nanovllm.control import (
     Done,
     Drain,
     Drained,
+    Health,
+    HealthRequest,
     IngressStats,
     Left,
     Loading,
@@ -53,6 +55,7 @@ from nanovllm.launch.groups import (
 from nanovllm.launch.http import Listener
 from nanovllm.launch.join import Membership
 from nanovllm.launch.machines import Machines
+from nanovllm.launch.notify import Notifier
 from nanovllm.launch.policy import Policy
 from nanovllm.launch.processes import Lifeline, ServiceProcess, SignalPipe, end_all
 from nanovllm.log import render
@@ -93,6 +96,7 @@ class Supervisor:
         gpus: which each engine takes.
         listener: what HTTP servers inherit; None if there are none.
         announce: called once, when every service is ready.
+        notifier: tells the service manager how they do.
         lifeline: a descriptor that becomes readable when the program that owns the pipeline ends;
             None if a person started the pipeline.
         machines: those that join the pipeline; None if none can.
@@ -110,6 +114,7 @@ class Supervisor:
         gpus: Gpus,
         listener: Listener | None,
         announce: Callable[[], None],
+        notifier: Notifier,
         lifeline: int | None,
         machines: Machines | None = None,
         membership: Membership | None = None,
@@ -127,6 +132,7 @@ class Supervisor:
         self._listener = listener
         self._announce = announce
         self._announced = False
+        self._notifier = notifier
         self._owner = lifeline
         self._bar = bar
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -192,7 +198,8 @@ class Supervisor:
                     log.warning("requests that are unfinished end here")
                 self._over = True
             self._over = self._over or self._owner in readable
-            wait_s = self._policy.wait_s(now)
+            self._notify(now)
+            wait_s = min(self._policy.wait_s(now), self._notifier.wait_s(now))
             if any(service.floods for service in self._services.values()):
                 time.sleep(FLOOD_PAUSE_S)
 
@@ -242,6 +249,8 @@ class Supervisor:
         match command:
             case StatusRequest():
                 self._tell_status(asker)
+            case HealthRequest():
+                self._control.send(asker, [Health(self._missing())])
             case Scale(machine=machine) if machine and self._machines is not None:
                 self._machines.command(asker, command)
             case Scale(machine=machine) if machine and asker != PIPELINE:
@@ -465,6 +474,23 @@ class Supervisor:
             self._announced = True
             self._bar.close()
             self._announce()
+
+    def _notify(self, now: float) -> None:
+        missing = self._missing()
+        stopping = self._over or self._drain_until is not None
+        status = missing or f"serves {self._model}"
+        self._notifier.tell(now, status, ready=not missing, stopping=stopping)
+
+    def _missing(self) -> str:
+        """What keeps the services of this machine from working; empty if nothing does."""
+        if self._over or self._drain_until is not None:
+            return "it is being stopped"
+        waited_for = [str(s) for g in self._policy.groups if not g.settled for s in g.services]
+        if waited_for:
+            return f"not ready: {', '.join(waited_for)}"
+        if self._membership is not None and not self._membership.connected:
+            return f"the pipeline at {self._settings.join} is not reached"
+        return ""
 
     def _connected(self) -> set[ServiceId]:
         """The services whose connection stands: the I/O thread of ZeroMQ keeps it up, also while a

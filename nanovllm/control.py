@@ -95,6 +95,16 @@ class StatusRequest(Message, tag="status_request"):
     """A command, or an HTTP server, asks for the `Status`."""
 
 
+class HealthRequest(Message, tag="health_request"):
+    """A command asks for the `Health` of the services of this machine."""
+
+
+class Health(Message, tag="health"):
+    """`missing` tells people what keeps the services from working; empty if nothing does."""
+
+    missing: str
+
+
 class Scale(Message, tag="scale"):
     """A command asks to run `count` services of this role; the answer is `Done`."""
 
@@ -182,8 +192,10 @@ class Status(Message, tag="status"):
     services: list[ServiceStatus]
 
 
-ToSupervisor = Loading | Ready | Report | Drained | Vacated | StatusRequest | Scale | Restart
-FromSupervisor = Status | Done | Drain | Crashed | Vacate
+ToSupervisor = (
+    Loading | Ready | Report | Drained | Vacated | StatusRequest | HealthRequest | Scale | Restart
+)
+FromSupervisor = Status | Health | Done | Drain | Crashed | Vacate
 
 
 # The supervisor of a machine that joins <-> the pipeline's ----------------------------------------

@@ -186,6 +186,28 @@ def status(where: Where, as_json: bool) -> None:
 
 
 @main.command(
+    help="""Tell by the exit code whether the launcher of this machine answers, for probes.
+
+    With --ready also whether all services of this machine can work: they have started, are not
+    being stopped, and reach the pipeline that they have joined.
+
+    \b
+    Examples:
+      nanovllm health
+      nanovllm health --ready
+    """,
+    short_help="Tell by the exit code whether the launcher answers.",
+)
+@click.option("--ready", is_flag=True, help="Whether all services of this machine can work.")
+@pipeline_options
+def health(where: Where, ready: bool) -> None:
+    with told_in_one_line(), where.control() as control:
+        missing = control.missing()
+    click.echo(missing or "ready")
+    sys.exit(1 if ready and missing else 0)
+
+
+@main.command(
     help="""Run COUNT services of this ROLE from now on; returns when they do.
 
     ROLE is tokenizer, detokenizer, http, or engine: a scheduler and its GPU workers.

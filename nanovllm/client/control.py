@@ -9,13 +9,24 @@ from typing import Final
 import zmq
 
 from nanovllm.client.results import PipelineUnavailable
-from nanovllm.control import Done, FromSupervisor, Restart, Scale, Status, StatusRequest
+from nanovllm.control import (
+    Done,
+    FromSupervisor,
+    Health,
+    HealthRequest,
+    Restart,
+    Scale,
+    Status,
+    StatusRequest,
+)
 from nanovllm.settings import Settings
 from nanovllm.transport.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
 
 TIMEOUT_S: Final = 3.0
 # After so long there is a next report: services report once a second.
 NEXT_REPORT_S: Final = 1.1
+
+_Question = StatusRequest | HealthRequest | Scale | Restart
 
 
 class Control:
@@ -44,6 +55,13 @@ class Control:
             raise PipelineUnavailable(f"the supervisor answered with {answer}")
         return answer
 
+    def missing(self) -> str:
+        """What keeps the services of this machine from working; empty if nothing does."""
+        answer = self._ask(HealthRequest())
+        if not isinstance(answer, Health):
+            raise PipelineUnavailable(f"the supervisor answered with {answer}")
+        return answer.missing
+
     def command(self, command: Scale | Restart) -> None:
         """Returns when the command is done, which may take as long as loading a model.
 
@@ -54,7 +72,7 @@ class Control:
         if isinstance(answer, Done) and answer.error is not None:
             raise ValueError(answer.error)
 
-    def _ask(self, question: StatusRequest | Scale | Restart) -> FromSupervisor:
+    def _ask(self, question: _Question) -> FromSupervisor:
         """The answer. A status comes within `TIMEOUT_S`; the answer to a command comes when the
         command is done, so wait for it as long as the supervisor is connected."""
         deadline = time.monotonic() + TIMEOUT_S
@@ -63,7 +81,7 @@ class Control:
         for socket in self._link.sockets:
             poller.register(socket, zmq.POLLIN)
         while True:
-            patient = self.asked and not isinstance(question, StatusRequest)
+            patient = self.asked and isinstance(question, Scale | Restart)
             left = deadline - time.monotonic()
             if left <= 0 and not patient:
                 raise self._nothing_runs()
@@ -77,7 +95,7 @@ class Control:
                     answer: FromSupervisor = event.message
                     return answer
 
-    def _send(self, question: StatusRequest | Scale | Restart) -> None:
+    def _send(self, question: _Question) -> None:
         self.asked = True  # Ctrl-C may come between the sending and its result
         self.asked = self._link.send([question])
 
