@@ -195,7 +195,10 @@ def _read_pair(file: Path) -> KeyPair:
 
 def _read_secret(file: Path) -> dict[str, str]:
     read = _read(file)
-    if file.stat().st_mode & 0o077:
+    found = file.stat()
+    # Root gives a file to a service by a group that may read it, as Kubernetes does by fsGroup.
+    from_root = found.st_uid == 0 and os.geteuid() != 0
+    if found.st_mode & (0o037 if from_root else 0o077):
         raise SettingsError(f"key file {file} is open to other users: chmod 600 it")
     return read
 

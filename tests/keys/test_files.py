@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,8 @@ from nanovllm.keys import PipelineKeys, client_keys, make_keys
 from nanovllm.settings import KEYS_VARIABLE, SettingsError
 
 TCP = "tcp://127.0.0.1:1"
+# User and group of a process that is not root.
+POD = 10001
 KEY_TEXT = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
@@ -122,6 +127,51 @@ def test_keys_that_cannot_be_read_now_are_not_taken_back(tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert keys.trusted("clients") == {keys.services.own.public, public_key(tmp_path, "alice")}
+
+
+@pytest.fixture
+def mounted() -> Iterator[Path]:
+    """A pipeline's keys as Kubernetes mounts a secret for a pod with an fsGroup: files of root that
+    a group may read, behind links that one rename replaces. This process has the pod's rights."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to a group")
+    root = Path(tempfile.mkdtemp())
+    root.chmod(0o755)
+    make_keys(root / "..1", None)
+    (root / "..1").chmod(0o755)
+    (root / "..data").symlink_to("..1")
+    for name in ("server.key", "services.key"):
+        os.chown(root / "..1" / name, 0, POD)
+        (root / "..1" / name).chmod(0o440)
+        (root / name).symlink_to(f"..data/{name}")
+    before = os.getgroups()
+    os.setgroups([POD])
+    os.setegid(POD)
+    os.seteuid(POD)
+    try:
+        yield root
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(before)
+        shutil.rmtree(root)
+
+
+def test_a_secret_that_kubernetes_mounts_is_taken(mounted: Path) -> None:
+    assert PipelineKeys(str(mounted)).clients.own.secret
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode"), [(POD, 0o440), (0, 0o444), (0, 0o460)], ids=["own", "others", "writable"]
+)
+def test_a_secret_that_is_open_to_others_is_refused(mounted: Path, owner: int, mode: int) -> None:
+    file = mounted / "..1" / "services.key"
+    os.seteuid(0)
+    os.chown(file, owner, POD)
+    file.chmod(mode)
+    os.seteuid(POD)
+    with pytest.raises(SettingsError, match=r"services\.key is open to other users"):
+        PipelineKeys(str(mounted))
 
 
 def public_key(directory: Path, name: str) -> bytes:
