@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -133,7 +134,7 @@ def test_a_manager_that_is_busy_is_told_later(tmp_path: Path) -> None:
     other = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     other.setblocking(False)
     sent = 0
-    with pytest.raises(BlockingIOError):
+    with contextlib.suppress(BlockingIOError):
         while True:
             other.sendto(b"from another", address)
             sent += 1
