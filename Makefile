@@ -9,7 +9,7 @@ C_LIBRARIES = $(shell for msgpack in libmsgpack-c-dev libmsgpack-dev; do \
 	apt-get -s install --no-install-recommends libzmq3-dev $$msgpack 2>/dev/null; done \
 	| sed -n '/boost/d; s/^Inst \([^ ]*\).*/\1/p' | sort -u)
 
-.PHONY: help demo serve test test-clients lint clean
+.PHONY: help demo serve test test-clients lint image clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make serve   serve the demo model until Ctrl-C (MODEL=… for another)"
 	@echo "make test    lint, type-check and run all tests"
 	@echo "make test-clients   test with langchain, litellm, Prometheus … (installs them)"
+	@echo "make image   build a container image (VARIANT=cuda for GPUs)"
 	@echo "make clean   remove the virtual environment and caches"
 
 $(READY): pyproject.toml constraints.txt
@@ -56,6 +57,14 @@ $(DEBIAN):
 		&& for package in *.deb; do dpkg -x "$$package" . || exit; done \
 		&& mv $(CURDIR)/$@.part $(CURDIR)/$@ \
 		|| echo "Prometheus and the C client are not tested: apt-get cannot download their packages"
+
+VARIANT ?= cpu
+BUILDER ?= $(shell command -v podman || command -v docker || command -v buildah)
+
+image:
+	@test -n "$(BUILDER)" || { echo "make image: install podman, docker or buildah"; exit 1; }
+	$(BUILDER) build -f deploy/container/Containerfile --build-arg VARIANT=$(VARIANT) \
+		-t nanovllm:$(VARIANT) .
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/node/node_modules \
