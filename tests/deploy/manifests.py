@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import yaml
 
 OVERLAYS = Path(__file__).parents[2] / "deploy" / "kubernetes" / "overlays"
+KUBECTL = Path(sys.executable).with_name("kubectl")
 # A manifest, or a part of one.
 Json = dict[str, Any]
 
 
 @cache
 def rendered(overlay: str) -> list[Json]:
-    kubectl = Path(sys.executable).with_name("kubectl")
-    command = [str(kubectl), "kustomize", str(OVERLAYS / overlay)]
+    command = [str(KUBECTL), "kustomize", str(OVERLAYS / overlay)]
     return list(yaml.safe_load_all(subprocess.check_output(command, text=True)))
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import click
@@ -11,6 +15,7 @@ import pytest
 
 from nanovllm.checkpoint import resolve_model
 from nanovllm.client.cli import main as command
+from nanovllm.keys import make_keys
 from nanovllm.launch.cli import main as launch
 from nanovllm.launch.groups import GRACE_S
 from nanovllm.launch.join import check_to_join, offer, settings_to_join
@@ -19,7 +24,17 @@ from nanovllm.options import given_options, settings_from
 from nanovllm.services.http.gate import OPEN_PATHS
 from nanovllm.settings import Settings
 from nanovllm.transport.endpoints import parse
-from tests.deploy.manifests import OVERLAYS, Json, Pod, named, of_kind, pods, rendered, selected
+from tests.deploy.manifests import (
+    KUBECTL,
+    OVERLAYS,
+    Json,
+    Pod,
+    named,
+    of_kind,
+    pods,
+    rendered,
+    selected,
+)
 
 NAMES = sorted(path.name for path in OVERLAYS.iterdir())
 INGRESS, TOKENIZERS, ENGINES = "nanovllm-ingress", "nanovllm-tokenizers", "nanovllm-engines"
@@ -243,3 +258,32 @@ def test_probes_ask_what_is_there(pod: Pod) -> None:
         assert found is not None
         with found.make_context(subcommand, options) as context:
             assert context.params["ready"] == (name == "readiness")
+
+
+def test_the_pages_commands_make_what_the_pods_need(tmp_path: Path) -> None:
+    """docs/clusters.md, as far as it can be run without a cluster."""
+    page = (OVERLAYS.parents[2] / "docs" / "clusters.md").read_text()
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", "").splitlines()]
+    make_keys(tmp_path / "keys", None)
+    (tmp_path / "api-keys").write_text("key\n")
+    secrets = {}
+    for words in [words for words in commands if "create" in words]:
+        dry = [str(KUBECTL), *words[1:], "--dry-run=client", "-o", "json"]
+        made = json.loads(subprocess.check_output(dry, cwd=tmp_path))
+        assert made["metadata"]["namespace"] == "nanovllm"
+        secrets[made["metadata"]["name"]] = set(made["data"])
+    for pod in pods("cpu"):
+        for volume in pod.mounts.values():
+            if "secret" in volume:
+                items = volume["secret"].get("items", [{"key": "keys"}])
+                assert {item["key"] for item in items} <= secrets[volume["secret"]["secretName"]]
+    applied = [OVERLAYS.parents[2] / words[-1] for words in commands if "apply" in words]
+    assert applied == [OVERLAYS.parent / "base" / "namespace.yaml", OVERLAYS / "cpu"]
+    assert all(path.exists() for path in applied)
+    for kind, name in re.findall(r"\b(deployment|statefulset|service)[/ ](nanovllm[\w-]*)", page):
+        kinds = {"deployment": "Deployment", "statefulset": "StatefulSet", "service": "Service"}
+        assert named("cpu", kinds[kind], name)
+    (forwarded,) = re.findall(r"service/nanovllm \d+:(\d+)", page)
+    ports = named("cpu", "Service", "nanovllm")["spec"]["ports"]
+    assert int(forwarded) in [port["port"] for port in ports]
