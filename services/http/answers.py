@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from nanovllm.services.http.context import ServedModel
 from nanovllm.services.http.tool_calls import ToolCall, ToolCallParser
 
 
@@ -20,6 +21,17 @@ class Markers(NamedTuple):
 
     begin: str
     end: str
+
+
+def markers(model: ServedModel) -> Markers | None:
+    """None where the model knows no reasoning."""
+    if model.reasoning is None:
+        return None
+    begin, end = (
+        "" if token in model.silent else model.token_text[token].decode()
+        for token in (model.reasoning.open, model.reasoning.close)
+    )
+    return Markers(begin, end)
 
 
 class AnswerReader:

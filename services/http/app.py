@@ -14,21 +14,18 @@ from starlette.routing import Route
 from nanovllm import __version__
 from nanovllm.client.results import PipelineUnavailable
 from nanovllm.services.http.calls import ClientGone
-from nanovllm.services.http.chat import chat
-from nanovllm.services.http.completions import complete
 from nanovllm.services.http.context import DoorContext
-from nanovllm.services.http.errors import (
-    ApiError,
-    api_error,
-    check_model,
-    json_response,
+from nanovllm.services.http.error_responses import (
     on_api_error,
     on_client_gone,
     on_exception,
     on_http_exception,
 )
+from nanovllm.services.http.errors import ApiError, api_error, check_model, json_response
+from nanovllm.services.http.openai.answers import Model, ModelList, Version
+from nanovllm.services.http.openai.chat import chat
+from nanovllm.services.http.openai.completions import complete
 from nanovllm.services.http.openapi import openapi
-from nanovllm.services.http.responses import Model, ModelList, Version
 from nanovllm.services.http.tokens import PromptTokens
 
 

@@ -1,143 +1,80 @@
-"""What an answer must be, as the pipeline's structured outputs: `response_format`, vLLM's keys, and
-tool calls that must come, or whose arguments must be of their schema."""
+"""What an answer must be, as the pipeline's structured outputs: tool calls that must come, or whose
+arguments must be of their schema; and what else the request says."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
-from msgspec import Meta
 
 from nanovllm.protocol import JSON_WHITE_SPACE, NonEmptyStr, StructuredOutputs
+from nanovllm.services.http.conversation import Function
 from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.tool_calls import CLOSE, OPEN
 from nanovllm.wording import key_and_reason
 
-if TYPE_CHECKING:
-    from nanovllm.services.http.requests import ChatRequest, SamplingKeys, Tool
-
 # JSON, or a text that is JSON.
 JsonSchema = dict[str, Any] | str
-Choices = Annotated[list[NonEmptyStr], Meta(min_length=1)]
-
-
-class TextFormat(msgspec.Struct, tag_field="type", tag="text"):
-    """Any text."""
-
-
-class JsonObjectFormat(msgspec.Struct, tag_field="type", tag="json_object"):
-    """A JSON object."""
-
-
-class NamedSchema(msgspec.Struct):
-    schema: dict[str, Any] = {}
-    name: str | None = None
-    strict: bool | None = None
-
-
-class JsonSchemaFormat(msgspec.Struct, tag_field="type", tag="json_schema"):
-    """JSON of this schema, strict or not."""
-
-    json_schema: NamedSchema
-
-
-ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
-
-
-class StructuredKeys(msgspec.Struct, forbid_unknown_fields=True):
-    """vLLM's `structured_outputs`."""
-
-    json: JsonSchema | None = None
-    regex: NonEmptyStr | None = None
-    choice: Choices | None = None
-    grammar: NonEmptyStr | None = None
-    json_object: bool | None = None
+ToolMode = Literal["auto", "none", "required"]
 
 
 class ToolName(msgspec.Struct):
+    """The tool that must be called."""
+
     name: NonEmptyStr
 
 
-class NamedTool(msgspec.Struct):
-    function: ToolName
-    type: Literal["function"] = "function"
+class AnswerFormat(NamedTuple):
+    """What the whole answer must be, and the key of the request that says so."""
+
+    outputs: StructuredOutputs | None
+    key: str
 
 
-ToolMode = Literal["auto", "none", "required"]
-ToolChoice = ToolMode | NamedTool
+ANY_ANSWER: Final = AnswerFormat(None, "structured_outputs")
+
 
 END_OF_CALL: Final = "}\n" + CLOSE
-_OTHER_KEYS: Final = "structured_outputs, guided_json, guided_regex, guided_choice, guided_grammar"
 
 
-def structured_outputs(ask: SamplingKeys) -> StructuredOutputs | None:
-    """What the request says of the whole answer, if it does.
+def with_tools(
+    answer: AnswerFormat,
+    tools: Sequence[Function],
+    choice: ToolMode | ToolName | None,
+    *,
+    parallel: bool,
+) -> AnswerFormat:
+    """What the answer must be, where it may or must call tools.
 
-    Raises:
-        ApiError: it says so in more than one way.
-    """
-    keys = ask.structured_outputs or StructuredKeys()
-    schemas: list[JsonSchema] = [s for s in (keys.json, ask.guided_json) if s is not None]
-    if isinstance(ask.response_format, JsonSchemaFormat):
-        schemas.append(ask.response_format.json_schema.schema)
-    found: list[dict[str, Any]] = [{"json_schema": _text(schema)} for schema in schemas]
-    if isinstance(ask.response_format, JsonObjectFormat) or keys.json_object:
-        found.append({"json_object": True})
-    for key, value in (
-        ("regex", keys.regex),
-        ("regex", ask.guided_regex),
-        ("choice", keys.choice),
-        ("choice", ask.guided_choice),
-        ("grammar", keys.grammar),
-        ("grammar", ask.guided_grammar),
-    ):
-        if value is not None:
-            found.append({key: value})
-    if len(found) > 1:
-        message = f"response_format, {_OTHER_KEYS}: the answer can be only one of these"
-        raise ApiError(400, message, "response_format")
-    return _checked(ask, found[0]) if found else None
-
-
-def answer_key(ask: SamplingKeys) -> str:
-    """The key that says what the answer must be, where one does."""
-    for key in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
-        if getattr(ask, key) is not None:
-            return key
-    if isinstance(ask.response_format, JsonObjectFormat | JsonSchemaFormat):
-        return "response_format"
-    return "tools" if ask.structured_outputs is None else "structured_outputs"
-
-
-def tool_outputs(ask: ChatRequest) -> StructuredOutputs | None:
-    """What the request says of tool calls, if they are not free.
+    Args:
+        answer: what it must be without tools.
+        parallel: whether it may call more than one.
 
     Raises:
         ApiError: the choice and the tools do not fit, or the answer must be something else, too.
     """
-    tools, choice = ask.tools or [], ask.tool_choice
     if choice == "none" or (not tools and choice in (None, "auto")):
-        return None
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+        return answer
+    if isinstance(choice, ToolName):
+        tools = [tool for tool in tools if tool.name == choice.name]
         if not tools:
-            message = f"tool_choice: there is no tool {choice.function.name!r}"
+            message = f"tool_choice: there is no tool {choice.name!r}"
             raise ApiError(400, message, "tool_choice")
     elif not tools:
         raise ApiError(400, "tool_choice: goes with tools only", "tool_choice")
-    if structured_outputs(ask) is not None:
-        message = f"response_format, {_OTHER_KEYS}: beside tools only where tool_choice is none"
-        raise ApiError(400, message, "response_format")
-    several = ask.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
+    if answer.outputs is not None:
+        message = f"{answer.key}: beside tools only where tool_choice is none"
+        raise ApiError(400, message, answer.key)
+    several = parallel and not isinstance(choice, ToolName)
     forced = choice not in (None, "auto")
-    if not forced and several and not any(tool.function.strict for tool in tools):
-        return None
-    return _checked(ask, {"grammar": _grammar(tools, forced=forced, several=several)})
+    if not forced and several and not any(tool.strict for tool in tools):
+        return answer
+    return answer_format("tools", grammar=_grammar(tools, forced=forced, several=several))
 
 
-def _grammar(tools: Sequence[Tool], *, forced: bool, several: bool) -> str:
+def _grammar(tools: Sequence[Function], *, forced: bool, several: bool) -> str:
     """Tool calls as `tool_calls` reads them; text before and behind calls, unless they are forced.
 
     Args:
@@ -155,7 +92,7 @@ def _grammar(tools: Sequence[Tool], *, forced: bool, several: bool) -> str:
         ]
     lines.append("call: " + " | ".join(f"open call_{i}" for i in range(len(tools))))
     for i, tool in enumerate(tools):
-        begin = f'\n{{"name": {_quoted(tool.function.name)}, "arguments": '
+        begin = f'\n{{"name": {_quoted(tool.name)}, "arguments": '
         lines += [
             f"call_{i}: {_quoted(begin)} arguments_{i} {_quoted(END_OF_CALL)}",
             f"arguments_{i}: %json {_arguments(tool)}",
@@ -163,31 +100,35 @@ def _grammar(tools: Sequence[Tool], *, forced: bool, several: bool) -> str:
     return "\n".join(lines)
 
 
-def _arguments(tool: Tool) -> str:
+def _arguments(tool: Function) -> str:
     """The schema of a tool's arguments. What is not supported of it is ignored, unless the tool is
     strict."""
-    schema = {"type": "object", **(tool.function.parameters or {})}
+    schema = {"type": "object", **(tool.parameters or {})}
     if schema["type"] != "object":
-        message = f"tools: the parameters of {tool.function.name!r}: their type must be object"
+        message = f"tools: the parameters of {tool.name!r}: their type must be object"
         raise ApiError(400, message, "tools")
     schema["x-guidance"] = {
-        "lenient": not tool.function.strict,
+        "lenient": not tool.strict,
         "whitespace_pattern": JSON_WHITE_SPACE,
     }
-    return _text(schema)
+    return msgspec.json.encode(schema).decode()
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text)
 
 
-def _text(schema: JsonSchema) -> str:
-    return schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
+def answer_format(key: str, **outputs: object) -> AnswerFormat:
+    """
+    Args:
+        outputs: the one key of `StructuredOutputs`. A schema may be JSON, too.
 
-
-def _checked(ask: SamplingKeys, outputs: dict[str, Any]) -> StructuredOutputs:
+    Raises ApiError if the pipeline would not take the value.
+    """
+    if isinstance(schema := outputs.get("json_schema"), dict):
+        outputs["json_schema"] = msgspec.json.encode(schema).decode()
     try:
-        return msgspec.convert(outputs, StructuredOutputs)
+        return AnswerFormat(msgspec.convert(outputs, StructuredOutputs), key)
     except msgspec.ValidationError as error:
-        key, (_, reason) = answer_key(ask), key_and_reason(error)
+        _, reason = key_and_reason(error)
         raise ApiError(400, f"{key}: {reason}", key) from None

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them."""
+"""Errors, and what they are to OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import re
 from typing import Final
 
 import msgspec
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.client.results import PipelineUnavailable, RequestError
 from nanovllm.protocol import ErrorCode
-
-RETRY_AFTER_S: Final = "1"
 
 # The key that a message of the pipeline begins with.
 _KEY: Final = re.compile(
@@ -94,40 +90,6 @@ def check_model(asked: str, served: str) -> None:
 
 def json_response(answer: msgspec.Struct) -> Response:
     return Response(msgspec.json.encode(answer), media_type="application/json")
-
-
-def error_response(error: ApiError) -> Response:
-    headers = {"retry-after": RETRY_AFTER_S} if error.status in (429, 503) else None
-    content = msgspec.json.encode(ErrorAnswer(error.body))
-    return Response(content, error.status, headers, "application/json")
-
-
-async def on_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error_response(error)
-
-
-async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own: no such path, no such method, too large a body."""
-    assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
-    message = {
-        404: f"there is no {request.url.path}; /openapi.json lists what there is",
-        405: f"{where}: the method is not allowed here",
-    }.get(error.status_code, error.detail)
-    response = error_response(ApiError(error.status_code, message))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def on_client_gone(_: Request, __: Exception) -> Response:
-    """The status is for the log alone: nobody reads it."""
-    return Response(status_code=499)
-
-
-async def on_exception(_: Request, error: Exception) -> Response:
-    """A mistake in the door; Starlette logs the exception."""
-    return error_response(ApiError(500, "the server failed: its log says how", code="internal"))
 
 
 def _type(status: int) -> str:

@@ -15,7 +15,8 @@ from typing import Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanovllm.services.http.errors import ApiError, error_response
+from nanovllm.services.http.error_responses import error_response
+from nanovllm.services.http.errors import ApiError
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Guard:
                 raise ApiError(503, message, code="shutting_down")
             body = await self._body(scope, receive)
         except ApiError as error:
-            response = error_response(error)
+            response = error_response(error, scope)
             if error.status == 401:
                 response.headers["www-authenticate"] = "Bearer"
             elif error.status == 408:

@@ -8,13 +8,7 @@ import msgspec
 
 from nanovllm import __version__
 from nanovllm.services.http.errors import ErrorAnswer
-from nanovllm.services.http.requests import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
-from nanovllm.services.http.responses import (
+from nanovllm.services.http.openai.answers import (
     ChatChunk,
     ChatCompletion,
     Model,
@@ -23,6 +17,12 @@ from nanovllm.services.http.responses import (
     TextCompletion,
     Tokens,
     Version,
+)
+from nanovllm.services.http.openai.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
 )
 
 _REFERENCE: Final = "#/components/schemas/{name}"

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import msgspec
+from msgspec import Meta
 
-from nanovllm.protocol import Generate, Sampling
+from nanovllm.protocol import (
+    BadWords,
+    Generate,
+    Int64,
+    LogitBias,
+    MinTokens,
+    NonEmptyStr,
+    Penalty,
+    RepetitionPenalty,
+    Sampling,
+    StopString,
+    TokenId,
+    TokenIds,
+)
 from nanovllm.sampling_params import following_seed
-from nanovllm.services.http.constraints import structured_outputs
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import ApiError
-from nanovllm.services.http.requests import SamplingKeys
+from nanovllm.services.http.parsing import Keys
 
 T = TypeVar("T")
 
@@ -21,9 +34,33 @@ T = TypeVar("T")
 MAX_PROMPT_LOGPROBS: Final = 4 << 20
 
 
-def sampling(
-    ask: SamplingKeys, model: ServedModel, max_tokens: int | None, logprobs: int | None
-) -> Sampling:
+StopStrings = Annotated[list[StopString], Meta(max_length=16)]
+
+
+class DrawKeys(Keys, kw_only=True):
+    """The keys of every request for output."""
+
+    model: str
+    stream: bool | None = None
+    temperature: Annotated[float, Meta(ge=0, le=10)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: Int64 | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | None = None
+    min_tokens: MinTokens | None = None
+    bad_words: BadWords | None = None
+    allowed_token_ids: TokenIds | None = None
+    skip_special_tokens: bool | None = None
+    cache_salt: NonEmptyStr | None = None
+
+
+def sampling(ask: DrawKeys, model: ServedModel, max_tokens: int | None) -> Sampling:
     """How to sample: as the request says, else the model's defaults, else the protocol's.
 
     Args:
@@ -38,12 +75,9 @@ def sampling(
         min_p=_first(ask.min_p, defaults.min_p, own.min_p),
         # The pipeline cuts `max_tokens` to what fits. MessagePack has no larger numbers.
         max_tokens=min(max_tokens or model.max_model_len, 2**31 - 1),
-        stop=[ask.stop] if isinstance(ask.stop, str) else ask.stop or [],
         stop_token_ids=ask.stop_token_ids or [],
         ignore_eos=bool(ask.ignore_eos),
         seed=ask.seed,
-        logprobs=logprobs,
-        prompt_logprobs=ask.prompt_logprobs,
         repetition_penalty=_first(
             ask.repetition_penalty, defaults.repetition_penalty, own.repetition_penalty
         ),
@@ -53,9 +87,7 @@ def sampling(
         min_tokens=ask.min_tokens or 0,
         bad_words=ask.bad_words or [],
         allowed_token_ids=ask.allowed_token_ids,
-        include_stop_str_in_output=bool(ask.include_stop_str_in_output),
         skip_special_tokens=_first(ask.skip_special_tokens, None, own.skip_special_tokens),
-        structured_outputs=structured_outputs(ask),
     )
 
 

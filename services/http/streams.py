@@ -8,17 +8,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from nanovllm.client.aio import AsyncStream
-from nanovllm.client.results import Completion, Delta
-from nanovllm.client.results import Usage as PipelineUsage
+from nanovllm.client.results import Completion, Delta, Usage
 from nanovllm.services.http.calls import Calls, made
 from nanovllm.services.http.context import DoorContext
-from nanovllm.services.http.errors import ApiError, ErrorAnswer
-from nanovllm.services.http.responses import ChatChunk, TextCompletion, Usage
+from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.turns import ENTRIES_A_TURN
 
 # A client for which so much waits, beside what is being sent, is disconnected.
@@ -31,11 +28,9 @@ LOOK_S: Final = 1.0
 # What an entry of logprobs takes, about.
 ENTRY_BYTES: Final = 64
 
-_encode = msgspec.json.Encoder().encode
-
 
 class Output(Protocol):
-    """One choice's output, as the choices of chunks."""
+    """One request's output, as what events are made of."""
 
     def begin(self) -> list[Any]: ...
 
@@ -45,43 +40,52 @@ class Output(Protocol):
     def end(self, completion: Completion) -> list[Any]: ...
 
 
+class EventForm(Protocol):
+    """How events are written."""
+
+    @property
+    def waiting(self) -> bytes:
+        """What is sent when nothing else was for long."""
+
+    def event(self, made: Any) -> bytes:
+        """An event of what an `Output` has made."""
+
+    def last(self, usages: list[Usage]) -> bytes:
+        """What comes behind the events of all outputs, whose usages these are."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """What comes last where the pipeline has given a request up."""
+
+
 class EventStream(Response):
     """Streams the output of requests that were accepted.
 
-    All that waits when the client's socket has room is sent in one piece, merged into one chunk a
-    choice. So a slow client holds nothing up but itself.
+    All that waits when the client's socket has room is sent in one piece, with the deltas of each
+    request merged. So a slow client holds nothing up but itself.
 
     Args:
-        chunk: a chunk without choices.
+        form: writes the events.
         calls: the requests; closed with the stream.
-        outputs: what makes chunks of each request's output.
-        usage: the answer's, of the requests' in order, which comes in a chunk of its own at the
-            end; None for no such chunk.
+        outputs: of each request.
     """
 
     def __init__(
         self,
-        chunk: ChatChunk | TextCompletion,
+        form: EventForm,
         calls: Calls,
         outputs: Sequence[Output],
         context: DoorContext,
-        usage: Callable[[list[PipelineUsage]], Usage] | None,
     ) -> None:
         super().__init__(
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
             media_type="text/event-stream",
         )
         del self.headers["content-length"]
-        self._chunk = chunk
-        if usage is not None:
-            chunk.usage = None
-        before, mark, after = _encode(chunk).partition(b'"choices":[')
-        self._head, self._tail = b"data: " + before + mark, after + b"\n\n"
+        self._form = form
         self._calls = calls
         self._running = dict(zip(calls.streams, outputs, strict=True))
         self._recorder = context.recorder
         self._turns = context.turns
-        self._usage = usage
         self._output_at: dict[AsyncStream, float] = {}  # when a stream last had output
         self._sending = 0  # bytes that wait for room in the socket
         self._sent_at = time.monotonic()
@@ -97,8 +101,9 @@ class EventStream(Response):
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         self._calls.changed.set()  # output may have come with the acceptance
-        body = b"".join(map(self._event, (c for o in self._running.values() for c in o.begin())))
-        usages: dict[AsyncStream, PipelineUsage] = {}
+        begun = [made for output in self._running.values() for made in output.begin()]
+        body = b"".join(map(self._form.event, begun))
+        usages: dict[AsyncStream, Usage] = {}
         try:
             while self._running:
                 if body:
@@ -108,13 +113,11 @@ class EventStream(Response):
                     return
                 body = await self._news(usages)
                 if not body and self._sent_at + COMMENT_S <= time.monotonic():
-                    body = b": waiting\n\n"
-            if self._usage is not None:
-                self._chunk.usage = self._usage([usages[s] for s in self._calls.streams])
-                body += b"data: " + _encode(self._chunk) + b"\n\n"
+                    body = self._form.waiting
+            body += self._form.last([usages[stream] for stream in self._calls.streams])
         except ApiError as error:
-            body = b"data: " + _encode(ErrorAnswer(error.body)) + b"\n\n"
-        await self._send(send, body + b"data: [DONE]\n\n", more=False)
+            body = self._form.failed(error)
+        await self._send(send, body, more=False)
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         """Waits until the socket has room, and gives it the body."""
@@ -123,7 +126,7 @@ class EventStream(Response):
         self._sending = 0
         self._sent_at = time.monotonic()
 
-    async def _news(self, usages: dict[AsyncStream, PipelineUsage]) -> bytes:
+    async def _news(self, usages: dict[AsyncStream, Usage]) -> bytes:
         """The events of all that has come. Forgets the streams that have ended.
 
         Raises ApiError if the pipeline has given a request up.
@@ -142,12 +145,12 @@ class EventStream(Response):
             if stream.ended:
                 completion = await self._calls.result(stream)
                 usages[stream] = completion.usage
-                events += map(self._event, output.end(completion))
+                events += map(self._form.event, output.end(completion))
                 del self._running[stream]
         return b"".join(events)
 
     def _news_of(self, output: Output, delta: Delta) -> bytes:
-        return b"".join(map(self._event, output.news(delta)))
+        return b"".join(map(self._form.event, output.news(delta)))
 
     def _observe(self, stream: AsyncStream, deltas: list[Delta]) -> None:
         now = time.monotonic()
@@ -156,9 +159,6 @@ class EventStream(Response):
         tokens = sum(len(delta.token_ids) for delta in deltas)
         since = self._calls.began_at if before is None else before
         self._recorder.output(now - since, tokens, before is None)
-
-    def _event(self, choice: msgspec.Struct) -> bytes:
-        return self._head + _encode(choice) + self._tail
 
     async def _watch(self, scope: Scope) -> None:
         """Sees to comments, and disconnects a client that reads too slowly."""
@@ -178,6 +178,32 @@ class EventStream(Response):
             for stream in self._running
             for delta in stream.unread
         )
+
+
+async def respond(
+    form: EventForm,
+    calls: Calls,
+    outputs: Sequence[Output],
+    context: DoorContext,
+    whole: Callable[[list[Completion]], Response],
+    *,
+    stream: bool,
+    large: bool = False,
+) -> Response:
+    """Answers with a stream, once the pipeline has accepted, or with the whole.
+
+    Args:
+        whole: makes the response of the requests' outputs.
+        large: whether that may take long.
+
+    Raises:
+        ApiError: the pipeline's answer is an error.
+        ClientGone.
+    """
+    if stream:
+        await calls.answered()
+        return EventStream(form, calls, outputs, context)
+    return await made(partial(whole, await calls.results()), large=large)
 
 
 def merged(deltas: list[Delta]) -> Delta:

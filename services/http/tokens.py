@@ -17,16 +17,16 @@ from nanovllm.checkpoint.tokenizer import load_tokenizer, read_chat_template
 from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
 from nanovllm.client.results import RequestError
 from nanovllm.messages import Chat
-from nanovllm.services.http.chat import template_keys
 from nanovllm.services.http.context import ServedModel
 from nanovllm.services.http.errors import ApiError, api_error, check_model, json_response
-from nanovllm.services.http.requests import (
+from nanovllm.services.http.openai.answers import Text, Tokens
+from nanovllm.services.http.openai.chat import template_keys
+from nanovllm.services.http.openai.requests import (
     DetokenizeRequest,
     TokenizeRequest,
     is_continued,
-    parse,
 )
-from nanovllm.services.http.responses import Text, Tokens
+from nanovllm.services.http.parsing import parse
 
 
 class PromptTokens:
@@ -77,7 +77,12 @@ class PromptTokens:
     def _ids(self, ask: TokenizeRequest, body: bytes) -> list[int]:
         if ask.prompt is not None:
             return self._encode(ask.prompt, ask.add_special_tokens)
-        return self._encode(self._render(ask, body), add_special_tokens=False)
+        messages, tools = template_keys(body)
+        kwargs = ask.chat_template_kwargs or {}
+        return self._chat_ids(Chat(messages, tools, kwargs, is_continued(ask)))
+
+    def _chat_ids(self, chat: Chat) -> list[int]:
+        return self._encode(self._render(chat), add_special_tokens=False)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         (encoding,) = self._files.tokenizer.encode_batch_fast(
@@ -86,16 +91,13 @@ class PromptTokens:
         ids: list[int] = encoding.ids
         return ids
 
-    def _render(self, ask: TokenizeRequest, body: bytes) -> str:
-        """The text of a chat, as /v1/chat/completions makes it."""
-        assert ask.messages is not None
+    def _render(self, chat: Chat) -> str:
+        """The text of a chat, as a tokenizer of the pipeline makes it."""
         template = self._files.chat_template
         if template is None:
             raise ApiError(400, "messages: this model has no chat template", "messages")
-        messages, tools = template_keys(body)
-        kwargs = ask.chat_template_kwargs or {}
         try:
-            return template.render(Chat(messages, tools, kwargs, is_continued(ask)))
+            return template.render(chat)
         except ChatTemplateError as error:
             raise api_error(RequestError("invalid_request", str(error))) from None
 

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from nanovllm.services.http.logprobs import LOWEST, CompletionLogprobsWriter, chat_logprobs
+from nanovllm.services.http.openai.logprobs import LOWEST, CompletionLogprobsWriter, chat_logprobs
 
 # A smile in two tokens, a letter, and a special token.
 TEXT = {1: b"\xf0\x9f", 2: b"\x98\x80", 3: b"a", 4: b"<|end|>"}

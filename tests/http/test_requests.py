@@ -11,16 +11,16 @@ import pytest
 
 from nanovllm.checkpoint.generation import read_sampling_defaults
 from nanovllm.client.results import RequestError
-from nanovllm.services.http.chat import template_keys
 from nanovllm.services.http.context import ServedModel
 from nanovllm.services.http.errors import ApiError, api_error
-from nanovllm.services.http.requests import (
+from nanovllm.services.http.openai.chat import template_keys
+from nanovllm.services.http.openai.requests import (
     ChatRequest,
     CompletionRequest,
     TokenizeRequest,
     is_continued,
-    parse,
 )
+from nanovllm.services.http.parsing import Keys, parse
 from nanovllm.services.http.sampling import sampling
 
 USER = {"role": "user", "content": "Hi"}
@@ -28,7 +28,7 @@ BEGUN = {"role": "assistant", "content": "Once"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
-def refusal(kind: type[msgspec.Struct], keys: dict[str, Any]) -> ApiError:
+def refusal(kind: type[Keys], keys: dict[str, Any]) -> ApiError:
     with pytest.raises(ApiError) as refused:
         parse(msgspec.json.encode(keys), kind)
     assert refused.value.status == 400
@@ -109,7 +109,7 @@ def test_a_wrong_value_is_refused_by_name(keys: dict[str, Any], param: str) -> N
     ],
 )
 def test_what_is_not_served_is_refused_and_never_ignored(
-    kind: type[msgspec.Struct], keys: dict[str, Any]
+    kind: type[Keys], keys: dict[str, Any]
 ) -> None:
     rest = {"messages": [USER]} if kind is ChatRequest else {"prompt": "x"}
     error = refusal(kind, {"model": "m", **rest, **keys})
@@ -240,6 +240,6 @@ def test_the_checkpoint_says_how_to_sample_where_the_request_does_not(tmp_path: 
     model = ServedModel("m", tmp_path, 4096, defaults, {}, frozenset(), None)
     for asked in ({}, {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}):
         body = msgspec.json.encode({"model": "m", "prompt": "x", **asked})
-        drawn = sampling(parse(body, CompletionRequest), model, None, None)
+        drawn = sampling(parse(body, CompletionRequest), model, None)
         assert {key: getattr(drawn, key) for key in said} == (asked or said)
         assert drawn.temperature == 1.0

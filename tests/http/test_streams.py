@@ -15,7 +15,8 @@ from starlette.types import Message
 
 from nanovllm.client.results import Completion, Delta, Usage
 from nanovllm.services.http.context import DoorContext
-from nanovllm.services.http.responses import ChatChunk, ChatChunkChoice, ChatDelta
+from nanovllm.services.http.openai.answers import ChatChunk, ChatChunkChoice, ChatDelta
+from nanovllm.services.http.openai.chunks import Chunks
 from nanovllm.services.http.streams import EventStream
 from nanovllm.services.http.turns import ENTRIES_A_TURN
 
@@ -134,6 +135,6 @@ async def streamed(answers: Sequence[tuple[Any, Sequence[Any]]]) -> bytes:
 
     async with asyncio.TaskGroup() as group:
         for calls, outputs in answers:
-            chunk = ChatChunk(id="1", created=0, model="m", choices=[])
-            group.create_task(EventStream(chunk, calls, outputs, context, None)({}, receive, send))
+            form = Chunks(ChatChunk(id="1", created=0, model="m", choices=[]), None)
+            group.create_task(EventStream(form, calls, outputs, context)({}, receive, send))
     return b"".join(sent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
@@ -12,9 +13,12 @@ import openai
 import pytest
 
 from nanovllm.checkpoint import DEMO_CHECKPOINT
+from nanovllm.checkpoint.generation import SamplingDefaults
 from nanovllm.grammars import GrammarError, Grammars
-from nanovllm.services.http.constraints import tool_outputs
-from nanovllm.services.http.requests import ChatRequest, parse
+from nanovllm.services.http.context import ServedModel
+from nanovllm.services.http.openai.chat import conversation_of
+from nanovllm.services.http.openai.requests import ChatRequest
+from nanovllm.services.http.parsing import parse
 from nanovllm.vocabulary import Vocabulary
 from tests.http.server import Server
 
@@ -127,8 +131,9 @@ def test_tool_calls_that_must_come_do(client: openai.OpenAI, choice: Any, most: 
 
 def takes(text: str, **keys: Any) -> bool:
     """Whether the model may write such a text, and end there."""
-    body = {"model": "m", "messages": STORY, **keys}
-    outputs = tool_outputs(parse(json.dumps(body).encode(), ChatRequest))
+    body = json.dumps({"model": "m", "messages": STORY, **keys}).encode()
+    model = ServedModel("m", Path(), 4096, SamplingDefaults(), {}, frozenset(), None)
+    outputs = conversation_of(parse(body, ChatRequest), body, model).sampling.structured_outputs
     assert outputs is not None
     grammars = grammars_of_bytes()
     try:
@@ -189,7 +194,7 @@ def test_what_strict_and_forced_tools_allow() -> None:
         ({"response_format": FORMAT, "extra_body": {"guided_regex": "a"}}, "response_format"),
         (
             {"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}},
-            "response_format",
+            "structured_outputs: the answer can be only one",
         ),
         ({"extra_body": {"structured_outputs": {"structural_tag": "x"}}}, "structural_tag"),
         ({"extra_body": {"guided_regex": "(?=a)"}}, "look-ahead"),

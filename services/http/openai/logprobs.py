@@ -9,7 +9,7 @@ from typing import Final
 
 from nanovllm.protocol import Logprobs
 from nanovllm.protocol import PromptLogprobs as PipelinePromptLogprobs
-from nanovllm.services.http.responses import (
+from nanovllm.services.http.openai.answers import (
     ChatLogprobs,
     CompletionLogprobs,
     LikelyPromptToken,

@@ -14,15 +14,26 @@ from starlette.responses import Response
 
 from nanovllm.client.results import Completion, Delta
 from nanovllm.protocol import Generate
-from nanovllm.services.http.calls import Calls, client_name, made
-from nanovllm.services.http.constraints import answer_key
+from nanovllm.services.http.calls import Calls, client_name
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import ApiError, check_model, json_response
-from nanovllm.services.http.logprobs import CompletionLogprobsWriter, prompt_logprobs, text_of
-from nanovllm.services.http.requests import MAX_CHOICES, CompletionRequest, parse
-from nanovllm.services.http.responses import PromptLogprobs, TextChoice, TextCompletion, usage_of
-from nanovllm.services.http.sampling import copies, sampling
-from nanovllm.services.http.streams import EventStream
+from nanovllm.services.http.openai.answers import (
+    PromptLogprobs,
+    TextChoice,
+    TextCompletion,
+    usage_of,
+)
+from nanovllm.services.http.openai.chunks import Chunks
+from nanovllm.services.http.openai.formats import asked_format
+from nanovllm.services.http.openai.logprobs import (
+    CompletionLogprobsWriter,
+    prompt_logprobs,
+    text_of,
+)
+from nanovllm.services.http.openai.requests import MAX_CHOICES, CompletionRequest, asked_sampling
+from nanovllm.services.http.parsing import parse
+from nanovllm.services.http.sampling import copies
+from nanovllm.services.http.streams import respond
 
 
 class Echo(NamedTuple):
@@ -49,7 +60,9 @@ async def complete(
         message = f"prompt: {len(prompts)} prompts of {choices} choices; {MAX_CHOICES} at most"
         raise ApiError(400, message, "prompt")
     # The pipeline gives one token at least, also where none is asked for.
-    params = sampling(ask, model, 1 if ask.max_tokens == 0 else ask.max_tokens, ask.logprobs)
+    answer = asked_format(ask)
+    max_tokens = 1 if ask.max_tokens == 0 else ask.max_tokens
+    params = asked_sampling(ask, model, max_tokens, ask.logprobs, answer.outputs)
     echoes: list[Echo | None] = [None] * len(prompts)
     if ask.echo:
         ids = [await tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -70,27 +83,29 @@ async def complete(
         )
         for prompt in prompts
     ]
-    calls = Calls(context, request, copies(context, messages, choices, body), answer_key(ask))
+    calls = Calls(context, request, copies(context, messages, choices, body), answer.key)
     outputs = [
         TextOutput(index, ask, model, echoes[index // choices])
         for index in range(len(calls.streams))
     ]
-    answer = TextCompletion(
+    chunk = TextCompletion(
         id=f"cmpl-{secrets.token_hex(12)}", created=int(time.time()), model=model.name, choices=[]
     )
     usage = partial(usage_of, choices=choices, prompt_only=ask.max_tokens == 0)
-    if ask.stream:
-        await calls.answered()
-        return EventStream(answer, calls, outputs, context, usage if ask.include_usage else None)
-    completions = await calls.results()
-    answer.usage = usage([completion.usage for completion in completions])
 
-    def whole() -> Response:
-        answer.choices = [o.whole(c) for o, c in zip(outputs, completions, strict=True)]
-        return json_response(answer)
+    def whole(completions: list[Completion]) -> Response:
+        chunk.usage = usage([completion.usage for completion in completions])
+        chunk.choices = [o.whole(c) for o, c in zip(outputs, completions, strict=True)]
+        return json_response(chunk)
 
-    return await made(
-        whole, large=params.logprobs is not None or params.prompt_logprobs is not None
+    return await respond(
+        Chunks(chunk, usage if ask.include_usage else None),
+        calls,
+        outputs,
+        context,
+        whole,
+        stream=bool(ask.stream),
+        large=params.logprobs is not None or params.prompt_logprobs is not None,
     )
 
 

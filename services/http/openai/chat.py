@@ -12,15 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.client.results import Completion, Delta
-from nanovllm.protocol import Generate, Logprobs
-from nanovllm.services.http.answers import AnswerReader, Markers, Piece, Reasoning
-from nanovllm.services.http.calls import Calls, client_name, made
-from nanovllm.services.http.constraints import answer_key, tool_outputs
+from nanovllm.messages import Chat
+from nanovllm.protocol import Logprobs
+from nanovllm.services.http.answers import AnswerReader, Piece, Reasoning, markers
+from nanovllm.services.http.constraints import with_tools
 from nanovllm.services.http.context import DoorContext, ServedModel
+from nanovllm.services.http.conversation import Conversation
 from nanovllm.services.http.errors import check_model, json_response
-from nanovllm.services.http.logprobs import chat_logprobs, prompt_logprobs
-from nanovllm.services.http.requests import ChatRequest, TemplateKeys, is_continued, parse
-from nanovllm.services.http.responses import (
+from nanovllm.services.http.openai.answers import (
     AssistantMessage,
     ChatChoice,
     ChatChunk,
@@ -33,8 +32,17 @@ from nanovllm.services.http.responses import (
     ToolCalled,
     usage_of,
 )
-from nanovllm.services.http.sampling import copies, sampling
-from nanovllm.services.http.streams import EventStream
+from nanovllm.services.http.openai.chunks import Chunks
+from nanovllm.services.http.openai.formats import NamedTool, asked_format
+from nanovllm.services.http.openai.logprobs import chat_logprobs, prompt_logprobs
+from nanovllm.services.http.openai.requests import (
+    ChatRequest,
+    TemplateKeys,
+    asked_sampling,
+    is_continued,
+)
+from nanovllm.services.http.parsing import parse
+from nanovllm.services.http.streams import respond
 from nanovllm.services.http.tool_calls import ToolCall
 
 
@@ -49,41 +57,14 @@ async def chat(request: Request, context: DoorContext) -> Response:
     ask = parse(body, ChatRequest)
     model = context.model
     check_model(ask.model, model.name)
-    uses_tools = bool(ask.tools) and ask.tool_choice != "none"
-    asked_logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
-    messages, tools = template_keys(body)
-    params = sampling(ask, model, ask.max_completion_tokens or ask.max_tokens, asked_logprobs)
-    if (outputs_of_tools := tool_outputs(ask)) is not None:
-        params.structured_outputs = outputs_of_tools
-    message = Generate(
-        id="",
-        messages=messages,
-        tools=tools if uses_tools else None,
-        chat_template_kwargs=ask.chat_template_kwargs,
-        continue_final_message=is_continued(ask),
-        reasoning=model.reasoning,
-        sampling=params,
-        stream=bool(ask.stream),
-        cache_salt=ask.cache_salt,
-        client=client_name(request),
-    )
-    choices = ask.n or 1
-    outputs = [ChatOutput(index, model, tools=uses_tools) for index in range(choices)]
+    conversation = conversation_of(ask, body, model)
+    choices = conversation.choices
+    calls = conversation.begin(request, context, body)
+    outputs = [ChatOutput(i, model, tools=conversation.has_tools) for i in range(choices)]
     answer_id, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-    calls = Calls(context, request, copies(context, [message], choices, body), answer_key(ask))
     usage = partial(usage_of, choices=choices)
-    if ask.stream:
-        await calls.answered()
-        return EventStream(
-            ChatChunk(id=answer_id, created=created, model=model.name, choices=[]),
-            calls,
-            outputs,
-            context,
-            usage if ask.include_usage else None,
-        )
-    completions = await calls.results()
 
-    def whole() -> Response:
+    def whole(completions: list[Completion]) -> Response:
         return json_response(
             ChatCompletion(
                 id=answer_id,
@@ -94,7 +75,50 @@ async def chat(request: Request, context: DoorContext) -> Response:
             )
         )
 
-    return await made(whole, large=bool(ask.logprobs) or ask.prompt_logprobs is not None)
+    return await respond(
+        Chunks(
+            ChatChunk(id=answer_id, created=created, model=model.name, choices=[]),
+            usage if ask.include_usage else None,
+        ),
+        calls,
+        outputs,
+        context,
+        whole,
+        stream=conversation.stream,
+        large=bool(ask.logprobs) or ask.prompt_logprobs is not None,
+    )
+
+
+def conversation_of(ask: ChatRequest, body: bytes, model: ServedModel) -> Conversation:
+    """
+    Args:
+        body: what `ask` was parsed from.
+
+    Raises ApiError if keys do not fit together.
+    """
+    messages, tools = template_keys(body)
+    choice = ask.tool_choice
+    answer = with_tools(
+        asked_format(ask),
+        [tool.function for tool in ask.tools or ()],
+        choice.function if isinstance(choice, NamedTool) else choice,
+        parallel=ask.parallel_tool_calls is not False,
+    )
+    asked_logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
+    max_tokens = ask.max_completion_tokens or ask.max_tokens
+    return Conversation(
+        chat=Chat(
+            messages=messages,
+            tools=tools if tools and choice != "none" else None,
+            template_kwargs=ask.chat_template_kwargs or {},
+            continue_final_message=is_continued(ask),
+        ),
+        sampling=asked_sampling(ask, model, max_tokens, asked_logprobs, answer.outputs),
+        stream=bool(ask.stream),
+        answer_key=answer.key,
+        cache_salt=ask.cache_salt,
+        choices=ask.n or 1,
+    )
 
 
 def template_keys(body: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
@@ -120,7 +144,7 @@ class ChatOutput:
     def __init__(self, index: int, model: ServedModel, *, tools: bool) -> None:
         self._index = index
         self._token_text = model.token_text
-        self._reader = AnswerReader(_markers(model), tools=tools)
+        self._reader = AnswerReader(markers(model), tools=tools)
         self._tool_calls = 0  # that have begun
         self._called = False  # whether one is complete
         # Of tokens that no chunk was made of yet.
@@ -205,14 +229,3 @@ def _called(call: ToolCall, index: int | UnsetType = UNSET) -> ToolCalled:
         return ToolCalled(FunctionCalled(arguments=call.arguments), index=index)
     call_id = f"call_{secrets.token_hex(12)}"
     return ToolCalled(FunctionCalled(call.name, call.arguments), call_id, "function", index)
-
-
-def _markers(model: ServedModel) -> Markers | None:
-    """The texts of the tokens around reasoning in an output."""
-    if model.reasoning is None:
-        return None
-    begin, end = (
-        "" if token in model.silent else model.token_text[token].decode()
-        for token in (model.reasoning.open, model.reasoning.close)
-    )
-    return Markers(begin, end)
