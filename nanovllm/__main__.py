@@ -25,5 +25,14 @@ def launch() -> None:
         sys.exit(EXIT_INTERRUPTED)
 
 
+def on_ray() -> None:
+    try:
+        from nanovllm.ray.cli import main
+
+        main(prog_name="nanovllm-ray")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
 if __name__ == "__main__":
     main()

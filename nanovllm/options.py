@@ -77,10 +77,12 @@ def given_options(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if source(k) is not ParameterSource.DEFAULT}
 
 
-def settings_argv(settings: Settings) -> list[str]:
+def settings_argv(settings: Settings, *, without: tuple[str, ...] = ()) -> list[str]:
     """The command line that `settings_from` turns into `settings` again."""
     argv: list[str] = []
     for field in _fields():
+        if field.name in without:
+            continue
         value = getattr(settings, field.name)
         if isinstance(value, bool):
             argv += [flag(field.name)] if value else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from nanovllm.control import ServiceStatus
 
@@ -80,7 +80,7 @@ class LoadingBar:
             self._bar.stop()
             self._bar = None
 
-    def __enter__(self) -> LoadingBar:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

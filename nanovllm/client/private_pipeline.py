@@ -46,7 +46,7 @@ class PrivatePipeline:
 
     def __init__(self, settings: Settings) -> None:
         self._owner = os.getpid()
-        self._directory = _short_private_directory()
+        self._directory = short_private_directory()
         settings = msgspec.structs.replace(settings, runtime_dir=str(self._directory), http="")
         self.runtime_dir = settings.runtime_dir
         self.endpoint = settings.in_runtime_dir("ingress")
@@ -55,7 +55,11 @@ class PrivatePipeline:
         _lifelines.add(self._lifeline)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nanovllm.launch.cli", *_launch_arguments(settings)],
+                [
+                    *(sys.executable, "-m", "nanovllm.launch.cli"),
+                    *settings_argv(settings, without=("model",)),
+                    *("--", settings.model),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -146,17 +150,10 @@ def _cut_all() -> None:
 os.register_at_fork(after_in_child=_cut_all)
 
 
-def _launch_arguments(settings: Settings) -> list[str]:
-    """The arguments of `nanovllm-launch`: its options, then the model."""
-    arguments = settings_argv(settings)
-    at = arguments.index("--model")
-    return [*arguments[:at], *arguments[at + 2 :], "--", settings.model]
-
-
-def _short_private_directory() -> Path:
+def short_private_directory(prefix: str = "nanovllm-") -> Path:
     """A new directory, mode 0700, with a path short enough for sockets in it."""
     for base in (tempfile.gettempdir(), "/tmp"):
-        directory = tempfile.mkdtemp(prefix="nanovllm-", dir=base)
+        directory = tempfile.mkdtemp(prefix=prefix, dir=base)
         if len(os.fsencode(directory)) + len("/scheduler-63.sock") <= LONGEST_IPC_PATH:
             return Path(directory)
         os.rmdir(directory)

@@ -1,0 +1,87 @@
+"""The actors, each of which runs a launcher."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Final
+
+import ray
+from ray.exceptions import RayError
+
+from nanovllm.client.control import Control
+from nanovllm.client.results import PipelineUnavailable
+from nanovllm.control import Status
+from nanovllm.ray.launched import Keeper
+from nanovllm.ray.plan import EngineState, HeadState, Launch, Plan
+
+HEAD: Final = "head"
+# So long an engine waits for the head's answer, until it asks again.
+ANSWER_S: Final = 10.0
+
+
+class Head:
+    """Runs the launcher of a pipeline without engines, and tells engines how to join it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._host = ray.util.get_node_ip_address()
+        launch = plan.head(self._host)
+        self._keeper = Keeper(lambda: launch, plan.settings.drain_timeout)
+
+    def plan(self) -> Plan:
+        return self._plan
+
+    def joining(self) -> Launch:
+        return self._plan.joining(self._host)
+
+    def state(self) -> HeadState:
+        keeper, status = self._keeper, None
+        if (launched := keeper.launched) is not None:
+            with (
+                contextlib.suppress(PipelineUnavailable),
+                Control(str(launched.runtime_dir)) as ask,
+            ):
+                status = ask.status()
+        return HeadState(keeper.ready, keeper.error, self._addresses(status), status)
+
+    def stop(self) -> None:
+        """Returns when requests have finished, or their time is over, and services have ended."""
+        self._keeper.stop()
+
+    def _addresses(self, status: Status | None) -> dict[str, str]:
+        addresses = {"services": f"tcp://{self._host}:{self._plan.port}"}
+        if status is not None:
+            every = ("*", "0.0.0.0", "[::]", "")
+            told = {"HTTP": (self._plan.settings.http, status.http)}
+            told["ingress"] = (self._plan.settings.ingress, status.endpoint)
+            for name, (asked, bound) in told.items():
+                host = asked.removeprefix("tcp://").rpartition(":")[0]
+                scheme, _, rest = bound.partition("://")
+                if rest and host in every and scheme != "ipc":
+                    bound = f"{scheme}://{self._host}:{rest.rpartition(':')[2]}"
+                addresses |= {name: bound} if bound else {}
+        return addresses
+
+
+class Engine:
+    """Runs a launcher that joins the head's with one engine, wherever the head is."""
+
+    def __init__(self, drain_s: float) -> None:
+        self._node = ray.util.get_node_ip_address()
+        self._keeper = Keeper(_as_the_head_says, drain_s)
+
+    def state(self) -> EngineState:
+        return EngineState(self._node, self._keeper.ready, self._keeper.error)
+
+    def stop(self) -> None:
+        """Returns when requests have moved to other engines, and the services have ended."""
+        self._keeper.stop()
+
+
+def _as_the_head_says() -> Launch | None:
+    """None while there is no head: Ray is about to place it anew."""
+    try:
+        launch: Launch = ray.get(ray.get_actor(HEAD).joining.remote(), timeout=ANSWER_S)
+    except (RayError, ValueError):
+        return None
+    return launch

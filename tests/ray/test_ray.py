@@ -1,0 +1,229 @@
+"""A pipeline on a Ray cluster of local nodes, whose nodes and actors die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+from ray.util import list_named_actors, placement_group_table
+
+from benchmarks.support.on_ray import OnRay, on_ray
+from nanovllm.keys import make_keys
+from nanovllm.settings import KEYS_VARIABLE
+from tests.machines.ports import free_services
+from tests.recovery.streams import (
+    MODEL_STOPS,
+    TIMEOUT_S,
+    Outcome,
+    Streams,
+    mixed_cases,
+    undisturbed,
+)
+
+CASES = mixed_cases(MODEL_STOPS)
+HTTP_CASES = (CASES * 3)[:32]
+LOOK_AGAIN_S = 0.1
+
+
+class Served(NamedTuple):
+    """A pipeline of two engines on the cluster, by its addresses; and what it says of each case
+    while nothing is killed."""
+
+    on: OnRay
+    http: str
+    ingress: str
+    expected: dict[str, list[Outcome]]
+
+    def check(self, streams: Streams, over: str) -> None:
+        for number, outcome, _ in streams.finish():
+            assert outcome == self.expected[over][number], f"case {number}"
+
+    def engines(self) -> dict[int, str]:
+        """The node of each engine that is ready."""
+        _, engines = self.on.cluster.state()
+        groups = {group["name"]: group for group in placement_group_table().values()}
+        return {
+            number: groups[f"nanovllm:engine-{number}"]["bundles_to_node_id"][0]
+            for number, state in engines.items()
+            if state.ready
+        }
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(LOOK_AGAIN_S)
+
+
+def wait_until_nothing_is_left(on: OnRay, name: str = "") -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while left := [one for one in left_behind(on) if name in one]:
+        assert time.monotonic() < deadline, left
+        time.sleep(LOOK_AGAIN_S)
+
+
+def pid_of(actor: str) -> int:
+    ask = ray.get_actor(actor).__ray_call__
+    pid: int = ray.get(ask.remote(lambda _: os.getpid()), timeout=TIMEOUT_S)
+    return pid
+
+
+def launched_by(pid: int) -> list[psutil.Process]:
+    """The launcher of an actor's process, and its services."""
+    children: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+    return children
+
+
+def left_behind(on: OnRay) -> list[str]:
+    """The processes, actors, placement groups and files of pipelines that are there."""
+    here = {"TMPDIR": str(on.directory)}.items()
+    found = [str(path) for path in on.directory.glob("nanovllm-*")]
+    found += list_named_actors(all_namespaces=True)
+    groups = placement_group_table().values()
+    found += [group["name"] for group in groups if group["state"] != "REMOVED"]
+    for process in psutil.process_iter():
+        try:
+            words = " ".join(process.cmdline())
+            if here <= process.environ().items() and (
+                "nanovllm." in words or words.startswith(("ray::Head", "ray::Engine"))
+            ):
+                found.append(words)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def on() -> Iterator[OnRay]:
+    """Three nodes: the first has room for the head and an engine, the others for one engine."""
+    with on_ray((2, 1, 1)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def served(on: OnRay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    keys = tmp_path_factory.mktemp("keys")
+    *_, key = make_keys(keys, "tester")
+    ingress = free_services()
+    on.command(
+        *("up", "--engines", "2", "--device", "cpu", "--dtype", "float32", "--keys", str(keys)),
+        *("--port", free_services().rpartition(":")[2], "--http", "127.0.0.1:0"),
+        *("--ingress", ingress),
+    )
+    head, _ = on.cluster.state()
+    assert head is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEYS_VARIABLE, str(key))
+        http = head.addresses["HTTP"]
+        expected = {http: undisturbed(http, HTTP_CASES), ingress: undisturbed(ingress, CASES)}
+        yield Served(on, http, ingress, expected)
+        on.command("down")
+
+
+def test_streams_survive_the_death_of_a_node(served: Served) -> None:
+    """All that ran on the node dies, and its engine is back on another one."""
+    nodes = {node.node_id: node for node in served.on.nodes.worker_nodes}
+    engine, node = next((e, n) for e, n in served.engines().items() if n in nodes)
+    died = launched_by(pid_of(f"engine-{engine}"))
+    assert len(died) == 3  # the launcher, the scheduler and its worker
+    over_http, over_zmq = Streams(served.http, HTTP_CASES), Streams(served.ingress, CASES)
+    for streams in (over_http, over_zmq):
+        streams.wait_for_news()
+    served.on.nodes.remove_node(nodes[node])
+    psutil.wait_procs(died, TIMEOUT_S)
+    assert not any(process.is_running() for process in died)
+    wait_until(lambda: len(served.engines()) == 2)
+    assert node not in served.engines().values()
+    for streams in (over_http, over_zmq):
+        streams.wait_for_news()
+    served.check(over_http, served.http)
+    served.check(over_zmq, served.ingress)
+    served.on.add_node(1)
+
+
+def test_engines_come_and_go_under_streams(served: Served) -> None:
+    streams = Streams(served.http, HTTP_CASES)
+    for count in (3, 1, 2):
+        streams.wait_for_news()
+        served.on.command("scale", "engine", str(count))
+        assert len(served.engines()) == count
+    streams.wait_for_news()
+    served.check(streams, served.http)
+
+
+def test_clients_resume_when_the_head_is_back(served: Served) -> None:
+    streams = Streams(served.ingress, CASES)
+    streams.wait_for_news()
+    pid = pid_of("head")
+    died = launched_by(pid)
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs(died, TIMEOUT_S)
+    streams.wait_for_news()
+    served.check(streams, served.ingress)
+    assert served.ingress in served.on.command("status")
+
+
+def test_an_engine_whose_actor_dies_is_back(served: Served) -> None:
+    pid = pid_of("engine-0")
+    died = launched_by(pid)
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs(died, TIMEOUT_S)
+    wait_until(lambda: len(served.engines()) == 2 and pid_of("engine-0") != pid)
+
+
+def test_a_second_pipeline_of_the_same_name_is_refused(served: Served) -> None:
+    with pytest.raises(RuntimeError, match="a pipeline 'nanovllm' runs there"):
+        served.on.command("up")
+
+
+def test_down_leaves_nothing(served: Served) -> None:
+    assert left_behind(served.on)
+    assert served.on.command("down") == "everything has ended\n"
+    wait_until_nothing_is_left(served.on)
+    assert served.on.command("down") == "there was nothing to end\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("/no/such/model",), "the head cannot start: no such model: /no/such/model"),
+        (("--ingress", "tcp://127.0.0.1:5555"), "--ingress: only clients with keys reach it"),
+    ],
+)
+def test_what_cannot_start_says_why_and_leaves_nothing(
+    on: OnRay, words: tuple[str, ...], why: str
+) -> None:
+    with pytest.raises(RuntimeError, match=why):
+        on.command("up", *words, "--name", "other")
+    wait_until_nothing_is_left(on, "other")
+
+
+def test_ctrl_c_takes_all_away_again(on: OnRay) -> None:
+    """More engines than there is room for."""
+    up = on.start("up", "--name", "other", "--engines", "6", "--device", "sim", "--http", "")
+    assert up.stdout is not None
+    assert "no node has a CPU free for engine" in up.stdout.readline()
+    up.send_signal(signal.SIGINT)
+    assert up.wait(TIMEOUT_S) == 130
+    wait_until_nothing_is_left(on, "other")
+
+
+def test_without_ray_the_command_says_what_to_install() -> None:
+    code = "import sys; sys.modules['ray'] = None; from nanovllm.ray.cli import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "down"], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 1
+    assert ran.stderr == "Error: Ray is not installed: pip install 'nanovllm[ray]'\n"
