@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from nanovllm import __version__
 from nanovllm.client.results import PipelineUnavailable
+from nanovllm.services.http.anthropic.messages import count_tokens, messages
 from nanovllm.services.http.calls import ClientGone
 from nanovllm.services.http.context import DoorContext
 from nanovllm.services.http.error_responses import (
@@ -68,6 +69,12 @@ def make_app(context: DoorContext) -> Starlette:
     async def chat_completions(request: Request) -> Response:
         return await chat(request, context)
 
+    async def answer_messages(request: Request) -> Response:
+        return await messages(request, context)
+
+    async def count_message_tokens(request: Request) -> Response:
+        return await count_tokens(request, context, tokens)
+
     async def completions(request: Request) -> Response:
         return await complete(request, context, tokens.ids)
 
@@ -81,6 +88,8 @@ def make_app(context: DoorContext) -> Starlette:
             Route("/v1/models/{id:path}", one_model),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/messages", answer_messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", count_message_tokens, methods=["POST"]),
             Route("/tokenize", tokens.tokenize, methods=["POST"]),
             Route("/detokenize", tokens.detokenize, methods=["POST"]),
         ],

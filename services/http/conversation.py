@@ -41,6 +41,7 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
     tool_call_id: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     reasoning_content: str | None = None
+    is_error: bool | None = None
 
     def __post_init__(self) -> None:
         if self.content is None and self.role != "assistant":

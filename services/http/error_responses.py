@@ -10,16 +10,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
+from nanovllm.services.http.anthropic.errors import message_error, status_of
 from nanovllm.services.http.errors import ApiError, ErrorAnswer
 
 RETRY_AFTER_S: Final = "1"
+# The paths of Anthropic's API.
+ANTHROPICS: Final = "/v1/messages"
 
 
 def error_response(error: ApiError, scope: Scope) -> Response:
     """The error in the form of the API that the request is for."""
     headers = {"retry-after": RETRY_AFTER_S} if error.status in (429, 503) else None
+    if scope["path"].startswith(ANTHROPICS):
+        content = msgspec.json.encode(message_error(error, request_id(scope)))
+        return Response(content, status_of(error), headers, "application/json")
     content = msgspec.json.encode(ErrorAnswer(error.body))
     return Response(content, error.status, headers, "application/json")
+
+
+def request_id(scope: Scope) -> str:
+    """What the log calls the request."""
+    return str(scope.get("state", {}).get("request_id", ""))
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:

@@ -41,6 +41,7 @@ class RequestLog:
         start = time.monotonic()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope["state"]["request_id"] = request_id
         status = 0
         written = False
 
@@ -48,7 +49,8 @@ class RequestLog:
             nonlocal status, written
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = request_id
             elif not message.get("more_body"):
                 written = True
             await send(message)
@@ -118,12 +120,16 @@ class Guard:
 
     def _key_name(self, scope: Scope) -> str:
         """Raises ApiError if the request has no key."""
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        key = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
         # Every comparison is made, so that the time says nothing.
-        known = sum(hmac.compare_digest(digest, one) for one in self._digests)
-        if scheme.lower() != "bearer" or not known:
-            message = "no valid API key: send one of the server's as `Authorization: Bearer …`"
+        if not sum(hmac.compare_digest(digest, one) for one in self._digests):
+            message = (
+                "no valid API key: send one of the server's as `Authorization: Bearer …`"
+                " or as `x-api-key: …`"
+            )
             raise ApiError(401, message, code="invalid_api_key")
         return f"key {digest.hex()[:16]}"
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_args
 
 import msgspec
 
 from nanovllm import __version__
+from nanovllm.services.http.anthropic.answers import (
+    MessageAnswer,
+    MessageErrorAnswer,
+    MessageEvent,
+    TokenCount,
+)
+from nanovllm.services.http.anthropic.errors import OVERLOADED
+from nanovllm.services.http.anthropic.requests import CountRequest, MessagesRequest
 from nanovllm.services.http.errors import ErrorAnswer
 from nanovllm.services.http.openai.answers import (
     ChatChunk,
@@ -31,14 +39,15 @@ Struct = type[msgspec.Struct]
 
 
 class _Operation(NamedTuple):
-    """`chunk`: what a stream's events hold."""
+    """`chunk`: what a stream's events hold, one of them. `error`: the form of errors."""
 
     path: str
     summary: str
     answer: Struct | None
     request: Struct | None = None
-    chunk: Struct | None = None
+    chunk: tuple[Struct, ...] = ()
     errors: tuple[int, ...] = ()
+    error: Struct = ErrorAnswer
 
 
 _ASKED: Final = (400, 404, 413, 429, 500, 503)
@@ -49,11 +58,21 @@ _OPERATIONS: Final = (
     _Operation("/v1/models", "The model that is served.", ModelList),
     _Operation("/v1/models/{id}", "The model of this name.", Model, errors=(404,)),
     _Operation(
-        "/v1/chat/completions", "Answer a chat.", ChatCompletion, ChatRequest, ChatChunk, _ASKED
+        *("/v1/chat/completions", "Answer a chat.", ChatCompletion, ChatRequest),
+        *((ChatChunk,), _ASKED),
     ),
     _Operation(
         *("/v1/completions", "Continue prompts.", TextCompletion, CompletionRequest),
-        *(TextCompletion, _ASKED),
+        *((TextCompletion,), _ASKED),
+    ),
+    _Operation(
+        *("/v1/messages", "Answer a conversation, as Anthropic's API does.", MessageAnswer),
+        *(MessagesRequest, get_args(MessageEvent), (400, 404, 413, 500, 503, OVERLOADED)),
+        MessageErrorAnswer,
+    ),
+    _Operation(
+        *("/v1/messages/count_tokens", "The tokens of a conversation.", TokenCount, CountRequest),
+        *((), (400, 404, 413), MessageErrorAnswer),
     ),
     _Operation(
         "/tokenize", "A prompt's token ids.", Tokens, TokenizeRequest, errors=(400, 404, 413)
@@ -68,11 +87,10 @@ def openapi() -> dict[str, Any]:
     """The OpenAPI description of all routes."""
     structs: set[Struct] = {
         struct
-        for operation in _OPERATIONS
-        for struct in (operation.answer, operation.request, operation.chunk)
+        for each in _OPERATIONS
+        for struct in (each.answer, each.request, *each.chunk, each.error)
         if struct is not None
     }
-    structs.add(ErrorAnswer)
     ordered = sorted(structs, key=lambda struct: struct.__name__)
     _, components = msgspec.json.schema_components(ordered, ref_template=_REFERENCE)
     return {
@@ -91,13 +109,14 @@ def _path(operation: _Operation) -> dict[str, Any]:
     success: dict[str, Any] = {"description": "Success"}
     if operation.answer is not None:
         success["content"] = _json(operation.answer)
-    if operation.chunk is not None:
+    if operation.chunk:
+        chunks = [_reference(struct) for struct in operation.chunk]
         success["content"]["text/event-stream"] = {
             "schema": {"type": "string"},
-            "x-event-schema": _reference(operation.chunk),
+            "x-event-schema": chunks[0] if len(chunks) == 1 else {"anyOf": chunks},
         }
     errors = {
-        str(status): {"description": "An error", "content": _json(ErrorAnswer)}
+        str(status): {"description": "An error", "content": _json(operation.error)}
         for status in (401, *operation.errors)
     }
     described: dict[str, Any] = {

@@ -71,6 +71,13 @@ class PromptTokens:
         """The token ids of a prompt that is text."""
         return await self._in_thread(partial(self._encode, text, True))
 
+    async def chat_ids(self, chat: Chat) -> list[int]:
+        """The token ids of a chat's prompt.
+
+        Raises ApiError if the chat template does not take it.
+        """
+        return await self._in_thread(partial(self._chat_ids, chat))
+
     async def _in_thread(self, work: Callable[[], list[int]]) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 

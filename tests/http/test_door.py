@@ -68,6 +68,11 @@ def test_everything_but_health_needs_a_key(door: Server) -> None:
     for key in (FILE_KEY, VARIABLE_KEY, "another"):
         named = {"authorization": f"Bearer {key}"}
         assert anyone.ask("GET", "/v1/models", headers=named).status == 200
+        assert anyone.ask("GET", "/v1/models", headers={"x-api-key": key}).status == 200
+    for headers in ({}, {"x-api-key": "wrong"}):
+        refused = anyone.ask("POST", "/v1/messages", {}, headers)
+        assert (refused.status, refused.json["type"]) == (401, "error")
+        assert refused.json["error"]["type"] == "authentication_error"
 
 
 def test_keys_are_with_http_servers_alone(locked: Pipeline, door: Server) -> None:
