@@ -213,6 +213,8 @@ def _announce(settings: Settings, name: str, listener: Listener | None) -> None:
     nanovllm = _command()
     name = settings.served_model_name or name
     click.echo(f"nanovllm serves {name} at {bound}{f' and {listener.url}' if listener else ''}")
+    if listener is not None:
+        click.echo(f"open {listener.url} in a browser")
     click.echo(f"try:  {nanovllm} generate 'Once upon a time'{where}")
     click.echo(f"      {nanovllm} chat{where}")
     click.echo(f"      {nanovllm} status{where}")

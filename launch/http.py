@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import secrets
 import shlex
 import socket
 import ssl
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from nanovllm.api_keys import API_KEY_VARIABLE, api_keys
-from nanovllm.service import LISTENER_VARIABLE
+from nanovllm.api_keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, api_keys
+from nanovllm.service import LISTENER_VARIABLE, PAGE_TOKEN_VARIABLE
 from nanovllm.settings import Settings, SettingsError
 from nanovllm.transport.endpoints import host_and_port, is_loopback
 
@@ -27,8 +28,8 @@ class Listener:
     """The socket of all HTTP servers, and the keys that open them.
 
     The launcher holds the socket, so that connections wait while an HTTP server starts again. Keys
-    are never in a command line: the variable that may hold some is taken from the environment, and
-    only HTTP servers get it back.
+    are never in a command line: the variables that may hold some are taken from the environment,
+    and only HTTP servers get them back. So do all HTTP servers have the same token for pages.
 
     Raises:
         SettingsError: the address, the keys or the TLS files cannot be used.
@@ -37,6 +38,13 @@ class Listener:
     def __init__(self, settings: Settings) -> None:
         host, port = host_and_port(settings.http)
         self._keys = api_keys(os.environ.pop(API_KEY_VARIABLE, ""), settings.api_key_file)
+        self._admin_keys = api_keys(
+            os.environ.pop(ADMIN_KEY_VARIABLE, ""),
+            settings.admin_key_file,
+            "--admin-key-file",
+            ADMIN_KEY_VARIABLE,
+        )
+        self._page_token = secrets.token_urlsafe()
         self._host = host
         self._tls_certificate = settings.tls_certificate
         if not is_loopback(host) and not self._keys and not settings.insecure:
@@ -69,10 +77,12 @@ class Listener:
 
     @property
     def environment(self) -> dict[str, str]:
-        environment = {LISTENER_VARIABLE: str(self._socket.fileno())}
-        return (
-            {**environment, API_KEY_VARIABLE: ",".join(self._keys)} if self._keys else environment
-        )
+        keys = {API_KEY_VARIABLE: self._keys, ADMIN_KEY_VARIABLE: self._admin_keys}
+        return {
+            LISTENER_VARIABLE: str(self._socket.fileno()),
+            PAGE_TOKEN_VARIABLE: self._page_token,
+            **{name: ",".join(some) for name, some in keys.items() if some},
+        }
 
     def curl(self, model: str) -> str:
         """A command that asks the model."""

@@ -21,6 +21,7 @@ from nanovllm.control import (
     Drained,
     Join,
     Joined,
+    KillService,
     Left,
     NotJoined,
     Over,
@@ -176,6 +177,12 @@ class Machines:
 
     def tell(self, peer: Peer, status: Status) -> None:
         self._link.send(peer, [status])
+
+    def kill(self, command: KillService) -> None:
+        """Passes this on to the machine of the service."""
+        machine = self._machines.get(command.service.machine)
+        if machine is not None and machine.peer is not None:
+            self._link.send(machine.peer, [command])
 
     def command(self, asked_by: Peer, command: Restart | Scale) -> None:
         """Has all machines, or the one that is named, do this; `answers` has the end."""

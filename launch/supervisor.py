@@ -22,6 +22,7 @@ from nanovllm.control import (
     Health,
     HealthRequest,
     IngressStats,
+    KillService,
     Left,
     Loading,
     Over,
@@ -230,6 +231,8 @@ class Supervisor:
                     self._control.send(peer, [Drain(RESUME_S)])
             case Received(message=StatusRequest()):
                 self._tell_status(peer)
+            case Received(message=KillService() as kill) if peer.role == "http":
+                self._kill(kill)
             case Received(message=Vacated(engine=engine)):
                 self._policy.moved(engine)
                 if self._machines is not None:
@@ -314,6 +317,8 @@ class Supervisor:
                     self._policy.moved(engine)
                 case Scale() | Restart():
                     self._on_command(PIPELINE, message, now)
+                case KillService():
+                    self._kill(message)
                 case Drain():
                     self._pipeline_drains = True
                     self._drain()
@@ -439,6 +444,17 @@ class Supervisor:
                     self._done(peer)
                 else:
                     self._machines.command(peer, command)
+
+    def _kill(self, command: KillService) -> None:
+        """Kills a service as someone outside would: nobody is blamed, and no restart is counted
+        against the group."""
+        service, group = self._services.get(command.service), self._policy.group_of(command.service)
+        if service is not None and group is not None:
+            if service.alive and group.settled:
+                log.warning("%s is killed: the page was asked to", service.id)
+                service.process.kill()
+        elif self._machines is not None:
+            self._machines.kill(command)
 
     def _inherited(self, service_id: ServiceId) -> tuple[dict[str, str], list[int]]:
         """Environment and descriptors that this service has beside the launcher's."""

@@ -14,7 +14,8 @@ from nanovllm.settings import JOINING, Settings
 # Options that each machine has of its own.
 OWN_OPTIONS: Final = {
     *("services", "join", "advertise", "insecure", "keys", "runtime_dir", "gpus"),
-    *("log_level", "log_format", "http", "api_key_file", "tls_certificate", "tls_key"),
+    *("log_level", "log_format", "http", "tls_certificate", "tls_key"),
+    *("api_key_file", "admin_key_file"),
     *JOINING,
 }
 # Taken from the pipeline, unless the machine's command line says otherwise.

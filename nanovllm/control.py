@@ -119,6 +119,14 @@ class Restart(Message, tag="restart"):
     role: str  # or "engine", or "all"
 
 
+class KillService(Message, tag="kill_service"):
+    """An HTTP server asks to kill a service by SIGKILL, as anyone could from a shell; the service
+    starts again. There is no answer: the status shows the death. A service that is not ready is
+    left alone, so that no series of kills makes the supervisor give the service up."""
+
+    service: ServiceId
+
+
 class Done(Message, tag="done"):
     """A command is done, or refused."""
 
@@ -193,7 +201,16 @@ class Status(Message, tag="status"):
 
 
 ToSupervisor = (
-    Loading | Ready | Report | Drained | Vacated | StatusRequest | HealthRequest | Scale | Restart
+    Loading
+    | Ready
+    | Report
+    | Drained
+    | Vacated
+    | StatusRequest
+    | HealthRequest
+    | Scale
+    | Restart
+    | KillService
 )
 FromSupervisor = Status | Health | Done | Drain | Crashed | Vacate
 
@@ -244,4 +261,4 @@ class Over(Message, tag="over"):
 
 
 ToPipeline = Join | Services | Crashed | Vacate | Drained | StatusRequest | Done | Left
-ToMachine = Joined | NotJoined | Status | Vacated | Drain | Scale | Restart | Over
+ToMachine = Joined | NotJoined | Status | Vacated | Drain | Scale | Restart | KillService | Over

@@ -27,6 +27,11 @@ class ServiceId(msgspec.Struct, frozen=True, array_like=True):
         """Which of its role, or whose engine's."""
         return self.engine if self.role in ENGINE_ROLES else self.index
 
+    @property
+    def machine(self) -> int:
+        """The number of the machine that it runs on: 0 is the pipeline's own."""
+        return self.number // NUMBERS_OF_A_MACHINE
+
     def __str__(self) -> str:
         if self.role == "scheduler":
             return f"scheduler {self.engine}"

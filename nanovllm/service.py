@@ -29,6 +29,7 @@ from nanovllm.checkpoint import CheckpointError, ModelConfig, resolve_model
 from nanovllm.control import (
     Drained,
     FromSupervisor,
+    KillService,
     Loading,
     LoadingStage,
     Ready,
@@ -70,8 +71,9 @@ TURN_S = 0.02
 GREETING_S = 2.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIFELINE_VARIABLE = "NANOVLLM_LIFELINE_FD"
-# What HTTP servers alone inherit: the socket that listens.
+# What HTTP servers alone inherit: the socket that listens, and the token of their pages.
 LISTENER_VARIABLE = "NANOVLLM_HTTP_FD"
+PAGE_TOKEN_VARIABLE = "NANOVLLM_PAGE_TOKEN"
 
 
 class Service:
@@ -212,6 +214,11 @@ class Service:
         """Asks the supervisor for the `Status`, which comes to the handler of `on_told`. Returns
         False if the supervisor cannot be asked now."""
         return self._control.send([StatusRequest()])
+
+    def ask_kill(self, service: ServiceId) -> bool:
+        """Asks the supervisor to kill a service; see `KillService`. Returns False if the supervisor
+        cannot be asked now."""
+        return self._control.send([KillService(service)])
 
     def close(self) -> None:
         for link in self._links:

@@ -147,6 +147,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             path=True,
         ),
     ] = ""
+    admin_key_file: Annotated[
+        str,
+        _option(
+            "File of keys, one a line, or the variable NANOVLLM_ADMIN_KEY: who has one may kill"
+            " services from the page at /. They open all else too. Without API keys and on loopback"
+            " none is needed.",
+            path=True,
+        ),
+    ] = ""
     tls_certificate: Annotated[
         str,
         _option(
@@ -280,6 +289,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         else:
             for option, value in (
                 ("--api-key-file", self.api_key_file),
+                ("--admin-key-file", self.admin_key_file),
                 ("--tls-certificate", self.tls_certificate),
                 ("--cors", self.cors),
             ):

@@ -22,12 +22,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from nanovllm.api_keys import API_KEY_VARIABLE
+from nanovllm.api_keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from nanovllm.checkpoint import model_name
 from nanovllm.checkpoint.generation import SamplingDefaults
 from nanovllm.client.aio import AsyncClient
 from nanovllm.control import Drain, FromSupervisor, Status
-from nanovllm.service import LISTENER_VARIABLE, TURN_S, Service, service_command
+from nanovllm.service import (
+    LISTENER_VARIABLE,
+    PAGE_TOKEN_VARIABLE,
+    TURN_S,
+    Service,
+    service_command,
+)
 from nanovllm.services.http.app import make_app
 from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.errors import ApiError
@@ -35,7 +41,11 @@ from nanovllm.services.http.exposition import CONTENT_TYPE, exposition
 from nanovllm.services.http.gate import Guard, RequestLog
 from nanovllm.services.http.limits import LimitedProtocol
 from nanovllm.services.http.metrics import Recorder
+from nanovllm.services.http.page.access import Access
+from nanovllm.services.http.page.feed import Feed
+from nanovllm.services.http.page.routes import page_routes
 from nanovllm.settings import SettingsError
+from nanovllm.transport.endpoints import host_and_port
 
 # An ingress that hangs is found after 10 s, and may start for as long again: to HTTP clients all of
 # that is a pause.
@@ -60,12 +70,19 @@ class Door:
         self._service = service
         self._recorder = Recorder()
         self._asked: list[asyncio.Future[Status]] = []
+        self._feed = Feed(self._status)
         service.on_told(self._on_told)
 
     async def run(self) -> None:
         settings = self._service.settings
         listening = _inherited_socket()
-        keys = [key for key in os.environ.pop(API_KEY_VARIABLE, "").split(",") if key]
+        keys, admin_keys = _inherited_keys(API_KEY_VARIABLE), _inherited_keys(ADMIN_KEY_VARIABLE)
+        access = Access(
+            os.environ.pop(PAGE_TOKEN_VARIABLE),
+            host_and_port(settings.http)[0],
+            bool(keys),
+            admin_keys,
+        )
         model = ServedModel.from_checkpoint(
             self._service.directory,
             settings.served_model_name or model_name(self._service.directory),
@@ -77,7 +94,9 @@ class Door:
         ) as client:
             app = make_app(DoorContext(client, model, self._recorder))
             app.add_route("/metrics", self._metrics, ["GET"])
-            self._guard = Guard(app, keys, settings.max_message_bytes)
+            kill, me = self._service.ask_kill, self._service.me.service
+            app.routes.extend(page_routes(access, self._feed, self._status, kill, me))
+            self._guard = Guard(app, keys and keys + admin_keys, settings.max_message_bytes)
             LimitedProtocol.max_body_bytes = settings.max_message_bytes
             self._server = _Server(
                 uvicorn.Config(
@@ -116,6 +135,7 @@ class Door:
     def _on_told(self, message: FromSupervisor) -> None:
         if isinstance(message, Drain):
             self._guard.draining = True
+            self._feed.close()
             self._server.config.timeout_graceful_shutdown = CLOSING_S
         elif isinstance(message, Status):
             for asked in self._asked:
@@ -125,6 +145,7 @@ class Door:
 
     def _end(self) -> None:
         """Takes no more connections, and ends with the last response."""
+        self._feed.close()
         self._server.should_exit = True
 
     def _written(self) -> bool:
@@ -135,13 +156,17 @@ class Door:
         )
 
     async def _metrics(self, _: Request) -> Response:
+        return Response(exposition(await self._status()), media_type=CONTENT_TYPE)
+
+    async def _status(self) -> Status:
+        """What the supervisor tells. Raises ApiError if it does not answer."""
         asked: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
         self._asked.append(asked)
         if len(self._asked) == 1 and not self._service.ask_status():
             self._asked.clear()
             raise ApiError(503, "the supervisor cannot be asked; try again", code="unavailable")
         try:
-            status = await asyncio.wait_for(asked, STATUS_S)
+            return await asyncio.wait_for(asked, STATUS_S)
         except TimeoutError:
             raise ApiError(503, "the supervisor does not answer", code="unavailable") from None
         finally:
@@ -149,7 +174,6 @@ class Door:
                 self._asked.remove(asked)
                 if self._asked:  # the answer may be lost: who came later has time for another
                     self._service.ask_status()
-        return Response(exposition(status), media_type=CONTENT_TYPE)
 
 
 class _Server(uvicorn.Server):
@@ -164,6 +188,10 @@ def _inherited_socket() -> socket.socket:
     if descriptor is None:
         raise SettingsError("an HTTP server gets its socket from nanovllm-launch --http HOST:PORT")
     return socket.socket(fileno=int(descriptor))
+
+
+def _inherited_keys(variable: str) -> list[str]:
+    return [key for key in os.environ.pop(variable, "").split(",") if key]
 
 
 def _told(defaults: SamplingDefaults) -> str:

@@ -20,10 +20,11 @@ from nanovllm.services.http.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-# What needs no key.
-OPEN_PATHS: Final = ("/health", "/ready")
-# What machines ask all the time: logged as debug output.
-PROBED_PATHS: Final = (*OPEN_PATHS, "/metrics")
+# What needs no key, nor do the files of the page.
+PROBES: Final = ("/health", "/ready")
+OPEN_PATHS: Final = re.compile("/|/page/.*|" + "|".join(PROBES))
+# What machines and pages ask all the time: logged as debug output.
+QUIET_PATHS: Final = re.compile("/page/.*|/metrics|" + "|".join(PROBES))
 # Until the body of a request is there.
 BODY_S: Final = 60.0
 LOGGED_PATH: Final = 200
@@ -59,7 +60,7 @@ class RequestLog:
             await self._app(scope, receive, send_named)
         finally:
             log.log(
-                logging.DEBUG if scope["path"] in PROBED_PATHS else logging.INFO,
+                logging.DEBUG if QUIET_PATHS.fullmatch(scope["path"]) else logging.INFO,
                 "%s %s %s: %s%s in %.3f s, for %s",
                 request_id,
                 scope["method"],
@@ -96,7 +97,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["client_name"] = scope["client"][0] if scope["client"] else "unknown"
         try:
-            if self._digests and scope["path"] not in OPEN_PATHS:
+            if self._digests and not OPEN_PATHS.fullmatch(scope["path"]):
                 scope["state"]["client_name"] = self._key_name(scope)
             if self.draining and (scope["method"] == "POST" or scope["path"] == "/ready"):
                 message = "the server is shutting down; try again"

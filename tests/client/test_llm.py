@@ -244,7 +244,8 @@ def test_options_are_checked_before_anything_is_launched() -> None:
 
 def test_the_options_for_editors_are_those_of_the_settings() -> None:
     settings = get_type_hints(Settings)
-    of_http = "http http_servers api_key_file tls_certificate tls_key cors served_model_name"
+    of_http = "http http_servers tls_certificate tls_key cors served_model_name"
+    of_http += " api_key_file admin_key_file"
     of_joining = "join advertise"
     names = ("model", "runtime_dir", "generation_config", *of_http.split(), *of_joining.split())
     for name in names:

@@ -72,6 +72,8 @@ def test_mypy_sees_the_types_of_the_wheel(
     monkeypatch.delenv("MYPYPATH", raising=False)
     (where,) = run("-c", "import nanovllm.services.ingress as i; print(i.__file__)")
     assert where.startswith(str(tmp_path)), "it is the wheel that is looked at"
+    page = Path(where).parents[1] / "http" / "page" / "static"
+    assert (page / "index.html").exists(), "the page's files are not in the wheel"
     (tmp_path / "good.py").write_text(GOOD)
     (tmp_path / "bad.py").write_text(BAD)
     (tmp_path / "mypy.ini").write_text(MYPY)

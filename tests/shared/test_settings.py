@@ -180,7 +180,9 @@ def test_where_services_of_other_machines_meet() -> None:
     assert parse().services_beyond == parse().scheduler_beyond == ""
 
 
-@pytest.mark.parametrize("option", ["--api-key-file", "--tls-certificate", "--cors"])
+@pytest.mark.parametrize(
+    "option", ["--api-key-file", "--admin-key-file", "--tls-certificate", "--cors"]
+)
 def test_options_of_http_need_http(option: str) -> None:
     with pytest.raises(click.UsageError, match=f"--http '' serves no HTTP, and {option} "):
         parse("--http", "", option, "*")
