@@ -26,6 +26,7 @@ from nanovllm.services.http.errors import ApiError, api_error, check_model, json
 from nanovllm.services.http.openai.answers import Model, ModelList, Version
 from nanovllm.services.http.openai.chat import chat
 from nanovllm.services.http.openai.completions import complete
+from nanovllm.services.http.openai.responses.responses import responses
 from nanovllm.services.http.openapi import openapi
 from nanovllm.services.http.tokens import PromptTokens
 
@@ -69,6 +70,9 @@ def make_app(context: DoorContext) -> Starlette:
     async def chat_completions(request: Request) -> Response:
         return await chat(request, context)
 
+    async def answer_responses(request: Request) -> Response:
+        return await responses(request, context)
+
     async def answer_messages(request: Request) -> Response:
         return await messages(request, context)
 
@@ -88,6 +92,7 @@ def make_app(context: DoorContext) -> Starlette:
             Route("/v1/models/{id:path}", one_model),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/responses", answer_responses, methods=["POST"]),
             Route("/v1/messages", answer_messages, methods=["POST"]),
             Route("/v1/messages/count_tokens", count_message_tokens, methods=["POST"]),
             Route("/tokenize", tokens.tokenize, methods=["POST"]),

@@ -32,6 +32,8 @@ from nanovllm.services.http.openai.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from nanovllm.services.http.openai.responses.answers import ResponseAnswer, ResponseEvent
+from nanovllm.services.http.openai.responses.requests import ResponsesRequest
 
 _REFERENCE: Final = "#/components/schemas/{name}"
 
@@ -64,6 +66,10 @@ _OPERATIONS: Final = (
     _Operation(
         *("/v1/completions", "Continue prompts.", TextCompletion, CompletionRequest),
         *((TextCompletion,), _ASKED),
+    ),
+    _Operation(
+        *("/v1/responses", "Answer a conversation.", ResponseAnswer, ResponsesRequest),
+        *((ResponseEvent,), _ASKED),
     ),
     _Operation(
         *("/v1/messages", "Answer a conversation, as Anthropic's API does.", MessageAnswer),

@@ -22,7 +22,8 @@ class Keys(msgspec.Struct):
 
     Attributes:
         not_served: the keys of that kind.
-        hints: what to say of a key with an invalid value: `messages[].role` of each `role`.
+        hints: what to say of a key that is not served, or of an invalid value: by
+            `messages[].role` of each `role`.
     """
 
     not_served: ClassVar[frozenset[str]] = frozenset()
@@ -58,9 +59,10 @@ def only(value: object, served: object, key: str) -> None:
 
 
 def _refusal(kind: type[Keys], key: str, reason: str) -> ApiError:
+    hint = kind.hints.get(re.sub(r"\[\d+]", "[]", key))
     if re.split(r"[.\[]", key)[0] in kind.not_served:
-        reason = f"is not served: {reason}"
-    elif reason.startswith("Invalid") and (hint := kind.hints.get(re.sub(r"\[\d+]", "[]", key))):
+        reason = f"is not served: {hint or reason}"
+    elif reason.startswith("Invalid") and hint:
         reason = f"{reason}; {hint}"
     elif found := re.search(r"required field `(\w+)`", reason):
         key, reason = ".".join(filter(None, (key, found[1]))), "missing"

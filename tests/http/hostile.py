@@ -11,7 +11,11 @@ from typing import Any, Final
 TIMEOUT_S: Final = 30.0
 VALID: dict[str, Any] = {"model": "demo", "prompt": "Once", "max_tokens": 4, "ignore_eos": True}
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
-PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+RESPONSE: dict[str, Any] = {"model": "demo", "input": "hello", "max_output_tokens": 4}
+PATHS = (
+    *("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"),
+    *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+)
 RESET = struct.pack("ii", 1, 0)
 
 
@@ -62,7 +66,7 @@ class Hostile:
         return b"POST %s HTTP/1.1\r\n%s\r\n\r\n" % (path.encode(), b"\r\n".join(named)) + body
 
     def _valid(self) -> bytes:
-        return json.dumps(self._draw.choice((VALID, CHAT | {"max_tokens": 4}))).encode()
+        return json.dumps(self._draw.choice((VALID, CHAT | {"max_tokens": 4}, RESPONSE))).encode()
 
     def _torn(self) -> bytes:
         raw = self._request(self._valid())
@@ -140,6 +144,8 @@ class Hostile:
                     b'{"model": "demo", "prompt": "x", "seed": 123456789012345678901234567890}',
                     json.dumps(CHAT | {"messages": nested}).encode(),
                     json.dumps(CHAT | {"tools": [nested]}).encode(),
+                    json.dumps(CHAT | {"max_tokens": 4, "system": nested}).encode(),
+                    json.dumps(RESPONSE | {"input": nested}).encode(),
                     json.dumps(CHAT | {"chat_template_kwargs": {"messages": nested}}).encode(),
                     json.dumps(VALID | {"stop": ["x" * 10_000]}).encode(),
                     json.dumps(VALID | {"prompt": ["x"] * 20_000}).encode(),
