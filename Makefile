@@ -3,13 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEBIAN := $(VENV)/debian
+CHROMIUM := $(VENV)/chromium
 DEBIAN_LIB = $(CURDIR)/$(DEBIAN)/usr/lib/$(shell cc -print-multiarch 2>/dev/null)
 # Those that are not installed. msgpack-c has had two names.
 C_LIBRARIES = $(shell for msgpack in libmsgpack-c-dev libmsgpack-dev; do \
 	apt-get -s install --no-install-recommends libzmq3-dev $$msgpack 2>/dev/null; done \
 	| sed -n '/boost/d; s/^Inst \([^ ]*\).*/\1/p' | sort -u)
 
-.PHONY: help demo serve test test-clients lint image clean
+.PHONY: help demo serve test test-clients chromium lint image clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +19,7 @@ help:
 	@echo "make test    lint, type-check and run all tests"
 	@echo "make test-clients   test with langchain, litellm, Prometheus … (installs them)"
 	@echo "make image   build a container image (VARIANT=cuda for GPUs)"
+	@echo "make chromium  unpack Debian's Chromium into $(VENV), for the tests of the page"
 	@echo "make clean   remove the virtual environment and caches"
 
 $(READY): pyproject.toml constraints.txt
@@ -65,6 +67,16 @@ image:
 	@test -n "$(BUILDER)" || { echo "make image: install podman, docker or buildah"; exit 1; }
 	$(BUILDER) build -f deploy/container/Containerfile --build-arg VARIANT=$(VARIANT) \
 		-t nanovllm:$(VARIANT) .
+# Debian's browser, unpacked, with the libraries that are not installed.
+chromium: $(CHROMIUM)
+
+$(CHROMIUM):
+	@mkdir -p $(VENV) && rm -rf $@.part && mkdir $@.part && cd $@.part \
+		&& apt-get -qq download $$(apt-get -s install --no-install-recommends chromium \
+			fonts-dejavu-core | sed -n 's/^Inst \([^ ]*\).*/\1/p') \
+		&& for package in *.deb; do dpkg -x "$$package" . && rm "$$package" || exit; done \
+		&& mv $(CURDIR)/$@.part $(CURDIR)/$@ \
+		|| echo "The page is not tested: apt-get cannot download chromium"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/node/node_modules \

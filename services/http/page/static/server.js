@@ -81,7 +81,8 @@ function keyFromVisitor(why) {
   const dialog = $("key-dialog");
   $("key-why").textContent = why;
   $("key").value = "";
-  dialog.returnValue = "cancel";
+  dialog.returnValue = "";
+  $("key-cancel").onclick = () => dialog.close();
   dialog.showModal();
   return new Promise((done) => {
     dialog.addEventListener(
