@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-from nanovllm.control import ServiceStatus
-
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from nanovllm.control import ServiceStatus
 
 # After so long without an answer a person is told what is waited for.
 PATIENCE_S: Final = 2.0

@@ -16,10 +16,10 @@ import msgspec
 from nanovllm import __version__
 from nanovllm.client import status as status_view
 from nanovllm.client.control import NEXT_REPORT_S
-from nanovllm.client.terminal import PATIENCE_S, told_in_one_line
+from nanovllm.client.terminal import told_in_one_line
 from nanovllm.hints import LAUNCH_HINTS, HintingCommand
 from nanovllm.options import given_options, settings_from, settings_options
-from nanovllm.progress import LoadingBar
+from nanovllm.progress import PATIENCE_S, LoadingBar
 from nanovllm.ray.plan import WAITS, EngineState, HeadState, Plan, secrets_of
 from nanovllm.settings import MAX_SERVICES, SettingsError
 from nanovllm.wording import counted

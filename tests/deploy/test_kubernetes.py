@@ -21,7 +21,7 @@ from nanovllm.launch.groups import GRACE_S
 from nanovllm.launch.join import check_to_join, offer, settings_to_join
 from nanovllm.launch.policy import MOVE_S
 from nanovllm.options import given_options, settings_from
-from nanovllm.services.http.gate import OPEN_PATHS
+from nanovllm.services.http.gate import PROBES
 from nanovllm.settings import Settings
 from nanovllm.transport.endpoints import parse
 from tests.deploy.manifests import (
@@ -248,7 +248,7 @@ def test_probes_ask_what_is_there(pod: Pod) -> None:
     if pod.name == INGRESS:
         asked = {name: probe["httpGet"] for name, probe in probes.items()}
         assert {ask["port"] for ask in asked.values()} <= pod.ports.keys()
-        assert {ask["path"] for ask in asked.values()} == set(OPEN_PATHS)
+        assert {ask["path"] for ask in asked.values()} == set(PROBES)
         assert asked["readiness"]["path"] == "/ready"
         return
     for name, probe in probes.items():

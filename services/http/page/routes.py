@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -16,7 +15,7 @@ from nanovllm.names import ServiceId
 from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.page.access import Access
 from nanovllm.services.http.page.feed import Feed
-from nanovllm.services.http.requests import parse
+from nanovllm.services.http.parsing import Keys, parse
 
 _FILES: Final = Path(__file__).with_name("static")
 _TYPES: Final = {
@@ -38,7 +37,7 @@ _HEADERS: Final = {
 _TOKEN: Final = b"{{token}}"
 
 
-class Kill(msgspec.Struct, forbid_unknown_fields=True):
+class Kill(Keys, forbid_unknown_fields=True):
     """The body of POST /pipeline/kill: the service, as the status names it."""
 
     role: str
