@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -142,13 +143,27 @@ def test_the_pods_make_a_pipeline_that_can_be_scaled(cluster: Cluster) -> None:
         assert len(engines(ingress)) == 1, "the pipeline has forgotten it"
         for _ in range(2):
             streams.wait_for_news()
-        first.process.kill()  # the container of the only engine dies, and starts again
+        die(first)  # the container of the only engine dies, and starts again
         again = start(ENGINES)
         wait_until_ready(ENGINES, again)
         streams.wait_for_news()
         for case, outcome, _ in streams.finish():
             assert outcome == expected[case], f"case {case}\n{ingress.transcript}"
         assert engines(ingress) == ["ready"]
+
+        loaded = psutil.Process(again.process.pid).children()
+        die(ingress)
+        start(INGRESS).wait_for("nanovllm serves", TIMEOUT_S)
+        wait_until(lambda: cluster.get("/ready") == 200, again)
+        assert "[DONE]" in streamed(cluster)
+        assert psutil.Process(again.process.pid).children() == loaded, "the engine kept its model"
+
+
+def die(pod: Pipeline) -> None:
+    """The container's death is that of all its processes."""
+    processes = psutil.Process(pod.process.pid).children(recursive=True)
+    pod.process.kill()
+    assert not psutil.wait_procs(processes, timeout=TIMEOUT_S)[1]
 
 
 def engines(ingress: Pipeline) -> list[str]:
