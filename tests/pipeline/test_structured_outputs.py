@@ -25,7 +25,9 @@ GRAMMARS = Grammars.from_checkpoint(DEMO_CHECKPOINT, MODEL)
 SCHEMAS = 200
 NO_END = dict.fromkeys(EOS, -100.0)
 # Two ranks, and so few blocks that sequences are preempted.
-FEW_BLOCKS = "--tp 2 --kvcache-block-size 16 --num-kvcache-blocks 24 --max-model-len 256"
+FEW_BLOCKS = (
+    "--dtype float32 --tp 2 --kvcache-block-size 16 --num-kvcache-blocks 24 --max-model-len 256"
+)
 SEVERAL: list[dict[str, Any]] = [
     {"regex": "[a-z ]{20,60}!"},
     {"choice": ["Once upon a time there was a fox.", "Once upon a time there was a hare."]},
