@@ -16,6 +16,9 @@ class Gpus:
     Engine e takes those from e * tp on. Its workers see these alone, as `CUDA_VISIBLE_DEVICES`
     says. With one engine and without `--gpus` workers see what the launcher sees.
 
+    Attributes:
+        engines: how many there are.
+
     Raises:
         SettingsError: `--gpus` cannot be used, or there are too few GPUs for the engines.
     """
@@ -25,10 +28,21 @@ class Gpus:
         self._chosen = _chosen(settings.gpus)
         if self._chosen is not None and settings.device in ("cpu", "sim"):
             raise SettingsError(f"--gpus goes with --device cuda, not with {settings.device}")
-        self.check(settings.engines)
+        self.scale(settings.engines)
 
-    def check(self, engines: int) -> None:
-        """Raises SettingsError if there are too few GPUs for so many engines."""
+    def scale(self, engines: int) -> None:
+        """There are so many engines from now on. Raises SettingsError if there are too few GPUs."""
+        self._check(engines)
+        self.engines = engines
+
+    def environment(self, engine: int) -> dict[str, str]:
+        """What the environment of this engine's workers has beside the launcher's."""
+        if not self._assigned(self.engines) or not (gpus := self._gpus()):
+            return {}
+        size = self._settings.tensor_parallel_size
+        return {VISIBLE_VARIABLE: ",".join(gpus[engine * size : (engine + 1) * size])}
+
+    def _check(self, engines: int) -> None:
         if not self._assigned(engines):
             return
         gpus, size = self._gpus(), self._settings.tensor_parallel_size
@@ -39,13 +53,6 @@ class Gpus:
                 f"--engines {engines} with --tp {size} take {engines * size} GPUs, and there are"
                 f" {len(gpus)}"
             )
-
-    def environment(self, engine: int, engines: int) -> dict[str, str]:
-        """What the environment of this engine's workers has beside the launcher's."""
-        if not self._assigned(engines) or not (gpus := self._gpus()):
-            return {}
-        size = self._settings.tensor_parallel_size
-        return {VISIBLE_VARIABLE: ",".join(gpus[engine * size : (engine + 1) * size])}
 
     def _assigned(self, engines: int) -> bool:
         if self._settings.device in ("cpu", "sim"):

@@ -113,7 +113,7 @@ class Machines:
         self._link = BoundLink(self._context, endpoint, me, list[ToPipeline], curve)
         self._machines: dict[int, _Machine] = {}
         self._commands: deque[_Command] = deque()
-        self._answers: list[tuple[Peer, Done]] = []
+        self._answers: list[tuple[Peer, str | None]] = []
         self._drains = False
 
     @property
@@ -191,7 +191,7 @@ class Machines:
             if not machines:
                 names = ", ".join(m.name for m in self._machines.values())
                 error = f"there is no machine {command.machine!r}; joined: {names or 'none'}"
-                self._answers.append((asked_by, Done(error)))
+                self._answers.append((asked_by, error))
                 return
         else:
             machines = [m for m in self._machines.values() if m.peer is not None]
@@ -199,8 +199,8 @@ class Machines:
         if len(self._commands) == 1:
             self._go_on()
 
-    def answers(self) -> list[tuple[Peer, Done]]:
-        """The commands that have come to an end since the last call, by who asked."""
+    def answers(self) -> list[tuple[Peer, str | None]]:
+        """Who has asked for the commands that are done since the last call, and what went wrong."""
         answers, self._answers = self._answers, []
         return answers
 
@@ -294,4 +294,4 @@ class Machines:
         self._go_on()
 
     def _answer(self, error: str | None) -> None:
-        self._answers.append((self._commands.popleft().asked_by, Done(error)))
+        self._answers.append((self._commands.popleft().asked_by, error))

@@ -106,17 +106,21 @@ class Health(Message, tag="health"):
 
 
 class Scale(Message, tag="scale"):
-    """A command asks to run `count` services of this role; the answer is `Done`."""
+    """A command asks to run `count` services of this role; the answer is `Done`, of this `number`.
+    Asked again with the same number, it is done once."""
 
     role: str  # or "engine"
     count: int
     machine: str = ""  # one that has joined, by its name; empty: the first one
+    number: int = 0
 
 
 class Restart(Message, tag="restart"):
-    """A command asks to restart services, one after the other; the answer is `Done`."""
+    """A command asks to restart services, one after the other; the answer is `Done`, as of
+    `Scale`."""
 
     role: str  # or "engine", or "all"
+    number: int = 0
 
 
 class KillService(Message, tag="kill_service"):
@@ -131,6 +135,7 @@ class Done(Message, tag="done"):
     """A command is done, or refused."""
 
     error: str | None  # why it is refused
+    number: int = 0  # which command
 
 
 class Drain(Message, tag="drain"):

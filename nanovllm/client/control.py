@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from typing import Final
+from typing import Final, TypeVar
 
+import msgspec
 import zmq
 
 from nanovllm.client.results import PipelineUnavailable
@@ -23,10 +25,12 @@ from nanovllm.settings import Settings
 from nanovllm.transport.links import ConnectedLink, Down, Peer, Received, Up, new_incarnation
 
 TIMEOUT_S: Final = 3.0
+# On a busy machine a connection may end, and is made anew soon.
+BACK_S: Final = 10.0
 # After so long there is a next report: services report once a second.
 NEXT_REPORT_S: Final = 1.1
 
-_Question = StatusRequest | HealthRequest | Scale | Restart
+A = TypeVar("A", Status, Health)
 
 
 class Control:
@@ -44,60 +48,52 @@ class Control:
         if not os.path.exists(endpoint.removeprefix("ipc://")):
             raise self._nothing_runs()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._numbers = itertools.count(1)
         me = Peer("command", os.getpid(), new_incarnation())
         self._link: ConnectedLink[FromSupervisor] = ConnectedLink(
             self._context, endpoint, me, list[FromSupervisor]
         )
+        self._poller = zmq.Poller()
+        for socket in self._link.sockets:
+            self._poller.register(socket, zmq.POLLIN)
 
     def status(self) -> Status:
-        answer = self._ask(StatusRequest())
-        if not isinstance(answer, Status):
-            raise PipelineUnavailable(f"the supervisor answered with {answer}")
-        return answer
+        return self._answer(StatusRequest(), Status)
 
     def missing(self) -> str:
         """What keeps the services of this machine from working; empty if nothing does."""
-        answer = self._ask(HealthRequest())
-        if not isinstance(answer, Health):
-            raise PipelineUnavailable(f"the supervisor answered with {answer}")
-        return answer.missing
+        return self._answer(HealthRequest(), Health).missing
 
     def command(self, command: Scale | Restart) -> None:
         """Returns when the command is done, which may take as long as loading a model.
 
+        If the connection ends meanwhile, it is waited for, and the supervisor asked again, which
+        does the command once.
+
         Raises:
             ValueError: the supervisor refuses; the message says why.
         """
-        answer = self._ask(command)
-        if isinstance(answer, Done) and answer.error is not None:
-            raise ValueError(answer.error)
-
-    def _ask(self, question: _Question) -> FromSupervisor:
-        """The answer. A status comes within `TIMEOUT_S`; the answer to a command comes when the
-        command is done, so wait for it as long as the supervisor is connected."""
+        command = msgspec.structs.replace(command, number=next(self._numbers))
         deadline = time.monotonic() + TIMEOUT_S
-        self._send(question)
-        poller = zmq.Poller()
-        for socket in self._link.sockets:
-            poller.register(socket, zmq.POLLIN)
+        asked = self._link.peer if self._send(command) else None
         while True:
-            patient = self.asked and isinstance(question, Scale | Restart)
+            patient = self._link.peer is not None and self.asked
             left = deadline - time.monotonic()
             if left <= 0 and not patient:
-                raise self._nothing_runs()
-            poller.poll(None if patient else int(left * 1000) + 1)
+                raise self._nothing_runs() if asked is None else self._ended()
+            self._poller.poll(None if patient else max(0, int(left * 1000)) + 1)
             for event in self._link.receive():
-                if isinstance(event, Up) and not self.asked:
-                    self._send(question)
-                elif isinstance(event, Down) and patient:
-                    raise PipelineUnavailable("the pipeline ended before it was done")
-                elif isinstance(event, Received):
-                    answer: FromSupervisor = event.message
-                    return answer
-
-    def _send(self, question: _Question) -> None:
-        self.asked = True  # Ctrl-C may come between the sending and its result
-        self.asked = self._link.send([question])
+                if isinstance(event, Down):
+                    deadline = time.monotonic() + BACK_S
+                elif isinstance(event, Up):
+                    if asked not in (None, event.peer):
+                        raise self._ended()
+                    if self._send(command):
+                        asked = event.peer
+                elif isinstance(event.message, Done) and event.message.number == command.number:
+                    if event.message.error is not None:
+                        raise ValueError(event.message.error)
+                    return
 
     def two_reports(self) -> tuple[Status, Status]:
         """The status twice, a second apart: the difference gives rates."""
@@ -114,6 +110,27 @@ class Control:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _answer(self, question: StatusRequest | HealthRequest, kind: type[A]) -> A:
+        """The answer of this kind, which comes at once."""
+        deadline = time.monotonic() + TIMEOUT_S
+        self._send(question)
+        while (left := deadline - time.monotonic()) > 0:
+            self._poller.poll(int(left * 1000) + 1)
+            for event in self._link.receive():
+                if isinstance(event, Up) and not self.asked:
+                    self._send(question)
+                elif isinstance(event, Received) and isinstance(event.message, kind):
+                    return event.message
+        raise self._nothing_runs()
+
+    def _send(self, question: StatusRequest | HealthRequest | Scale | Restart) -> bool:
+        self.asked = True  # Ctrl-C may come between the sending and its result
+        self.asked = self._link.send([question])
+        return self.asked
+
+    def _ended(self) -> PipelineUnavailable:
+        return PipelineUnavailable("the pipeline ended before it was done")
 
     def _nothing_runs(self) -> PipelineUnavailable:
         return PipelineUnavailable(

@@ -229,16 +229,20 @@ def test_a_reborn_service_has_no_rates_yet() -> None:
 
 
 @contextlib.contextmanager
-def supervisor(done: Callable[[], Done | None] = lambda: Done(None)) -> Iterator[str]:
-    """A supervisor that answers with `a_status`, in a thread; its runtime directory. A command's
-    answer is what `done` returns."""
+def supervisor(asked_for: Callable[[], None] | None = None) -> Iterator[str]:
+    """A supervisor that answers with `a_status`, in a thread; its runtime directory. It does a
+    command at once; or it calls `asked_for`, and never does it."""
     asked = itertools.count(1)
 
     def answer(message: Any) -> Status | Done | None:
         if isinstance(message, StatusRequest):
             number = next(asked)
             return a_status(number, 0.5 * number, 0.9 * number)
-        return done() if isinstance(message, Restart | Scale) else None
+        if isinstance(message, Restart | Scale):
+            if asked_for is None:
+                return Done(None, message.number)
+            asked_for()
+        return None
 
     def serve() -> None:
         while not stopping.is_set():

@@ -18,7 +18,7 @@ def four(monkeypatch: pytest.MonkeyPatch) -> None:
 def visible(settings: Settings) -> list[str | None]:
     found = Gpus(settings)
     engines = settings.engines
-    return [found.environment(e, engines).get("CUDA_VISIBLE_DEVICES") for e in range(engines)]
+    return [found.environment(e).get("CUDA_VISIBLE_DEVICES") for e in range(engines)]
 
 
 def test_each_engine_takes_the_next_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +59,6 @@ def test_what_cannot_be_is_refused(settings: Settings, message: str) -> None:
 
 def test_an_engine_more_is_refused_where_there_is_no_gpu_for_it() -> None:
     found = Gpus(Settings())
-    found.check(4)
+    found.scale(4)
     with pytest.raises(SettingsError, match="take 5 GPUs"):
-        found.check(5)
+        found.scale(5)

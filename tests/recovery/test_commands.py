@@ -18,8 +18,11 @@ from benchmarks.support.pipeline import END_TIMEOUT_S, READY_TIMEOUT_S, Pipeline
 from nanovllm import Client, RequestError, SamplingParams
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.client.cli import main
+from nanovllm.control import Done, FromSupervisor, Restart, Status, StatusRequest
 from nanovllm.launch.groups import MAX_FAILED_STARTS
 from nanovllm.names import ServiceId
+from nanovllm.settings import Settings
+from tests.peer import Neighbourhood
 from tests.recovery.streams import Streams, check, mixed_cases, services, undisturbed
 from tests.terminal import ENTER, terminal
 
@@ -79,6 +82,27 @@ def test_a_chat_goes_on_while_services_are_killed(sim: Pipeline, tmp_path: Path)
             services(sim)[ServiceId(role)].kill()
         shown.press("/exit" + ENTER)
         assert shown.wait() == 0
+
+
+def test_a_command_is_done_once_however_often_it_is_asked_for(sim: Pipeline) -> None:
+    """Its connection ends while it is being done, and with its answer."""
+
+    def restarts() -> int:
+        return sum(s.restarts for s in sim.status().services if s.role == "tokenizer")
+
+    before = restarts()
+    endpoint = Settings(runtime_dir=str(sim.runtime_dir)).control_endpoint
+    with Neighbourhood() as here:
+        asker = here.connects("command", endpoint, list[FromSupervisor])
+        for number in (1, 2):
+            restart = Restart("tokenizer", number)
+            asker.send(restart, StatusRequest())
+            asker.expect(Status)  # it is being done
+            for _ in range(2):
+                asker.come_back(reborn=False)
+                asker.send(restart)
+                assert asker.expect(Done) == Done(None, number)
+            assert restarts() == before + number
 
 
 def test_commands_explain_mistakes(sim: Pipeline, tmp_path: Path) -> None:
