@@ -10,7 +10,7 @@ C_LIBRARIES = $(shell for msgpack in libmsgpack-c-dev libmsgpack-dev; do \
 	apt-get -s install --no-install-recommends libzmq3-dev $$msgpack 2>/dev/null; done \
 	| sed -n '/boost/d; s/^Inst \([^ ]*\).*/\1/p' | sort -u)
 
-.PHONY: help demo serve test test-clients chromium lint image clean
+.PHONY: help demo serve test test-clients test-ray chromium lint image clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make serve   serve the demo model until Ctrl-C (MODEL=… for another)"
 	@echo "make test    lint, type-check and run all tests"
 	@echo "make test-clients   test with langchain, litellm, Prometheus … (installs them)"
+	@echo "make test-ray       test on a Ray cluster of local nodes (installs Ray)"
 	@echo "make image   build a container image (VARIANT=cuda for GPUs)"
 	@echo "make chromium  unpack Debian's Chromium into $(VENV), for the tests of the page"
 	@echo "make clean   remove the virtual environment and caches"
@@ -50,6 +51,10 @@ test-clients: $(READY) $(DEBIAN)
 	PATH="$(CURDIR)/$(DEBIAN)/usr/bin:$$PATH" CPATH="$(CURDIR)/$(DEBIAN)/usr/include" \
 	LIBRARY_PATH="$(DEBIAN_LIB)" LD_LIBRARY_PATH="$(DEBIAN_LIB)" $(BIN)/python -m pytest \
 		tests/clients tests/http/test_metrics.py tests/examples/test_c.py
+
+test-ray: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,ray]'
+	$(BIN)/python -m pytest tests/ray
 
 # Debian's Prometheus, promtool, and what the C client is built with, unpacked: that needs no root.
 # Without them their tests are skipped.

@@ -23,7 +23,7 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,27 +110,51 @@ def measure(
         curve: whether all but the ingress joins from another supervisor, and every connection
             between the two, and the client's, is TCP with keys.
     """
-    arguments = f"--device sim --sim-step-ms {case.step_ms} --pipeline-depth {depth}"
-    arguments += f" --max-num-seqs {case.sequences} --max-model-len 1024 --log-level warning"
-    # A few more than run, so that whenever a sequence ends another is waiting.
-    outstanding = engines * (case.sequences + max(1, case.sequences // 16))
-    with _connected(arguments.split(), engines, curve) as (pipeline, client):
-        conversations = _probed(case.sequences > 1, constrained)
-        load = Load(Concurrency(outstanding), conversations, time.monotonic())
-        stamps = Stamps(client)
-        run_for(load, stamps, WARM_UP_S)
-        stamps.lags_s.clear()
-        before = pipeline.status()
-        # A report a second from each service, which says when it was made.
-        run_for(load, stamps, seconds + 1.0)
-        after = pipeline.status()
-        run_for(load, stamps, 0.2)
+    with _connected(arguments(case, depth), engines, curve) as (pipeline, client):
+        figures = measured(case, seconds, engines, pipeline.status, client, constrained)
     return {
         "sequences": case.sequences,
         "step_ms": case.step_ms,
         "pipeline_depth": depth,
         "engines": engines,
         **({"curve": True} if curve else {}),
+        **figures,
+    }
+
+
+def arguments(case: Case, depth: int) -> list[str]:
+    """Of the launcher."""
+    words = f"--device sim --sim-step-ms {case.step_ms} --pipeline-depth {depth}"
+    words += f" --max-num-seqs {case.sequences} --max-model-len 1024 --log-level warning"
+    return words.split()
+
+
+def measured(
+    case: Case,
+    seconds: float,
+    engines: int,
+    status: Callable[[], Status],
+    client: SocketClient,
+    constrained: float = 0.0,
+) -> dict[str, Any]:
+    """Puts a running pipeline under the load of `case`.
+
+    Args:
+        status: asks the pipeline.
+    """
+    # A few more than run, so that whenever a sequence ends another is waiting.
+    outstanding = engines * (case.sequences + max(1, case.sequences // 16))
+    conversations = _probed(case.sequences > 1, constrained)
+    load = Load(Concurrency(outstanding), conversations, time.monotonic())
+    stamps = Stamps(client)
+    run_for(load, stamps, WARM_UP_S)
+    stamps.lags_s.clear()
+    before = status()
+    # A report a second from each service, which says when it was made.
+    run_for(load, stamps, seconds + 1.0)
+    after = status()
+    run_for(load, stamps, 0.2)
+    return {
         **_figures(before, after, load, stamps.lags_s),
         **({"constrained": _constrained(load, constrained)} if constrained else {}),
     }

@@ -29,6 +29,7 @@ class Shown(NamedTuple):
 
 _UNITS: Final = {
     "starting": "services",
+    "starting engines": "engines",
     "measuring memory": "steps and graphs",
     "capturing graphs": "graphs",
 }
@@ -48,7 +49,9 @@ class LoadingBar:
         self._since = (0.0, 0)  # when the stage began, and what was done by then
 
     def show(self, services: Sequence[ServiceStatus]) -> None:
-        shown = progress(services)
+        self.draw(progress(services))
+
+    def draw(self, shown: Shown | None) -> None:
         if shown is None or not sys.stderr.isatty():
             self.close()
             return

@@ -26,10 +26,7 @@ class Head:
         self._plan = plan
         self._host = ray.util.get_node_ip_address()
         launch = plan.head(self._host)
-        self._keeper = Keeper(lambda: launch, plan.settings.drain_timeout)
-
-    def plan(self) -> Plan:
-        return self._plan
+        self._keeper = Keeper(lambda: launch, plan.engine.drain_s)
 
     def joining(self) -> Launch:
         return self._plan.joining(self._host)
@@ -42,7 +39,8 @@ class Head:
                 Control(str(launched.runtime_dir)) as ask,
             ):
                 status = ask.status()
-        return HeadState(keeper.ready, keeper.error, self._addresses(status), status)
+        addresses = self._addresses(status)
+        return HeadState(keeper.ready, keeper.error, addresses, self._plan.engine, status)
 
     def stop(self) -> None:
         """Returns when requests have finished, or their time is over, and services have ended."""
@@ -51,15 +49,12 @@ class Head:
     def _addresses(self, status: Status | None) -> dict[str, str]:
         addresses = {"services": f"tcp://{self._host}:{self._plan.port}"}
         if status is not None:
-            every = ("*", "0.0.0.0", "[::]", "")
-            told = {"HTTP": (self._plan.settings.http, status.http)}
-            told["ingress"] = (self._plan.settings.ingress, status.endpoint)
-            for name, (asked, bound) in told.items():
-                host = asked.removeprefix("tcp://").rpartition(":")[0]
-                scheme, _, rest = bound.partition("://")
-                if rest and host in every and scheme != "ipc":
-                    bound = f"{scheme}://{self._host}:{rest.rpartition(':')[2]}"
-                addresses |= {name: bound} if bound else {}
+            settings = self._plan.settings
+            for name, asked, bound in (
+                ("HTTP", settings.http, status.http),
+                ("ingress", settings.ingress, status.endpoint),
+            ):
+                addresses |= {name: _from_elsewhere(asked, bound, self._host)} if bound else {}
         return addresses
 
 
@@ -85,3 +80,10 @@ def _as_the_head_says() -> Launch | None:
     except (RayError, ValueError):
         return None
     return launch
+
+
+def _from_elsewhere(asked: str, bound: str, host: str) -> str:
+    """Where other nodes reach what was asked to bind every address of the node `host`."""
+    if asked.removeprefix("tcp://").rpartition(":")[0] not in ("*", "0.0.0.0", "[::]"):
+        return bound
+    return f"{bound.partition('://')[0]}://{host}:{bound.rpartition(':')[2]}"

@@ -19,8 +19,8 @@ from nanovllm.client.control import NEXT_REPORT_S
 from nanovllm.client.terminal import told_in_one_line
 from nanovllm.hints import LAUNCH_HINTS, HintingCommand
 from nanovllm.options import given_options, settings_from, settings_options
-from nanovllm.progress import PATIENCE_S, LoadingBar
-from nanovllm.ray.plan import WAITS, EngineState, HeadState, Plan, secrets_of
+from nanovllm.progress import PATIENCE_S, LoadingBar, Shown, progress
+from nanovllm.ray.plan import WAITS, EnginePlan, EngineState, HeadState, Plan, secrets_of
 from nanovllm.settings import MAX_SERVICES, SettingsError
 from nanovllm.wording import counted
 
@@ -120,7 +120,8 @@ def up(cluster: Cluster, model: str, port: int, **options: Any) -> None:
         settings = msgspec.structs.replace(settings, ingress="")
     on_gpus = settings.device == "cuda" or (settings.device == "auto" and cluster.gpus() > 0)
     gpus = settings.tensor_parallel_size if on_gpus else 0
-    plan = Plan(settings, port, gpus, secrets_of(settings))
+    engine = EnginePlan(gpus, settings.drain_timeout)
+    plan = Plan(settings, port, engine, secrets_of(settings))
     with _Progress(f"{counted(gpus, 'GPU')} and a CPU" if gpus else "a CPU") as progress:
         head = cluster.up(plan, settings.engines, progress.look)
     for name, address in head.addresses.items():
@@ -197,8 +198,9 @@ class _Progress(LoadingBar):
             self._tell_at = math.inf
             engine = "engine" if len(waiting) == 1 else "engines"
             self.write(f"no node has {self._resources} free for {engine} {', '.join(waiting)}")
-        if head is not None and head.status is not None:
-            self.show(head.status.services)
+        shown = progress(head.status.services) if head is not None and head.status else None
+        ready = sum(engine.ready for engine in engines.values())
+        self.draw(shown or Shown("starting engines", ready, len(engines)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from ray.util.scheduling_strategies import (
 from nanovllm.client.results import PipelineUnavailable
 from nanovllm.ray.actors import HEAD, Engine, Head
 from nanovllm.ray.launched import GRACE_S
-from nanovllm.ray.plan import STARTS, WAITS, EngineState, HeadState, Plan
+from nanovllm.ray.plan import STARTS, WAITS, EnginePlan, EngineState, HeadState, Plan
 
 # What is called between two looks; with the states of the head and of engines by their numbers.
 Look = Callable[[HeadState | None, dict[int, EngineState]], None]
@@ -75,7 +76,7 @@ class Cluster:
 
         Raises Failed.
         """
-        if list_named_actors():
+        if self._there():
             raise Failed(f"a pipeline {self._name!r} runs there: see `nanovllm-ray status`")
         here = ray.get_runtime_context().get_node_id()
         near = NodeAffinitySchedulingStrategy(here, soft=True)
@@ -84,7 +85,7 @@ class Cluster:
                 name=HEAD, num_cpus=1, scheduling_strategy=near, **_ANY_NODE
             ).remote(plan)
             for number in range(engines):
-                self._start(number, plan)
+                self._start(number, plan.engine)
             return self._wait(range(engines), look)
         except BaseException:
             self.down()
@@ -95,10 +96,9 @@ class Cluster:
 
         Raises Failed: an engine cannot start; the others go on.
         """
-        plan: Plan = self._ask_head("plan")
-        there = self._engines()
-        new = [number for number in range(count + len(there)) if number not in there]
-        new = sorted(new[: max(0, count - len(there))])
+        plan, there = self._engine_plan(), self._engines()
+        free = (number for number in itertools.count() if number not in there)
+        new = [*itertools.islice(free, max(0, count - len(there)))]
         try:
             for number in new:
                 self._start(number, plan)
@@ -107,7 +107,7 @@ class Cluster:
         except BaseException:
             self._end(new, 0.0)
             raise
-        self._end(there[count:], plan.settings.drain_timeout)
+        self._end(there[count:], plan.drain_s)
 
     def state(self) -> tuple[HeadState | None, dict[int, EngineState]]:
         """Raises PipelineUnavailable if there is none."""
@@ -116,17 +116,14 @@ class Cluster:
 
     def down(self) -> bool:
         """Ends the pipeline; returns False if there was nothing."""
-        engines, there = self._engines(), list_named_actors()
-        drain_s = 0.0
-        with contextlib.suppress(PipelineUnavailable, RayError):
-            drain_s = self._ask_head("plan").settings.drain_timeout
-            self._stop([HEAD], drain_s)
+        there, engines = self._there(), self._engines()
+        with contextlib.suppress(PipelineUnavailable):  # the head is not placed
+            self._stop([HEAD], self._engine_plan().drain_s)
         self._end(engines, 0.0)
-        if HEAD in there:
-            self._kill([HEAD])
-        return bool(there or engines)
+        self._kill([HEAD])
+        return there
 
-    def _start(self, number: int, plan: Plan) -> None:
+    def _start(self, number: int, plan: EnginePlan) -> None:
         bundle: dict[str, float] = {"CPU": 1}
         if plan.gpus:
             bundle["GPU"] = plan.gpus
@@ -140,13 +137,15 @@ class Cluster:
             num_gpus=plan.gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
             **_ANY_NODE,
-        ).remote(plan.settings.drain_timeout)
+        ).remote(plan.drain_s)
 
     def _wait(self, engines: Sequence[int], look: Look) -> HeadState:
         """Returns when the head and these engines are ready. Raises Failed."""
         while True:
             head, states = self._states(LOOK_AGAIN_S)
             look(head, states)
+            if not states.keys() >= {*engines}:
+                raise Failed("another command has ended the engines meanwhile")
             for number in engines:
                 if states[number].error:
                     raise Failed(f"engine {number} cannot start: {states[number].error}")
@@ -177,15 +176,19 @@ class Cluster:
         answered, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else ([], 0)
         return [_answer(ref) if ref in answered else None for ref in asked]
 
-    def _ask_head(self, method: str) -> Any:
+    def _engine_plan(self) -> EnginePlan:
         self._check()
-        (answer,) = self._ask([HEAD], method, ANSWER_S)
-        if answer is None:
+        state: HeadState | None
+        (state,) = self._ask([HEAD], "state", ANSWER_S)
+        if state is None:
             raise PipelineUnavailable("the head does not answer: Ray is placing it anew")
-        return answer
+        return state.engine
+
+    def _there(self) -> bool:
+        return HEAD in list_named_actors() or bool(self._groups())
 
     def _check(self) -> None:
-        if not list_named_actors():
+        if not self._there():
             raise PipelineUnavailable(
                 f"no pipeline {self._name!r} runs on this cluster: `nanovllm-ray up` starts one,"
                 " and --name names another"

@@ -50,18 +50,29 @@ class Launch(msgspec.Struct, frozen=True):
         return [*self.words, "--runtime-dir", str(directory), *paths]
 
 
+class EnginePlan(msgspec.Struct, frozen=True):
+    """What each engine takes.
+
+    Attributes:
+        gpus: 0: its model runs on the CPU, or is simulated.
+        drain_s: seconds that its requests have at its end to finish or to move.
+    """
+
+    gpus: int
+    drain_s: float
+
+
 class Plan(msgspec.Struct, frozen=True):
     """A pipeline on a cluster.
 
     Attributes:
         settings: of the head, but for what depends on its node.
         port: of the services; they take the next one, too.
-        gpus: GPUs of an engine; 0: its model runs on the CPU, or is simulated.
     """
 
     settings: Settings
     port: int
-    gpus: int
+    engine: EnginePlan
     secrets: Secrets
 
     def head(self, host: str) -> Launch:
@@ -88,12 +99,14 @@ class HeadState(msgspec.Struct, frozen=True):
         ready: whether all of its own services have been.
         error: why its launcher has ended, while that has not started again.
         addresses: of HTTP, of the ingress and of the services, as other nodes reach them.
+        engine: what a further engine takes.
         status: of the pipeline; None while its launcher does not answer.
     """
 
     ready: bool
     error: str
     addresses: dict[str, str]
+    engine: EnginePlan
     status: Status | None
 
 
