@@ -35,6 +35,7 @@ class OnRay:
         self.nodes = nodes
         self.directory = directory
         self.cluster = Cluster(nodes.address, "nanovllm")
+        self._number = 1
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Begins a command of `nanovllm-ray`, whose output is one pipe."""
@@ -55,9 +56,16 @@ class OnRay:
             raise RuntimeError(printed)
         return printed
 
-    def add_node(self, cpus: int) -> None:
+    def add_node(self, cpus: int, gpus: int = 0) -> None:
+        """A node with an address of its own; its GPUs need not be there."""
+        self._number += 1
         with patch.dict(os.environ, TMPDIR=str(self.directory)):
-            self.nodes.add_node(num_cpus=cpus, object_store_memory=STORE_BYTES)
+            self.nodes.add_node(
+                num_cpus=cpus,
+                num_gpus=gpus,
+                object_store_memory=STORE_BYTES,
+                node_ip_address=f"127.0.0.{self._number}",
+            )
 
 
 @contextlib.contextmanager

@@ -59,6 +59,15 @@ class Served(NamedTuple):
             if state.ready
         }
 
+    def address(self) -> str:
+        """Where the ingress is for clients elsewhere."""
+        head, _ = self.on.cluster.state()
+        return "" if head is None else head.addresses.get("ingress", "")
+
+    def remove_node(self, node_id: str) -> None:
+        nodes = self.on.nodes
+        nodes.remove_node(next(node for node in nodes.worker_nodes if node.node_id == node_id))
+
 
 def wait_until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + TIMEOUT_S
@@ -74,8 +83,13 @@ def wait_until_nothing_is_left(on: OnRay, name: str = "") -> None:
         time.sleep(LOOK_AGAIN_S)
 
 
-def pid_of(actor: str) -> int:
-    ask = ray.get_actor(actor).__ray_call__
+def _node(_: object) -> str:
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
+
+
+def pid_of(actor: str, namespace: str = "nanovllm") -> int:
+    ask = ray.get_actor(actor, namespace).__ray_call__
     pid: int = ray.get(ask.remote(lambda _: os.getpid()), timeout=TIMEOUT_S)
     return pid
 
@@ -107,8 +121,9 @@ def left_behind(on: OnRay) -> list[str]:
 
 @pytest.fixture(scope="module")
 def on() -> Iterator[OnRay]:
-    """Three nodes: the first has room for the head and an engine, the others for one engine."""
-    with on_ray((2, 1, 1)) as running:
+    """This program's node, which has room for nothing, and four with room for the head or an
+    engine."""
+    with on_ray((0, 1, 1, 1, 1)) as running:
         yield running
 
 
@@ -116,17 +131,14 @@ def on() -> Iterator[OnRay]:
 def served(on: OnRay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     keys = tmp_path_factory.mktemp("keys")
     *_, key = make_keys(keys, "tester")
-    ingress = free_services()
+    ingress, http = free_services(), free_services().replace("tcp", "http")
     on.command(
         *("up", "--engines", "2", "--device", "cpu", "--dtype", "float32", "--keys", str(keys)),
-        *("--port", free_services().rpartition(":")[2], "--http", "127.0.0.1:0"),
-        *("--ingress", ingress),
+        *("--port", free_services().rpartition(":")[2], "--http", http.removeprefix("http://")),
+        *("--ingress", ingress.replace("127.0.0.1", "*")),
     )
-    head, _ = on.cluster.state()
-    assert head is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEYS_VARIABLE, str(key))
-        http = head.addresses["HTTP"]
         expected = {http: undisturbed(http, HTTP_CASES), ingress: undisturbed(ingress, CASES)}
         yield Served(on, http, ingress, expected)
         on.command("down")
@@ -134,14 +146,13 @@ def served(on: OnRay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 
 def test_streams_survive_the_death_of_a_node(served: Served) -> None:
     """All that ran on the node dies, and its engine is back on another one."""
-    nodes = {node.node_id: node for node in served.on.nodes.worker_nodes}
-    engine, node = next((e, n) for e, n in served.engines().items() if n in nodes)
-    died = launched_by(pid_of(f"engine-{engine}"))
+    node = served.engines()[1]
+    died = launched_by(pid_of("engine-1"))
     assert len(died) == 3  # the launcher, the scheduler and its worker
     over_http, over_zmq = Streams(served.http, HTTP_CASES), Streams(served.ingress, CASES)
     for streams in (over_http, over_zmq):
         streams.wait_for_news()
-    served.on.nodes.remove_node(nodes[node])
+    served.remove_node(node)
     psutil.wait_procs(died, TIMEOUT_S)
     assert not any(process.is_running() for process in died)
     wait_until(lambda: len(served.engines()) == 2)
@@ -150,10 +161,25 @@ def test_streams_survive_the_death_of_a_node(served: Served) -> None:
         streams.wait_for_news()
     served.check(over_http, served.http)
     served.check(over_zmq, served.ingress)
-    served.on.add_node(1)
+
+
+def test_clients_resume_when_the_head_is_back(served: Served) -> None:
+    """At the same address, since no other node has room: its engines have not started anew."""
+    engines = [launched_by(pid_of(f"engine-{number}")) for number in served.engines()]
+    streams = Streams(served.ingress, CASES)
+    streams.wait_for_news()
+    pid, address = pid_of("head"), served.address()
+    died = launched_by(pid)
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs(died, TIMEOUT_S)
+    streams.wait_for_news()
+    served.check(streams, served.ingress)
+    assert served.address() == address
+    assert all(process.is_running() for launched in engines for process in launched)
 
 
 def test_engines_come_and_go_under_streams(served: Served) -> None:
+    served.on.add_node(1)
     streams = Streams(served.http, HTTP_CASES)
     for count in (3, 1, 2):
         streams.wait_for_news()
@@ -163,16 +189,18 @@ def test_engines_come_and_go_under_streams(served: Served) -> None:
     served.check(streams, served.http)
 
 
-def test_clients_resume_when_the_head_is_back(served: Served) -> None:
+def test_a_head_on_another_node_says_its_address(served: Served) -> None:
+    """Its engines start anew, and join it there."""
+    before = served.address()
     streams = Streams(served.ingress, CASES)
     streams.wait_for_news()
-    pid = pid_of("head")
-    died = launched_by(pid)
-    os.kill(pid, signal.SIGKILL)
-    psutil.wait_procs(died, TIMEOUT_S)
+    served.remove_node(ray.get(ray.get_actor("head").__ray_call__.remote(_node), timeout=TIMEOUT_S))
     streams.wait_for_news()
     served.check(streams, served.ingress)
-    assert served.ingress in served.on.command("status")
+    assert served.address() != before
+    shown = served.on.command("status")
+    assert served.address() in shown
+    served.on.add_node(1)
 
 
 def test_an_engine_whose_actor_dies_is_back(served: Served) -> None:
@@ -217,6 +245,21 @@ def test_ctrl_c_takes_all_away_again(on: OnRay) -> None:
     assert "no node has a CPU free for engine" in up.stdout.readline()
     up.send_signal(signal.SIGINT)
     assert up.wait(TIMEOUT_S) == 130
+    wait_until_nothing_is_left(on, "other")
+
+
+def test_an_engine_has_the_gpus_that_ray_gives_it(on: OnRay) -> None:
+    on.add_node(2, gpus=4)
+    on.command(
+        *("up", "--name", "other", "--engines", "2", "--tp", "2", "--http", ""),
+        *("--port", free_services().rpartition(":")[2]),
+    )
+    visible = [
+        launched_by(pid_of(f"engine-{number}", "other"))[0].environ()["CUDA_VISIBLE_DEVICES"]
+        for number in range(2)
+    ]
+    assert sorted(",".join(visible).split(",")) == ["0", "1", "2", "3"]
+    on.command("down", "--name", "other")
     wait_until_nothing_is_left(on, "other")
 
 
