@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # What the actors say themselves, or Ray does.
 _NOT_HERE = ("model", "services", "join", "advertise", "runtime_dir", "gpus")
 _PORT = 5600
+# So long an actor takes at most to start, where there is a node for it.
+HEAD_PATIENCE_S = 15.0
 
 
 def _on_a_cluster(command: Callable[..., None]) -> Callable[..., None]:
@@ -181,7 +183,7 @@ def _said(engine: EngineState) -> str:
 
 
 class _Progress(LoadingBar):
-    """What services load; and once, after `PATIENCE_S`, which engines wait for what.
+    """What services load; and once, after `PATIENCE_S`, who waits for what.
 
     Args:
         resources: of an engine.
@@ -191,16 +193,22 @@ class _Progress(LoadingBar):
         super().__init__()
         self._resources = resources
         self._tell_at = time.monotonic() + PATIENCE_S
+        self._tell_of_the_head_at = time.monotonic() + HEAD_PATIENCE_S
 
     def look(self, head: HeadState | None, engines: dict[int, EngineState]) -> None:
+        now = time.monotonic()
         waiting = [str(number) for number, engine in engines.items() if engine.where == WAITS]
-        if waiting and time.monotonic() >= self._tell_at:
+        if waiting and now >= self._tell_at:
             self._tell_at = math.inf
             engine = "engine" if len(waiting) == 1 else "engines"
             self.write(f"no node has {self._resources} free for {engine} {', '.join(waiting)}")
-        shown = progress(head.status.services) if head is not None and head.status else None
+        if head is None and now >= self._tell_of_the_head_at:
+            self._tell_of_the_head_at = math.inf
+            self.write("the head does not answer: it needs a node with a CPU free")
+        services = head.status.services if head is not None and head.status is not None else []
+        there = [service for service in services if service.state != "unreachable"]
         ready = sum(engine.ready for engine in engines.values())
-        self.draw(shown or Shown("starting engines", ready, len(engines)))
+        self.draw(progress(there) or Shown("starting engines", ready, len(engines)))
 
 
 if __name__ == "__main__":

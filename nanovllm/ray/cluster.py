@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import re
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -28,12 +30,14 @@ from nanovllm.client.results import PipelineUnavailable
 from nanovllm.ray.actors import HEAD, Engine, Head
 from nanovllm.ray.launched import GRACE_S
 from nanovllm.ray.plan import STARTS, WAITS, EnginePlan, EngineState, HeadState, Plan
+from nanovllm.transport.endpoints import host_and_port
 
 # What is called between two looks; with the states of the head and of engines by their numbers.
 Look = Callable[[HeadState | None, dict[int, EngineState]], None]
 
-# From one look at the actors to the next, and how long their answers may take.
+# From one look at the actors to the next; how long a connection and an answer may take.
 LOOK_AGAIN_S: Final = 0.3
+CONNECT_S: Final = 5.0
 ANSWER_S: Final = 5.0
 _ENGINE: Final = "engine-"
 # Ray would kill an actor's children with the actor: they have things to remove before they end.
@@ -60,8 +64,10 @@ class Cluster:
     def __init__(self, address: str, name: str) -> None:
         self._name = name
         try:
+            if address != "auto":  # for one that is not there Ray looks for minutes
+                socket.create_connection(host_and_port(address), CONNECT_S).close()
             ray.init(address, namespace=name, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise PipelineUnavailable(
                 f"no Ray cluster at {address}: `ray start --head` starts one, and --address names"
                 f" another ({error})"
@@ -80,10 +86,10 @@ class Cluster:
             raise Failed(f"a pipeline {self._name!r} runs there: see `nanovllm-ray status`")
         here = ray.get_runtime_context().get_node_id()
         near = NodeAffinitySchedulingStrategy(here, soft=True)
+        ray.remote(Head).options(
+            name=HEAD, num_cpus=1, scheduling_strategy=near, **_ANY_NODE
+        ).remote(plan)
         try:
-            ray.remote(Head).options(
-                name=HEAD, num_cpus=1, scheduling_strategy=near, **_ANY_NODE
-            ).remote(plan)
             for number in range(engines):
                 self._start(number, plan.engine)
             return self._wait(range(engines), look)
@@ -147,8 +153,8 @@ class Cluster:
             if not states.keys() >= {*engines}:
                 raise Failed("another command has ended the engines meanwhile")
             for number in engines:
-                if states[number].error:
-                    raise Failed(f"engine {number} cannot start: {states[number].error}")
+                if (state := states[number]).error:
+                    raise Failed(f"engine {number} on {state.where} cannot start: {state.error}")
             if head is not None and head.error:
                 raise Failed(f"the head cannot start: {head.error}")
             if head is not None and head.ready and all(states[n].ready for n in engines):
@@ -226,11 +232,11 @@ class Cluster:
 
     def _groups(self) -> dict[str, _Group]:
         """The placement groups of the engines, by the names of their actors."""
-        ours = f"{self._name}:"
+        ours = re.compile(re.escape(self._name) + rf":({_ENGINE}\d+)")
         return {
-            group["name"].removeprefix(ours): _Group(number, group["state"])
+            found[1]: _Group(number, group["state"])
             for number, group in placement_group_table().items()
-            if group["name"].startswith(ours) and group["state"] != "REMOVED"
+            if (found := ours.fullmatch(group["name"])) and group["state"] != "REMOVED"
         }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -43,6 +46,7 @@ class Served(NamedTuple):
     on: OnRay
     http: str
     ingress: str
+    keys: Path
     expected: dict[str, list[Outcome]]
 
     def check(self, streams: Streams, over: str) -> None:
@@ -140,7 +144,7 @@ def served(on: OnRay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEYS_VARIABLE, str(key))
         expected = {http: undisturbed(http, HTTP_CASES), ingress: undisturbed(ingress, CASES)}
-        yield Served(on, http, ingress, expected)
+        yield Served(on, http, ingress, keys, expected)
         on.command("down")
 
 
@@ -211,6 +215,22 @@ def test_an_engine_whose_actor_dies_is_back(served: Served) -> None:
     wait_until(lambda: len(served.engines()) == 2 and pid_of("engine-0") != pid)
 
 
+def test_keys_are_in_no_command_line_and_no_log(served: Served) -> None:
+    services = served.keys / "services.key"
+    (secret,) = re.findall(r'secret-key = "(.*)"', services.read_text())
+    held = [*served.on.directory.glob("nanovllm-ray-*/keys/services.key")]
+    assert len(held) == 3  # the head's and the engines'
+    for file in held:
+        assert secret in file.read_text()
+        assert file.stat().st_mode & 0o777 == 0o600
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            assert secret not in " ".join(process.cmdline())
+    logs = [file for file in served.on.directory.glob("ray/session_*/logs/**/*") if file.is_file()]
+    assert logs
+    assert not [file for file in logs if secret.encode() in file.read_bytes()]
+
+
 def test_a_second_pipeline_of_the_same_name_is_refused(served: Served) -> None:
     with pytest.raises(RuntimeError, match="a pipeline 'nanovllm' runs there"):
         served.on.command("up")
@@ -261,6 +281,12 @@ def test_an_engine_has_the_gpus_that_ray_gives_it(on: OnRay) -> None:
     assert sorted(",".join(visible).split(",")) == ["0", "1", "2", "3"]
     on.command("down", "--name", "other")
     wait_until_nothing_is_left(on, "other")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:8265"])
+def test_without_a_cluster_the_command_says_so(on: OnRay, address: str) -> None:
+    with pytest.raises(RuntimeError, match=f"no Ray cluster at {address}: `ray start --head`"):
+        on.command("down", "--address", address)
 
 
 def test_without_ray_the_command_says_what_to_install() -> None:
