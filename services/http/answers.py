@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from nanovllm.client.results import Completion
+from nanovllm.protocol import Reasoning as ReasoningMarks
 from nanovllm.services.http.context import ServedModel
 from nanovllm.services.http.tool_calls import ToolCall, ToolCallParser
 
@@ -103,3 +105,17 @@ class AnswerReader:
             if self._markers.begin and bare.startswith(self._markers.begin):
                 return bare.removeprefix(self._markers.begin)
         return text
+
+
+def reasoning_tokens(completion: Completion, reasoning: ReasoningMarks | None) -> int:
+    """How many tokens of the output are reasoning, markers included.
+
+    Args:
+        reasoning: the tokens around reasoning; None where the model knows none.
+    """
+    tokens, answer_at = completion.token_ids, completion.answer_at
+    if reasoning is None or answer_at == 0:
+        return 0
+    if answer_at is None:
+        return len(tokens)
+    return tokens.index(reasoning.close) + 1 if reasoning.close in tokens else 0

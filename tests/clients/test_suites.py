@@ -32,11 +32,14 @@ def installed(program: str) -> str:
     return found
 
 
-def test_llm_comply(obedient: Server) -> None:
+@pytest.mark.parametrize(
+    ("form", "passes"), [("openai-chat", 7), ("open-responses", 11), ("anthropic", 7)]
+)
+def test_llm_comply(obedient: Server, form: str, passes: int) -> None:
     ran = subprocess.run(
         [
             installed("llm-comply"),
-            *("--format", "openai-chat", "--base-url", f"{obedient.url}/v1"),
+            *("--format", form, "--base-url", f"{obedient.url}/v1"),
             *("--api-key", "none", "--model", "demo"),
         ],
         capture_output=True,
@@ -46,7 +49,7 @@ def test_llm_comply(obedient: Server) -> None:
     )
     failed = [line.split()[1:3] for line in ran.stdout.splitlines() if "✗" in line]
     assert failed == [["Image", "Input"]], ran.stdout
-    assert ran.stdout.count("✓") >= 7
+    assert ran.stdout.count("✓") >= passes
 
 
 def test_schemathesis(start_pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:

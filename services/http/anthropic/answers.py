@@ -6,7 +6,9 @@ from typing import Literal
 
 import msgspec
 
-from nanovllm.client.results import Usage as PipelineUsage
+from nanovllm.client.results import Completion
+from nanovllm.protocol import Reasoning
+from nanovllm.services.http.answers import reasoning_tokens
 
 
 class Tagged(msgspec.Struct, tag_field="type"):
@@ -26,12 +28,17 @@ class AnswerThinking(Tagged, tag="thinking"):
     signature: str
 
 
+class Direct(Tagged, tag="direct"):
+    """The model calls the tool itself."""
+
+
 class AnswerToolUse(Tagged, tag="tool_use"):
     """`input`: a JSON object, as the model has written it."""
 
     id: str
     name: str
     input: msgspec.Raw
+    caller: Direct = msgspec.field(default_factory=Direct)
 
 
 Content = AnswerText | AnswerThinking | AnswerToolUse
@@ -40,18 +47,33 @@ StopReason = Literal[
 ]
 
 
+class ThinkingTokens(msgspec.Struct):
+    thinking_tokens: int = 0
+
+
 class MessageUsage(msgspec.Struct):
     """`input_tokens` does not count those that were read from the prefix cache."""
 
-    input_tokens: int
-    output_tokens: int
-    cache_read_input_tokens: int
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_input_tokens: int = 0
     cache_creation_input_tokens: int = 0
+    output_tokens_details: ThinkingTokens = msgspec.field(default_factory=ThinkingTokens)
+    cache_creation: None = None
+    inference_geo: None = None
+    server_tool_use: None = None
+    service_tier: Literal["standard"] = "standard"
 
 
-def usage_of(usage: PipelineUsage) -> MessageUsage:
-    cached = usage.cached_tokens
-    return MessageUsage(usage.prompt_tokens - cached, usage.completion_tokens, cached)
+def usage_of(completion: Completion, reasoning: Reasoning | None) -> MessageUsage:
+    """
+    Args:
+        reasoning: the tokens around reasoning; None where the model knows none.
+    """
+    usage, cached = completion.usage, completion.usage.cached_tokens
+    thinking = ThinkingTokens(reasoning_tokens(completion, reasoning))
+    prompt = usage.prompt_tokens - cached
+    return MessageUsage(prompt, usage.completion_tokens, cached, output_tokens_details=thinking)
 
 
 class MessageAnswer(Tagged, tag="message", kw_only=True):
@@ -61,6 +83,8 @@ class MessageAnswer(Tagged, tag="message", kw_only=True):
     usage: MessageUsage
     stop_reason: StopReason | None = None
     stop_sequence: str | None = None
+    stop_details: None = None
+    container: None = None
     role: Literal["assistant"] = "assistant"
 
 

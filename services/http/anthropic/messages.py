@@ -117,6 +117,7 @@ class MessageOutput:
         self, model: ServedModel, conversation: Conversation, *, shows_thinking: bool
     ) -> None:
         self._reader = AnswerReader(markers(model), tools=conversation.has_tools)
+        self._reasoning = model.reasoning
         self._shows_thinking = shows_thinking
         self._stops = conversation.sampling.stop
         self._max_tokens = conversation.sampling.max_tokens
@@ -130,7 +131,7 @@ class MessageOutput:
             id=f"msg_{secrets.token_hex(12)}",
             model=model.name,
             content=[],
-            usage=MessageUsage(0, 0, 0),
+            usage=MessageUsage(),
         )
 
     def begin(self) -> list[MessageEvent]:
@@ -149,7 +150,7 @@ class MessageOutput:
             pieces = self._reader.feed(self._held, None)
         events = [*self._take(pieces + self._reader.rest()), *self._close()]
         message.stop_reason = reason = self._reason(completion)
-        message.usage = usage_of(completion.usage)
+        message.usage = usage_of(completion, self._reasoning)
         stopped = Stopped(reason, message.stop_sequence)
         return [*events, MessageDelta(stopped, message.usage), MessageStop()]
 

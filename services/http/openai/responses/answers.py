@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from nanovllm.client.results import Completion
 from nanovllm.protocol import Reasoning
+from nanovllm.services.http.answers import reasoning_tokens
 from nanovllm.services.http.constraints import ToolMode
 from nanovllm.services.http.openai.responses.requests import (
     FunctionTool,
@@ -78,18 +79,13 @@ def usage_of(completion: Completion, reasoning: Reasoning | None) -> ResponseUsa
     Args:
         reasoning: the tokens around reasoning; None where the model knows none.
     """
-    usage, tokens = completion.usage, completion.token_ids
-    reasoned = 0
-    if reasoning is not None and completion.answer_at is None:
-        reasoned = len(tokens)
-    elif reasoning is not None and reasoning.close in tokens and completion.answer_at:
-        reasoned = tokens.index(reasoning.close) + 1
+    usage = completion.usage
     return ResponseUsage(
         usage.prompt_tokens,
         usage.completion_tokens,
         usage.prompt_tokens + usage.completion_tokens,
         InputTokensDetails(usage.cached_tokens),
-        OutputTokensDetails(reasoned),
+        OutputTokensDetails(reasoning_tokens(completion, reasoning)),
     )
 
 

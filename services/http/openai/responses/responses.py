@@ -224,7 +224,7 @@ def _begun(ask: ResponsesRequest, model: ServedModel, conversation: Conversation
         tools=ask.tools or [],
         tool_choice=ask.tool_choice or "auto",
         parallel_tool_calls=ask.parallel_tool_calls is not False,
-        text=TextConfig(text.format or TextFormat(), text.verbosity),
+        text=TextConfig(text.format or TextFormat(), "medium"),
         reasoning=ask.reasoning or ReasoningConfig(),
         temperature=params.temperature,
         top_p=params.top_p,
