@@ -116,13 +116,16 @@ def test_a_kill_in_mid_answer_is_only_a_pause(visit: Visit, name: str) -> None:
     visitor.wait_for_text(20)
     page.get_by_role("button", name=f"Kill {name}", exact=True).click()
     events = page.locator("#events")
-    expect(events).to_contain_text(f"you killed {name}")
+    expect(events).to_contain_text(f"You killed {name}")
     expect(events).to_contain_text(f"{name} died", timeout=TIMEOUT_MS)
     expect(events).to_contain_text(f"{name} is ready after", timeout=TIMEOUT_MS)
     visitor.wait_for_end()
     answer = visitor.answer
     assert "error" not in answer or not answer["error"]
     assert "300 tokens" in answer["note"]
+    assert f"{name} died meanwhile" in answer["note"]
+    assert [mark["name"] for mark in answer["marks"]] == [name]
+    expect(page.get_by_role("img", name=f"Here {name} died")).to_be_visible()
     assert {key: answer[key] for key in ("content", "reasoning")} == visitor.undisturbed()
     node = page.locator(".node", has=page.get_by_text(name, exact=True))
     expect(node).to_contain_text("restarted")

@@ -4,7 +4,8 @@ import { $, announce, el, say, showText } from "./dom.js";
 import { ask } from "./server.js";
 import { emptyAnswer, stream } from "./answer.js";
 
-const EXAMPLE_TOOL = [
+const ENDLESS_TOKENS = "2000";
+const EXAMPLE_TOOL = JSON.stringify([
   {
     type: "function",
     function: {
@@ -13,7 +14,7 @@ const EXAMPLE_TOOL = [
       parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] },
     },
   },
-];
+], null, 1);
 const TITLE = 40;
 
 export class Chat {
@@ -34,10 +35,15 @@ export class Chat {
     $("stop").addEventListener("click", () => this.stop());
     $("new").addEventListener("click", () => this.#open(null));
     $("settings-button").addEventListener("click", () => this.#toggleSettings());
-    $("example-tool").addEventListener("click", () => {
-      this.settings.elements.tools.value = JSON.stringify(EXAMPLE_TOOL, null, 1);
-      this.settings.dispatchEvent(new Event("change"));
-    });
+    $("example-tool").addEventListener("click", () => this.#set({ tools: EXAMPLE_TOOL }));
+    for (const example of $("welcome").querySelectorAll("button")) {
+      example.addEventListener("click", () => {
+        const { prompt, endless, tool } = example.dataset;
+        if (endless) this.#set({ endless: true, maxTokens: ENDLESS_TOKENS });
+        if (tool) this.#set({ tools: EXAMPLE_TOOL });
+        this.send(prompt);
+      });
+    }
     this.settings.addEventListener("submit", (event) => event.preventDefault());
     this.settings.addEventListener("change", () => this.#keepSettings());
     addEventListener("pagehide", () => this.store.save());
@@ -52,9 +58,17 @@ export class Chat {
     return this.named;
   }
 
-  /** A process has died, or is back: the answer that is being written tells of it. */
-  note({ kind, name }) {
-    if (this.running && kind === "death") this.running.deaths.push(name);
+  /** Whether an answer is being written. */
+  get answers() {
+    return this.running !== null;
+  }
+
+  /** A process has died: the answer that is being written shows where. */
+  died(name) {
+    if (!this.running) return;
+    const { deaths, answer } = this.running;
+    deaths.push(name);
+    if (answer.content) (answer.marks ??= []).push({ at: answer.content.length, name });
   }
 
   stop() {
@@ -76,6 +90,7 @@ export class Chat {
     current.messages.push(...messages);
     const answer = emptyAnswer();
     const abort = new AbortController();
+    dispatchEvent(new Event("answering"));
     this.running = { abort, deaths: [], answer, began: performance.now(), first: null, last: null, longest: 0 };
     this.#buttons();
     this.#show();
@@ -92,6 +107,7 @@ export class Chat {
       answer.error = abort.signal.aborted ? "" : error.message;
     }
     this.running = null;
+    dispatchEvent(new Event("answered"));
     this.store.save();
     this.#buttons();
     this.#show();
@@ -202,7 +218,8 @@ export class Chat {
     const { messages } = this.store.current;
     const log = $("messages");
     const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    log.classList.toggle("empty", !messages.length);
+    $("welcome").hidden = messages.length > 0;
+    log.hidden = !messages.length;
     messages.forEach((message, index) => {
       let shown = log.children[index];
       if (!shown) log.append((shown = this.#newMessage(message)));
@@ -224,7 +241,7 @@ export class Chat {
   }
 
   #showMessage(shown, message) {
-    showText(shown.querySelector(":scope > .text"), message.content ?? "");
+    showText(shown.querySelector(":scope > .text"), message.content ?? "", message.marks);
     if (message.role !== "assistant") return;
     const writing = this.running?.answer === message;
     shown.classList.toggle("writing", writing);
@@ -278,6 +295,14 @@ export class Chat {
       if (field?.type === "checkbox") field.checked = value;
       else if (field) field.value = value;
     }
+  }
+
+  #set({ tools, endless, maxTokens }) {
+    const { elements } = this.settings;
+    if (tools) elements.tools.value = tools;
+    if (endless) elements.endless.checked = true;
+    if (maxTokens) elements.maxTokens.value ||= maxTokens;
+    this.#keepSettings();
   }
 
   #keepSettings() {

@@ -3,14 +3,24 @@
 import { el, say, svg } from "./dom.js";
 
 const GAP = 7; // between the two directions of a connection, in pixels
+const BESIDE = 17; // of a box to a line that passes it, in pixels
 const MOST_CROSSINGS = 16; // engines times detokenizers that are joined by lines of their own
 const WORK = {
   ingress: (s) => `${s.requests} unfinished · ${count(s.sessions, "client")}`,
   tokenizer: (s) => `${s.queued} queued`,
   scheduler: (s) => `${s.running} running · ${s.waiting} waiting`,
-  gpu_worker: (s) => `${s.slots_used} slots · ${s.in_flight} in flight`,
+  gpu_worker: (s) => `${count(s.slots_used, "slot")} · ${s.in_flight} in flight`,
   detokenizer: (s) => count(s.requests, "answer"),
-  http: (s) => `${s.running} streams`,
+  http: (s) => count(s.running, "stream"),
+};
+
+const PURPOSE = {
+  http: "speaks OpenAI’s API",
+  ingress: "holds every request until its end: the others can be rebuilt from it",
+  tokenizer: "text to tokens",
+  scheduler: "plans each step",
+  gpu_worker: "runs the model",
+  detokenizer: "tokens to text",
 };
 
 const count = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
@@ -54,12 +64,13 @@ export class Diagram {
       node.remove();
       this.nodes.delete(name);
     }
+    this.root.classList.toggle("many", this.engines.size > 1);
     this.#draw();
   }
 
-  /** Shows at once that a service is being killed. */
-  struck(name) {
-    this.nodes.get(name)?.classList.add("struck");
+  /** Shows at once that a service is being killed, or is spared. */
+  strike(name, is = true) {
+    this.nodes.get(name)?.classList.toggle("struck", is);
   }
 
   #fill(where, services) {
@@ -82,16 +93,17 @@ export class Diagram {
     }
     for (const one of [scheduler, ...workers]) if (one) this.#node(card.querySelector("ul"), one);
     const stats = scheduler?.stats;
-    const [used, total] = [stats?.blocks_used ?? 0, stats?.blocks_total ?? 0];
+    const busy = workers[0]?.rates.busy_s;
+    const speed = scheduler?.rates.generated;
+    say(card.querySelector(".speed"), speed === undefined ? "" : `${Math.round(speed)} tokens/s · device ${percent(Math.min(1, busy ?? 0))} busy`);
+    if (!stats) return; // of its cache the last is shown until it is back
+    const { blocks_used: used, blocks_total: total } = stats;
     const meter = card.querySelector(".kv");
     meter.setAttribute("aria-valuemax", Math.max(1, total));
     meter.setAttribute("aria-valuenow", used);
     meter.firstChild.style.width = `${(100 * used) / Math.max(1, total)}%`;
-    const cached = stats?.prompt_tokens ? `, ${percent(stats.cached_tokens / stats.prompt_tokens)} of prompts cached` : "";
-    say(card.querySelector(".kv-text"), `KV cache ${used} of ${total} blocks${cached}`);
-    const busy = workers[0]?.rates.busy_s;
-    const speed = scheduler?.rates.generated;
-    say(card.querySelector(".speed"), speed === undefined ? "" : `${Math.round(speed)} tokens/s · device ${percent(Math.min(1, busy ?? 0))}`);
+    const cached = stats.prompt_tokens ? ` · ${percent(stats.cached_tokens / stats.prompt_tokens)} of prompts cached` : "";
+    say(card.querySelector(".kv-text"), `KV ${used} of ${total} blocks${cached}`);
   }
 
   #node(list, one) {
@@ -119,18 +131,19 @@ export class Diagram {
     node.querySelector("button")?.setAttribute("aria-disabled", !up);
   }
 
-  #newNode({ name }) {
+  #newNode({ name, service }) {
     const node = el(
       "li",
       { class: "node" },
       el("span", { class: "name" }, name),
+      el("span", { class: "what" }, PURPOSE[service.role]),
       el("span", { class: "work" }),
       el("span", { class: "load" }),
       el("span", { class: "bar", "aria-hidden": "true" }, el("span")),
     );
     if (this.kill) {
       const press = () => node.dataset.state === "up" && this.kill(node.service);
-      node.append(el("button", { type: "button", class: "kill", "aria-label": `Kill ${name}`, title: `Kill ${name} (SIGKILL)`, onclick: press }, "Kill"));
+      node.querySelector(service.role === "ingress" ? ".what" : ".name").after(el("button", { type: "button", class: "kill", "aria-label": `Kill ${name}`, title: `Kill ${name} (SIGKILL)`, onclick: press }, "Kill"));
     }
     return node;
   }
@@ -145,10 +158,11 @@ export class Diagram {
     };
     this.lines.setAttribute("viewBox", `0 0 ${at.width} ${at.height}`);
     const drawn = new Set();
-    const draw = (id, from, to, shift, flow, waiting = 0, what = "") => {
+    const line = (id, path, flows, waiting = 0, what = "") => {
       drawn.add(id);
-      this.#line(id, curve(box(from), box(to), shift), flow, waiting ? `${waiting} ${what}` : "");
+      this.#line(id, path, flows, waiting ? `${waiting} ${what}` : "");
     };
+    const draw = (id, from, to, shift, ...rest) => line(id, join(box(from), box(to), shift), ...rest);
     const ingress = this.ingress.querySelector(".node");
     if (!ingress) return;
     const { rate, running } = this.pipeline.figures;
@@ -164,14 +178,23 @@ export class Diagram {
       draw(`${one.name} in`, ingress, node, -GAP, one.rates.tokenized > 0, one.stats?.queued, "queued");
       draw(`${one.name} out`, node, ingress, GAP, one.rates.tokenized > 0);
     }
+    const nearest = box([...this.engines.values()][0] ?? ingress).top;
     for (const [number, card] of this.engines) {
-      const { scheduler } = this.pipeline.engines.get(number) ?? {};
+      const far = box(card).top > nearest + BESIDE; // others are on the straight way to it
+      const { scheduler, workers } = this.pipeline.engines.get(number) ?? { workers: [] };
       const runs = scheduler?.rates.generated > 0;
-      draw(`engine ${number}`, ingress, card, 0, runs, scheduler?.stats?.waiting, "waiting");
+      const there = far ? down(box(ingress), box(card)) : join(box(ingress), box(card), 0);
+      line(`engine ${number}`, there, runs, scheduler?.stats?.waiting, "waiting");
+      for (const one of scheduler ? workers : []) {
+        const [from, to] = [this.nodes.get(scheduler.name), this.nodes.get(one.name)];
+        draw(`${one.name} plans`, from, to, -GAP, runs);
+        draw(`${one.name} tokens`, to, from, GAP, runs);
+      }
       const detokenizers = this.pipeline.of("detokenizer");
       const crossings = detokenizers.length * this.engines.size <= MOST_CROSSINGS;
       for (const one of crossings ? detokenizers : detokenizers.slice(0, 1)) {
-        draw(`engine ${number} ${one.name}`, card, this.nodes.get(one.name), 0, runs);
+        const [from, to] = [box(card), box(this.nodes.get(one.name))];
+        line(`engine ${number} ${one.name}`, far ? up(from, to) : join(from, to, 0), runs);
       }
     }
     for (const one of this.pipeline.of("detokenizer")) {
@@ -206,28 +229,38 @@ function group(role, label) {
   return el("div", { class: `group ${role}` }, el("ul", { class: "nodes", "aria-label": label }));
 }
 
-/** A path between two boxes, and its middle. Boxes one below the other are joined straight where
- * their widths meet; `shift` keeps two directions apart. */
-function curve(a, b, shift) {
-  const x = (one, other) => {
-    const wanted = (other.left + other.right) / 2;
-    return Math.min(Math.max(wanted, one.left + 16), one.right - 16);
-  };
-  const vertical = a.bottom <= b.top || b.bottom <= a.top;
-  if (!vertical) {
-    const right = a.right <= b.left;
-    const [x1, x2] = right ? [a.right, b.left] : [a.left, b.right];
-    const y2 = (b.top + b.bottom) / 2;
-    const y1 = Math.min(Math.max(y2, a.top + 16), a.bottom - 16);
-    const bend = (x1 + x2) / 2;
-    return { d: `M${x1} ${y1 + shift}C${bend} ${y1 + shift} ${bend} ${y2 + shift} ${x2} ${y2 + shift}`, middle: { x: bend, y: (y1 + y2) / 2 } };
+/** Where a line meets the side of a box: as near to `wanted` as its corners allow. */
+const between = (wanted, low, high) => Math.min(Math.max(wanted, low + 16), high - 16);
+const centre = ({ left, right }) => (left + right) / 2;
+
+/** A line between two boxes, and its middle. `shift` keeps two directions apart. */
+function join(a, b, shift) {
+  const below = a.bottom <= b.top;
+  if (below || b.bottom <= a.top) {
+    const narrow = a.right - a.left < b.right - b.left ? a : b;
+    const x1 = between(centre(narrow), a.left, a.right) + shift;
+    const x2 = between(centre(narrow), b.left, b.right) + shift;
+    const [y1, y2] = below ? [a.bottom, b.top] : [a.top, b.bottom];
+    const bend = (y1 + y2) / 2;
+    return { d: `M${x1} ${y1}C${x1} ${bend} ${x2} ${bend} ${x2} ${y2}`, middle: { x: (x1 + x2) / 2, y: bend } };
   }
-  const down = a.bottom <= b.top;
-  const [y1, y2] = down ? [a.bottom, b.top] : [a.top, b.bottom];
-  const narrow = a.right - a.left < b.right - b.left ? a : b;
-  const centre = (narrow.left + narrow.right) / 2;
-  const x1 = Math.min(Math.max(narrow === a ? centre : x(a, b), a.left + 16), a.right - 16) + shift;
-  const x2 = Math.min(Math.max(narrow === b ? centre : x(b, a), b.left + 16), b.right - 16) + shift;
-  const bend = (y1 + y2) / 2;
-  return { d: `M${x1} ${y1}C${x1} ${bend} ${x2} ${bend} ${x2} ${y2}`, middle: { x: (x1 + x2) / 2, y: bend } };
+  const [x1, x2] = a.right <= b.left ? [a.right, b.left] : [a.left, b.right];
+  const y2 = (b.top + b.bottom) / 2;
+  const y1 = between(y2, a.top, a.bottom);
+  const bend = (x1 + x2) / 2;
+  return { d: `M${x1} ${y1}C${bend} ${y1} ${bend} ${y2} ${x2} ${y2}`, middle: { x: bend, y: (y1 + y2) / 2 } };
+}
+
+/** A line down from a box and round a corner into the left side of another, past what is between. */
+function down(a, b) {
+  const [x, y] = [b.left - BESIDE, b.top + BESIDE];
+  return { d: `M${x} ${a.bottom}V${y - 8}q0 8 8 8H${b.left}`, middle: { x, y: y - BESIDE } };
+}
+
+/** A line out of the right side of a box, and up round corners into another. */
+function up(a, b) {
+  const [x, y] = [a.right + BESIDE, a.top + BESIDE];
+  const out = `M${a.right} ${y}H${x - 8}q8 0 8 -8`;
+  const end = x < b.right ? `V${b.bottom}` : `V${b.bottom - BESIDE}q0 -8 -8 -8H${b.right}`;
+  return { d: out + end, middle: { x, y } };
 }

@@ -32,19 +32,41 @@ function filled(element, attributes, children) {
   return element;
 }
 
-/** Shows text in an element: paragraphs, and blocks of code between lines of ```. */
-export function showText(element, text) {
+/**
+ * Shows text in an element: prose, and blocks of code between lines of ```. `marks` are what
+ * happened at places in the text: `at` is a place, `name` what died there.
+ */
+export function showText(element, text, marks = []) {
   const parts = text.split(/^```/m);
+  let begin = 0;
   parts.forEach((part, index) => {
     const tag = index % 2 ? "PRE" : "DIV";
-    const shown = index % 2 ? part.replace(/^[^\n]*\n?/, "") : part.replace(/^\n+|\n+$/g, "");
     let block = element.children[index];
     if (block?.tagName !== tag) {
       const fresh = el(tag, index % 2 ? { tabindex: 0 } : {});
       block ? block.replaceWith(fresh) : element.append(fresh);
       block = fresh;
     }
-    say(block, shown);
+    if (index % 2) say(block, part.replace(/^[^\n]*\n?/, ""));
+    else showProse(block, part, marks.map(({ at, name }) => ({ at: at - begin, name })));
+    begin += part.length + 3;
   });
   while (element.children.length > parts.length) element.lastChild.remove();
+}
+
+function showProse(block, text, marks) {
+  const inside = marks.filter(({ at }) => at >= 0 && at <= text.length);
+  const ends = [...inside.map(({ at }) => at), text.length];
+  if (block.childNodes.length !== 2 * ends.length - 1) {
+    block.replaceChildren("", ...inside.flatMap(({ name }) => [mark(name), ""]));
+  }
+  ends.forEach((end, index) => {
+    const node = block.childNodes[2 * index];
+    const said = text.slice(index ? ends[index - 1] : 0, end);
+    if (node.data !== said) node.data = said;
+  });
+}
+
+function mark(name) {
+  return el("span", { class: "mark", role: "img", "aria-label": `Here ${name} died`, title: `Here ${name} died` }, "⚡");
 }

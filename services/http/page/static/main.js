@@ -2,19 +2,27 @@
 
 import { Chat } from "./chat.js";
 import { Diagram } from "./diagram.js";
-import { $, announce, el, say } from "./dom.js";
+import { $, announce, el, say, svg } from "./dom.js";
 import { Pipeline, nameOf } from "./pipeline.js";
 import { ask, events, kill, mayKill, pause, Refused } from "./server.js";
 import { Store } from "./store.js";
 
-const SPARKS = 60;
+const SAMPLES = 150; // of a minute, as the status comes every 0.4 s
+const STORY = mayKill
+  ? "Each box is a process of this server. Ask something, then kill one."
+  : "Each box is a process of this server. Send one a SIGKILL while the model answers.";
 const MOST_EVENTS = 100;
 const AGAIN_MS = 500;
 
 const chat = new Chat(new Store());
 const diagram = new Diagram($("diagram"), mayKill ? strike : null);
-const rates = [];
-if (!mayKill) say($("invitation"), "Kill one with a signal while the model answers: the answer goes on.");
+const struck = new Set(); // by this visitor, and not yet seen dead
+const samples = []; // { rate, deaths }
+
+const story = (text) => say($("story"), text);
+story(STORY);
+addEventListener("answering", () => story("The model is answering. Now kill a process."));
+addEventListener("answered", () => story(STORY));
 
 function tell(kind, text) {
   const list = $("events");
@@ -26,28 +34,51 @@ function tell(kind, text) {
 
 async function strike(service) {
   const name = nameOf(service);
-  diagram.struck(name);
-  tell("struck", `you killed ${name}`);
+  diagram.strike(name);
   try {
     await kill(service);
   } catch (error) {
-    if (error instanceof Refused) tell("error", `${name} was not killed: ${error.message}`);
-    // else the HTTP server has died, before it could say that it will
+    if (error instanceof Refused) {
+      diagram.strike(name, false);
+      tell("error", `${name} was not killed: ${error.message}`);
+      return;
+    } // else the HTTP server has died, before it could say that it will
   }
+  tell("struck", `You killed ${name}`);
+  chat.died(name);
+  struck.add(name);
 }
 
 function show(pipeline, status) {
   say($("model"), `serves ${status.model}`);
   const { rate, running, waiting, firstToken } = pipeline.figures;
-  rates.push(rate);
-  rates.splice(0, rates.length - SPARKS);
-  const most = Math.max(1, ...rates);
-  const points = rates.map((one, index) => `${index},${19 - (18 * one) / most}`);
-  document.querySelector("#spark polyline").setAttribute("points", points.join(" "));
   say($("rate"), `${Math.round(rate)}`);
   say($("running"), `${running}`);
   say($("waiting"), `${waiting}`);
   say($("first-token"), firstToken === null ? "–" : firstToken < 1 ? `${Math.round(firstToken * 1000)} ms` : `${firstToken.toFixed(1)} s`);
+}
+
+/** Takes what has happened since the last status. */
+function hear({ kind, name, text }) {
+  tell(kind, text);
+  announce(text);
+  if (kind === "death" && !struck.delete(name)) chat.died(name);
+  if (!chat.answers) return;
+  if (kind === "death") story(`${name} has died. What it had in hand is given out anew …`);
+  else if (kind === "back") story(`${name} is back, and the answer goes on.`);
+}
+
+/** Draws the last minute: the tokens a second, and where processes died. */
+function draw(rate, deaths) {
+  samples.push({ rate, deaths });
+  samples.splice(0, samples.length - SAMPLES);
+  const most = Math.max(1, ...samples.map((sample) => sample.rate));
+  const from = SAMPLES - samples.length;
+  const points = samples.map((sample, index) => `${from + index} ${(39 - (36 * sample.rate) / most).toFixed(1)}`);
+  $("chart").querySelector(".line").setAttribute("d", `M${points.join("L")}`);
+  $("chart").querySelector(".area").setAttribute("d", `M${from} 40L${points.join("L")}L${SAMPLES - 1} 40Z`);
+  const at = samples.flatMap((sample, index) => (sample.deaths ? [from + index] : []));
+  $("chart").querySelector("g").replaceChildren(...at.map((x) => svg("path", { class: "death", d: `M${x} 0V40` })));
 }
 
 /** Follows the status while the page can be seen, whichever HTTP server tells it. */
@@ -65,11 +96,9 @@ async function follow() {
     try {
       for await (const data of events(await ask("/pipeline", { signal: abort.signal }))) {
         const status = JSON.parse(data);
-        for (const news of pipeline.update(status, performance.now())) {
-          tell(news.kind, news.text);
-          announce(news.text);
-          chat.note(news);
-        }
+        const news = pipeline.update(status, performance.now());
+        news.forEach(hear);
+        draw(pipeline.figures.rate, news.filter(({ kind }) => kind === "death").length);
         document.body.classList.add("connected");
         diagram.update(pipeline);
         show(pipeline, status);
@@ -83,4 +112,4 @@ async function follow() {
   }
 }
 
-follow().catch((error) => say($("invitation"), error.message));
+follow().catch((error) => story(error.message));
