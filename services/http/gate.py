@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 PROBES: Final = ("/health", "/ready")
 OPEN_PATHS: Final = re.compile("/|/page/.*|" + "|".join(PROBES))
 # What machines and pages ask all the time: logged as debug output.
-QUIET_PATHS: Final = re.compile("/page/.*|/metrics|" + "|".join(PROBES))
+QUIET_PATHS: Final = re.compile("/page/.*|/pipeline|/metrics|" + "|".join(PROBES))
 # Until the body of a request is there.
 BODY_S: Final = 60.0
 LOGGED_PATH: Final = 200

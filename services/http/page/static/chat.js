@@ -69,6 +69,7 @@ export class Chat {
     const { deaths, answer } = this.running;
     deaths.push(name);
     if (answer.content) (answer.marks ??= []).push({ at: answer.content.length, name });
+    this.#showMessages();
   }
 
   stop() {

@@ -14,6 +14,7 @@ function read(name, otherwise) {
 
 export class Store {
   constructor() {
+    this.removed = new Set(); // ids
     this.conversations = read(CONVERSATIONS, []);
     if (!this.conversations.length) this.add();
     this.current = this.conversations[0];
@@ -27,14 +28,18 @@ export class Store {
 
   remove(conversation) {
     this.conversations = this.conversations.filter((one) => one !== conversation);
+    this.removed.add(conversation.id);
     if (!this.conversations.length) this.add();
     if (this.current === conversation) this.current = this.conversations[0];
     this.save();
   }
 
-  /** Where there is no room for all conversations, the oldest go. */
+  /** Keeps what other tabs have kept, too. Where there is no room for all, the oldest go. */
   save() {
+    const known = new Set([...this.removed, ...this.conversations.map(({ id }) => id)]);
     const kept = this.conversations.filter((one) => one.messages.length);
+    kept.push(...read(CONVERSATIONS, []).filter(({ id }) => !known.has(id)));
+    kept.length = Math.min(kept.length, MOST_CONVERSATIONS);
     for (;;) {
       try {
         localStorage.setItem(CONVERSATIONS, JSON.stringify(kept));
