@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
-from benchmarks.support.pipeline import Pipeline
+from benchmarks.support.pipeline import LOOK_AGAIN_S, Pipeline
 from nanovllm.names import ServiceId
 from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.page.access import TOKEN_HEADER, Access
-from tests.http.server import Answer, Server
+from tests.http.server import TIMEOUT_S, Answer, Server
+from tests.machines.ports import free_services
 from tests.recovery.streams import services, wait_for_another, wait_until_ready
 
 SIM = ("--device", "sim", "--sim-step-ms", "4", "--http", "127.0.0.1:0")
@@ -195,3 +198,37 @@ def test_with_keys_the_page_is_open_and_what_it_asks_is_not(
         assert anyone.ask("GET", "/v1/models", headers=owner).status == 200
         assert kill(anyone, SCHEDULER, Authorization="Bearer boss").status == 202
         wait_for_another(locked, SCHEDULER, before[SCHEDULER])
+
+
+def test_the_main_machines_pages_reach_services_of_others() -> None:
+    beside, there = free_services(), ServiceId("tokenizer", 100)
+    brings = ("--tokenizers", "1", "--http-servers", "1", "--http", "127.0.0.1:0")
+    with (
+        Pipeline("", *SIM, "--services", beside, "--ingress", free_services()) as first,
+        Pipeline("", "--join", beside, *brings) as joined,
+    ):
+        (line,) = [line for line in joined.output if " joined the pipeline" in line]
+        door, its_door = (
+            Server(first.http_port),
+            Server(int(line.partition("http://127.0.0.1:")[2].split()[0])),
+        )
+        for through in (door, its_door):
+            before = ready_process(first, joined, there)
+            assert kill(through, there).status == 202
+            wait_for_another(joined, there, before)
+        refused = kill(its_door, SCHEDULER)
+        assert (refused.status, "main machine" in refused.json["error"]["message"]) == (409, True)
+        assert not any(s.restarts for s in first.status().services if s.service == SCHEDULER)
+
+
+def ready_process(first: Pipeline, joined: Pipeline, service: ServiceId) -> psutil.Process:
+    """The process of a service that has joined, once the pipeline knows that it is ready."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        process = services(joined).get(service)
+        for status in first.status().services:
+            ready = status.service == service and status.state == "ready"
+            if process is not None and ready and status.pid == process.pid:
+                return process
+        assert time.monotonic() < deadline, f"{service} is not ready:\n{joined.transcript}"
+        time.sleep(LOOK_AGAIN_S)
