@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import re
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
-from benchmarks.support.pipeline import LOOK_AGAIN_S, Pipeline
+from benchmarks.support.pipeline import END_TIMEOUT_S, LOOK_AGAIN_S, Pipeline
+from nanovllm.client.cli import main
 from nanovllm.names import ServiceId
 from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.page.access import TOKEN_HEADER, Access
@@ -232,3 +236,23 @@ def ready_process(first: Pipeline, joined: Pipeline, service: ServiceId) -> psut
                 return process
         assert time.monotonic() < deadline, f"{service} is not ready:\n{joined.transcript}"
         time.sleep(LOOK_AGAIN_S)
+
+
+def test_an_open_page_keeps_no_server_from_its_end() -> None:
+    """Neither a restart nor the end of the pipeline waits for its stream."""
+    with Pipeline("", *SIM, "--drain-timeout", "600", lifeline=False) as own:
+        assert f"open http://127.0.0.1:{own.http_port} in a browser" in own.output
+        restart = ["restart", "http", "--runtime-dir", str(own.runtime_dir)]
+        for end in (
+            lambda: CliRunner().invoke(main, restart, catch_exceptions=False),
+            lambda: own.process.send_signal(signal.SIGTERM),
+        ):
+            page = http.client.HTTPConnection("127.0.0.1", own.http_port, timeout=TIMEOUT_S)
+            page.request("GET", "/pipeline")
+            stream = page.getresponse()
+            while not stream.readline().startswith(b"data: "):
+                pass
+            end()
+            stream.read()
+            page.close()
+        assert own.process.wait(END_TIMEOUT_S) == 0
