@@ -33,7 +33,17 @@ torch.set_num_threads(1)
 
 # The directories whose files take longest, so that no process is left with a long one in the end.
 LONGEST = (
-    *("recovery", "machines", "pipeline", "launch", "kernels", "gpu_worker", "http", "examples"),
+    *(
+        "recovery",
+        "machines",
+        "pipeline",
+        "launch",
+        "kernels",
+        "gpu_worker",
+        "http",
+        "page",
+        "examples",
+    ),
     "bench",
 )
 MOST_PROCESSES = 8

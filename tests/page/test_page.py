@@ -212,6 +212,25 @@ def test_a_tool_call_is_shown_and_answered(visit: Visit) -> None:
     expect(page.get_by_role("button", name="Give result")).to_have_count(0)
 
 
+def test_two_calls_are_answered_together(visit: Visit) -> None:
+    visitor = visit()
+    page = visitor.page
+    calls = [
+        {"id": name, "index": index, "function": {"name": name, "arguments": "{}"}}
+        for index, name in enumerate(("one", "two"))
+    ]
+    page.route(CHAT, answered({"tool_calls": calls}, reason="tool_calls"))
+    visitor.send("Call both.")
+    for name in ("one", "two"):
+        page.get_by_label(f"Result of {name}").fill("done")
+        assert len(visitor.asked) == 1, "it is asked before all results are there"
+        page.keyboard.press("Enter")
+    expect(page.locator(".call")).to_have_count(4)  # the same answer again
+    assert [m["role"] for m in visitor.asked[-1]["messages"]] == [
+        *("user", "assistant", "tool", "tool")
+    ]
+
+
 def test_a_refusal_is_told(visit: Visit) -> None:
     visitor = visit()
     visitor.set(temperature="-1")

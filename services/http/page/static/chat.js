@@ -1,28 +1,18 @@
 // The chat: conversations, messages, and the answer that is being written.
 
-import { $, announce, el, say, showText } from "./dom.js";
-import { ask } from "./server.js";
 import { emptyAnswer, stream } from "./answer.js";
+import { $, announce, el } from "./dom.js";
+import { showMessages } from "./messages.js";
+import { ask } from "./server.js";
+import { Settings } from "./settings.js";
 
-const ENDLESS_TOKENS = "2000";
-const EXAMPLE_TOOL = JSON.stringify([
-  {
-    type: "function",
-    function: {
-      name: "get_weather",
-      description: "The weather in a city.",
-      parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] },
-    },
-  },
-], null, 1);
 const TITLE = 40;
 
 export class Chat {
   constructor(store) {
     this.store = store;
     this.running = null; // { abort, deaths, ... } while an answer is being written
-    this.settings = $("settings");
-    this.#restoreSettings();
+    this.settings = new Settings(store);
     $("composer").addEventListener("submit", (event) => {
       event.preventDefault();
       this.send($("prompt").value);
@@ -34,18 +24,14 @@ export class Chat {
     });
     $("stop").addEventListener("click", () => this.stop());
     $("new").addEventListener("click", () => this.#open(null));
-    $("settings-button").addEventListener("click", () => this.#toggleSettings());
-    $("example-tool").addEventListener("click", () => this.#set({ tools: EXAMPLE_TOOL }));
     for (const example of $("welcome").querySelectorAll("button")) {
       example.addEventListener("click", () => {
         const { prompt, endless, tool } = example.dataset;
-        if (endless) this.#set({ endless: true, maxTokens: ENDLESS_TOKENS });
-        if (tool) this.#set({ tools: EXAMPLE_TOOL });
+        this.settings.writeWithoutEnd(Boolean(endless));
+        if (tool) this.settings.offerTool();
         this.send(prompt);
       });
     }
-    this.settings.addEventListener("submit", (event) => event.preventDefault());
-    this.settings.addEventListener("change", () => this.#keepSettings());
     addEventListener("pagehide", () => this.store.save());
     this.#show();
   }
@@ -81,14 +67,25 @@ export class Chat {
     $("prompt").value = "";
     const { current } = this.store;
     current.title ||= text.trim().slice(0, TITLE);
-    await this.#ask({ role: "user", content: text.trim() });
+    current.messages.push({ role: "user", content: text.trim() });
+    await this.#ask();
+  }
+
+  /** Takes a tool's result; asks the model again once all of its calls have one. */
+  #give(call, result) {
+    if (this.running) return;
+    const { messages } = this.store.current;
+    messages.push({ role: "tool", id: call.id, content: result });
+    const { calls } = messages.findLast(({ role }) => role === "assistant");
+    const given = new Set(messages.map(({ id }) => id));
+    if (calls.every(({ id }) => given.has(id))) this.#ask();
+    else this.#showMessages();
   }
 
   // What is asked, and how ---------------------------------------------------------------------
 
-  async #ask(...messages) {
+  async #ask() {
     const { current } = this.store;
-    current.messages.push(...messages);
     const answer = emptyAnswer();
     const abort = new AbortController();
     dispatchEvent(new Event("answering"));
@@ -97,7 +94,7 @@ export class Chat {
     this.#show();
     announce("The model answers.");
     try {
-      const request = { model: await this.model, messages: this.#history(current), stream: true, stream_options: { include_usage: true }, ...this.#sampling() };
+      const request = { model: await this.model, messages: this.#history(current), stream: true, stream_options: { include_usage: true }, ...this.settings.keys };
       current.messages.push(answer);
       this.#showMessages();
       const end = await stream(request, (news) => this.#news(news), abort.signal);
@@ -116,7 +113,7 @@ export class Chat {
   }
 
   #history({ messages }) {
-    const { system } = this.store.settings;
+    const { system } = this.settings;
     const history = system ? [{ role: "system", content: system }] : [];
     for (const { role, content, reasoning, calls, id } of messages) {
       if (role === "tool") history.push({ role, content, tool_call_id: id });
@@ -131,17 +128,6 @@ export class Chat {
       }
     }
     return history;
-  }
-
-  #sampling() {
-    const { temperature, maxTokens, thinking, endless, tools } = this.store.settings;
-    const sampling = {};
-    if (temperature) sampling.temperature = Number(temperature);
-    if (maxTokens) sampling.max_tokens = Number(maxTokens);
-    if (thinking) sampling.chat_template_kwargs = { enable_thinking: thinking === "on" };
-    if (endless) sampling.ignore_eos = true;
-    if (tools) sampling.tools = JSON.parse(tools);
-    return sampling;
   }
 
   // The answer that comes ----------------------------------------------------------------------
@@ -216,112 +202,6 @@ export class Chat {
   }
 
   #showMessages() {
-    const { messages } = this.store.current;
-    const log = $("messages");
-    const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    $("welcome").hidden = messages.length > 0;
-    log.hidden = !messages.length;
-    messages.forEach((message, index) => {
-      let shown = log.children[index];
-      if (!shown) log.append((shown = this.#newMessage(message)));
-      this.#showMessage(shown, message);
-    });
-    while (log.children.length > messages.length) log.lastChild.remove();
-    if (follows) log.scrollTop = log.scrollHeight;
-  }
-
-  #newMessage({ role }) {
-    const label = { user: "You", assistant: "The model", tool: "The tool’s result" }[role];
-    const message = el("article", { class: `message ${role}`, "aria-label": label });
-    if (role === "assistant") {
-      message.append(el("details", { class: "thinking", hidden: true }, el("summary"), el("div", { class: "text" })));
-    }
-    message.append(el("div", { class: "text" }));
-    if (role === "assistant") message.append(el("div", { class: "calls" }), el("p", { class: "note" }), el("p", { class: "error" }));
-    return message;
-  }
-
-  #showMessage(shown, message) {
-    showText(shown.querySelector(":scope > .text"), message.content ?? "", message.marks);
-    if (message.role !== "assistant") return;
-    const writing = this.running?.answer === message;
-    shown.classList.toggle("writing", writing);
-    const thinking = shown.querySelector(".thinking");
-    thinking.hidden = !message.reasoning;
-    const thinks = writing && !message.content && !message.calls.length;
-    say(thinking.querySelector("summary"), thinks ? "Thinking …" : "What the model thought");
-    showText(thinking.querySelector(".text"), message.reasoning);
-    const calls = shown.querySelector(".calls");
-    message.calls.forEach((call, index) => {
-      if (!calls.children[index]) calls.append(this.#newCall(call));
-      this.#showCall(calls.children[index], call, writing);
-    });
-    say(shown.querySelector(".note"), message.note ?? "");
-    say(shown.querySelector(".error"), message.error ?? "");
-  }
-
-  #newCall() {
-    return el("div", { class: "call" }, el("span", { class: "call-name" }), el("pre", { tabindex: 0 }));
-  }
-
-  #showCall(shown, call, writing) {
-    say(shown.querySelector(".call-name"), `Calls ${call.name}`);
-    say(shown.querySelector("pre"), call.arguments);
-    const answered = this.store.current.messages.some(({ role, id }) => role === "tool" && id === call.id);
-    const form = shown.querySelector("form");
-    if (answered || writing) form?.remove();
-    else if (!form) shown.append(this.#resultForm(call));
-  }
-
-  /** Where the visitor says what the tool's result is. */
-  #resultForm(call) {
-    const input = el("input", { "aria-label": `Result of ${call.name}`, placeholder: "its result, such as {\"temperature\": 12}" });
-    const give = (event) => {
-      event.preventDefault();
-      if (!this.running) this.#ask({ role: "tool", id: call.id, content: input.value });
-    };
-    return el("form", { onsubmit: give }, input, el("button", { type: "submit" }, "Give result"));
-  }
-
-  // Settings -----------------------------------------------------------------------------------
-
-  #toggleSettings() {
-    this.settings.hidden = !this.settings.hidden;
-    $("settings-button").setAttribute("aria-expanded", !this.settings.hidden);
-  }
-
-  #restoreSettings() {
-    for (const [name, value] of Object.entries(this.store.settings)) {
-      const field = this.settings.elements[name];
-      if (field?.type === "checkbox") field.checked = value;
-      else if (field) field.value = value;
-    }
-  }
-
-  #set({ tools, endless, maxTokens }) {
-    const { elements } = this.settings;
-    if (tools) elements.tools.value = tools;
-    if (endless) elements.endless.checked = true;
-    if (maxTokens) elements.maxTokens.value ||= maxTokens;
-    this.#keepSettings();
-  }
-
-  #keepSettings() {
-    const { temperature, maxTokens, thinking, endless, system, tools } = this.settings.elements;
-    let error = "";
-    try {
-      if (tools.value.trim()) JSON.parse(tools.value);
-    } catch (problem) {
-      error = `The tools are no JSON: ${problem.message}`;
-    }
-    $("tools-error").textContent = error;
-    this.store.settings = {
-      temperature: temperature.value,
-      maxTokens: maxTokens.value,
-      thinking: thinking.value,
-      endless: endless.checked,
-      system: system.value,
-      tools: error ? "" : tools.value.trim(),
-    };
+    showMessages(this.store.current.messages, this.running?.answer, (call, result) => this.#give(call, result));
   }
 }

@@ -1,10 +1,11 @@
 // The pipeline as a diagram: each process a node, and between them what flows and what waits.
 
 import { el, say, svg } from "./dom.js";
+import { BESIDE, down, join, up } from "./lines.js";
 
 const GAP = 7; // between the two directions of a connection, in pixels
-const BESIDE = 17; // of a box to a line that passes it, in pixels
 const MOST_CROSSINGS = 16; // engines times detokenizers that are joined by lines of their own
+const count = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
 const WORK = {
   ingress: (s) => `${s.requests} unfinished · ${count(s.sessions, "client")}`,
   tokenizer: (s) => `${s.queued} queued`,
@@ -15,7 +16,7 @@ const WORK = {
 };
 
 const PURPOSE = {
-  http: "speaks OpenAI’s API",
+  http: "speaks HTTP with clients",
   ingress: "holds every request until its end: the others can be rebuilt from it",
   tokenizer: "text to tokens",
   scheduler: "plans each step",
@@ -23,7 +24,6 @@ const PURPOSE = {
   detokenizer: "tokens to text",
 };
 
-const count = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
 const percent = (share) => (share === undefined ? "–" : `${Math.round(share * 100)}%`);
 
 export class Diagram {
@@ -41,7 +41,6 @@ export class Diagram {
     this.engineList = el("div", { class: "engines" });
     root.append(this.lines, this.http, this.ingress, this.tokenizers, this.engineList, this.detokenizers);
     this.paths = new Map();
-    
     new ResizeObserver(() => this.#draw()).observe(root);
   }
 
@@ -165,7 +164,7 @@ export class Diagram {
     const draw = (id, from, to, shift, ...rest) => line(id, join(box(from), box(to), shift), ...rest);
     const ingress = this.ingress.querySelector(".node");
     if (!ingress) return;
-    const { rate, running } = this.pipeline.figures;
+    const { rate, running, waiting } = this.pipeline.figures;
     const busy = rate > 0 || running > 0;
     for (const one of this.pipeline.of("http")) {
       const node = this.nodes.get(one.name);
@@ -184,7 +183,8 @@ export class Diagram {
       const { scheduler, workers } = this.pipeline.engines.get(number) ?? { workers: [] };
       const runs = scheduler?.rates.generated > 0;
       const there = far ? down(box(ingress), box(card)) : join(box(ingress), box(card), 0);
-      line(`engine ${number}`, there, runs, scheduler?.stats?.waiting, "waiting");
+      const queue = this.engines.size === 1 ? waiting : scheduler?.stats?.waiting;
+      line(`engine ${number}`, there, runs, queue, "waiting");
       for (const one of scheduler ? workers : []) {
         const [from, to] = [this.nodes.get(scheduler.name), this.nodes.get(one.name)];
         draw(`${one.name} plans`, from, to, -GAP, runs);
@@ -227,40 +227,4 @@ export class Diagram {
 
 function group(role, label) {
   return el("div", { class: `group ${role}` }, el("ul", { class: "nodes", "aria-label": label }));
-}
-
-/** Where a line meets the side of a box: as near to `wanted` as its corners allow. */
-const between = (wanted, low, high) => Math.min(Math.max(wanted, low + 16), high - 16);
-const centre = ({ left, right }) => (left + right) / 2;
-
-/** A line between two boxes, and its middle. `shift` keeps two directions apart. */
-function join(a, b, shift) {
-  const below = a.bottom <= b.top;
-  if (below || b.bottom <= a.top) {
-    const narrow = a.right - a.left < b.right - b.left ? a : b;
-    const x1 = between(centre(narrow), a.left, a.right) + shift;
-    const x2 = between(centre(narrow), b.left, b.right) + shift;
-    const [y1, y2] = below ? [a.bottom, b.top] : [a.top, b.bottom];
-    const bend = (y1 + y2) / 2;
-    return { d: `M${x1} ${y1}C${x1} ${bend} ${x2} ${bend} ${x2} ${y2}`, middle: { x: (x1 + x2) / 2, y: bend } };
-  }
-  const [x1, x2] = a.right <= b.left ? [a.right, b.left] : [a.left, b.right];
-  const y2 = (b.top + b.bottom) / 2;
-  const y1 = between(y2, a.top, a.bottom);
-  const bend = (x1 + x2) / 2;
-  return { d: `M${x1} ${y1}C${bend} ${y1} ${bend} ${y2} ${x2} ${y2}`, middle: { x: bend, y: (y1 + y2) / 2 } };
-}
-
-/** A line down from a box and round a corner into the left side of another, past what is between. */
-function down(a, b) {
-  const [x, y] = [b.left - BESIDE, b.top + BESIDE];
-  return { d: `M${x} ${a.bottom}V${y - 8}q0 8 8 8H${b.left}`, middle: { x, y: y - BESIDE } };
-}
-
-/** A line out of the right side of a box, and up round corners into another. */
-function up(a, b) {
-  const [x, y] = [a.right + BESIDE, a.top + BESIDE];
-  const out = `M${a.right} ${y}H${x - 8}q8 0 8 -8`;
-  const end = x < b.right ? `V${b.bottom}` : `V${b.bottom - BESIDE}q0 -8 -8 -8H${b.right}`;
-  return { d: out + end, middle: { x, y } };
 }

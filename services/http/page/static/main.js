@@ -99,7 +99,6 @@ async function follow() {
         const news = pipeline.update(status, performance.now());
         news.forEach(hear);
         draw(pipeline.figures.rate, news.filter(({ kind }) => kind === "death").length);
-        document.body.classList.add("connected");
         diagram.update(pipeline);
         show(pipeline, status);
       }
