@@ -210,7 +210,7 @@ def _with_cors(app: ASGIApp, origins: str) -> ASGIApp:
         allow_origins=allowed,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=["x-request-id", "retry-after"],
+        expose_headers=["x-request-id", "request-id", "retry-after"],
     )
 
 

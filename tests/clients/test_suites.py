@@ -71,7 +71,7 @@ def check(schemathesis: str, server: Server, directory: Path) -> None:
         cwd=directory,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=250,
         check=False,
     )
     assert ran.returncode == 0, ran.stdout[-4000:]
