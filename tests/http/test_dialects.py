@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanovllm.checkpoint import DEMO_CHECKPOINT
 from nanovllm.checkpoint.chat_template import ChatTemplate
 from nanovllm.checkpoint.tokenizer import read_chat_template
 from nanovllm.checkpoint.tokenizer_config import TokenizerConfig
+from nanovllm.client.results import Completion, Delta, Usage
 from nanovllm.services.http.anthropic import requests as anthropic
+from nanovllm.services.http.anthropic.messages import MessageOutput
 from nanovllm.services.http.context import ServedModel
 from nanovllm.services.http.conversation import Conversation
 from nanovllm.services.http.openai import chat as openai_chat
 from nanovllm.services.http.openai.requests import ChatRequest
 from nanovllm.services.http.openai.responses import requests as responses
+from nanovllm.services.http.openai.responses.responses import ResponseOutput
 from nanovllm.services.http.parsing import parse
+from nanovllm.services.http.streams import Output
 from tests.http.server import Server
+from tests.http.test_tool_calls import OPEN, WEATHER, fragments
 
 CONFIG = TokenizerConfig.from_checkpoint(DEMO_CHECKPOINT)
 TEMPLATE = ChatTemplate(read_chat_template(DEMO_CHECKPOINT, CONFIG) or "", CONFIG.special_tokens())
@@ -246,6 +252,129 @@ def test_the_answers_are_alike(server: Server) -> None:
     assert {usage["output_tokens"], response["usage"]["output_tokens"]} == {
         chat["usage"]["completion_tokens"]
     }
+
+
+class Said(NamedTuple):
+    """What an answer says, in any dialect."""
+
+    thought: str
+    content: str
+    calls: list[tuple[str, str]]
+
+
+@given(fragments, st.integers(0, 400), st.lists(st.integers(0, 400), max_size=6), st.booleans())
+@example(f'<think>a</think>b {OPEN}{{"name": "f", "arguments": {{"a": x', 16, [40], True)
+@example(f"<think>a</think>b {WEATHER}{WEATHER} c", 16, [40, 99], False)
+def test_any_output_says_the_same_in_all_dialects(
+    text: str, answer_at: int, cuts: list[int], ends: bool
+) -> None:
+    """Whole and as a stream, whose blocks and items begin, grow and end one after another."""
+    at = answer_at % (len(text) + 1)
+    completion = Completion(text, [1], "stop" if ends else "length", Usage(1, 1, 0), None, None, at)
+    bounds = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    deltas = [
+        Delta(text[a:b], [1], None, at - a if a <= at < b or (at == b == len(text)) else None)
+        for a, b in pairwise(bounds)
+    ] or [Delta("", [1], None, 0)]
+    talk = Talk("", [Turn(["a"], "", "b", [])], ["f"], True, False)
+    _, response, message = conversations(talk)
+    chat = openai_chat.ChatOutput(0, MODEL, tools=True).whole(completion).message
+    said = Said(
+        chat.reasoning_content or "",
+        chat.content or "",
+        [(str(c.function.name), str(c.function.arguments)) for c in chat.tool_calls or ()],
+    )
+    body = msgspec.json.encode({"model": "demo", **as_responses(talk)})
+    ask = parse(body, responses.ResponsesRequest)
+    whole_response = ResponseOutput(ask, MODEL, response).whole(completion)
+    assert said_by_response(plain(whole_response)["output"]) == said
+    whole_message = MessageOutput(MODEL, message, shows_thinking=True).whole(completion)
+    assert said_by_message(plain(whole_message)["content"]) == said
+    events = streamed(ResponseOutput(ask, MODEL, response), deltas, completion)
+    assert said_by_response(items_of(events)) == said
+    assert items_of(events) == events[-1]["response"]["output"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    events = streamed(MessageOutput(MODEL, message, shows_thinking=True), deltas, completion)
+    assert said_by_message(blocks_of(events)) == said
+
+
+def plain(struct: msgspec.Struct) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(struct))
+
+
+def streamed(output: Output, deltas: list[Delta], completion: Completion) -> list[Any]:
+    """Each event, as it was when it was made."""
+    events = [plain(event) for event in output.begin()]
+    for delta in deltas:
+        events += [plain(event) for event in output.news(delta)]
+    return events + [plain(event) for event in output.end(completion)]
+
+
+def said_by_response(items: list[Any]) -> Said:
+    texts = {"reasoning": "", "message": ""}
+    calls = []
+    for item in items:
+        if item["type"] == "function_call":
+            if item["status"] == "completed":
+                calls.append((item["name"], item["arguments"]))
+            else:
+                with pytest.raises(ValueError):
+                    json.loads(item["arguments"])
+        else:
+            texts[item["type"]] += item["content"][0]["text"]
+    return Said(texts["reasoning"], texts["message"], calls)
+
+
+def said_by_message(blocks: list[Any]) -> Said:
+    return Said(
+        "".join(block["thinking"] for block in blocks if block["type"] == "thinking"),
+        "".join(block["text"] for block in blocks if block["type"] == "text"),
+        [
+            (block["name"], block.get("written") or json.dumps(block["input"]))
+            for block in blocks
+            if block["type"] == "tool_use"
+        ],
+    )
+
+
+def items_of(events: list[Any]) -> list[Any]:
+    """The items that are done, each of which has grown to what it is."""
+    items: list[Any] = []
+    grown = ""
+    for event in events:
+        kind = event["type"].removeprefix("response.")
+        if kind == "output_item.added":
+            assert event["output_index"] == len(items)
+            grown = ""
+        elif kind.endswith(".delta"):
+            assert event["delta"]
+            grown += event["delta"]
+        elif kind == "output_item.done":
+            item = event["item"]
+            assert event["output_index"] == len(items)
+            assert grown == (item["arguments"] if "name" in item else item["content"][0]["text"])
+            items.append(item)
+    return items
+
+
+def blocks_of(events: list[Any]) -> list[Any]:
+    """The blocks, joined from what has come of them."""
+    blocks: list[Any] = []
+    is_open = False
+    for event in events:
+        if event["type"] == "content_block_start":
+            assert not is_open
+            assert event["index"] == len(blocks)
+            blocks.append({**event["content_block"], "written": ""})
+        elif event["type"] == "content_block_delta":
+            assert is_open
+            assert event["index"] == len(blocks) - 1
+            delta = dict(event["delta"])
+            key = {"partial_json": "written"}
+            for name in delta.keys() - {"type"}:
+                blocks[-1][key.get(name, name)] += delta[name]
+        is_open = event["type"].startswith("content_block_") and not event["type"].endswith("stop")
+    return blocks
 
 
 # What is wrong in any place of a body.
