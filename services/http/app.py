@@ -21,6 +21,7 @@ from nanovllm.services.http.error_responses import (
     on_client_gone,
     on_exception,
     on_http_exception,
+    on_recursion,
 )
 from nanovllm.services.http.errors import ApiError, api_error, check_model, json_response
 from nanovllm.services.http.openai.answers import Model, ModelList, Version
@@ -103,6 +104,7 @@ def make_app(context: DoorContext) -> Starlette:
             HTTPException: on_http_exception,
             ClientGone: on_client_gone,
             ClientDisconnect: on_client_gone,
+            RecursionError: on_recursion,
             Exception: on_exception,
         },
     )

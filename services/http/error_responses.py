@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from nanovllm.services.http.anthropic.errors import message_error, status_of
-from nanovllm.services.http.errors import ApiError, ErrorAnswer
+from nanovllm.services.http.errors import TOO_DEEP, ApiError, ErrorAnswer
 
 RETRY_AFTER_S: Final = "1"
 # The paths of Anthropic's API.
@@ -49,6 +49,11 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     response = error_response(ApiError(error.status_code, message), request.scope)
     response.headers.update(error.headers or {})
     return response
+
+
+async def on_recursion(request: Request, _: Exception) -> Response:
+    """What was decoded cannot be written again, a few levels deeper."""
+    return error_response(ApiError(400, TOO_DEEP), request.scope)
 
 
 async def on_client_gone(_: Request, __: Exception) -> Response:

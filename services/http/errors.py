@@ -19,6 +19,7 @@ _KEY: Final = re.compile(
 )
 
 
+TOO_DEEP: Final = "the body is nested too deeply"
 # The session is that of this server, which has many clients.
 _FULL: Final = re.compile(r"of .* are held, .* for this session; try later")
 

@@ -8,7 +8,7 @@ from typing import ClassVar, TypeVar
 
 import msgspec
 
-from nanovllm.services.http.errors import ApiError
+from nanovllm.services.http.errors import TOO_DEEP, ApiError
 from nanovllm.wording import key_and_reason
 
 KeysT = TypeVar("KeysT", bound="Keys")
@@ -41,7 +41,7 @@ def parse(body: bytes, kind: type[KeysT]) -> KeysT:
     except msgspec.ValidationError as error:
         raise _refusal(kind, *key_and_reason(error)) from None
     except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
+        raise ApiError(400, TOO_DEEP) from None
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
 

@@ -26,8 +26,9 @@ from nanovllm.services.http.openai.responses import requests as responses
 from nanovllm.services.http.openai.responses.responses import ResponseOutput
 from nanovllm.services.http.parsing import parse
 from nanovllm.services.http.streams import Output
+from nanovllm.services.http.tool_calls import OPEN
 from tests.http.server import Server
-from tests.http.test_tool_calls import OPEN, WEATHER, fragments
+from tests.http.test_tool_calls import WEATHER, fragments
 
 CONFIG = TokenizerConfig.from_checkpoint(DEMO_CHECKPOINT)
 TEMPLATE = ChatTemplate(read_chat_template(DEMO_CHECKPOINT, CONFIG) or "", CONFIG.special_tokens())
@@ -408,6 +409,29 @@ def test_odd_requests_are_answered_or_refused(server: Server, path: str) -> None
             if answer.status != 200:
                 assert answer.json["error"]["message"]
     assert answers[400] > answers[200] > 0, answers
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", b'{"messages": [{"role": "assistant", "content": [%s]}], "max_tokens": 1'),
+        ("/v1/messages/count_tokens", b'{"messages": [{"role": "assistant", "content": [%s]}]'),
+        ("/v1/responses", b'{"input": "x", "tools": [%s], "max_output_tokens": 1'),
+    ],
+)
+def test_bodies_that_nest_as_deeply_as_can_be_read_are_refused(
+    server: Server, path: str, body: bytes
+) -> None:
+    """A little less deeply they can be read, and not be written again."""
+    nesting = b'{"type": "tool_use", "id": "1", "name": "f", "input": {"a": %s}}'
+    if path == "/v1/responses":
+        nesting = b'{"type": "function", "name": "f", "parameters": {"a": %s}}'
+    statuses = set[int]()
+    for depth in range(930, 1010):
+        nested = body % (nesting % (b"[" * depth + b"]" * depth))
+        statuses.add(server.post(path, nested + b', "model": "demo"}').status)
+    assert 500 not in statuses
+    assert 400 in statuses
 
 
 def places(value: Any) -> list[list[Any]]:
