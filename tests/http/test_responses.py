@@ -130,7 +130,14 @@ def test_a_call_that_breaks_is_text_too() -> None:
         with client.responses.stream(**ASKED, tools=[WEATHER]) as stream:
             kinds = [event.type for event in stream]
             streamed = stream.get_final_response()
+        items = [{"role": "user", "content": "hello"}, *streamed.output]
+        client.responses.create(model="demo", input=items)
+        said = double.generates[-1].messages
     message = ("output_text", text, "completed")
+    assert said == [
+        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": text}]},
+    ]
     assert told(whole) == [message]
     call, *rest = told(streamed)
     assert call[2] == "incomplete"
@@ -244,7 +251,7 @@ def user(*parts: Any) -> list[Any]:
                     {"type": "function_call_output", "call_id": "1", "output": "x"},
                 ]
             },
-            "arguments",
+            "input[0]: arguments: this is not a JSON object",
         ),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"tool_choice": "required"}, "tool_choice: goes with tools only"),

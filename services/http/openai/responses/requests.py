@@ -61,11 +61,22 @@ class Item(msgspec.Struct, kw_only=True):
     name: str | None = None
     arguments: str | None = None
     output: Texts | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
 
     def __post_init__(self) -> None:
         for key in _NEEDED[self.type]:
             if getattr(self, key) is None:
                 raise ValueError(f"{key}: missing in an item of type {self.type}")
+        if self.type == "function_call" and not self.is_broken_call:
+            try:
+                msgspec.json.decode(self.arguments or "{}", type=dict[str, Any])
+            except ValueError:
+                raise ValueError("arguments: this is not a JSON object") from None
+
+    @property
+    def is_broken_call(self) -> bool:
+        """Whether this is what a stream has given of a call that broke, and of a message too."""
+        return self.type == "function_call" and self.status == "incomplete"
 
 
 class FunctionTool(msgspec.Struct, kw_only=True):
@@ -216,7 +227,7 @@ def _messages(ask: ResponsesRequest) -> list[Message]:
         elif item.type == "message" and item.role != "assistant":
             role = "system" if item.role == "developer" else item.role
             messages.append(Message(role=role or "user", content=_parts(item.content)))
-        else:
+        elif not item.is_broken_call:
             _add_to_assistant(messages, item)
     return messages
 
