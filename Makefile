@@ -19,7 +19,7 @@ help:
 	@echo "make test    lint, type-check and run all tests"
 	@echo "make test-clients   test with langchain, litellm, Prometheus … (installs them)"
 	@echo "make test-ray       test on a Ray cluster of local nodes (installs Ray)"
-	@echo "make image   build a container image (VARIANT=cuda for GPUs)"
+	@echo "make image   build a container image (VARIANT=cuda for GPUs; TORCH_CPU=INDEX: smaller)"
 	@echo "make chromium  unpack Debian's Chromium into $(VENV), for the tests of the page"
 	@echo "make clean   remove the virtual environment and caches"
 
@@ -71,7 +71,8 @@ BUILDER ?= $(shell command -v podman || command -v docker || command -v buildah)
 image:
 	@test -n "$(BUILDER)" || { echo "make image: install podman, docker or buildah"; exit 1; }
 	$(BUILDER) build -f deploy/container/Containerfile --build-arg VARIANT=$(VARIANT) \
-		-t nanovllm:$(VARIANT) .
+		--build-arg TORCH_CPU=$(TORCH_CPU) -t nanovllm:$(VARIANT) .
+
 # Debian's browser, unpacked, with the libraries that are not installed.
 chromium: $(CHROMIUM)
 
