@@ -84,6 +84,10 @@ def test_a_chat_goes_on_while_services_are_killed(sim: Pipeline, tmp_path: Path)
         assert shown.wait() == 0
 
 
+def control_endpoint(pipeline: Pipeline) -> str:
+    return Settings(runtime_dir=str(pipeline.runtime_dir)).control_endpoint
+
+
 def test_a_command_is_done_once_however_often_it_is_asked_for(sim: Pipeline) -> None:
     """Its connection ends while it is being done, and with its answer."""
 
@@ -91,9 +95,8 @@ def test_a_command_is_done_once_however_often_it_is_asked_for(sim: Pipeline) -> 
         return sum(s.restarts for s in sim.status().services if s.role == "tokenizer")
 
     before = restarts()
-    endpoint = Settings(runtime_dir=str(sim.runtime_dir)).control_endpoint
     with Neighbourhood() as here:
-        asker = here.connects("command", endpoint, list[FromSupervisor])
+        asker = here.connects("command", control_endpoint(sim), list[FromSupervisor])
         for number in (1, 2):
             restart = Restart("tokenizer", number)
             asker.send(restart, StatusRequest())
@@ -123,6 +126,18 @@ def own() -> Iterator[Pipeline]:
 
 def signalled(pipeline: Pipeline) -> None:
     pipeline.process.send_signal(signal.SIGTERM)
+
+
+def test_a_command_hears_of_the_end_of_the_pipeline(own: Pipeline) -> None:
+    with Neighbourhood() as here:
+        asker = here.connects("command", control_endpoint(own), list[FromSupervisor])
+        asker.send(Restart("all", 1), StatusRequest())
+        asker.expect(Status)  # it is being done
+        signalled(own)
+        own.wait_for("stopping", END_TIMEOUT_S)
+        signalled(own)
+        assert asker.expect(Done) == Done("the pipeline ended before it was done", 1)
+        assert own.process.wait(END_TIMEOUT_S) == 0
 
 
 def test_the_first_signal_drains(own: Pipeline) -> None:
