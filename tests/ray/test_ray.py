@@ -70,7 +70,8 @@ class Served(NamedTuple):
 
     def remove_node(self, node_id: str) -> None:
         nodes = self.on.nodes
-        nodes.remove_node(next(node for node in nodes.worker_nodes if node.node_id == node_id))
+        (node,) = (node for node in nodes.worker_nodes if node.node_id == node_id)
+        nodes.remove_node(node, allow_graceful=False)
 
 
 def wait_until(true: Callable[[], bool]) -> None:
