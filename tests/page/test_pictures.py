@@ -57,7 +57,7 @@ def picture(visitor: Visitor, file: Path) -> None:
     page.wait_for_timeout(15_000)  # for the curve
     visitor.set(endless=True, maxTokens="400", temperature="0.5")
     visitor.send("Tell me a story about a fox.")
-    visitor.wait_for_text(360)
+    visitor.wait_for_text(300)
     page.get_by_role("button", name="Kill scheduler 0").click()
     expect(page.locator("#story")).to_contain_text("scheduler 0 has died")
     page.mouse.move(0, 0)
