@@ -77,12 +77,11 @@ image:
 chromium: $(CHROMIUM)
 
 $(CHROMIUM):
-	@mkdir -p $(VENV) && rm -rf $@.part && mkdir $@.part && cd $@.part \
+	@mkdir -p $(VENV) && rm -rf $@.part && mkdir $@.part && (cd $@.part \
 		&& apt-get -qq download $$(apt-get -s install --no-install-recommends chromium \
 			fonts-dejavu-core | sed -n 's/^Inst \([^ ]*\).*/\1/p') \
-		&& for package in *.deb; do dpkg -x "$$package" . && rm "$$package" || exit; done \
-		&& mv $(CURDIR)/$@.part $(CURDIR)/$@ \
-		|| echo "The page is not tested: apt-get cannot download chromium"
+		&& for package in *.deb; do dpkg -x "$$package" . && rm "$$package" || exit; done) \
+		&& mv $@.part $@ || echo "The page is not tested: apt-get cannot download chromium"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/node/node_modules \
