@@ -34,8 +34,6 @@ class AnswerFormat(NamedTuple):
 
 
 ANY_ANSWER: Final = AnswerFormat(None, "structured_outputs")
-
-
 END_OF_CALL: Final = "}\n" + CLOSE
 
 

@@ -1,4 +1,4 @@
-"""A conversation: the one form that chats, responses and messages are translated into."""
+"""The one form into which chats, Responses and Messages are translated."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def chat_of(
 
 
 class Conversation(NamedTuple):
-    """
+    """What a request asks: the next message of a conversation.
+
     Attributes:
         chat: the prompt.
         sampling: how to draw the next message.
