@@ -52,6 +52,7 @@ def test_llm_comply(obedient: Server, form: str, passes: int) -> None:
     assert ran.stdout.count("✓") >= passes
 
 
+@pytest.mark.timeout(600)
 def test_schemathesis(start_pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     """Outputs are short: some requests ask for as much as there may be, 128 times."""
     schemathesis = installed("schemathesis")
@@ -71,7 +72,7 @@ def check(schemathesis: str, server: Server, directory: Path) -> None:
         cwd=directory,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=550,
         check=False,
     )
     assert ran.returncode == 0, ran.stdout[-4000:]
