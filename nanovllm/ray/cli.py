@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _NOT_HERE = ("model", "services", "join", "advertise", "runtime_dir", "gpus")
 _PORT = 5600
 # So long an actor takes at most to start, where there is a node for it.
-HEAD_PATIENCE_S = 15.0
+HEAD_PATIENCE_S = 30.0
 
 
 def _on_a_cluster(command: Callable[..., None]) -> Callable[..., None]:
@@ -204,7 +204,7 @@ class _Progress(LoadingBar):
             self.write(f"no node has {self._resources} free for {engine} {', '.join(waiting)}")
         if head is None and now >= self._tell_of_the_head_at:
             self._tell_of_the_head_at = math.inf
-            self.write("the head does not answer: it needs a node with a CPU free")
+            self.write("the head has not started: it needs a node with a CPU free")
         services = head.status.services if head is not None and head.status is not None else []
         there = [service for service in services if service.state != "unreachable"]
         ready = sum(engine.ready for engine in engines.values())

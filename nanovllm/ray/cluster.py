@@ -35,10 +35,12 @@ from nanovllm.transport.endpoints import host_and_port
 # What is called between two looks; with the states of the head and of engines by their numbers.
 Look = Callable[[HeadState | None, dict[int, EngineState]], None]
 
-# From one look at the actors to the next; how long a connection and an answer may take.
+# From one look at the actors to the next; how long an answer may take while others are waited for,
+# and else; how long a connection.
 LOOK_AGAIN_S: Final = 0.3
-CONNECT_S: Final = 5.0
+SOON_S: Final = 1.0
 ANSWER_S: Final = 5.0
+CONNECT_S: Final = 5.0
 _ENGINE: Final = "engine-"
 # Ray would kill an actor's children with the actor: they have things to remove before they end.
 _ENVIRONMENT: Final = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "0"}}
@@ -148,7 +150,7 @@ class Cluster:
     def _wait(self, engines: Sequence[int], look: Look) -> HeadState:
         """Returns when the head and these engines are ready. Raises Failed."""
         while True:
-            head, states = self._states(LOOK_AGAIN_S)
+            head, states = self._states(SOON_S)
             look(head, states)
             if not states.keys() >= {*engines}:
                 raise Failed("another command has ended the engines meanwhile")
