@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -269,17 +271,27 @@ def test_ctrl_c_takes_all_away_again(on: OnRay) -> None:
     wait_until_nothing_is_left(on, "other")
 
 
-def test_an_engine_has_the_gpus_that_ray_gives_it(on: OnRay) -> None:
+def test_engines_have_the_gpus_that_ray_gives_and_http_has_its_keys(
+    on: OnRay, tmp_path: Path
+) -> None:
+    (tmp_path / "api-keys").write_text("a-key-of-sixteen")
     on.add_node(2, gpus=4)
-    on.command(
-        *("up", "--name", "other", "--engines", "2", "--tp", "2", "--http", ""),
+    printed = on.command(
+        *("up", "--name", "other", "--engines", "2", "--tp", "2"),
         *("--port", free_services().rpartition(":")[2]),
+        *("--http", free_services().replace("tcp://127.0.0.1", "0.0.0.0")),
+        *("--api-key-file", str(tmp_path / "api-keys")),
     )
     visible = [
         launched_by(pid_of(f"engine-{number}", "other"))[0].environ()["CUDA_VISIBLE_DEVICES"]
         for number in range(2)
     ]
     assert sorted(",".join(visible).split(",")) == ["0", "1", "2", "3"]
+    (http,) = re.findall(r"HTTP +(http://127\.0\.0\.\d+:\d+)", printed)
+    with pytest.raises(HTTPError, match="401"):
+        urlopen(f"{http}/v1/models")
+    with_key = Request(f"{http}/v1/models", headers={"Authorization": "Bearer a-key-of-sixteen"})
+    assert urlopen(with_key).status == 200
     on.command("down", "--name", "other")
     wait_until_nothing_is_left(on, "other")
 
