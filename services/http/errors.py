@@ -78,8 +78,9 @@ def api_error(
         message = message.replace("structured_outputs", answer_key, 1)
     if _FULL.fullmatch(message):
         message = "the server holds as many requests as it may; try again later"
-    key = _KEY.match(message)
-    return ApiError(_STATUS_OF[error.code], message, key and key[1], error.code)
+    found = _KEY.match(message)
+    key = answer_key if message.startswith(f"{answer_key}: ") else found and found[1]
+    return ApiError(_STATUS_OF[error.code], message, key, error.code)
 
 
 def check_model(asked: str, served: str) -> None:

@@ -253,6 +253,20 @@ def user(*parts: Any) -> list[Any]:
             },
             "input[0]: arguments: this is not a JSON object",
         ),
+        (
+            {
+                "input": [
+                    {
+                        "type": "function_call",
+                        "call_id": "1",
+                        "name": "f",
+                        "arguments": "{",
+                        "status": "incomplete",
+                    }
+                ]
+            },
+            "input: nothing but calls that are incomplete",
+        ),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"tool_choice": "required"}, "tool_choice: goes with tools only"),
         ({"tool_choice": "bot"}, "must be auto, none or required"),
@@ -276,3 +290,4 @@ def test_what_cannot_be_served_is_refused_by_name(
     answer = server.post("/v1/responses", {**ASKED, **keys})
     assert answer.status == 400
     assert named in answer.json["error"]["message"]
+    assert answer.json["error"]["param"]

@@ -27,6 +27,7 @@ from nanovllm.services.http.conversation import (
     Part,
     chat_of,
 )
+from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.openai.formats import JsonObjectFormat, TextFormat
 from nanovllm.services.http.parsing import one_of, only
 from nanovllm.services.http.sampling import DrawKeys, sampling
@@ -194,6 +195,7 @@ def conversation_of(ask: ResponsesRequest, model: ServedModel) -> Conversation:
 
 
 def prompt_of(ask: ResponsesRequest) -> Chat:
+    """Raises ApiError if the conversation is empty."""
     effort = ask.reasoning and ask.reasoning.effort
     kwargs = {"enable_thinking": effort != "none"} if effort else {}
     functions = [] if ask.tool_choice == "none" else _functions(ask)
@@ -229,6 +231,8 @@ def _messages(ask: ResponsesRequest) -> list[Message]:
             messages.append(Message(role=role or "user", content=_parts(item.content)))
         elif not item.is_broken_call:
             _add_to_assistant(messages, item)
+    if not messages:
+        raise ApiError(400, "input: nothing but calls that are incomplete", "input")
     return messages
 
 
