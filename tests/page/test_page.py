@@ -212,6 +212,51 @@ def test_a_tool_call_is_shown_and_answered(visit: Visit) -> None:
     expect(page.get_by_role("button", name="Give result")).to_have_count(0)
 
 
+def test_a_call_that_breaks_stops_no_conversation(visit: Visit) -> None:
+    visitor = visit()
+    page = visitor.page
+    text = '{"city": "Be'
+    function = {"name": "get_weather", "arguments": text}
+    call = {"id": "call_1", "type": "function", "index": 0, "function": function}
+    page.route(CHAT, answered({"tool_calls": [call]}, {"content": text}, reason="length"))
+    visitor.send("What is the weather in Bern?")
+    visitor.wait_for_end()
+    expect(page.locator(".call pre")).to_have_text(text)
+    expect(page.get_by_role("button", name="Give result")).to_have_count(0)
+    page.route(CHAT, answered({"content": "It rains."}))
+    visitor.send("Go on.")
+    expect(page.locator("#messages")).to_contain_text("It rains.")
+    assert visitor.asked[-1]["messages"][1] == {"role": "assistant", "content": text}
+
+
+def test_tabs_lose_nothing_of_one_another(visit: Visit) -> None:
+    visitor = visit()
+    page = visitor.page
+    visitor.set(maxTokens="5")
+    visitor.send("One.")
+    expect(page.locator(".note")).to_have_count(1)
+    other = page.context.new_page()
+    other.goto(visitor.door.url)
+    other.get_by_label("Message", exact=True).fill("Two.")
+    other.keyboard.press("Enter")
+    expect(other.locator(".note")).to_have_count(2)
+    expect(page.locator(".message.user")).to_have_text(["One.", "Two."])
+    page.close()
+    other.reload()
+    expect(other.locator(".message.user")).to_have_text(["One.", "Two."])
+
+
+def test_the_conversation_that_is_open_goes_on_when_it_is_chosen(visit: Visit) -> None:
+    visitor = visit()
+    page = visitor.page
+    visitor.set(endless=True, maxTokens="150")
+    visitor.send("Tell me a story.")
+    visitor.wait_for_text()
+    page.locator("#conversations [aria-current]").click()
+    visitor.wait_for_end()
+    assert "150 tokens" in visitor.answer["note"]
+
+
 def test_two_calls_are_answered_together(visit: Visit) -> None:
     visitor = visit()
     page = visitor.page

@@ -7,6 +7,15 @@ const PATIENCE_MS = 60_000;
 const AGAIN_MS = 250;
 const PASSING = new Set(["shutting_down", "unavailable"]);
 
+/** Whether a call's arguments are there to their end, and not broken or cut off. */
+export function isWhole({ arguments: text }) {
+  try {
+    return JSON.parse(text) instanceof Object;
+  } catch {
+    return false;
+  }
+}
+
 export const emptyAnswer = () => ({ role: "assistant", reasoning: "", content: "", calls: [] });
 
 /**

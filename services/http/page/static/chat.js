@@ -1,6 +1,6 @@
 // The chat: conversations, messages, and the answer that is being written.
 
-import { emptyAnswer, stream } from "./answer.js";
+import { emptyAnswer, isWhole, stream } from "./answer.js";
 import { $, announce, el } from "./dom.js";
 import { showMessages } from "./messages.js";
 import { ask } from "./server.js";
@@ -11,7 +11,7 @@ const TITLE = 40;
 export class Chat {
   constructor(store) {
     this.store = store;
-    this.running = null; // { abort, deaths, ... } while an answer is being written
+    this.running = null; // { conversation, abort, deaths, ... } while an answer is being written
     this.settings = new Settings(store);
     $("composer").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -24,6 +24,9 @@ export class Chat {
     });
     $("stop").addEventListener("click", () => this.stop());
     $("new").addEventListener("click", () => this.#open(null));
+    addEventListener("storage", ({ key }) => {
+      if (this.store.hear(key, this.running?.conversation)) this.#show();
+    });
     for (const example of $("welcome").querySelectorAll("button")) {
       example.addEventListener("click", () => {
         const { prompt, endless, tool } = example.dataset;
@@ -32,7 +35,10 @@ export class Chat {
         this.send(prompt);
       });
     }
-    addEventListener("pagehide", () => this.store.save());
+    addEventListener("pagehide", () => {
+      if (this.running) this.running.answer.note = "Cut off: the page was left.";
+      this.store.save();
+    });
     this.#show();
   }
 
@@ -78,7 +84,7 @@ export class Chat {
     messages.push({ role: "tool", id: call.id, content: result });
     const { calls } = messages.findLast(({ role }) => role === "assistant");
     const given = new Set(messages.map(({ id }) => id));
-    if (calls.every(({ id }) => given.has(id))) this.#ask();
+    if (calls.filter(isWhole).every(({ id }) => given.has(id))) this.#ask();
     else this.#showMessages();
   }
 
@@ -89,7 +95,7 @@ export class Chat {
     const answer = emptyAnswer();
     const abort = new AbortController();
     dispatchEvent(new Event("answering"));
-    this.running = { abort, deaths: [], answer, began: performance.now(), first: null, last: null, longest: 0 };
+    this.running = { conversation: current, abort, deaths: [], answer, began: performance.now(), first: null, last: null, longest: 0 };
     this.#buttons();
     this.#show();
     announce("The model answers.");
@@ -118,11 +124,11 @@ export class Chat {
     for (const { role, content, reasoning, calls, id } of messages) {
       if (role === "tool") history.push({ role, content, tool_call_id: id });
       else if (role === "user") history.push({ role, content });
-      else if (content || reasoning || calls.length) {
+      else if (content || reasoning || calls.some(isWhole)) {
         const message = { role, content };
         if (reasoning) message.reasoning_content = reasoning;
-        if (calls.length) {
-          message.tool_calls = calls.map((call) => ({ id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } }));
+        if (calls.some(isWhole)) {
+          message.tool_calls = calls.filter(isWhole).map((call) => ({ id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } }));
         }
         history.push(message);
       }
@@ -171,7 +177,7 @@ export class Chat {
   // What is shown ------------------------------------------------------------------------------
 
   #open(conversation) {
-    this.stop();
+    if (conversation !== this.store.current) this.stop();
     if (conversation) this.store.current = conversation;
     else if (this.store.current.messages.length) this.store.add();
     this.#show();

@@ -1,5 +1,6 @@
 // The messages of a conversation, as they are shown.
 
+import { isWhole } from "./answer.js";
 import { $, el, say, showText } from "./dom.js";
 
 const LABEL = { user: "You", assistant: "The model", tool: "The tool’s result" };
@@ -48,7 +49,7 @@ function showAnswer(shown, answer, writing, answered, give) {
     if (!calls.children[index]) {
       calls.append(el("div", { class: "call" }, el("span", { class: "call-name" }), el("pre", { tabindex: 0 })));
     }
-    showCall(calls.children[index], call, !writing && !answered.has(call.id), give);
+    showCall(calls.children[index], call, !writing && isWhole(call) && !answered.has(call.id), give);
   });
   say(shown.querySelector(".note"), answer.note ?? "");
   say(shown.querySelector(".error"), answer.error ?? "");

@@ -50,6 +50,24 @@ export class Store {
     }
   }
 
+  /**
+   * Takes what another tab has kept, but for the conversation that is being `written` here. Returns
+   * whether there was anything, given what the browser says has changed.
+   */
+  hear(changed, written) {
+    if (changed !== CONVERSATIONS) return false;
+    const kept = new Map(read(CONVERSATIONS, []).map((one) => [one.id, one]));
+    this.conversations = this.conversations.filter((one) => one === written || !one.messages.length || kept.has(one.id));
+    for (const one of this.conversations) {
+      if (one !== written) Object.assign(one, kept.get(one.id));
+      kept.delete(one.id);
+    }
+    this.conversations.push(...[...kept.values()].filter(({ id }) => !this.removed.has(id)));
+    if (!this.conversations.length) this.add();
+    if (!this.conversations.includes(this.current)) this.current = this.conversations[0];
+    return true;
+  }
+
   get settings() {
     return read(SETTINGS, {});
   }
