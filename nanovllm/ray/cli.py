@@ -53,6 +53,8 @@ def _on_a_cluster(command: Callable[..., None]) -> Callable[..., None]:
     )
     @functools.wraps(command)
     def connected(*, address: str, name: str, **others: Any) -> None:
+        if not name:
+            raise click.UsageError("--name is empty: name the pipeline")
         if importlib.util.find_spec("ray") is None:
             raise click.ClickException("Ray is not installed: pip install 'nanovllm[ray]'")
         from nanovllm.ray.cluster import Cluster
@@ -124,7 +126,7 @@ def up(cluster: Cluster, model: str, port: int, **options: Any) -> None:
     gpus = settings.tensor_parallel_size if on_gpus else 0
     engine = EnginePlan(gpus, settings.drain_timeout)
     plan = Plan(settings, port, engine, secrets_of(settings))
-    with _Progress(f"{counted(gpus, 'GPU')} and a CPU" if gpus else "a CPU") as progress:
+    with _Progress(engine) as progress:
         head = cluster.up(plan, settings.engines, progress.look)
     for name, address in head.addresses.items():
         click.echo(f"{name:9} {address}")
@@ -146,8 +148,9 @@ def up(cluster: Cluster, model: str, port: int, **options: Any) -> None:
 @click.argument("count", type=click.IntRange(0, MAX_SERVICES))
 @_on_a_cluster
 def scale(cluster: Cluster, role: str, count: int) -> None:
-    with _Progress("its resources") as progress:
-        cluster.scale(count, progress.look)
+    engine = cluster.engine_plan()
+    with _Progress(engine) as progress:
+        cluster.scale(count, engine, progress.look)
     click.echo(f"{counted(count, role)} running")
 
 
@@ -186,12 +189,12 @@ class _Progress(LoadingBar):
     """What services load; and once, after `PATIENCE_S`, who waits for what.
 
     Args:
-        resources: of an engine.
+        engine: what each engine takes.
     """
 
-    def __init__(self, resources: str) -> None:
+    def __init__(self, engine: EnginePlan) -> None:
         super().__init__()
-        self._resources = resources
+        self._resources = f"{counted(engine.gpus, 'GPU')} and a CPU" if engine.gpus else "a CPU"
         self._tell_at = time.monotonic() + PATIENCE_S
         self._tell_of_the_head_at = time.monotonic() + HEAD_PATIENCE_S
 
@@ -202,7 +205,9 @@ class _Progress(LoadingBar):
             self._tell_at = math.inf
             engine = "engine" if len(waiting) == 1 else "engines"
             self.write(f"no node has {self._resources} free for {engine} {', '.join(waiting)}")
-        if head is None and now >= self._tell_of_the_head_at:
+        if head is not None:
+            self._tell_of_the_head_at = math.inf
+        elif now >= self._tell_of_the_head_at:
             self._tell_of_the_head_at = math.inf
             self.write("the head has not started: it needs a node with a CPU free")
         services = head.status.services if head is not None and head.status is not None else []

@@ -84,13 +84,17 @@ class Cluster:
 
         Raises Failed.
         """
+        taken = Failed(f"a pipeline {self._name!r} runs there: see `nanovllm-ray status`")
         if self._there():
-            raise Failed(f"a pipeline {self._name!r} runs there: see `nanovllm-ray status`")
+            raise taken
         here = ray.get_runtime_context().get_node_id()
         near = NodeAffinitySchedulingStrategy(here, soft=True)
-        ray.remote(Head).options(
-            name=HEAD, num_cpus=1, scheduling_strategy=near, **_ANY_NODE
-        ).remote(plan)
+        try:
+            ray.remote(Head).options(
+                name=HEAD, num_cpus=1, scheduling_strategy=near, **_ANY_NODE
+            ).remote(plan)
+        except ValueError:  # another command was faster
+            raise taken from None
         try:
             for number in range(engines):
                 self._start(number, plan.engine)
@@ -99,12 +103,12 @@ class Cluster:
             self.down()
             raise
 
-    def scale(self, count: int, look: Look) -> None:
+    def scale(self, count: int, plan: EnginePlan, look: Look) -> None:
         """Runs `count` engines from now on; returns when they do.
 
         Raises Failed: an engine cannot start; the others go on.
         """
-        plan, there = self._engine_plan(), self._engines()
+        there = self._engines()
         free = (number for number in itertools.count() if number not in there)
         new = [*itertools.islice(free, max(0, count - len(there)))]
         try:
@@ -122,11 +126,20 @@ class Cluster:
         self._check()
         return self._states(ANSWER_S)
 
+    def engine_plan(self) -> EnginePlan:
+        """Raises PipelineUnavailable if there is no pipeline, or its head does not answer."""
+        self._check()
+        state: HeadState | None
+        (state,) = self._ask([HEAD], "state", ANSWER_S)
+        if state is None:
+            raise PipelineUnavailable("the head does not answer: Ray is placing it anew")
+        return state.engine
+
     def down(self) -> bool:
         """Ends the pipeline; returns False if there was nothing."""
         there, engines = self._there(), self._engines()
         with contextlib.suppress(PipelineUnavailable):  # the head is not placed
-            self._stop([HEAD], self._engine_plan().drain_s)
+            self._stop([HEAD], self.engine_plan().drain_s)
         self._end(engines, 0.0)
         self._kill([HEAD])
         return there
@@ -152,13 +165,14 @@ class Cluster:
         while True:
             head, states = self._states(SOON_S)
             look(head, states)
-            if not states.keys() >= {*engines}:
+            if not states.keys() >= {*engines} or not self._there():
                 raise Failed("another command has ended the engines meanwhile")
             for number in engines:
                 if (state := states[number]).error:
                     raise Failed(f"engine {number} on {state.where} cannot start: {state.error}")
             if head is not None and head.error:
-                raise Failed(f"the head cannot start: {head.error}")
+                error = head.error.replace("--services", "--port: --services")
+                raise Failed(f"the head cannot start: {error}")
             if head is not None and head.ready and all(states[n].ready for n in engines):
                 return head
             time.sleep(LOOK_AGAIN_S)
@@ -183,14 +197,6 @@ class Cluster:
         refs = [ref for ref in asked if ref is not None]
         answered, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else ([], 0)
         return [_answer(ref) if ref in answered else None for ref in asked]
-
-    def _engine_plan(self) -> EnginePlan:
-        self._check()
-        state: HeadState | None
-        (state,) = self._ask([HEAD], "state", ANSWER_S)
-        if state is None:
-            raise PipelineUnavailable("the head does not answer: Ray is placing it anew")
-        return state.engine
 
     def _there(self) -> bool:
         return HEAD in list_named_actors() or bool(self._groups())

@@ -79,7 +79,9 @@ class Launched:
         self._close()
 
     def last_words(self) -> str:
-        """Why it has ended, as it said."""
+        """Why it has ended, as it said; nothing if it was to end, as with its pipeline."""
+        if self._process.returncode == 0:
+            return ""
         said = [line for line in self._last_lines if line.startswith(_LAST_WORD)]
         if said:
             return said[-1].removeprefix(_LAST_WORD)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from nanovllm.api_keys import API_KEY_VARIABLE
+from nanovllm.api_keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from nanovllm.control import Status
 from nanovllm.keys import SERVICES, make_keys
 from nanovllm.options import settings_argv
@@ -18,7 +18,9 @@ KEYS = "keys"
 WAITS = "waits for a node"
 STARTS = "starts"
 # Options that name files of the machine of `up`: their contents go to the head.
-FILES = ("api_key_file", "tls_certificate", "tls_key")
+FILES = ("api_key_file", "admin_key_file", "tls_certificate", "tls_key")
+# Those of its variables that have secrets of the head.
+VARIABLES = (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE)
 
 
 class Secrets(msgspec.Struct, frozen=True):
@@ -142,8 +144,7 @@ def secrets_of(settings: Settings) -> Secrets:
                 files[name] = Path(path).read_bytes()
     except OSError as error:
         raise SettingsError(f"{error.filename} cannot be read: {error.strerror}") from None
-    api_keys = os.environ.get(API_KEY_VARIABLE)
-    return Secrets(files, {API_KEY_VARIABLE: api_keys} if api_keys else {})
+    return Secrets(files, {name: os.environ[name] for name in VARIABLES if name in os.environ})
 
 
 def _read_keys(directory: Path) -> dict[str, bytes]:

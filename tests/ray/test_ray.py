@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -250,6 +251,7 @@ def test_down_leaves_nothing(served: Served) -> None:
     ("words", "why"),
     [
         (("/no/such/model",), "the head cannot start: no such model: /no/such/model"),
+        (("--name", ""), "--name is empty"),
         (("--ingress", "tcp://127.0.0.1:5555"), "--ingress: only clients with keys reach it"),
     ],
 )
@@ -257,7 +259,30 @@ def test_what_cannot_start_says_why_and_leaves_nothing(
     on: OnRay, words: tuple[str, ...], why: str
 ) -> None:
     with pytest.raises(RuntimeError, match=why):
-        on.command("up", *words, "--name", "other")
+        on.command("up", "--name", "other", *words)
+    wait_until_nothing_is_left(on, "other")
+
+
+def test_a_port_that_is_taken_is_named(on: OnRay) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(RuntimeError, match=r"cannot start: --port: --services .* is taken"):
+            on.command("up", "--name", "other", "--port", port, "--http", "")
+    wait_until_nothing_is_left(on, "other")
+
+
+def test_down_ends_an_up_that_waits(on: OnRay) -> None:
+    """It says what has happened, though launchers of its engines end with the pipeline."""
+    up = on.start(
+        *("up", "--name", "other", "--engines", "6", "--device", "sim", "--http", ""),
+        *("--port", free_services().rpartition(":")[2]),
+    )
+    assert up.stdout is not None
+    assert "no node has a CPU free for engine" in up.stdout.readline()
+    wait_until(lambda: "ready" in on.command("status", "--name", "other").partition("MACHINE")[0])
+    assert on.command("down", "--name", "other") == "everything has ended\n"
+    printed, _ = up.communicate(timeout=TIMEOUT_S)
+    assert printed == "Error: another command has ended the engines meanwhile\n"
     wait_until_nothing_is_left(on, "other")
 
 
