@@ -67,7 +67,7 @@ class Notifier:
         except BlockingIOError:
             return False  # the manager is busy: `tell` is called again
         except OSError as error:
-            log.warning("the service manager cannot be told: %s", error.strerror)
+            log.warning("the service manager cannot be told: %s", error.strerror or error)
             self._socket.close()
             self._socket = None
             return False
