@@ -20,7 +20,7 @@ import uvloop
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanovllm.api_keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from nanovllm.checkpoint import model_name
@@ -43,7 +43,7 @@ from nanovllm.services.http.limits import LimitedProtocol
 from nanovllm.services.http.metrics import Recorder
 from nanovllm.services.http.page.access import Access
 from nanovllm.services.http.page.feed import Feed
-from nanovllm.services.http.page.routes import page_routes
+from nanovllm.services.http.page.routes import PAGE_PATHS, page_routes
 from nanovllm.settings import SettingsError
 from nanovllm.transport.endpoints import host_and_port
 
@@ -205,13 +205,19 @@ def _with_cors(app: ASGIApp, origins: str) -> ASGIApp:
     allowed = [origin.strip() for origin in origins.split(",") if origin.strip()]
     if not allowed:
         return app
-    return CORSMiddleware(
+    opened = CORSMiddleware(
         app,
         allow_origins=allowed,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=["x-request-id", "request-id", "retry-after"],
     )
+
+    async def with_cors(scope: Scope, receive: Receive, send: Send) -> None:
+        # The page has a token: it is for nobody else to read.
+        await (app if PAGE_PATHS.fullmatch(scope["path"]) else opened)(scope, receive, send)
+
+    return with_cors
 
 
 def serve(service: Service) -> NoReturn:

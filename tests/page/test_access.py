@@ -182,6 +182,14 @@ def test_the_pages_headers_are_strict(door: Server) -> None:
     assert not re.search(rb"(src|href)=\"(https?:)?//|style=\"|onclick=\"|innerHTML", written)
 
 
+def test_the_page_is_not_for_other_origins_to_read(door: Server) -> None:
+    other = {"Origin": "https://evil.example"}
+    for path in ("/", "/page/main.js"):
+        answer = door.ask("GET", path, headers=other)
+        assert "access-control-allow-origin" not in answer.headers, path
+    assert door.ask("GET", "/v1/models", headers=other).headers["access-control-allow-origin"]
+
+
 def test_with_keys_the_page_is_open_and_what_it_asks_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,7 @@ from nanovllm.services.http.page.access import Access
 from nanovllm.services.http.page.feed import Feed
 from nanovllm.services.http.parsing import Keys, parse
 
+PAGE_PATHS: Final = re.compile("/|/page/.*|/pipeline(/.*)?")
 _FILES: Final = Path(__file__).with_name("static")
 _TYPES: Final = {
     ".css": "text/css; charset=utf-8",
