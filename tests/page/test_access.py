@@ -154,6 +154,15 @@ def test_the_page_kills_one_process(pipeline: Pipeline, door: Server) -> None:
     assert door.complete(prompt="Once", max_tokens=2).status == 200
 
 
+def test_a_server_answers_before_its_own_kill(pipeline: Pipeline, door: Server) -> None:
+    """A browser that gets no answer asks again, and would kill the next server, too."""
+    http = ServiceId("http")
+    before = services(pipeline)[http]
+    assert kill(door, http).status == 202
+    wait_for_another(pipeline, http, before)
+    wait_until_ready(pipeline, [http])
+
+
 def test_a_service_that_starts_is_left_alone(pipeline: Pipeline, door: Server) -> None:
     """Otherwise a few clicks would have the supervisor give it up, and the pipeline with it."""
     with ThreadPoolExecutor(12) as pool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -82,6 +84,11 @@ def page_routes(
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(feed.events(), 200, headers, "text/event-stream")
 
+    async def end_me() -> None:
+        """Has this server killed, once the answer is sent: a browser that gets none asks again."""
+        await asyncio.sleep(0)  # the event loop writes to the socket meanwhile
+        kill(me)
+
     async def killed(request: Request) -> Response:
         access.check(request.headers, request.scope["server"], request.scope["scheme"])
         asked = parse(await request.body(), Kill)
@@ -93,6 +100,8 @@ def page_routes(
             raise ApiError(409, f"{service} is {states[service]}: wait until it is ready")
         if me.machine not in (0, service.machine):
             raise ApiError(409, "only pages of the main machine reach services of others")
+        if service == me:
+            return Response(status_code=202, background=BackgroundTask(end_me))
         if not kill(service):
             raise ApiError(503, "the supervisor cannot be asked; try again", code="unavailable")
         return Response(status_code=202)

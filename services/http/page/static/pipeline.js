@@ -11,7 +11,7 @@ export class Pipeline {
   constructor() {
     this.services = new Map(); // by name, what is known of each
     this.first = []; // [time, requests, seconds] of first tokens
-    this.told = false;
+    this.at = null; // of the last report
   }
 
   /** Takes a `Status`; returns what has happened since the last one. */
@@ -30,7 +30,7 @@ export class Pipeline {
       news.push({ kind: "left", name, text: `${name} has left` });
     }
     this.first = this.first.filter(([at]) => now - at < FIRST_TOKEN_MS);
-    this.told = true;
+    this.at = now;
     return news;
   }
 
@@ -67,10 +67,10 @@ export class Pipeline {
     const same = before?.service.pid === service.pid;
     let downSince = before?.downSince ?? null;
     if (before ? downSince === null && !(up && same) : !up) {
-      downSince = now;
+      downSince = up ? (this.at ?? now) : now; // it is ready again: it died some time before
       if (before) news.push({ kind: "death", name, text: `${name} died` });
-      else if (this.told) news.push({ kind: "new", name, text: `${name} is started` });
-    } else if (!before && this.told) {
+      else if (this.at !== null) news.push({ kind: "new", name, text: `${name} is started` });
+    } else if (!before && this.at !== null) {
       news.push({ kind: "back", name, text: `${name} has come` });
     }
     if (downSince !== null && up) {
