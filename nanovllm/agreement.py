@@ -22,7 +22,7 @@ OWN_OPTIONS: Final = {
 FREE_OPTIONS: Final = {
     *("model", "device", "tensor_parallel_size", "attention", "enforce_eager", "sim_step_ms"),
     *("gpu_memory_utilization", "num_kvcache_blocks", "pipeline_depth", "max_num_seqs"),
-    *("max_prefill_tokens", "cors", "drain_timeout"),
+    *("max_prefill_tokens", "cors", "drain_timeout", "otlp"),
 }
 # Of each file of weights, so many bytes at its end are in the fingerprint.
 _SAMPLE_BYTES: Final = 1 << 16

@@ -38,5 +38,6 @@ class LLMOptions(TypedDict, total=False):
     max_message_bytes: int
     max_pending_requests: int
     drain_timeout: float
+    otlp: str
     log_level: Literal["debug", "info", "warning", "error"]
     log_format: Literal["text", "json"]

@@ -142,7 +142,8 @@ class Held(Message, tag="held"):
 
 class Submit(Message, tag="submit"):
     """A request in token ids: `prompt` and the `output` so far are int32, and the first `resumed`
-    output tokens came from the client. Without `answer_marks` the answer is all output."""
+    output tokens came from the client. Without `answer_marks` the answer is all output. `timed`:
+    `Timings` are wanted."""
 
     uid: int
     attempt: int
@@ -152,6 +153,7 @@ class Submit(Message, tag="submit"):
     sampling: Sampling
     cache_salt: str
     answer_marks: AnswerMarks | None = None
+    timed: bool = False
 
 
 class End(Message, tag="end"):
@@ -228,6 +230,15 @@ class TextOptions(Message):
     answer_marks: AnswerMarks | None = None
 
 
+class Timings(Message):
+    """Of an attempt, in µs: how long it waited for a slot; from then on for its first token; and
+    from then on until the scheduler found its end, if it has."""
+
+    queue_us: int
+    prefill_us: int
+    decode_us: int | None = None
+
+
 class Begin(Message, tag="begin"):
     """The whole of an attempt as the scheduler has it: what a detokenizer starts from.
 
@@ -248,6 +259,7 @@ class Begin(Message, tag="begin"):
     cached_tokens: int
     token_logprobs: list[TokenLogprobs]
     prompt_parts: list[PromptPart] = []
+    timings: Timings | None = None
 
 
 class NewTokens(Message, tag="new_tokens"):
@@ -273,6 +285,7 @@ class Finished(Message, tag="finished"):
     attempt: int
     reason: EndReason
     completion_tokens: int
+    timings: Timings | None = None
 
 
 SchedulerToDetokenizer = Begin | NewTokens | Finished | End
@@ -299,7 +312,8 @@ class Decoded(Message, tag="decoded"):
     `logprobs` is empty unless asked for, else one entry a token. `ending` is there on the last.
     `answer_at` is the number of characters of the released text before the answer, from the message
     on in which the answer begins; there only if the request has `answer_marks`.
-    `prompt_parts`, if asked for, come with the output from token 0.
+    `prompt_parts`, if asked for, come with the output from token 0. `timings`, if wanted, come with
+    each; without `decode_us` where a stop string ended the output.
     """
 
     uid: int
@@ -312,6 +326,7 @@ class Decoded(Message, tag="decoded"):
     ending: Ending | None
     answer_at: int | None = None
     prompt_parts: list[PromptPart] = []
+    timings: Timings | None = None
 
 
 IngressToDetokenizer = Engines

@@ -32,6 +32,9 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 LogitBias = Annotated[dict[TokenId, Bias], Meta(max_length=MAX_LOGIT_BIAS)]
 BadWord = NonEmptyStr | Annotated[TokenIds, Meta(max_length=MAX_BAD_WORD_TOKENS)]
 BadWords = Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)]
+# Of W3C's Trace Context, version 00.
+TRACEPARENT = r"^00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z"
+Traceparent = Annotated[str, Meta(pattern=TRACEPARENT)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 ErrorCode = Literal[
@@ -136,6 +139,8 @@ class Generate(Public, tag="generate", forbid_unknown_fields=True):
     resume_token_ids: list[TokenId] = []
     cache_salt: str | None = None
     client: NonEmptyStr | None = None  # at most 128 bytes, too
+    traceparent: Traceparent | None = None
+    timings: bool = False
 
 
 class Abort(Public, tag="abort", forbid_unknown_fields=True):
@@ -169,9 +174,12 @@ class Delta(Public, tag="delta", omit_defaults=False):
 
 
 class Usage(msgspec.Struct):
+    """`timings` are there if asked for: name and µs of each phase."""
+
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    timings: list[tuple[str, int]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Finish(Public, tag="finish", omit_defaults=False):

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from nanovllm.log import LogFormat
+from nanovllm.tracing import exporter_is_installed
 from nanovllm.transport.endpoints import LONGEST_IPC_PATH, host_and_port, is_local
 
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
@@ -32,6 +33,7 @@ RESTARTABLE = (*ROLES, "engine", "all")
 SCALABLE = ("tokenizer", "detokenizer", "http", "engine")
 # As browsers write it: no path, no slash at the end. A page from a file has the origin "null".
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
+_OTLP = re.compile(r"https?://[^/\s]+(/\S*)?")
 # At most so many services of a role that can be scaled, on one machine.
 MAX_SERVICES = 64
 # What a machine that joins brings, each none unless its option is given.
@@ -266,6 +268,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _option("Seconds that unfinished requests have to finish after SIGTERM or Ctrl-C."),
     ] = 30.0
 
+    otlp: Annotated[
+        str,
+        _option(
+            "Where traces of requests go, by OTLP over HTTP, as http://127.0.0.1:4318; '' traces"
+            " nothing. Needs nanovllm[otlp]."
+        ),
+    ] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], _option("The least that is logged.")
     ] = "info"
@@ -303,6 +312,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                     f"--cors {origin}: must be an origin, as browsers write it:"
                     " https://page.example or http://localhost:3000"
                 )
+        if self.otlp:
+            self._check_otlp()
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise SettingsError("--tls-certificate and --tls-key belong together: name both")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -336,6 +347,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"{flag(name)} {endpoint} is beyond loopback, and whoever reaches it may use the"
                 " pipeline: make keys with `nanovllm keygen` and name them with --keys, bind"
                 " 127.0.0.1, or allow it with --insecure"
+            )
+
+    def _check_otlp(self) -> None:
+        if not _OTLP.fullmatch(self.otlp):
+            raise SettingsError(
+                f"--otlp {self.otlp}: must be http://HOST:PORT or https://HOST:PORT"
+            )
+        if not exporter_is_installed():
+            raise SettingsError(
+                "--otlp sends by OpenTelemetry, which is not installed: pip install"
+                " 'nanovllm[otlp]', or leave --otlp"
             )
 
     def _check_machines(self) -> None:

@@ -44,6 +44,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Tools | None = None,
         cache_salt: str | None = None,
+        traceparent: str | None = None,
     ) -> WholeT: ...
 
     @overload
@@ -56,6 +57,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Tools | None = None,
         cache_salt: str | None = None,
+        traceparent: str | None = None,
     ) -> StreamT: ...
 
     def generate(
@@ -67,6 +69,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Tools | None = None,
         cache_salt: str | None = None,
+        traceparent: str | None = None,
     ) -> WholeT | StreamT:
         """Generates from text, token ids or chat messages.
 
@@ -77,6 +80,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
             chat_template_kwargs: for chat messages; passed to the chat template.
             tools: for chat messages; the functions that the chat template tells the model of.
             cache_salt: prefix-cache entries are shared only among requests with the same salt.
+            traceparent: the trace that it belongs to, as W3C's header says it.
 
         Raises:
             TypeError, ValueError: the prompt or a parameter is not valid.
@@ -90,6 +94,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
             chat_template_kwargs=chat_template_kwargs,
             tools=tools,
             cache_salt=cache_salt,
+            traceparent=traceparent,
         )
         return self._start(message)
 
@@ -143,6 +148,7 @@ def generate_message(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     tools: Tools | None = None,
     cache_salt: str | None = None,
+    traceparent: str | None = None,
 ) -> Generate:
     """The request for `prompt`: text, token ids or chat messages.
 
@@ -163,8 +169,9 @@ def generate_message(
             if "messages" not in values:
                 raise ValueError(f"{name} go with chat messages only")
             values[name] = plain(value)
-    if cache_salt is not None:
-        values["cache_salt"] = plain(cache_salt)
+    for name, text in (("cache_salt", cache_salt), ("traceparent", traceparent)):
+        if text is not None:
+            values[name] = plain(text)
     try:
         message = msgspec.convert({"type": "generate", "id": new_id(), **values}, Generate)
     except msgspec.ValidationError as error:

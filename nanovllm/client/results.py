@@ -21,6 +21,7 @@ from nanovllm.protocol import (
     Pong,
     PromptLogprobs,
 )
+from nanovllm.protocol import Usage as WireUsage
 
 AnswerT = TypeVar("AnswerT")
 
@@ -83,11 +84,13 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Usage:
     """How many tokens a request had: prompt and output, and those of the prompt whose keys and
-    values were in the prefix cache."""
+    values were in the prefix cache. `timings` are name and µs of each phase, of a
+    `Generate` that asks for them."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    timings: list[tuple[str, int]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +237,7 @@ class PendingRequest(_Pending[Completion]):
             text="".join(self._texts),
             token_ids=self._token_ids,
             finish_reason=finish.finish_reason,
-            usage=Usage(**msgspec.structs.asdict(finish.usage)),
+            usage=_usage(finish.usage),
             logprobs=self._if_asked(self._logprobs),
             seed=self._seed,
             answer_at=self._answer_at,
@@ -243,6 +246,12 @@ class PendingRequest(_Pending[Completion]):
 
     def _if_asked(self, logprobs: Logprobs) -> Logprobs | None:
         return None if self.message.sampling.logprobs is None else logprobs
+
+
+def _usage(usage: WireUsage) -> Usage:
+    return Usage(
+        usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.timings or None
+    )
 
 
 Pending = PendingRequest | PendingPing

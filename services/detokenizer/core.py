@@ -45,7 +45,7 @@ class Detokenizer:
         elif isinstance(message, Finished):
             output = self._outputs.get(message.uid)
             if output is not None and output.attempt == message.attempt and not output.ended:
-                output.finish(message.reason, message.completion_tokens)
+                output.finish(message.reason, message.completion_tokens, message.timings)
                 self._note(message.uid, output)
         else:
             output = self._outputs.get(message.uid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanovllm.messages import Begin, Decoded, Ending, EndReason, TokenLogprobs, unpack
+from nanovllm.messages import Begin, Decoded, Ending, EndReason, Timings, TokenLogprobs, unpack
 from nanovllm.protocol import Usage
 from nanovllm.services.detokenizer.text import AnswerFinder, StopFinder, TextDecoder
 from nanovllm.vocabulary import Vocabulary
@@ -64,6 +64,7 @@ class Decoding:
         self._prompt_parts = begin.prompt_parts
         self._prompt_tokens = begin.prompt_tokens
         self._cached_tokens = begin.cached_tokens
+        self._timings = begin.timings
         held = self.count
         raw = begin.output[held * TOKEN_BYTES :]
         without_logprobs = len(begin.output) // TOKEN_BYTES - len(begin.token_logprobs)
@@ -105,9 +106,11 @@ class Decoding:
             self._breaks, text = not bare, bare
         self._release(text, self._stops)
 
-    def finish(self, reason: EndReason, completion_tokens: int) -> None:
+    def finish(
+        self, reason: EndReason, completion_tokens: int, timings: Timings | None = None
+    ) -> None:
         """The output ends with its `completion_tokens`-th token, unless a stop string ended it."""
-        self._finish = (reason, completion_tokens)
+        self._finish, self._timings = (reason, completion_tokens), timings
         self._end_if_complete()
 
     def decoded(self) -> Decoded:
@@ -124,6 +127,7 @@ class Decoding:
             None if self._reason is None else Ending(self._reason, self._usage()),
             self._answer_at,
             [] if start else self._prompt_parts,
+            self._timings,
         )
 
     def sent(self) -> None:

@@ -44,7 +44,9 @@ from nanovllm.services.http.metrics import Recorder
 from nanovllm.services.http.page.access import Access
 from nanovllm.services.http.page.feed import Feed
 from nanovllm.services.http.page.routes import PAGE_PATHS, page_routes
+from nanovllm.services.http.tracing import TracedDoor
 from nanovllm.settings import SettingsError
+from nanovllm.tracing import Tracer, tracer_to
 from nanovllm.transport.endpoints import host_and_port
 
 # An ingress that hangs is found after 10 s, and may start for as long again: to HTTP clients all of
@@ -96,11 +98,12 @@ class Door:
             app.add_route("/metrics", self._metrics, ["GET"])
             kill, me = self._service.ask_kill, self._service.me.service
             app.routes.extend(page_routes(access, self._feed, self._status, kill, me))
+            tracer = tracer_to(settings.otlp)
             self._guard = Guard(app, keys and keys + admin_keys, settings.max_message_bytes)
             LimitedProtocol.max_body_bytes = settings.max_message_bytes
             self._server = _Server(
                 uvicorn.Config(
-                    RequestLog(_with_cors(self._guard, settings.cors)),
+                    RequestLog(_with_cors(_traced(self._guard, tracer), settings.cors)),
                     http=LimitedProtocol,
                     ws="none",
                     lifespan="off",
@@ -199,6 +202,10 @@ def _told(defaults: SamplingDefaults) -> str:
     values = msgspec.structs.asdict(defaults).items()
     said = ", ".join(f"{name} {value:g}" for name, value in values if value is not None)
     return said and f"generation_config.json's {said}, unless a request says otherwise"
+
+
+def _traced(app: ASGIApp, tracer: Tracer | None) -> ASGIApp:
+    return app if tracer is None else TracedDoor(app, tracer)
 
 
 def _with_cors(app: ASGIApp, origins: str) -> ASGIApp:

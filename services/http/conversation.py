@@ -12,6 +12,7 @@ from nanovllm.protocol import Generate, NonEmptyStr, Sampling
 from nanovllm.services.http.calls import Calls, client_name
 from nanovllm.services.http.context import DoorContext
 from nanovllm.services.http.sampling import copies
+from nanovllm.services.http.tracing import asked_of
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -119,6 +120,7 @@ class Conversation(NamedTuple):
             stream=self.stream,
             cache_salt=self.cache_salt,
             client=client_name(request),
+            **asked_of(request),
         )
         messages = copies(context, [message], self.choices, body)
         return Calls(context, request, messages, self.answer_key)

@@ -30,7 +30,9 @@ from nanovllm.services.ingress.pending import PendingRequests
 from nanovllm.services.ingress.quarantine import Quarantine
 from nanovllm.services.ingress.requests import Request
 from nanovllm.services.ingress.sessions import Session, Sessions
+from nanovllm.services.ingress.timeline import Timeline
 from nanovllm.services.ingress.tokenizers import Tokenizers
+from nanovllm.tracing import Tracer
 from nanovllm.transport.links import Peer
 from nanovllm.wording import counted
 
@@ -61,6 +63,8 @@ class Core:
         max_num_batched_tokens: the token budget of an engine's step.
         about: facts for pongs.
         draw_seed: draws the seed of a request that brings none.
+        clock: tells the time in ns; asked for requests alone whose timings are wanted.
+        tracer: takes the spans; None where nothing is traced.
 
     Attributes:
         sessions: the clients, and the frames for them.
@@ -77,12 +81,16 @@ class Core:
         max_num_batched_tokens: int,
         about: About,
         draw_seed: Callable[[], int],
+        clock: Callable[[], int],
+        tracer: Tracer | None = None,
     ) -> None:
         self.tokenizers = Tokenizers()
         self.engines = EnginePool(max_num_batched_tokens)
         self.detokenizers = Detokenizers(self.engines)
         self.sessions = Sessions(incarnation)
         self._about = about
+        self._clock = clock
+        self._tracer = tracer
         self._pending = PendingRequests(incarnation, max_pending_requests, draw_seed)
         self._client_queues = ClientQueues(limits)
         self._queue = Queue()
@@ -231,6 +239,8 @@ class Core:
                 request.output.num_tokens,
             )
             return
+        if request.timeline is not None and decoded.timings is not None:
+            request.timeline.decoded(decoded.timings)
         if (ending := decoded.ending) is not None:
             if ending.reason == "not_finite":
                 message = "the model's logits are not finite (NaN or inf)"
@@ -275,7 +285,17 @@ class Core:
         if (refusal := self._refusal(session, ask, size)) is not None:
             self.sessions.answer(session, refusal)
             return
-        self.tokenizers.add(self._pending.begin(session, ask, size))
+        request = self._pending.begin(session, ask, size)
+        request.timeline = self._timeline(ask)
+        self.tokenizers.add(request)
+
+    def _timeline(self, ask: Generate) -> Timeline | None:
+        parent = None if self._tracer is None else self._tracer.parent(ask.traceparent)
+        if parent is not None and not parent.sampled:
+            parent = None
+        if parent is None and not ask.timings:
+            return None
+        return Timeline(self._clock, parent, wanted=ask.timings)
 
     def _refusal(self, session: Session, ask: Generate, size: int) -> Error | None:
         code: ErrorCode = "overloaded"
@@ -322,6 +342,8 @@ class Core:
     def _over(self, request: Request) -> None:
         """The request has its outcome, or its client has gone: no service goes on with it."""
         request.over = True
+        if request.timeline is not None:
+            request.timeline.end()
         if request.tokenize is not None:
             self.tokenizers.discard(request)
         self._queue.discard(request)
@@ -333,6 +355,8 @@ class Core:
         if not request.over:
             self._over(request)
         self._pending.forget(request)
+        if self._tracer is not None and (spans := request.spans()):
+            self._tracer.add(spans)
 
 
 def _requests(requests: Sized) -> str:

@@ -145,7 +145,7 @@ class Engine:
 
     def give(self, request: Request) -> None:
         """Submits the request, as its next attempt."""
-        request.attempt += 1
+        request.next_attempt()
         request.engine = self
         self.fresh = False
         self._ever_given += 1
@@ -218,7 +218,7 @@ class Engine:
         for uid, attempt in sorted(zip(unpack_int64(message.uids), attempts, strict=True)):
             request = self.given.get(uid)
             if request is not None and request.attempt == attempt:
-                request.attempt += 1
+                request.next_attempt()
                 self._submits[uid] = request
                 count += 1
         return count

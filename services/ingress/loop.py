@@ -25,6 +25,7 @@ from nanovllm.services.ingress.clients import ClientSocket, Sent
 from nanovllm.services.ingress.core import About, Core
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.sessions import Session
+from nanovllm.tracing import tracer_to
 from nanovllm.transport.links import HEARTBEAT_S, Down, Event, Peer, Received, Up
 
 T = TypeVar("T", bound=Message)
@@ -61,6 +62,8 @@ class Ingress:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             about=About(__version__, model_name(service.directory)),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
+            clock=time.monotonic_ns,
+            tracer=tracer_to(settings.otlp),
         )
         self._services = service.bind(
             settings.services_endpoint, list[FromServices], self._from_services

@@ -19,6 +19,8 @@ from nanovllm.protocol import (
     Usage,
 )
 from nanovllm.services.ingress.output import Output
+from nanovllm.services.ingress.timeline import Timeline
+from nanovllm.tracing import Span
 
 if TYPE_CHECKING:
     from nanovllm.services.ingress.engine import Engine
@@ -56,6 +58,7 @@ class Request:
     outcome: Finish | Error | None = None  # the last message for the client
     unsent: bool = False  # whether the session's list of unsent streams has the request
     unsent_bytes: int = 0  # about what its output takes there
+    timeline: Timeline | None = None  # of a request that is traced, or whose timings are asked for
 
     @property
     def prompt_tokens(self) -> int:
@@ -63,8 +66,16 @@ class Request:
         prompt = self.prompt if self.tokenize is None else self.tokenize.prompt_token_ids
         return len(prompt or b"") // 4
 
+    def next_attempt(self) -> None:
+        """An engine is given the request."""
+        self.attempt += 1
+        if self.timeline is not None:
+            self.timeline.given(self.attempt)
+
     def tokenized(self, answer: Tokenized) -> None:
         """Keeps a tokenizer's answer in place of the message for it."""
+        if self.timeline is not None:
+            self.timeline.tokenized()
         self.tokenize = None
         self.answer_marks = answer.answer_marks
         self.prompt = answer.prompt
@@ -108,10 +119,15 @@ class Request:
             sampling=sampling,
             cache_salt=self.cache_salt,
             answer_marks=self.answer_marks,
+            timed=self.timeline is not None,
         )
 
     def finish(self, reason: FinishReason, usage: Usage) -> None:
         """Sets the outcome. Without `stream` the outcome carries the whole output."""
+        if self.timeline is not None:
+            self.timeline.end()
+            if self.timeline.wanted:
+                usage.timings = self.timeline.timings
         self.outcome = Finish(id=self.id, finish_reason=reason, usage=usage)
         if not self.stream:
             everything = self.output.take_all(self.id)
@@ -129,6 +145,22 @@ class Request:
             completion_tokens=self.output.num_tokens,
             cached_tokens=0,
         )
+
+    def spans(self) -> list[Span]:
+        """Its spans, once it is over; none if it is not traced."""
+        if self.timeline is None:
+            return []
+        attributes: dict[str, str | int] = {
+            "nanovllm.request": f"{self.uid:x}",
+            "gen_ai.usage.input_tokens": self.prompt_tokens,
+            "gen_ai.usage.output_tokens": self.output.num_tokens,
+        }
+        error = None
+        if isinstance(self.outcome, Error):
+            error = f"{self.outcome.code}: {self.outcome.message}"
+        elif self.outcome is not None:
+            attributes["nanovllm.finish_reason"] = self.outcome.finish_reason
+        return self.timeline.spans(attributes, error)
 
     def take(self) -> list[ServerMessage]:
         """The messages that the client of a stream has not been sent yet."""

@@ -6,6 +6,9 @@ work that the next plan does not need is done while the device computes.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import msgspec
 
 from nanovllm.control import SchedulerStats
@@ -34,7 +37,7 @@ from nanovllm.services.scheduler.detokenizers import Detokenizers
 from nanovllm.services.scheduler.group import WorkerGroup
 from nanovllm.services.scheduler.planner import StepPlanner
 from nanovllm.services.scheduler.preparations import Preparations
-from nanovllm.services.scheduler.sequences import Sequence
+from nanovllm.services.scheduler.sequences import Moments, Sequence
 from nanovllm.services.scheduler.steps import Sampled, logprobs_of
 from nanovllm.settings import Settings
 from nanovllm.transport.links import Peer
@@ -46,6 +49,7 @@ class Scheduler:
     Args:
         engine: the number of this scheduler's engine.
         first_matcher: the number of the first matcher, see `Preparations`.
+        clock: tells the time in ns; asked for sequences alone whose timings are wanted.
 
     Attributes:
         endpoint: where detokenizers connect.
@@ -53,14 +57,23 @@ class Scheduler:
         detokenizers: the messages for the detokenizers.
     """
 
-    def __init__(self, settings: Settings, engine: int = 0, first_matcher: int = 0) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: int = 0,
+        first_matcher: int = 0,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self._settings = settings
+        self._clock = clock
         self.endpoint = settings.scheduler_endpoint(engine)
         self._records: dict[int, Sequence] = {}
         preparations = Preparations(first_matcher)
         self._planner = StepPlanner(settings, preparations)
         self.detokenizers = Detokenizers(self._planner.slots)
         self.group = WorkerGroup(settings.pipeline_depth, preparations)
+        # In slots, for the first time and without a token yet: those whose timings are wanted.
+        self._without_token: set[int] = set()
         self._unsettled: list[tuple[Sampled, list[RowLogprobs]]] = []
         self._missing: Missing | None = None
         self._lost: list[Lost] = []
@@ -90,6 +103,8 @@ class Scheduler:
                 return
             self._drop(held)
         sequence = self._records[submit.uid] = Sequence(submit)
+        if submit.timed:
+            sequence.moments = Moments(self._clock())
         self._planner.add(sequence)
         if sequence.output and sequence.finish is None:
             # Only a detokenizer can find a stop string in the output.
@@ -119,6 +134,7 @@ class Scheduler:
     def _drop(self, sequence: Sequence) -> None:
         self._planner.remove(sequence)
         self.detokenizers.end(sequence)
+        self._without_token.discard(sequence.uid)
 
     # The ingress --------------------------------------------------------------------------------
 
@@ -201,6 +217,11 @@ class Scheduler:
         if step is None:
             return False
         self.group.launch(step)
+        for admission in step.plan.admit:
+            sequence = self._planner.slots.occupant(admission.slot)
+            if sequence.moments is not None and sequence.moments.admitted is None:
+                sequence.moments.admitted = self._clock()
+                self._without_token.add(sequence.uid)
         self._latest_plan = step.plan
         self._planned = True
         self._filling = True
@@ -212,6 +233,8 @@ class Scheduler:
             return
         self._planned = False
         for sampled, logprobs in self._unsettled:
+            if self._without_token:
+                self._note_first_tokens(sampled)
             if logprobs:
                 self._keep(sampled, logprobs)
             self.detokenizers.sampled(sampled, logprobs, self._records.__getitem__)
@@ -258,8 +281,19 @@ class Scheduler:
         """Notes for the ingress which requests a lost service had in hand."""
         self._lost.append(Lost(peer.service, peer.incarnation, in_hand))
 
+    def _note_first_tokens(self, sampled: Sampled) -> None:
+        """A detokenizer may have begun them before, with the output of earlier attempts."""
+        for uid in self._without_token.intersection(sampled.uids.tolist()):
+            self._without_token.discard(uid)
+            sequence = self._records[uid]
+            if sequence.moments is not None:
+                sequence.moments.first_token = self._clock()
+            self.detokenizers.begin(sequence)
+
     def _tell_of_ended(self) -> None:
         for ended in self._planner.ended:
+            if (moments := ended.sequence.moments) is not None:
+                moments.ended = self._clock()
             self.detokenizers.finish(ended)
         self._planner.ended.clear()
 

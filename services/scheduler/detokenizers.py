@@ -240,13 +240,14 @@ class Detokenizers:
             cached_tokens=sequence.cached_tokens or 0,
             token_logprobs=list(sequence.logprobs),
             prompt_parts=list(sequence.prompt_parts),
+            timings=sequence.timings,
         )
 
 
 def _finished(sequence: Sequence) -> Finished:
     if sequence.finish is None:
         raise ValueError(f"request {sequence.uid} has not finished")
-    return Finished(sequence.uid, sequence.attempt, *sequence.finish)
+    return Finished(sequence.uid, sequence.attempt, *sequence.finish, sequence.timings)
 
 
 def _new_tokens(sampled: Sampled, rows: Indices, logprobs: list[RowLogprobs]) -> NewTokens:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from nanovllm.block_names import TOKEN_BYTES
-from nanovllm.messages import EndReason, PromptPart, Submit, TokenLogprobs, unpack
+from nanovllm.messages import EndReason, PromptPart, Submit, Timings, TokenLogprobs, unpack
 from nanovllm.services.scheduler.blocks import Prefix
 
 NO_SLOT = -1
@@ -19,6 +19,16 @@ class OutputEnd(NamedTuple):
 
     reason: EndReason
     completion_tokens: int
+
+
+@dataclass(slots=True)
+class Moments:
+    """When what happened to a sequence whose timings are wanted, in ns."""
+
+    submitted: int
+    admitted: int | None = None  # for the first time
+    first_token: int | None = None
+    ended: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +49,7 @@ class Sequence:
     # Log-probabilities of its prompt, in order: all of them once the first token is sampled.
     prompt_parts: list[PromptPart] = field(default_factory=list)
     finish: OutputEnd | None = None
+    moments: Moments | None = None
     # The number of the matcher that is made for it, while it waits; whether the matcher is not
     # ready yet; and whether the matcher has to share nothing with others, since one failed.
     matcher: int | None = None
@@ -57,6 +68,19 @@ class Sequence:
     @property
     def attempt(self) -> int:
         return self.submit.attempt
+
+    @property
+    def timings(self) -> Timings | None:
+        """None before its first token, or if they are not wanted."""
+        moments = self.moments
+        if moments is None or moments.admitted is None or moments.first_token is None:
+            return None
+        decode = None if moments.ended is None else (moments.ended - moments.first_token) // 1000
+        return Timings(
+            (moments.admitted - moments.submitted) // 1000,
+            (moments.first_token - moments.admitted) // 1000,
+            decode,
+        )
 
     @property
     def tokens(self) -> bytes:

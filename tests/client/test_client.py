@@ -54,7 +54,12 @@ def test_generate_returns_the_completion() -> None:
             "text": completion.text,
             "token_ids": completion.token_ids,
             "finish_reason": "length",
-            "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0},
+            "usage": {
+                "prompt_tokens": 1,
+                "completion_tokens": 2,
+                "cached_tokens": 0,
+                "timings": None,
+            },
             "logprobs": [[[5, -0.5]], [[6, -0.5]], [[7, -0.5]]],
             "seed": SEED,
             "answer_at": None,

@@ -152,7 +152,12 @@ def test_an_output_is_a_dict_that_tells_how_it_ended_and_goes_into_json() -> Non
             "text": "<5><6>",
             "token_ids": [5, 6],
             "finish_reason": "length",
-            "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0},
+            "usage": {
+                "prompt_tokens": 1,
+                "completion_tokens": 2,
+                "cached_tokens": 0,
+                "timings": None,
+            },
             "seed": SEED,
             "logprobs": [[[5, -0.5]], [[6, -0.5]]],
         }

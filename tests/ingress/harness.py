@@ -27,6 +27,7 @@ from nanovllm.services.ingress.core import About, Core
 from nanovllm.services.ingress.engine import Engine
 from nanovllm.services.ingress.frames import Limits
 from nanovllm.services.ingress.sessions import Session
+from nanovllm.tracing import Tracer
 from nanovllm.transport.links import Peer
 
 INCARNATION = 0x0ABCDEF0
@@ -57,7 +58,14 @@ class World:
         held: the same of the latest `Held`; None: there was none yet.
     """
 
-    def __init__(self, *, max_pending_requests: int = 100, services: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        max_pending_requests: int = 100,
+        services: bool = True,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.now_ns = 0
         self.core = Core(
             INCARNATION,
             Limits(vocab_size=1000, max_model_len=64, max_message_bytes=1 << 20),
@@ -65,6 +73,8 @@ class World:
             BUDGET,
             About("0.0", "tiny"),
             draw_seed=lambda: 4242,
+            clock=lambda: self.now_ns,
+            tracer=tracer,
         )
         self.ended: list[tuple[int, int]] = []
         self.held: dict[int, int] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from nanovllm.messages import (
@@ -12,6 +13,7 @@ from nanovllm.messages import (
     NewTokens,
     Reset,
     StepPlan,
+    Timings,
     pack,
     unpack,
     unpack_int64,
@@ -422,3 +424,40 @@ def test_logprobs_travel_with_their_tokens_and_are_repeated(told: list[Message])
     begin = next(m for m in told if isinstance(m, Begin) and m.uid == request.submit.uid)
     assert len(begin.token_logprobs) == len(begin.output) // 4
     world.check_all_delivered()
+
+
+def test_timings_are_told_of_the_sequences_that_want_them(told: list[Message]) -> None:
+    world = World(depth=1, max_num_seqs=1)
+    world.submit([1, 2], max_tokens=2)
+    plain = world.submit([3], max_tokens=1)
+    timed = msgspec.structs.replace(plain.submit, uid=9, timed=True)
+    timed.sampling = msgspec.structs.replace(timed.sampling, seed=9, max_tokens=3)
+    world.submit_raw(timed)
+    world.pump()
+    for _ in range(10):
+        world.now_ns += 1_000_000
+        world.step()
+    begins = {begin.uid: begin.timings for begin in told if isinstance(begin, Begin)}
+    ended = {finished.uid: finished.timings for finished in told if isinstance(finished, Finished)}
+    assert begins == {1: None, 2: None, 9: Timings(3_000, 1_000)}
+    assert ended == {1: None, 2: None, 9: Timings(3_000, 1_000, 2_000)}
+
+
+def test_timings_are_told_where_a_detokenizer_has_begun_before_the_first_token(
+    told: list[Message],
+) -> None:
+    world = World(depth=1)
+    plain = world.submit([3], max_tokens=1)
+    world.run()
+    again = msgspec.structs.replace(
+        plain.submit, uid=9, attempt=2, output=pack([next_token(9, 1)]), timed=True
+    )
+    again.sampling = msgspec.structs.replace(again.sampling, seed=9, max_tokens=4)
+    world.submit_raw(again)
+    world.pump()
+    for _ in range(5):
+        world.now_ns += 1_000_000
+        world.step()
+    of_it = [message for message in told if isinstance(message, Begin) and message.uid == 9]
+    assert [begin.timings for begin in of_it] == [None, Timings(0, 1_000)]
+    assert Timings(0, 1_000, 2_000) in [m.timings for m in told if isinstance(m, Finished)]

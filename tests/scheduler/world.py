@@ -65,7 +65,8 @@ class World:
             max_prefill_tokens=max_prefill_tokens,
             max_model_len=max_model_len,
         )
-        self.core = Scheduler(self.settings)
+        self.now_ns = 0
+        self.core = Scheduler(self.settings, clock=lambda: self.now_ns)
         self.requests: dict[tuple[int, int], Request] = {}
         self.by_seed: dict[int | None, Request] = {}
         self.live: dict[int, Request] = {}

@@ -455,6 +455,7 @@ class World:
             max_num_batched_tokens=self.settings.max_num_batched_tokens,
             about=About("0", "letters"),
             draw_seed=lambda: 0,
+            clock=lambda: 0,
         )
 
     def _start_worker(self, e: int) -> None:

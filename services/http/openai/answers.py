@@ -45,10 +45,13 @@ class PromptTokensDetails(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
+    """`timings`: name and µs of each phase, if asked for and there is one output."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    timings: list[tuple[str, int]] | UnsetType = UNSET
 
 
 def usage_of(outputs: list[PipelineUsage], *, choices: int = 1, prompt_only: bool = False) -> Usage:
@@ -61,7 +64,8 @@ def usage_of(outputs: list[PipelineUsage], *, choices: int = 1, prompt_only: boo
     prompt = sum(output.prompt_tokens for output in prompts)
     completion = 0 if prompt_only else sum(output.completion_tokens for output in outputs)
     cached = sum(output.cached_tokens for output in prompts)
-    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+    timings = (outputs[0].timings or UNSET) if len(outputs) == 1 else UNSET
+    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached), timings)
 
 
 class LikelyPromptToken(msgspec.Struct, gc=False):

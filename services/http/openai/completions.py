@@ -34,6 +34,7 @@ from nanovllm.services.http.openai.requests import MAX_CHOICES, CompletionReques
 from nanovllm.services.http.parsing import parse
 from nanovllm.services.http.sampling import copies
 from nanovllm.services.http.streams import respond
+from nanovllm.services.http.tracing import asked_of
 
 
 class Echo(NamedTuple):
@@ -80,6 +81,7 @@ async def complete(
             stream=bool(ask.stream),
             cache_salt=ask.cache_salt,
             client=client_name(request),
+            **asked_of(request),
         )
         for prompt in prompts
     ]

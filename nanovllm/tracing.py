@@ -1,0 +1,194 @@
+"""Traces: what a `traceparent` says, and spans on their way to an OTLP collector."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from nanovllm.wording import counted
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+log = logging.getLogger(__name__)
+
+_EXPORTER: Final = "opentelemetry.exporter.otlp.proto.http"
+# Traces that wait for the collector, at most.
+MAX_WAITING: Final = 1024
+# Traces in one request to the collector, and for how long it waits for more of them.
+BATCH: Final = 128
+GATHER_S: Final = 0.5
+# For one request to the collector, with all that is tried again.
+EXPORT_S: Final = 10.0
+# How often at most the log tells of what was not sent.
+TELL_DROPS_S: Final = 60.0
+# The id of no span.
+NO_SPAN: Final = 0
+
+
+class TraceContext(NamedTuple):
+    """Where spans belong: what a `traceparent` says.
+
+    Attributes:
+        span_id: the parent's; NO_SPAN where a trace begins.
+        sampled: whether spans are recorded.
+    """
+
+    trace_id: int
+    span_id: int
+    sampled: bool
+
+    @classmethod
+    def of(cls, traceparent: str) -> TraceContext:
+        """What a valid `traceparent` (`protocol.TRACEPARENT`) says."""
+        _, trace_id, span_id, flags = traceparent.split("-")
+        return cls(int(trace_id, 16), int(span_id, 16), bool(int(flags, 16) & 1))
+
+    @property
+    def traceparent(self) -> str:
+        return f"00-{self.trace_id:032x}-{self.span_id:016x}-{self.sampled:02x}"
+
+
+class Span(NamedTuple):
+    """One span that has ended. Times are `time.monotonic_ns`; `error` says why it failed."""
+
+    name: str
+    context: TraceContext
+    parent_id: int
+    start_ns: int
+    end_ns: int
+    attributes: Mapping[str, str | int]
+    error: str | None = None
+
+
+class Tracer(Protocol):
+    """Decides what is traced, and takes the spans."""
+
+    def parent(self, traceparent: str | None) -> TraceContext:
+        """Where the first span of a request belongs: a new trace, where no `traceparent` says."""
+
+    def add(self, spans: list[Span]) -> None: ...
+
+
+def child_of(parent: TraceContext) -> TraceContext:
+    """The context of a new span."""
+    return parent._replace(span_id=secrets.randbits(64) or 1)
+
+
+def exporter_is_installed() -> bool:
+    """Whether the extra nanovllm[otlp] is installed."""
+    try:
+        return find_spec(_EXPORTER) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class OtlpTracer:
+    """Sends spans to an OTLP collector, from a thread of its own.
+
+    A collector that is slow, hangs or is absent costs spans, which are counted in the log, and
+    nothing else. OpenTelemetry's environment variables hold (OTEL_TRACES_SAMPLER,
+    OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_HEADERS and others).
+
+    Args:
+        endpoint: the collector's, to which `/v1/traces` is added.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        # What nobody needs who does not trace.
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+
+        name = os.environ.get("OTEL_SERVICE_NAME", "nanovllm")
+        self._resource = Resource.create({"service.name": name})
+        self._sampler = TracerProvider(shutdown_on_exit=False).sampler
+        self._url = f"{endpoint.rstrip('/')}/v1/traces"
+        self._exporter = OTLPSpanExporter(self._url, timeout=EXPORT_S)
+        self._waiting: queue.Queue[list[Span]] = queue.Queue(MAX_WAITING)
+        self._dropped = 0
+        self._told_at = -TELL_DROPS_S
+        self._complaint = _Complaint()
+        threading.Thread(target=self._run, name="otlp", daemon=True).start()
+
+    def parent(self, traceparent: str | None) -> TraceContext:
+        if traceparent is not None:
+            return TraceContext.of(traceparent)
+        trace_id = secrets.randbits(128) or 1
+        decision = self._sampler.should_sample(None, trace_id, "request").decision
+        return TraceContext(trace_id, NO_SPAN, decision.name == "RECORD_AND_SAMPLE")
+
+    def add(self, spans: list[Span]) -> None:
+        """Takes spans, and never waits."""
+        try:
+            self._waiting.put_nowait(spans)
+        except queue.Full:
+            self._dropped += len(spans)
+
+    def _run(self) -> None:
+        from opentelemetry.sdk.trace.export import SpanExportResult
+
+        while True:
+            batch = [self._waiting.get()]
+            time.sleep(GATHER_S)
+            while len(batch) < BATCH and not self._waiting.empty():
+                batch.append(self._waiting.get())
+            # Of this moment: the wall clock may have been set.
+            epoch_ns = time.time_ns() - time.monotonic_ns()
+            spans = [self._readable(span, epoch_ns) for trace in batch for span in trace]
+            if self._exporter.export(spans) is not SpanExportResult.SUCCESS:
+                self._dropped += len(spans)
+            self._tell(time.monotonic())
+
+    def _tell(self, now: float) -> None:
+        if self._dropped and now >= self._told_at + TELL_DROPS_S:
+            dropped, self._dropped, self._told_at = self._dropped, 0, now
+            what = f"{counted(dropped, 'span')} of traces"
+            log.warning("%s did not reach %s: %s", what, self._url, self._complaint.latest)
+
+    def _readable(self, span: Span, epoch_ns: int) -> ReadableSpan:
+        from opentelemetry.sdk.trace import ReadableSpan
+        from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+        def context(span_id: int) -> SpanContext:
+            return SpanContext(
+                span.context.trace_id, span_id, is_remote=False, trace_flags=TraceFlags(1)
+            )
+
+        return ReadableSpan(
+            span.name,
+            context(span.context.span_id),
+            None if span.parent_id == NO_SPAN else context(span.parent_id),
+            self._resource,
+            span.attributes,
+            kind=SpanKind.INTERNAL,
+            status=Status() if span.error is None else Status(StatusCode.ERROR, span.error),
+            start_time=span.start_ns + epoch_ns,
+            end_time=span.end_ns + epoch_ns,
+        )
+
+
+class _Complaint(logging.Handler):
+    """Keeps the latest that OpenTelemetry logs, which would log each failure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latest = "more than it takes"
+        logger = logging.getLogger("opentelemetry")
+        logger.propagate = False
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.latest = record.getMessage()
+
+
+def tracer_to(endpoint: str) -> Tracer | None:
+    """The tracer for `--otlp`; None where it names no endpoint."""
+    return OtlpTracer(endpoint) if endpoint else None

@@ -1,0 +1,135 @@
+"""How spans leave, and what needs OpenTelemetry: `--otlp` alone."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm import tracing
+from nanovllm.services.http.tracing import valid_traceparent
+from nanovllm.settings import Settings, SettingsError
+from nanovllm.tracing import MAX_WAITING, OtlpTracer, Span, TraceContext
+from tests.readers import free_tcp_endpoint
+from tests.traces.collector import TIMEOUT_S, collecting
+
+CONTEXT = TraceContext(5, 6, True)
+SPAN = Span("ingress", CONTEXT, 7, 1_000, 2_000, {"a": 1}, "it broke")
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: queue.Queue[str] = queue.Queue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.put(record.getMessage())
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_spans_that_do_not_arrive_are_counted_in_the_log(
+    hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "EXPORT_S", 0.2)
+    monkeypatch.setattr(tracing, "GATHER_S", 0.05)
+    logged = Lines()
+    tracing.log.addHandler(logged)
+    endpoint = free_tcp_endpoint().replace("tcp", "http")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if hangs:
+            endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        tracer = OtlpTracer(endpoint)
+        for _ in range(2 * MAX_WAITING):
+            tracer.add([SPAN, SPAN])
+        line = logged.lines.get(timeout=TIMEOUT_S)
+    tracing.log.removeHandler(logged)
+    assert "spans of traces did not reach" in line
+    assert endpoint in line
+    assert int(line.split()[0].replace(",", "")) >= 2 * (MAX_WAITING - 1)
+    assert logged.lines.empty(), "once a minute"
+
+
+def test_spans_arrive_as_they_are() -> None:
+    with collecting() as collector:
+        OtlpTracer(collector.endpoint + "/").add([SPAN])
+        (span,) = collector.trace(5, "ingress")
+    assert int.from_bytes(span.span_id) == 6
+    assert int.from_bytes(span.parent_span_id) == 7
+    assert span.end_time_unix_nano - span.start_time_unix_nano == 1_000
+    assert span.status.message == "it broke"
+
+
+def test_opentelemetry_decides_what_begins_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.0")
+    tracer = OtlpTracer("http://127.0.0.1:1")
+    assert not tracer.parent(None).sampled
+    assert tracer.parent(CONTEXT.traceparent) == CONTEXT
+
+
+@given(st.integers(1, 2**128 - 1), st.integers(1, 2**64 - 1), st.booleans())
+def test_a_traceparent_says_what_was_written(trace_id: int, span_id: int, sampled: bool) -> None:
+    context = TraceContext(trace_id, span_id, sampled)
+    assert valid_traceparent(context.traceparent) == context.traceparent
+    assert TraceContext.of(context.traceparent) == context
+
+
+A, B = "a" * 32, "b" * 16
+
+
+@pytest.mark.parametrize(
+    ("header", "valid"),
+    [
+        (f"00-{A}-{B}-03", f"00-{A}-{B}-03"),
+        (f"cc-{A}-{B}-01", f"00-{A}-{B}-01"),
+        (f"cc-{A}-{B}-01-what-comes", f"00-{A}-{B}-01"),
+        (f"cc-{A}-{B}-01.what-comes", None),
+        (f"00-{A}-{B}-01-what-comes", None),
+        (f"ff-{A}-{B}-01", None),
+        (f"00-{'0' * 32}-{B}-01", None),
+        (f"00-{A}-{'0' * 16}-01", None),
+        (f"00-{A.upper()}-{B}-01", None),
+        (f"00-{A}-{B}-01\n", None),
+        ("", None),
+    ],
+)
+def test_the_header_is_read_as_w3c_says(header: str, valid: str | None) -> None:
+    assert valid_traceparent(header) == valid
+
+
+def test_without_otlp_nothing_of_opentelemetry_is_imported() -> None:
+    check = (
+        "import sys\n"
+        "import nanovllm.services.ingress.loop, nanovllm.services.http.__main__\n"
+        "from nanovllm.settings import Settings\n"
+        "from nanovllm.tracing import tracer_to\n"
+        "assert tracer_to(Settings().otlp) is None\n"
+        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=TIMEOUT_S)
+
+
+def test_a_launch_without_the_extra_says_what_to_install() -> None:
+    launch = (
+        "import sys\n"
+        "sys.modules['opentelemetry'] = None\n"
+        "from nanovllm.launch.cli import main\n"
+        "main(['--otlp', 'http://127.0.0.1:4318'])\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", launch], capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert ran.returncode != 0
+    assert "pip install 'nanovllm[otlp]'" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_an_endpoint_is_a_url() -> None:
+    with pytest.raises(SettingsError, match="--otlp localhost:4318: must be"):
+        Settings(otlp="localhost:4318")
