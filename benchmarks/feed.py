@@ -78,6 +78,11 @@ CASES = (Case(256, 2.0), Case(1, 0.5))
     help="The share of requests whose answers must be JSON of a schema.",
 )
 @click.option("--curve", is_flag=True, help="All connections by TCP with keys, as on two machines.")
+@click.option(
+    "--otlp",
+    default="",
+    help="Traces go there: of all requests, unless OTEL_TRACES_SAMPLER says of which.",
+)
 def main(
     seconds: float,
     depths: tuple[int, ...],
@@ -86,13 +91,15 @@ def main(
     engines: int,
     constrained: float,
     curve: bool,
+    otlp: str,
 ) -> None:
     cases = [case for case in CASES if sequences in (None, case.sequences)]
     if sequences is not None and step_ms is not None:
         cases = [Case(sequences, step_ms)]
     for case in cases:
         for depth in depths:
-            click.echo(json.dumps(measure(case, depth, seconds, engines, constrained, curve)))
+            figures = measure(case, depth, seconds, engines, constrained, curve, otlp)
+            click.echo(json.dumps(figures))
 
 
 def measure(
@@ -102,6 +109,7 @@ def measure(
     engines: int = 1,
     constrained: float = 0.0,
     curve: bool = False,
+    otlp: str = "",
 ) -> dict[str, Any]:
     """Runs a pipeline of its own under `case` for `seconds` after a warm-up.
 
@@ -109,8 +117,10 @@ def measure(
         constrained: the share of requests with a grammar.
         curve: whether all but the ingress joins from another supervisor, and every connection
             between the two, and the client's, is TCP with keys.
+        otlp: where traces go; empty for none.
     """
-    with _connected(arguments(case, depth), engines, curve) as (pipeline, client):
+    words = [*arguments(case, depth), *(["--otlp", otlp] if otlp else [])]
+    with _connected(words, engines, curve) as (pipeline, client):
         figures = measured(case, seconds, engines, pipeline.status, client, constrained)
     return {
         "sequences": case.sequences,
@@ -118,6 +128,7 @@ def measure(
         "pipeline_depth": depth,
         "engines": engines,
         **({"curve": True} if curve else {}),
+        **({"otlp": otlp} if otlp else {}),
         **figures,
     }
 
