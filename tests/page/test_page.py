@@ -74,6 +74,12 @@ def test_a_chat_streams_and_is_kept(visit: Visit) -> None:
     assert "chat_template_kwargs" not in asked
     answer = visitor.answer
     assert "150 tokens" in answer["note"]
+    names = [name for name, _ in answer["timings"]]
+    assert names == ["tokenizer", "queue", "prefill", "decode", "detokenizer", "door"]
+    bar = page.locator("#messages article .bar span")
+    widths = dict(zip(names, bar.evaluate_all("all => all.map(e => e.clientWidth)"), strict=True))
+    assert max(widths, key=widths.__getitem__) == "decode", "150 steps of 8 ms"
+    assert "decode 1." in in_words(page, "#messages figcaption")
     assert {key: answer[key] for key in ("content", "reasoning")} == visitor.undisturbed()
     visitor.set(thinking="off")
     visitor.send("Another.")

@@ -5,6 +5,7 @@ import { ask, events, pause, Refused } from "./server.js";
 // So long an answer waits for an HTTP server that has died, or that is about to end.
 const PATIENCE_MS = 60_000;
 const AGAIN_MS = 250;
+const TIMED = { "X-Nanovllm-Timings": "1" };
 const PASSING = new Set(["shutting_down", "unavailable"]);
 
 /** Whether a call's arguments are there to their end, and not broken or cut off. */
@@ -19,7 +20,9 @@ export function isWhole({ arguments: text }) {
 export const emptyAnswer = () => ({ role: "assistant", reasoning: "", content: "", calls: [] });
 
 /**
- * Streams an answer; calls `show` with it whenever more of it is there. Resolves to its usage.
+ * Streams an answer; calls `show` with it whenever more of it is there. Resolves to its usage, and to
+ * its timings: name and µs of each phase. The last phase, "door", is what the HTTP server, and the way
+ * here, had beside the pipeline.
  *
  * A death behind the HTTP server is a pause of the stream. If the HTTP server itself dies, the same
  * question with the same seed gets the same answer from the next one.
@@ -31,10 +34,11 @@ export async function stream(request, show, signal) {
   for (;;) {
     const answer = emptyAnswer();
     try {
-      const response = await ask("/v1/chat/completions", { body: asked, signal });
+      const askedAt = performance.now();
+      const response = await ask("/v1/chat/completions", { body: asked, headers: TIMED, signal });
       let end = {};
       for await (const data of events(response)) {
-        if (data === "[DONE]") return end;
+        if (data === "[DONE]") return { ...end, timings: timingsOf(end, performance.now() - askedAt) };
         const chunk = JSON.parse(data);
         if (chunk.error) throw new Refused(500, chunk.error.code, chunk.error.message);
         end = { ...end, ...take(answer, chunk) };
@@ -69,6 +73,12 @@ function take(answer, chunk) {
     }
   }
   return end;
+}
+
+function timingsOf({ usage }, ms) {
+  const timings = usage?.timings ?? [];
+  const known = timings.reduce((sum, [, us]) => sum + us, 0);
+  return timings.length ? [...timings, ["door", Math.max(0, Math.round(ms * 1000) - known)]] : [];
 }
 
 function size({ reasoning, content, calls }) {

@@ -105,6 +105,7 @@ export class Chat {
       this.#showMessages();
       const end = await stream(request, (news) => this.#news(news), abort.signal);
       answer.note = this.#note(end);
+      answer.timings = end.timings;
     } catch (error) {
       if (!current.messages.includes(answer)) current.messages.push(answer);
       answer.note = abort.signal.aborted ? "Stopped." : "";

@@ -2,6 +2,7 @@
 
 import { isWhole } from "./answer.js";
 import { $, el, say, showText } from "./dom.js";
+import { newTimings, showTimings } from "./timings.js";
 
 const LABEL = { user: "You", assistant: "The model", tool: "The tool’s result" };
 const NEAR = 60; // pixels to the end: whoever is so near reads along
@@ -32,7 +33,7 @@ function newMessage({ role }) {
   const message = el("article", { class: `message ${role}`, "aria-label": LABEL[role] }, el("div", { class: "text" }));
   if (role === "assistant") {
     message.prepend(el("details", { class: "thinking" }, el("summary"), el("div", { class: "text" })));
-    message.append(el("div", { class: "calls" }), el("p", { class: "note" }), el("p", { class: "error" }));
+    message.append(el("div", { class: "calls" }), el("p", { class: "note" }), newTimings(), el("p", { class: "error" }));
   }
   return message;
 }
@@ -52,6 +53,7 @@ function showAnswer(shown, answer, writing, answered, give) {
     showCall(calls.children[index], call, !writing && isWhole(call) && !answered.has(call.id), give);
   });
   say(shown.querySelector(".note"), answer.note ?? "");
+  showTimings(shown.querySelector(".timings"), answer.timings);
   say(shown.querySelector(".error"), answer.error ?? "");
 }
 
