@@ -113,7 +113,8 @@ class OtlpTracer:
         self._url = f"{endpoint.rstrip('/')}/v1/traces"
         self._exporter = OTLPSpanExporter(self._url, timeout=EXPORT_S)
         self._waiting: queue.Queue[list[Span]] = queue.Queue(MAX_WAITING)
-        self._dropped = 0
+        # Spans: two counts, since each has a thread of its own that counts.
+        self._refused = self._failed = self._told = 0
         self._told_at = -TELL_DROPS_S
         self._complaint = _Complaint()
         threading.Thread(target=self._run, name="otlp", daemon=True).start()
@@ -130,7 +131,7 @@ class OtlpTracer:
         try:
             self._waiting.put_nowait(spans)
         except queue.Full:
-            self._dropped += len(spans)
+            self._refused += len(spans)
 
     def _run(self) -> None:
         from opentelemetry.sdk.trace.export import SpanExportResult
@@ -144,12 +145,13 @@ class OtlpTracer:
             epoch_ns = time.time_ns() - time.monotonic_ns()
             spans = [self._readable(span, epoch_ns) for trace in batch for span in trace]
             if self._exporter.export(spans) is not SpanExportResult.SUCCESS:
-                self._dropped += len(spans)
+                self._failed += len(spans)
             self._tell(time.monotonic())
 
     def _tell(self, now: float) -> None:
-        if self._dropped and now >= self._told_at + TELL_DROPS_S:
-            dropped, self._dropped, self._told_at = self._dropped, 0, now
+        dropped = self._refused + self._failed - self._told
+        if dropped and now >= self._told_at + TELL_DROPS_S:
+            self._told, self._told_at = self._told + dropped, now
             what = f"{counted(dropped, 'span')} of traces"
             log.warning("%s did not reach %s: %s", what, self._url, self._complaint.latest)
 
