@@ -117,6 +117,8 @@ def main() -> None:
 def up(cluster: Cluster, model: str, port: int, **options: Any) -> None:
     here = Path(model).expanduser()
     options["model"] = str(here.resolve()) if here.is_dir() else model
+    if options["engines"] == 0:
+        raise click.UsageError("--engines is 0: name one, and `nanovllm-ray scale` changes that")
     settings, given = settings_from(options), given_options(options)
     if not settings.keys:
         if given.get("ingress"):

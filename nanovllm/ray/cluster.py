@@ -165,7 +165,7 @@ class Cluster:
         while True:
             head, states = self._states(SOON_S)
             look(head, states)
-            if not states.keys() >= {*engines} or not self._there():
+            if not states.keys() >= {*engines}:
                 raise Failed("another command has ended the engines meanwhile")
             for number in engines:
                 if (state := states[number]).error:

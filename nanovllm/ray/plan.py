@@ -10,7 +10,7 @@ import msgspec
 
 from nanovllm.api_keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from nanovllm.control import Status
-from nanovllm.keys import SERVICES, make_keys
+from nanovllm.keys import SERVICES, PipelineKeys, make_keys
 from nanovllm.options import settings_argv
 from nanovllm.settings import Settings, SettingsError, flag
 
@@ -128,11 +128,12 @@ def secrets_of(settings: Settings) -> Secrets:
     """Reads the files that the options name, here. Makes keys, if the options name none.
 
     Raises:
-        SettingsError: a file cannot be read.
+        SettingsError: a file cannot be read, or keys are open to other users.
     """
     files: dict[str, bytes] = {}
     try:
         if settings.keys:
+            _ = PipelineKeys(settings.keys).clients  # which checks them
             files = _read_keys(Path(settings.keys))
         else:
             with tempfile.TemporaryDirectory() as directory:
@@ -149,6 +150,4 @@ def secrets_of(settings: Settings) -> Secrets:
 
 def _read_keys(directory: Path) -> dict[str, bytes]:
     found = [*directory.glob("*.key"), *directory.glob("*/*.pub")]
-    if directory / SERVICES not in found:
-        raise SettingsError(f"--keys {directory} has no {SERVICES}: `nanovllm keygen` makes one")
     return {f"{KEYS}/{file.relative_to(directory)}": file.read_bytes() for file in found}

@@ -252,6 +252,7 @@ def test_down_leaves_nothing(served: Served) -> None:
     [
         (("/no/such/model",), "the head cannot start: no such model: /no/such/model"),
         (("--name", ""), "--name is empty"),
+        (("--engines", "0"), "--engines is 0: name one"),
         (("--ingress", "tcp://127.0.0.1:5555"), "--ingress: only clients with keys reach it"),
     ],
 )
