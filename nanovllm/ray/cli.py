@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -179,7 +180,14 @@ def status(cluster: Cluster) -> None:
 )
 @_on_a_cluster
 def down(cluster: Cluster) -> None:
-    click.echo("everything has ended" if cluster.down() else "there was nothing to end")
+    notice = threading.Timer(PATIENCE_S, click.echo, ["waiting for requests and services to end …"])
+    notice.daemon = True
+    notice.start()
+    try:
+        ended = cluster.down()
+    finally:
+        notice.cancel()
+    click.echo("everything has ended" if ended else "there was nothing to end")
 
 
 def _said(engine: EngineState) -> str:
