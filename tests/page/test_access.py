@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import re
 import signal
@@ -13,12 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner
+from starlette.applications import Starlette
+from starlette.types import Message
 
 from benchmarks.support.pipeline import END_TIMEOUT_S, LOOK_AGAIN_S, Pipeline
 from nanovllm.client.cli import main
+from nanovllm.control import ServiceStatus, Status
 from nanovllm.names import ServiceId
 from nanovllm.services.http.errors import ApiError
 from nanovllm.services.http.page.access import TOKEN_HEADER, Access
+from nanovllm.services.http.page.feed import Feed
+from nanovllm.services.http.page.routes import page_routes
 from tests.http.server import TIMEOUT_S, Answer, Server
 from tests.machines.ports import free_services
 from tests.recovery.streams import services, wait_for_another, wait_until_ready
@@ -154,13 +160,33 @@ def test_the_page_kills_one_process(pipeline: Pipeline, door: Server) -> None:
     assert door.complete(prompt="Once", max_tokens=2).status == 200
 
 
-def test_a_server_answers_before_its_own_kill(pipeline: Pipeline, door: Server) -> None:
+def test_a_server_answers_before_its_own_kill() -> None:
     """A browser that gets no answer asks again, and would kill the next server, too."""
     http = ServiceId("http")
-    before = services(pipeline)[http]
-    assert kill(door, http).status == 202
-    wait_for_another(pipeline, http, before)
-    wait_until_ready(pipeline, [http])
+    done: list[str] = []
+
+    async def ask() -> Status:
+        process = ServiceStatus("http", 0, 0, 1, "ready", None, 0, 0, 0, 0, None)
+        return Status("demo", "", "", [process])
+
+    def killed(service: ServiceId) -> bool:
+        done.append(f"kill {service}")
+        return True
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b'{"role": "http", "index": 0, "engine": 0}'}
+
+    async def send(message: Message) -> None:
+        done.append(str(message.get("status", message["type"])))
+
+    app = Starlette(routes=page_routes(access(), Feed(ask), ask, killed, http))
+    scope = {
+        "type": "http", "method": "POST", "path": "/pipeline/kill", "query_string": b"",
+        "scheme": "http", "server": HERE,
+        "headers": [(name.encode(), value.encode()) for name, value in headers().items()],
+    }
+    asyncio.run(app(scope, receive, send))
+    assert done == ["202", "http.response.body", "kill http 0"]
 
 
 def test_a_service_that_starts_is_left_alone(pipeline: Pipeline, door: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -136,6 +137,16 @@ def test_a_kill_in_mid_answer_is_only_a_pause(visit: Visit, name: str) -> None:
     assert {key: answer[key] for key in ("content", "reasoning")} == visitor.undisturbed()
     node = page.locator(".node", has=page.get_by_text(name, exact=True))
     expect(node).to_contain_text("restarted 1\N{MULTIPLICATION SIGN}")
+
+
+def test_a_server_that_does_not_answer_is_told(visit: Visit) -> None:
+    page = visit().page
+    story = page.locator("#story")
+    page.route("**/pipeline", lambda route: route.abort())
+    page.reload()
+    expect(story).to_contain_text("does not answer", timeout=TIMEOUT_MS)
+    page.unroute("**/pipeline")
+    expect(story).to_contain_text("Ask something", timeout=TIMEOUT_MS)
 
 
 def test_an_engine_that_is_added_is_seen(visit: Visit, pipeline: Pipeline) -> None:

@@ -94,8 +94,8 @@ export class Chat {
     const { current } = this.store;
     const answer = emptyAnswer();
     const abort = new AbortController();
-    dispatchEvent(new Event("answering"));
     this.running = { conversation: current, abort, deaths: [], answer, began: performance.now(), first: null, last: null, longest: 0 };
+    dispatchEvent(new Event("answering"));
     this.#buttons();
     this.#show();
     announce("The model answers.");

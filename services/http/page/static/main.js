@@ -13,6 +13,7 @@ const STORY = mayKill
   : "Each box is a process of this server. Send one a SIGKILL while the model answers.";
 const MOST_EVENTS = 100;
 const AGAIN_MS = 500;
+const LOST_MS = 5000; // so long no HTTP server answers until the page says so
 
 const chat = new Chat(new Store());
 const diagram = new Diagram($("diagram"), mayKill ? strike : null);
@@ -20,9 +21,10 @@ const struck = new Set(); // by this visitor, and not yet seen dead
 const samples = []; // { rate, deaths }
 
 const story = (text) => say($("story"), text);
-story(STORY);
-addEventListener("answering", () => story("The model is answering. Now kill a process."));
-addEventListener("answered", () => story(STORY));
+const begin = () => story(chat.answers ? "The model is answering. Now kill a process." : STORY);
+begin();
+addEventListener("answering", begin);
+addEventListener("answered", begin);
 
 function tell(kind, text) {
   const list = $("events");
@@ -84,10 +86,13 @@ function draw(rate, deaths) {
 /** Follows the status while the page can be seen, whichever HTTP server tells it. */
 async function follow() {
   let pipeline = new Pipeline();
+  let heardAt = performance.now();
+  let lost = false; // whether the page says that nothing is heard
   for (;;) {
     if (document.hidden) {
       await new Promise((seen) => document.addEventListener("visibilitychange", seen, { once: true }));
       pipeline = new Pipeline(); // what happened meanwhile is no news
+      heardAt = performance.now();
       continue;
     }
     const abort = new AbortController();
@@ -96,6 +101,9 @@ async function follow() {
     try {
       for await (const data of events(await ask("/pipeline", { signal: abort.signal }))) {
         const status = JSON.parse(data);
+        heardAt = performance.now();
+        if (lost) begin();
+        lost = false;
         const news = pipeline.update(status, performance.now());
         news.forEach(hear);
         draw(pipeline.figures.rate, news.filter(({ kind }) => kind === "death").length);
@@ -104,6 +112,10 @@ async function follow() {
       }
     } catch (error) {
       if (error instanceof Refused && error.status === 401) throw error; // the visitor has no key
+      if (performance.now() - heardAt > LOST_MS) {
+        lost = true;
+        story(error instanceof Refused ? error.message : "The server does not answer. The page asks again …");
+      }
     } finally {
       document.removeEventListener("visibilitychange", leave);
     }
