@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -348,7 +347,12 @@ def test_keys_are_asked_for(
         dialog.get_by_label("Key").fill(key)
         page.keyboard.press("Enter")
 
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#story")).to_contain_text("only those who have a key")
+    visitor.send("Hello")
+    give("wröng")  # no header can hold this
     give("wrong")
+    expect(dialog).to_contain_text("does not know this key")
     give("user")
     expect(page.locator(".node")).to_have_count(len(SERVICES))
     page.get_by_role("button", name="Kill detokenizer 0").click()

@@ -111,8 +111,11 @@ async function follow() {
         show(pipeline, status);
       }
     } catch (error) {
-      if (error instanceof Refused && error.status === 401) throw error; // the visitor has no key
-      if (performance.now() - heardAt > LOST_MS) {
+      if (error instanceof Refused && error.status === 401) {
+        lost = true;
+        story(error.message);
+        await new Promise((given) => addEventListener("key", given, { once: true }));
+      } else if (performance.now() - heardAt > LOST_MS) {
         lost = true;
         story(error instanceof Refused ? error.message : "The server does not answer. The page asks again …");
       }
@@ -123,4 +126,4 @@ async function follow() {
   }
 }
 
-follow().catch((error) => story(error.message));
+follow();

@@ -36,6 +36,9 @@ export async function ask(path, { body, headers = {}, signal } = {}) {
     if (response.ok) return response;
     const refused = await refusal(response);
     if (response.status !== 401) throw refused;
+    if (refused.code === "invalid_api_key") {
+      refused.message = key ? "The server does not know this key." : "The server answers only those who have a key.";
+    }
     if (sessionStorage.getItem(KEY) === key) {
       asking ??= keyFromVisitor(refused.message).finally(() => (asking = null));
       if (!(await asking)) throw refused;
@@ -89,7 +92,10 @@ function keyFromVisitor(why) {
       "close",
       () => {
         const given = dialog.returnValue === "use" && $("key").value.trim();
-        if (given) sessionStorage.setItem(KEY, given);
+        if (given) {
+          sessionStorage.setItem(KEY, given);
+          dispatchEvent(new Event("key"));
+        }
         done(Boolean(given));
       },
       { once: true },
