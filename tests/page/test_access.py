@@ -181,8 +181,12 @@ def test_a_server_answers_before_its_own_kill() -> None:
 
     app = Starlette(routes=page_routes(access(), Feed(ask), ask, killed, http))
     scope = {
-        "type": "http", "method": "POST", "path": "/pipeline/kill", "query_string": b"",
-        "scheme": "http", "server": HERE,
+        "type": "http",
+        "method": "POST",
+        "path": "/pipeline/kill",
+        "query_string": b"",
+        "scheme": "http",
+        "server": HERE,
         "headers": [(name.encode(), value.encode()) for name, value in headers().items()],
     }
     asyncio.run(app(scope, receive, send))
