@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanovllm.checkpoint import ModelConfig
@@ -71,7 +73,12 @@ def test_what_is_drawn_is_of_the_grammar(grammars: Grammars, draw: random.Random
         again.advance(token)
 
 
-@given(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=4))
+# In the form that the tokenizer brings text into.
+texts = st.text(min_size=1, max_size=8).map(partial(unicodedata.normalize, "NFC"))
+
+
+@given(st.lists(texts, min_size=1, max_size=4))
+@example(["\u8c48"])
 def test_a_choice_is_any_text(grammars: Grammars, choices: list[str]) -> None:
     for choice in [*choices, "\x7f", "\x00\u2028\\"]:
         output = TOKENIZER.encode(choice, add_special_tokens=False).ids
