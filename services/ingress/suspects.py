@@ -14,11 +14,12 @@ Without the second message, as after a kill from outside, no request is suspecte
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final
 
 from nanovllm.messages import InHand
-from nanovllm.names import ServiceId
+from nanovllm.names import ENGINE_ROLES, ServiceId
 from nanovllm.transport.links import Peer
 
 # After so many deaths in company a request runs alone; after so many alone it is guilty.
@@ -62,6 +63,16 @@ class Deaths:
         known = self._in_hand.get(peer.service, {})
         told_by = [engine for engine, (number, _) in known.items() if number == peer.incarnation]
         return [known.pop(engine)[1] for engine in told_by]
+
+    def unexplained(self, uid: int, engines: Container[int]) -> bool:
+        """Whether one of these engines' services is gone with the request in hand, and the
+        supervisor has not said that the service died by itself."""
+        return any(
+            uid in in_hand.uids
+            for service, known in self._in_hand.items()
+            if service.role in ENGINE_ROLES and service.engine in engines
+            for _, in_hand in known.values()
+        )
 
 
 @dataclass(slots=True)

@@ -243,3 +243,32 @@ def test_a_guilty_request_is_given_to_no_engine_any_more(moved: bool) -> None:
         if any(isinstance(message, Error) for message in world.heard()):
             break
     assert given_ == {good.uid}
+
+
+def test_a_request_is_moved_once_before_it_is_known_why_an_engine_is_gone() -> None:
+    """Two engines die so soon one after the other that the supervisor has told of neither."""
+    world = Engines()
+    third = Peer("scheduler", 0, 24, engine=2)
+    world.core.service_up(third)
+    world.core.from_scheduler(third, msgspec.structs.replace(STATE, endpoint="ipc://c"))
+    engine, bad = world.ask("bad", [1] * 8)
+    schedulers = {0: SCHEDULER, 1: OTHER, 2: third}
+    workers = [Peer("gpu_worker", 0, 7, engine=n) for n in schedulers]
+
+    def dies(engine: int) -> list[int]:
+        """The engines that get the request then."""
+        worker, in_hand = workers[engine], InHand([bad.uid], alone=False)
+        lost = Lost(worker.service, worker.incarnation, in_hand)
+        world.core.from_scheduler(schedulers[engine], lost)
+        gone = msgspec.structs.replace(STATE, ready=False, endpoint=f"ipc://{'abc'[engine]}")
+        world.core.from_scheduler(schedulers[engine], gone)
+        return [number for number, submit in world.given() if submit.uid == bad.uid]
+
+    (second,) = dies(engine)
+    assert dies(second) == []
+    world.core.quarantine.crashed(workers[engine])
+    world.core.quarantine.crashed(workers[second])
+    ((last, _),) = world.given()
+    assert last not in (engine, second)
+    assert world.core.quarantine.alone is not None
+    assert world.core.quarantine.alone.uid == bad.uid
