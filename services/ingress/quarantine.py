@@ -109,15 +109,19 @@ class Quarantine:
     def fail_over(self) -> None:
         """Engines have come or gone: requests of those that are gone go to others. Requests that
         were in hand at another engine's death stay until it is known why this one is gone."""
-        if strays := self._engines.take_strays(self._stays):
+        gone = [number for number, engine in self._engines.by_number.items() if not engine.ready]
+        unexplained = {number: self._deaths.unexplained(number) for number in gone}
+
+        def stays(uid: int, engine: int) -> bool:
+            # Two engines may die so soon one after the other that it is not known yet why the first
+            # one did.
+            return self.suspects.present_elsewhere(uid, engine) or any(
+                uid in uids for number, uids in unexplained.items() if number != engine
+            )
+
+        if strays := self._engines.take_strays(stays):
             log.warning("%s of engines that are gone go to others", counted(len(strays), "request"))
             self.put_back(strays)
-
-    def _stays(self, uid: int, engine: int) -> bool:
-        """Whether a request of an engine that is gone stays there. Two engines may die so soon one
-        after the other that nobody knows yet why the first one did."""
-        others = {n for n, one in self._engines.by_number.items() if n != engine and not one.ready}
-        return self.suspects.present_elsewhere(uid, engine) or self._deaths.unexplained(uid, others)
 
     def submit(self) -> None:
         """Gives the suspect whose turn it is to an engine that it has alone."""

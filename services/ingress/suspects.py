@@ -14,7 +14,6 @@ Without the second message, as after a kill from outside, no request is suspecte
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final
 
@@ -64,15 +63,16 @@ class Deaths:
         told_by = [engine for engine, (number, _) in known.items() if number == peer.incarnation]
         return [known.pop(engine)[1] for engine in told_by]
 
-    def unexplained(self, uid: int, engines: Container[int]) -> bool:
-        """Whether one of these engines' services is gone with the request in hand, and the
-        supervisor has not said that the service died by itself."""
-        return any(
-            uid in in_hand.uids
+    def unexplained(self, engine: int) -> set[int]:
+        """The requests that a service of the engine had in hand when it went, where the supervisor
+        has not said that the service died by itself."""
+        return {
+            uid
             for service, known in self._in_hand.items()
-            if service.role in ENGINE_ROLES and service.engine in engines
+            if service.role in ENGINE_ROLES and service.engine == engine
             for _, in_hand in known.values()
-        )
+            for uid in in_hand.uids
+        }
 
 
 @dataclass(slots=True)

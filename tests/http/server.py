@@ -35,6 +35,16 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
     @property
+    def events(self) -> list[dict[str, Any]]:
+        """What the events of a stream hold, whose names are those of their data."""
+        events: list[dict[str, Any]] = []
+        for event in self.body.decode().strip().split("\n\n"):
+            name, data = event.split("\n")
+            events.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {events[-1]['type']}"
+        return events
+
+    @property
     def chunks(self) -> list[Any]:
         """What the events of a stream hold, but for the last, which is `[DONE]`."""
         events = [line[6:] for line in self.body.decode().split("\n\n") if line[:6] == "data: "]

@@ -35,16 +35,6 @@ def client(server: Server) -> Iterator[Any]:
         yield client
 
 
-def events_of(body: bytes) -> list[dict[str, Any]]:
-    """What the events hold, whose names are those of their data."""
-    events: list[dict[str, Any]] = []
-    for event in body.decode().strip().split("\n\n"):
-        name, data = event.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    return events
-
-
 @pytest.mark.parametrize("cuts", [[], [ANSWER_AT], list(range(8, ANSWER_AT - 8, 3))])
 def test_an_answer_is_told_apart(cuts: list[int]) -> None:
     asked: dict[str, Any] = {**ASKED, "tools": [WEATHER], "thinking": {"type": "adaptive"}}
@@ -80,7 +70,7 @@ def test_events_come_in_order() -> None:
         ingress(writes(text, at, [9, 10, at, at + 2])) as double,
         serving(double.endpoint) as server,
     ):
-        events = events_of(server.post("/v1/messages", asked).body)
+        events = server.post("/v1/messages", asked).events
     start, *blocks, delta, stop = events
     assert start["message"]["content"] == []
     assert [(e["type"], e["index"]) for e in blocks if "delta" not in e] == [
@@ -119,7 +109,7 @@ def test_thinking_that_is_omitted_has_no_text() -> None:
     asked = {**ASKED, "thinking": {"type": "enabled", "budget_tokens": 9, "display": "omitted"}}
     with ingress(writes(OUTPUT, ANSWER_AT, [3])) as double, serving(double.endpoint) as server:
         whole = server.post("/v1/messages", asked).json
-        events = events_of(server.post("/v1/messages", {**asked, "stream": True}).body)
+        events = server.post("/v1/messages", {**asked, "stream": True}).events
         sent = [message.chat_template_kwargs for message in double.generates]
     assert whole["content"][0]["thinking"] == ""
     assert not [event for event in events if "Hm." in json.dumps(event)]
