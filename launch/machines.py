@@ -19,6 +19,7 @@ from nanovllm.control import (
     Done,
     Drain,
     Drained,
+    Forget,
     Join,
     Joined,
     KillService,
@@ -149,16 +150,15 @@ class Machines:
                 machine.peer, machine.lost_at = None, time.monotonic()
                 self._done(machine, f"{machine.name} cannot be reached")
 
-    def forget(self, now: float) -> list[Vacate]:
+    def forget(self, now: float) -> list[Forget]:
         """Forgets the machines that have not been reached for `FORGOTTEN_S`; one that comes back
-        after all joins as a new one. Returns what the ingress is to be told: their engines, which
-        have left for good."""
+        after all joins as a new one. Returns what the ingress is to be told."""
         gone = [m for m in self._machines.values() if now - m.lost_at >= FORGOTTEN_S]
         for machine in gone:
             log.warning("%s is forgotten: it cannot be reached for so long", machine.name)
             del self._machines[machine.number]
         return [
-            Vacate(service.engine, leaves=True)
+            Forget(service.engine)
             for machine in gone
             for service in machine.services
             if service.role == "scheduler"

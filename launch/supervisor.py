@@ -264,8 +264,9 @@ class Supervisor:
                 machines.tell(peer, self._status())
             elif not self._tell_ingress(message) and isinstance(message, Vacate):
                 machines.vacated(message.engine)
-        for vacate in machines.forget(now):
-            self._tell_ingress(vacate)  # one that is not there will not know the engine
+        for forget in machines.forget(now):
+            if self._ingress is not None:  # one that comes later will not know the engine
+                self._control.send(self._ingress, [forget])
         for asker, error in machines.answers():
             self._commands.done(asker, error)
 

@@ -154,6 +154,13 @@ class Vacate(Message, tag="vacate"):
     leaves: bool
 
 
+class Forget(Message, tag="forget"):
+    """To the ingress: the engine's machine is given up. An engine that is connected goes on, and
+    has left for good when its connection ends."""
+
+    engine: int
+
+
 class Vacated(Message, tag="vacated"):
     """From the ingress: no other engine can take more of this engine's requests."""
 
@@ -217,7 +224,7 @@ ToSupervisor = (
     | Restart
     | KillService
 )
-FromSupervisor = Status | Health | Done | Drain | Crashed | Vacate
+FromSupervisor = Status | Health | Done | Drain | Crashed | Vacate | Forget
 
 
 # The supervisor of a machine that joins <-> the pipeline's ----------------------------------------

@@ -270,6 +270,11 @@ class Core:
         self.quarantine.put_back(self.engines.stop(engine, leaves))
         self.quarantine.fail_over()
 
+    def forget(self, engine: int) -> None:
+        """An engine has left for good, unless it is connected."""
+        self.quarantine.put_back(self.engines.forget(engine))
+        self.quarantine.fail_over()
+
     def submit(self) -> None:
         """Gives the engines requests from the queue, as far as they take them."""
         self.quarantine.submit()

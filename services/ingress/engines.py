@@ -68,6 +68,14 @@ class EnginePool:
         engine.stops, engine.leaves, engine.fresh = True, leaves, False
         return self.down(engine) if engine.peer is None else []
 
+    def forget(self, number: int) -> list[Request]:
+        """The engine has left for good if it is not connected, and else when its connection ends.
+        Returns the requests of an engine that has left."""
+        if (engine := self.by_number.get(number)) is None:
+            return []
+        engine.leaves = True
+        return self.down(engine) if engine.peer is None else []
+
     def vacated(self) -> list[int]:
         """The engines about to be stopped from which no more requests can be moved; each once."""
         if not self._stopping:

@@ -9,7 +9,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 from nanovllm import __version__
 from nanovllm.checkpoint import model_name
-from nanovllm.control import Crashed, Drain, FromSupervisor, Vacate
+from nanovllm.control import Crashed, Drain, Forget, FromSupervisor, Vacate
 from nanovllm.messages import (
     Decoded,
     DetokenizerToIngress,
@@ -116,6 +116,8 @@ class Ingress:
                 self._drain_at = time.monotonic() + message.resume_s
         elif isinstance(message, Vacate):
             self._core.vacate(message.engine, message.leaves)
+        elif isinstance(message, Forget):
+            self._core.forget(message.engine)
         elif isinstance(message, Crashed):
             self._core.quarantine.crashed(Peer.of(message.service, message.incarnation))
 

@@ -221,6 +221,21 @@ def test_an_engine_that_has_left_for_good_is_forgotten(dead: bool) -> None:
     assert engines.endpoints == {1: TOLD[1]}
 
 
+def test_an_engine_whose_machine_is_given_up_goes_on_while_it_is_connected() -> None:
+    world = Engines()
+    world.ready(OTHER, ready=False)
+    world.core.forget(0)
+    engine, submit = world.ask("a", [1] * 8)
+    assert engine == 0
+    world.ready(OTHER)
+    world.core.service_down(SCHEDULER)
+    assert [(e, m.uid) for e, m in world.given()] == [(1, submit.uid)]
+    assert [*world.core.engines.by_number] == [1]
+    world.core.service_down(OTHER)
+    world.core.forget(1)
+    assert not world.core.engines.by_number
+
+
 @pytest.mark.parametrize("moved", [False, True], ids=["told first", "moved first"])
 def test_a_guilty_request_is_given_to_no_engine_any_more(moved: bool) -> None:
     """Its engine is gone before, or after, the ingress knows that a service died by itself."""

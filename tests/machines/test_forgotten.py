@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from nanovllm import __version__
-from nanovllm.control import Join, Joined, Services, ServiceStatus, ToMachine, Vacate
+from nanovllm.control import Forget, Join, Joined, Services, ServiceStatus, ToMachine
 from nanovllm.launch.machines import FORGOTTEN_S, Machines
 from tests.peer import FakePeer, Neighbourhood
 
@@ -61,7 +61,7 @@ def test_a_machine_that_does_not_come_back_is_forgotten_and_its_engines_have_lef
         here.wait("loss", lambda: main.states == ["ready"] * 4 + ["unreachable"] * 4 or None)
         now = time.monotonic()
         assert main.machines.forget(now + FORGOTTEN_S / 2) == []
-        left = [Vacate(engine, leaves=True) for engine in (200, 201)]
+        left = [Forget(engine) for engine in (200, 201)]
         assert main.machines.forget(now + FORGOTTEN_S) == left
         assert main.machines.forget(now + FORGOTTEN_S) == []
         assert main.states == ["ready"] * 4
