@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import time
 from typing import Final, TypeVar
 
@@ -38,15 +39,17 @@ class Control:
 
     Raises:
         SettingsError: the directory's path is too long for a socket.
-        PipelineUnavailable: no pipeline runs there. Every method may raise this too.
+        PipelineUnavailable: no pipeline runs there, or it does not answer. Every method may raise
+            this too.
     """
 
     def __init__(self, runtime_dir: str) -> None:
         self._runtime_dir = runtime_dir
         self.asked = False  # whether the supervisor has the latest question
         endpoint = Settings(runtime_dir=runtime_dir).control_endpoint
-        if not os.path.exists(endpoint.removeprefix("ipc://")):
-            raise self._nothing_runs()
+        self._path = endpoint.removeprefix("ipc://")
+        if not os.path.exists(self._path):
+            raise self._unavailable()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._numbers = itertools.count(1)
         me = Peer("command", os.getpid(), new_incarnation())
@@ -54,8 +57,8 @@ class Control:
             self._context, endpoint, me, list[FromSupervisor]
         )
         self._poller = zmq.Poller()
-        for socket in self._link.sockets:
-            self._poller.register(socket, zmq.POLLIN)
+        for each in self._link.sockets:
+            self._poller.register(each, zmq.POLLIN)
 
     def status(self) -> Status:
         return self._answer(StatusRequest(), Status)
@@ -80,7 +83,7 @@ class Control:
             patient = self._link.peer is not None and self.asked
             left = deadline - time.monotonic()
             if left <= 0 and not patient:
-                raise self._nothing_runs() if asked is None else self._ended()
+                raise self._unavailable() if asked is None else self._ended()
             self._poller.poll(None if patient else max(0, int(left * 1000)) + 1)
             for event in self._link.receive():
                 if isinstance(event, Down):
@@ -122,7 +125,7 @@ class Control:
                     self._send(question)
                 elif isinstance(event, Received) and isinstance(event.message, kind):
                     return event.message
-        raise self._nothing_runs()
+        raise self._unavailable()
 
     def _send(self, question: StatusRequest | HealthRequest | Scale | Restart) -> bool:
         self.asked = True  # Ctrl-C may come between the sending and its result
@@ -132,8 +135,26 @@ class Control:
     def _ended(self) -> PipelineUnavailable:
         return PipelineUnavailable("the pipeline ended before it was done")
 
-    def _nothing_runs(self) -> PipelineUnavailable:
+    def _unavailable(self) -> PipelineUnavailable:
+        if _is_bound(self._path):
+            return PipelineUnavailable(
+                f"the launcher of the pipeline in {self._runtime_dir} does not answer: it is"
+                " stopped, or the machine is very busy"
+            )
         return PipelineUnavailable(
             f"no pipeline runs in {self._runtime_dir}; start one with `nanovllm-launch`,"
             " or name another with --runtime-dir"
         )
+
+
+def _is_bound(path: str) -> bool:
+    """Whether a process, which may be stopped, has bound the socket at `path`."""
+    with socket.socket(socket.AF_UNIX) as tried:
+        tried.setblocking(False)
+        try:
+            tried.connect(path)
+        except BlockingIOError:  # more wait for an answer than it has room for
+            return True
+        except OSError:
+            return False
+    return True

@@ -118,6 +118,18 @@ def test_commands_explain_mistakes(sim: Pipeline, tmp_path: Path) -> None:
     assert "no pipeline runs" in nowhere.output
 
 
+def test_a_launcher_that_is_stopped_does_not_answer(sim: Pipeline) -> None:
+    sim.process.send_signal(signal.SIGSTOP)
+    try:
+        for words in (("status",), ("health",), ("restart", "all")):
+            ran = command(sim, *words)
+            assert ran.exit_code == 1
+            assert "does not answer: it is stopped, or the machine is very busy" in ran.output
+    finally:
+        sim.process.send_signal(signal.SIGCONT)
+    assert command(sim, "health").exit_code == 0
+
+
 @pytest.fixture
 def own() -> Iterator[Pipeline]:
     with Pipeline("", *SIM, lifeline=False) as running:
