@@ -76,6 +76,11 @@ def launch_of(pod: Pod, files: Path) -> Launch:
         return Launch(settings_from(context.params), set(given))
 
 
+def size(quantity: str) -> int:
+    """In bytes, of the units that are used here."""
+    return int(quantity[:-2]) << {"Mi": 20, "Gi": 30}[quantity[-2:]]
+
+
 def pod_of(overlay: str, name: str) -> Pod:
     (found,) = [pod for pod in pods(overlay) if pod.name == name]
     return found
@@ -238,8 +243,29 @@ def test_pods_are_restricted(pod: Pod) -> None:
 @every_pod
 def test_a_drain_ends_before_the_pod_is_killed(pod: Pod, tmp_path: Path) -> None:
     drain_s = launch_of(pod, tmp_path).settings.drain_timeout
+    hook_s = pod.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {"seconds": 0})
     # An HTTP server has its grace after the drain, and then all others have.
-    assert pod.spec["terminationGracePeriodSeconds"] > drain_s + MOVE_S + 2 * GRACE_S
+    grace_s = hook_s["seconds"] + drain_s + MOVE_S + 2 * GRACE_S
+    assert pod.spec["terminationGracePeriodSeconds"] > grace_s
+
+
+@overlays
+def test_pods_that_clients_reach_by_a_service_wait_for_its_change_first(overlay: str) -> None:
+    """The drain refuses requests, and Services send them until all nodes know of the pod's end."""
+    clients = selected(overlay, named(overlay, "Service", "nanovllm")["spec"]["selector"])
+    hooks = {pod.name: pod.container.get("lifecycle") for pod in pods(overlay)}
+    assert {name for name, hook in hooks.items() if hook} == {*clients} == {INGRESS}
+    assert hooks[INGRESS] == {"preStop": {"sleep": {"seconds": 5}}}
+
+
+@every_pod
+def test_what_a_pod_takes_of_its_node_is_bounded(pod: Pod) -> None:
+    resources = pod.container["resources"]
+    limit, asked = (size(resources[kind]["memory"]) for kind in ("limits", "requests"))
+    scratch = [volume["emptyDir"] for volume in pod.mounts.values() if "emptyDir" in volume]
+    in_memory = [size(one["sizeLimit"]) for one in scratch if one.get("medium") == "Memory"]
+    assert all("sizeLimit" in one for one in scratch)
+    assert limit >= asked + sum(in_memory)  # which count as the pod's memory
 
 
 @every_pod
