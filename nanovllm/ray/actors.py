@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Final
 
 import ray
@@ -11,6 +12,7 @@ from ray.exceptions import RayError
 from nanovllm.client.control import Control
 from nanovllm.client.results import PipelineUnavailable
 from nanovllm.control import Status
+from nanovllm.names import first_of
 from nanovllm.ray.launched import Keeper
 from nanovllm.ray.plan import EngineState, HeadState, Launch, Plan
 
@@ -40,7 +42,7 @@ class Head:
             ):
                 status = ask.status()
         addresses = self._addresses(status)
-        return HeadState(keeper.ready, keeper.error, addresses, self._plan.engine, status)
+        return HeadState(bool(keeper.said), keeper.error, addresses, self._plan.engine, status)
 
     def stop(self) -> None:
         """Returns when requests have finished, or their time is over, and services have ended."""
@@ -66,7 +68,10 @@ class Engine:
         self._keeper = Keeper(_as_the_head_says, drain_s)
 
     def state(self) -> EngineState:
-        return EngineState(self._node, self._keeper.ready, self._keeper.error)
+        said = self._keeper.said
+        joined = re.match(r"machine (\d+):", said)
+        number = first_of(int(joined[1])) if joined else None
+        return EngineState(self._node, bool(said), self._keeper.error, number)
 
     def stop(self) -> None:
         """Returns when requests have moved to other engines, and the services have ended."""

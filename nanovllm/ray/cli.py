@@ -191,8 +191,9 @@ def down(cluster: Cluster) -> None:
 
 
 def _said(engine: EngineState) -> str:
-    """What an engine does, in a line."""
-    return f"{engine.where}  {engine.error or 'ready' * engine.ready}".rstrip()
+    """What an engine does, in a line. The table of services has its number in the pipeline."""
+    ready = f"ready, as the pipeline's engine {engine.number}" if engine.ready else ""
+    return f"{engine.where}  {engine.error or ready}".rstrip()
 
 
 class _Progress(LoadingBar):

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -74,6 +75,8 @@ class Cluster:
                 f"no Ray cluster at {address}: `ray start --head` starts one, and --address names"
                 f" another ({error})"
             ) from None
+        # As Ctrl-C. Ray's handler would end the command before it takes away what it has begun.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def gpus(self) -> int:
         """GPUs of all nodes together."""

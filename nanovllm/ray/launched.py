@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from nanovllm.client.private_pipeline import short_private_directory
+from nanovllm.log import Event, event_of, render
 from nanovllm.ray.plan import Launch
 
 # Of the names of private directories.
@@ -31,12 +32,12 @@ class Launched:
 
     Attributes:
         runtime_dir: the private directory.
-        ready: whether the launcher has said that its services are.
+        said: its latest line that says that its services are ready; empty before.
     """
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self.ready = False
+        self.said = ""
         self._last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         self.runtime_dir = short_private_directory(PREFIX)
         try:
@@ -82,10 +83,10 @@ class Launched:
         """Why it has ended, as it said; nothing if it was to end, as with its pipeline."""
         if self._process.returncode == 0:
             return ""
-        said = [line for line in self._last_lines if line.startswith(_LAST_WORD)]
-        if said:
-            return said[-1].removeprefix(_LAST_WORD)
-        return "\n".join(self._last_lines) or f"exit code {self._process.returncode}"
+        events = [event_of(line, "launcher") for line in self._last_lines]
+        if words := [*filter(None, map(_last_word, events))]:
+            return words[-1]
+        return "\n".join(map(_readable, events)) or f"exit code {self._process.returncode}"
 
     def _close(self) -> None:
         assert self._process.stdin is not None
@@ -98,7 +99,8 @@ class Launched:
         with output:
             for line in output:
                 self._last_lines.append(line.rstrip("\n"))
-                self.ready = self.ready or self.launch.says in line
+                if self.launch.says in line:
+                    self.said = line
                 with contextlib.suppress(OSError):
                     sys.stderr.write(line)
 
@@ -121,8 +123,10 @@ class Keeper:
         self._thread.start()
 
     @property
-    def ready(self) -> bool:
-        return self.launched is not None and self.launched.ready
+    def said(self) -> str:
+        """What the launcher says once its services are ready; empty before."""
+        launched = self.launched
+        return launched.said if launched is not None else ""
 
     def stop(self) -> None:
         """Returns when the launcher has ended, and its directory is gone."""
@@ -147,7 +151,7 @@ class Keeper:
                 if launched.ended(LOOK_AGAIN_S):
                     self.error = launched.last_words()
                     return
-                if launched.ready:
+                if launched.said:
                     self.error = ""
                 if self._wanted() not in (wanted, None):
                     launched.end(0.0)
@@ -155,6 +159,17 @@ class Keeper:
             launched.end(self._drain_s)
         finally:
             self.launched = None
+
+
+def _last_word(event: Event) -> str:
+    """Why a launcher ends, if this says so; which is a line of its own, or an event of its log."""
+    if event.level is None and event.message.startswith(_LAST_WORD):
+        return event.message.removeprefix(_LAST_WORD)
+    return "\n".join(event.lines) if event.level == "critical" else ""
+
+
+def _readable(event: Event) -> str:
+    return event.message if event.level is None else render(event, "text")
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -117,11 +117,14 @@ class EngineState(msgspec.Struct, frozen=True):
 
     Attributes:
         where: the address of its node; or WAITS for a node that has its resources free; or STARTS.
+        number: of the engine in the pipeline, where that of each machine begin at another hundred;
+            None before it has joined.
     """
 
     where: str
     ready: bool = False
     error: str = ""
+    number: int | None = None
 
 
 def secrets_of(settings: Settings) -> Secrets:

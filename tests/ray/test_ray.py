@@ -220,6 +220,14 @@ def test_an_engine_whose_actor_dies_is_back(served: Served) -> None:
     wait_until(lambda: len(served.engines()) == 2 and pid_of("engine-0") != pid)
 
 
+def test_the_status_says_which_engine_is_which(served: Served) -> None:
+    shown, table = served.on.command("status").split("\n\n", 1)
+    numbers = re.findall(r"^engine +\d+ .* ready, as the pipeline's engine (\d+)$", shown, re.M)
+    assert len({*numbers}) == 2
+    for number in numbers:
+        assert re.search(rf"^\S+ +scheduler {number} .* ready ", table, re.M)
+
+
 def test_keys_are_in_no_command_line_and_no_log(served: Served) -> None:
     services = served.keys / "services.key"
     (secret,) = re.findall(r'secret-key = "(.*)"', services.read_text())
@@ -252,6 +260,10 @@ def test_down_leaves_nothing(served: Served) -> None:
     ("words", "why"),
     [
         (("/no/such/model",), "the head cannot start: no such model: /no/such/model"),
+        (
+            ("/no/such/model", "--log-format", "json"),
+            r"^Error: the head cannot start: no such model: /no/such/model is [^\"{}]*$",
+        ),
         (("--name", ""), "--name is empty"),
         (("--engines", "0"), "--engines is 0: name one"),
         (("--ingress", "tcp://127.0.0.1:5555"), "--ingress: only clients with keys reach it"),
@@ -288,12 +300,13 @@ def test_down_ends_an_up_that_waits(on: OnRay) -> None:
     wait_until_nothing_is_left(on, "other")
 
 
-def test_ctrl_c_takes_all_away_again(on: OnRay) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_takes_all_away_again(on: OnRay, number: signal.Signals) -> None:
     """More engines than there is room for."""
     up = on.start("up", "--name", "other", "--engines", "6", "--device", "sim", "--http", "")
     assert up.stdout is not None
     assert "no node has a CPU free for engine" in up.stdout.readline()
-    up.send_signal(signal.SIGINT)
+    up.send_signal(number)
     assert up.wait(TIMEOUT_S) == 130
     wait_until_nothing_is_left(on, "other")
 
