@@ -10,7 +10,7 @@ C_LIBRARIES = $(shell for msgpack in libmsgpack-c-dev libmsgpack-dev; do \
 	apt-get -s install --no-install-recommends libzmq3-dev $$msgpack 2>/dev/null; done \
 	| sed -n '/boost/d; s/^Inst \([^ ]*\).*/\1/p' | sort -u)
 
-.PHONY: help demo serve test test-clients test-ray chromium lint image clean
+.PHONY: help demo serve test test-clients test-ray test-image chromium lint image clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-clients   test with langchain, litellm, Prometheus … (installs them)"
 	@echo "make test-ray       test on a Ray cluster of local nodes (installs Ray)"
 	@echo "make image   build a container image (VARIANT=cuda for GPUs; TORCH_CPU=INDEX: smaller)"
+	@echo "make test-image  build the image, and test that it serves (where a builder runs)"
 	@echo "make chromium  unpack Debian's Chromium into $(VENV), for the tests of the page"
 	@echo "make clean   remove the virtual environment and caches"
 
@@ -66,12 +67,21 @@ $(DEBIAN):
 		|| echo "Prometheus and the C client are not tested: apt-get cannot download their packages"
 
 VARIANT ?= cpu
-BUILDER ?= $(shell command -v podman || command -v docker || command -v buildah)
+# The first that works: docker's command may be there without its daemon.
+BUILDER ?= $(shell for builder in podman docker buildah; do \
+	$$builder info >/dev/null 2>&1 && echo $$builder && break; done)
+# Such as --build-arg BASE=IMAGE.
+BUILD_OPTIONS ?=
 
 image:
 	@test -n "$(BUILDER)" || { echo "make image: install podman, docker or buildah"; exit 1; }
 	$(BUILDER) build -f deploy/container/Containerfile --build-arg VARIANT=$(VARIANT) \
-		--build-arg TORCH_CPU=$(TORCH_CPU) -t nanovllm:$(VARIANT) .
+		--build-arg TORCH_CPU=$(TORCH_CPU) $(BUILD_OPTIONS) -t nanovllm:$(VARIANT) .
+
+# An image takes minutes to build: `make test` leaves its tests out.
+test-image: $(READY)
+	BUILDER="$(BUILDER)" BUILD_OPTIONS="$(BUILD_OPTIONS)" TORCH_CPU="$(TORCH_CPU)" \
+		$(BIN)/python -m pytest tests/deploy/test_image.py
 
 # Debian's browser, unpacked, with the libraries that are not installed.
 chromium: $(CHROMIUM)
