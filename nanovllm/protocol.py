@@ -7,6 +7,7 @@ ingress sends.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -33,8 +34,7 @@ LogitBias = Annotated[dict[TokenId, Bias], Meta(max_length=MAX_LOGIT_BIAS)]
 BadWord = NonEmptyStr | Annotated[TokenIds, Meta(max_length=MAX_BAD_WORD_TOKENS)]
 BadWords = Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)]
 # Of W3C's Trace Context, version 00.
-TRACEPARENT = r"^00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z"
-Traceparent = Annotated[str, Meta(pattern=TRACEPARENT)]
+TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 ErrorCode = Literal[
@@ -139,8 +139,15 @@ class Generate(Public, tag="generate", forbid_unknown_fields=True):
     resume_token_ids: list[TokenId] = []
     cache_salt: str | None = None
     client: NonEmptyStr | None = None  # at most 128 bytes, too
-    traceparent: Traceparent | None = None
+    traceparent: str | None = None
     timings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.traceparent is not None and not TRACEPARENT.fullmatch(self.traceparent):
+            raise ValueError(
+                "traceparent: must be 00, the trace's id in 32 hexadecimal digits, the span's"
+                " in 16, and flags in 2, with - between them: lower case, no id of zeros alone"
+            )
 
 
 class Abort(Public, tag="abort", forbid_unknown_fields=True):

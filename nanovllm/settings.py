@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from nanovllm.log import LogFormat
-from nanovllm.tracing import exporter_is_installed
+from nanovllm.tracing import check_endpoint, exporter_is_installed
 from nanovllm.transport.endpoints import LONGEST_IPC_PATH, host_and_port, is_local
 
 DEFAULT_INGRESS = "tcp://127.0.0.1:5555"
@@ -33,7 +33,6 @@ RESTARTABLE = (*ROLES, "engine", "all")
 SCALABLE = ("tokenizer", "detokenizer", "http", "engine")
 # As browsers write it: no path, no slash at the end. A page from a file has the origin "null".
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
-_OTLP = re.compile(r"https?://[^/\s]+(/\S*)?")
 # At most so many services of a role that can be scaled, on one machine.
 MAX_SERVICES = 64
 # What a machine that joins brings, each none unless its option is given.
@@ -350,10 +349,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
 
     def _check_otlp(self) -> None:
-        if not _OTLP.fullmatch(self.otlp):
-            raise SettingsError(
-                f"--otlp {self.otlp}: must be http://HOST:PORT or https://HOST:PORT"
-            )
+        try:
+            check_endpoint(self.otlp)
+        except ValueError as error:
+            raise SettingsError(f"--otlp {self.otlp}: {error}") from None
         if not exporter_is_installed():
             raise SettingsError(
                 "--otlp sends by OpenTelemetry, which is not installed: pip install"

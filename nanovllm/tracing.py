@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
+import re
 import secrets
 import threading
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from nanovllm.wording import counted
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _EXPORTER: Final = "opentelemetry.exporter.otlp.proto.http"
+# Where a collector takes traces.
+_PATH: Final = "/v1/traces"
 # Traces that wait for the collector, at most.
 MAX_WAITING: Final = 1024
 # Traces in one request to the collector, and for how long it waits for more of them.
@@ -57,7 +60,13 @@ class TraceContext(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One span that has ended. Times are `time.monotonic_ns`; `error` says why it failed."""
+    """One span that has ended.
+
+    Attributes:
+        start_ns: of `time.monotonic_ns`, as `end_ns`.
+        error: why it failed.
+        serves: whether a client of another process waits for its end.
+    """
 
     name: str
     context: TraceContext
@@ -66,6 +75,7 @@ class Span(NamedTuple):
     end_ns: int
     attributes: Mapping[str, str | int]
     error: str | None = None
+    serves: bool = False
 
 
 class Tracer(Protocol):
@@ -90,6 +100,24 @@ def exporter_is_installed() -> bool:
         return False
 
 
+def check_endpoint(endpoint: str) -> None:
+    """Raises ValueError, which says what is wrong, unless a collector can be at `endpoint`."""
+    form = "must be http://HOST:PORT or https://HOST:PORT, with a PORT of 1 to 65535"
+    try:
+        parts = urlsplit(endpoint)
+        port = parts.port
+    except ValueError:
+        raise ValueError(form) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError(form)
+    if re.search(r"\s", endpoint):
+        raise ValueError("must hold no white space")
+    if parts.query or parts.fragment:
+        raise ValueError("must end before ? and #, since /v1/traces is added to it")
+    if parts.path.rstrip("/").endswith(_PATH):
+        raise ValueError("must end before /v1/traces, which is added to it")
+
+
 class OtlpTracer:
     """Sends spans to an OTLP collector, from a thread of its own.
 
@@ -104,13 +132,13 @@ class OtlpTracer:
     def __init__(self, endpoint: str) -> None:
         # What nobody needs who does not trace.
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
 
-        name = os.environ.get("OTEL_SERVICE_NAME", "nanovllm")
-        self._resource = Resource.create({"service.name": name})
+        named = Resource.create({"service.name": "nanovllm"})
+        self._resource = named.merge(OTELResourceDetector().detect())
         self._sampler = TracerProvider(shutdown_on_exit=False).sampler
-        self._url = f"{endpoint.rstrip('/')}/v1/traces"
+        self._url = endpoint.rstrip("/") + _PATH
         self._exporter = OTLPSpanExporter(self._url, timeout=EXPORT_S)
         self._waiting: queue.Queue[list[Span]] = queue.Queue(MAX_WAITING)
         # Spans: two counts, since each has a thread of its own that counts.
@@ -170,7 +198,7 @@ class OtlpTracer:
             None if span.parent_id == NO_SPAN else context(span.parent_id),
             self._resource,
             span.attributes,
-            kind=SpanKind.INTERNAL,
+            kind=SpanKind.SERVER if span.serves else SpanKind.INTERNAL,
             status=Status() if span.error is None else Status(StatusCode.ERROR, span.error),
             start_time=span.start_ns + epoch_ns,
             end_time=span.end_ns + epoch_ns,

@@ -50,10 +50,11 @@ class TracedDoor:
                     "http.request.method": scope["method"],
                     "url.path": scope["path"],
                     "http.response.status_code": status,
+                    "nanovllm.request_id": scope["state"]["request_id"],
                 }
                 error = None if 0 < status < 500 else f"status {status}" if status else "no answer"
                 times = start_ns, time.monotonic_ns()
-                span = Span("door", context, parent.span_id, *times, attributes, error)
+                span = Span("door", context, parent.span_id, *times, attributes, error, True)
                 self._tracer.add([span])
 
 
@@ -64,7 +65,7 @@ def valid_traceparent(header: str) -> str | None:
     later = _VERSION.fullmatch(version) and version not in ("00", "ff")
     if later and header[_KNOWN_CHARACTERS:][:1] in ("", "-"):
         header = f"00{known[2:]}"
-    return header if re.search(TRACEPARENT, header) else None
+    return header if TRACEPARENT.fullmatch(header) else None
 
 
 def asked_of(request: Request) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Engine:
     scheduler answers with the requests that are missing, which are submitted again.
 
     Args:
+        number: the engine's.
         max_num_batched_tokens: the token budget of a step.
 
     Attributes:
@@ -91,7 +92,8 @@ class Engine:
         leaves: whether it is not to start anew.
     """
 
-    def __init__(self, max_num_batched_tokens: int) -> None:
+    def __init__(self, number: int, max_num_batched_tokens: int) -> None:
+        self._number = number
         self.peer: Peer | None = None
         self.given: dict[int, Request] = {}
         self.load = Load()
@@ -145,7 +147,7 @@ class Engine:
 
     def give(self, request: Request) -> None:
         """Submits the request, as its next attempt."""
-        request.next_attempt()
+        request.next_attempt(self._number)
         request.engine = self
         self.fresh = False
         self._ever_given += 1
@@ -218,7 +220,7 @@ class Engine:
         for uid, attempt in sorted(zip(unpack_int64(message.uids), attempts, strict=True)):
             request = self.given.get(uid)
             if request is not None and request.attempt == attempt:
-                request.next_attempt()
+                request.next_attempt(self._number)
                 self._submits[uid] = request
                 count += 1
         return count

@@ -56,7 +56,7 @@ class EnginePool:
         """A connection to a scheduler was made: see `Engine.up`."""
         engine = self.by_number.get(peer.engine)
         if engine is None:
-            engine = self.by_number[peer.engine] = Engine(self._max_num_batched_tokens)
+            engine = self.by_number[peer.engine] = Engine(peer.engine, self._max_num_batched_tokens)
         return engine.up(peer)
 
     def stop(self, number: int, leaves: bool) -> list[Request]:

@@ -66,11 +66,11 @@ class Request:
         prompt = self.prompt if self.tokenize is None else self.tokenize.prompt_token_ids
         return len(prompt or b"") // 4
 
-    def next_attempt(self) -> None:
-        """An engine is given the request."""
+    def next_attempt(self, engine: int) -> None:
+        """The engine of this number is given the request."""
         self.attempt += 1
         if self.timeline is not None:
-            self.timeline.given(self.attempt)
+            self.timeline.given(self.attempt, engine)
 
     def tokenized(self, answer: Tokenized) -> None:
         """Keeps a tokenizer's answer in place of the message for it."""

@@ -10,12 +10,13 @@ from nanovllm.tracing import Span, TraceContext, child_of
 
 
 class Phase(NamedTuple):
-    """A part of a request's time. `attempt` is 0 before the first one."""
+    """A part of a request's time. `attempt` is 0 before the first one, which has no `engine`."""
 
     name: str
     start_ns: int
     end_ns: int
     attempt: int
+    engine: int
 
 
 class Timeline:
@@ -42,7 +43,7 @@ class Timeline:
         self.phases: list[Phase] = []
         self._began = self._at = clock()
         self._tokenized = False
-        self._attempt = self._given_at = 0
+        self._attempt = self._engine = self._given_at = 0
         self._timings: Timings | None = None  # of this attempt, once it has a token
         self._ended = False
 
@@ -50,11 +51,12 @@ class Timeline:
         self._tokenized = True
         self._until("tokenizer", self._clock())
 
-    def given(self, attempt: int) -> None:
-        """An engine is given the request, as this attempt: an earlier one is lost."""
+    def given(self, attempt: int, engine: int) -> None:
+        """This engine is given the request, as this attempt: an earlier one is lost."""
         if self._attempt:
             self._end_attempt(self._clock())
-        self._attempt, self._timings, self._given_at = attempt, None, self._clock()
+        self._attempt, self._engine = attempt, engine
+        self._timings, self._given_at = None, self._clock()
 
     def decoded(self, timings: Timings) -> None:
         """This attempt has a token."""
@@ -86,10 +88,11 @@ class Timeline:
                 *("ingress", whole, self._parent.span_id, self._began, self._at),
                 attributes,
                 error,
+                True,
             )
         ]
-        for name, start_ns, end_ns, attempt in self.phases:
-            named = {"nanovllm.attempt": attempt} if attempt else {}
+        for name, start_ns, end_ns, attempt, engine in self.phases:
+            named = {"nanovllm.attempt": attempt, "nanovllm.engine": engine} if attempt else {}
             spans.append(Span(name, child_of(whole), whole.span_id, start_ns, end_ns, named))
         return spans
 
@@ -106,5 +109,5 @@ class Timeline:
             self._until("detokenizer", now)
 
     def _until(self, name: str, end_ns: int) -> None:
-        self.phases.append(Phase(name, self._at, end_ns, self._attempt))
+        self.phases.append(Phase(name, self._at, end_ns, self._attempt, self._engine))
         self._at = end_ns

@@ -194,7 +194,7 @@ def test_the_number_of_requests_has_no_end(incarnation: int) -> None:
     assert len({first.uid, last.uid, beyond.uid}) == 3
     uids = pack_int64(request.uid for request in (first, last, beyond))
     assert unpack_int64(uids) == [first.uid, last.uid, beyond.uid]
-    engine = Engine(BUDGET)
+    engine = Engine(0, BUDGET)
     engine.up(SCHEDULER)
     engine.state(READY)
     for request in (first, last, beyond):

@@ -28,8 +28,8 @@ TOLD = {0: "ipc://a", 1: "ipc://b"}
 class Engines(World):
     """Two engines that are ready."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
         self.core.from_scheduler(SCHEDULER, STATE)
         self.core.service_up(OTHER)
         self.ready(OTHER)

@@ -12,7 +12,8 @@ from nanovllm.messages import Refused, Submit, Timings
 from nanovllm.protocol import Error, Finish
 from nanovllm.tracing import NO_SPAN, Span, TraceContext
 from nanovllm.transport.links import Peer
-from tests.ingress.harness import REBORN, TOKENIZER, World, decoded
+from tests.ingress.harness import REBORN, SCHEDULER, TOKENIZER, World, decoded
+from tests.ingress.test_engines import Engines
 
 TRACE, PARENT = 0xABC, 0xDEF
 SAMPLED = TraceContext(TRACE, PARENT, True).traceparent
@@ -103,6 +104,19 @@ def test_a_stop_string_leaves_decode_until_its_text_is_there(
     ends(world, submit, decode_us=None)
     world.sent()
     assert phases(recorded.traces[0])[-1] == ("decode", 11, 26)
+
+
+def test_a_phase_names_its_engine(recorded: Recorded) -> None:
+    engines = Engines(tracer=recorded)
+    first, _ = engines.ask("a", [1, 2, 3], traceparent=SAMPLED)
+    engines.ready(SCHEDULER, False)
+    ((second, submit),) = engines.given()
+    engines.finish(submit, [1])
+    engines.sent()
+    (spans,) = recorded.traces
+    named = [(span.name, span.attributes.get("nanovllm.engine")) for span in spans]
+    assert (first, second) == (0, 1)
+    assert named == [("ingress", None), ("tokenizer", None), ("queue", 0), ("queue", 1)]
 
 
 def test_a_lost_attempt_ends_in_its_phase(world: World, recorded: Recorded) -> None:

@@ -15,7 +15,7 @@ from benchmarks.support.pipeline import Pipeline
 from nanovllm import Client, SamplingParams
 from nanovllm.names import ServiceId
 from nanovllm.tracing import TraceContext
-from tests.http.server import Server
+from tests.http.server import Answer, Server
 from tests.http.test_door import HTTP, SIM
 from tests.recovery.streams import kill
 from tests.traces.collector import Collector, collecting
@@ -43,11 +43,12 @@ def new_context(*, sampled: bool = True) -> TraceContext:
     return TraceContext(secrets.randbits(127) + 1, secrets.randbits(63) + 1, sampled)
 
 
-def ask(door: Server, path: str, traceparent: str | None, **keys: object) -> None:
+def ask(door: Server, path: str, traceparent: str | None, **keys: object) -> Answer:
     body = {"model": "demo", "max_tokens": 20, "messages": MESSAGES, **keys}
     headers = {} if traceparent is None else {"traceparent": traceparent}
     answer = door.ask("POST", path, body, headers)
     assert answer.status == 200, answer.body
+    return answer
 
 
 def check(spans: list[Span], parent_id: int) -> None:
@@ -76,7 +77,7 @@ def check_phases(ingress: Span, phases: list[Span]) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_over_http_is_one_trace(traced: Traced, path: str, stream: bool) -> None:
     context = new_context()
-    ask(traced.door, path, context.traceparent, stream=stream)
+    answer = ask(traced.door, path, context.traceparent, stream=stream)
     spans = traced.collector.trace(context.trace_id, "door", "ingress")
     assert [span.name for span in spans] == ["door", "ingress", *PHASES]
     check(spans, context.span_id)
@@ -84,6 +85,47 @@ def test_a_request_over_http_is_one_trace(traced: Traced, path: str, stream: boo
     decode = next(span for span in spans if span.name == "decode")
     assert decode.end_time_unix_nano - decode.start_time_unix_nano > steps / 2
     assert traced.collector.services == {"nanovllm"}
+    servers = [span.name for span in spans if span.kind == Span.SPAN_KIND_SERVER]
+    assert servers == ["door", "ingress"]
+    named = {a.key: a.value.string_value for a in spans[0].attributes}
+    assert named["nanovllm.request_id"] == answer.headers["x-request-id"]
+
+
+def test_each_choice_is_below_the_door(traced: Traced) -> None:
+    context = new_context()
+    ask(traced.door, "/v1/chat/completions", context.traceparent, n=3)
+    door, *spans = traced.collector.trace(context.trace_id, "door", "ingress")
+    choices = [span for span in spans if span.parent_span_id == door.span_id]
+    assert [span.name for span in choices] == ["ingress"] * 3
+    for choice in choices:
+        phases = [span for span in spans if span.parent_span_id == choice.span_id]
+        assert [span.name for span in phases] == PHASES
+        check_phases(choice, phases)
+
+
+def test_a_client_that_leaves_ends_its_trace(traced: Traced) -> None:
+    context = new_context()
+    body = {"model": "demo", "messages": MESSAGES, "ignore_eos": True, "stream": True}
+    client = Server(traced.door.port, {"traceparent": context.traceparent})
+    with client.send("/v1/chat/completions", body) as connection:
+        while b"data: " not in connection.recv(4096):
+            pass
+    door, ingress, *phases = traced.collector.trace(context.trace_id, "door", "ingress")
+    assert ingress.parent_span_id == door.span_id
+    check_phases(ingress, phases)  # the ingress hears of it after the door
+    ends = {a.key: a.value.string_value for a in ingress.attributes}
+    assert ends["nanovllm.finish_reason"] == "abort"
+
+
+def test_a_refusal_is_the_error_of_its_trace(traced: Traced) -> None:
+    context = new_context()
+    body = {"model": "demo", "prompt": "Once " * 5000}
+    headers = {"traceparent": context.traceparent}
+    answer = traced.door.ask("POST", "/v1/completions", body, headers)
+    assert answer.status == 400
+    spans = traced.collector.trace(context.trace_id, "door", "ingress")
+    check(spans, context.span_id)
+    assert "context_length_exceeded" in spans[1].status.message
 
 
 @pytest.mark.parametrize("given", [None, "00-0-0-01", f"ff-{'1' * 32}-{'1' * 16}-01"])
@@ -111,7 +153,7 @@ def test_the_client_gives_a_traceparent(traced: Traced) -> None:
     context = new_context()
     with Client(traced.pipeline.endpoint) as client:
         client.generate("Once", traceparent=context.traceparent)
-        with pytest.raises(ValueError, match="traceparent"):
+        with pytest.raises(ValueError, match="traceparent: must be 00, the trace's id in 32"):
             client.generate("Once", traceparent="00-1-2-01")
     ingress, *phases = traced.collector.trace(context.trace_id, "ingress")
     assert int.from_bytes(ingress.parent_span_id) == context.span_id

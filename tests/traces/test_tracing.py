@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import socket
 import subprocess
 import sys
@@ -130,6 +131,46 @@ def test_a_launch_without_the_extra_says_what_to_install() -> None:
     assert "Traceback" not in ran.stderr
 
 
-def test_an_endpoint_is_a_url() -> None:
-    with pytest.raises(SettingsError, match="--otlp localhost:4318: must be"):
-        Settings(otlp="localhost:4318")
+@pytest.mark.parametrize(
+    ("endpoint", "reason"),
+    [
+        ("localhost:4318", "must be http://HOST:PORT"),
+        ("http://", "must be http://HOST:PORT"),
+        ("http://:4318", "must be http://HOST:PORT"),
+        ("ftp://localhost:4318", "must be http://HOST:PORT"),
+        ("http://local host:4318", "white space"),
+        ("http://[::1:4318", "must be http://HOST:PORT"),
+        ("http://127.0.0.1:99999", "a PORT of 1 to 65535"),
+        ("http://127.0.0.1:0", "a PORT of 1 to 65535"),
+        ("http://127.0.0.1:otlp", "a PORT of 1 to 65535"),
+        ("http://127.0.0.1:4318?to=me", "before [?]"),
+        ("http://127.0.0.1:4318/v1/traces/", "must end before /v1/traces"),
+    ],
+)
+def test_an_endpoint_that_is_none_is_refused(endpoint: str, reason: str) -> None:
+    with pytest.raises(SettingsError, match=f"--otlp {re.escape(endpoint)}: .*{reason}"):
+        Settings(otlp=endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["http://[::1]:4318", "https://collector.example/mine/"])
+def test_an_endpoint_is_a_url(endpoint: str) -> None:
+    assert Settings(otlp=endpoint).otlp == endpoint
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({}, "nanovllm"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=mine"}, "mine"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=mine", "OTEL_SERVICE_NAME": "ours"}, "ours"),
+    ],
+)
+def test_opentelemetry_says_the_name(
+    variables: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    with collecting() as collector:
+        OtlpTracer(collector.endpoint).add([SPAN])
+        collector.trace(5, "ingress")
+    assert collector.services == {name}
