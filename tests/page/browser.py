@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Request, expect, sync_playwright
+from playwright.sync_api import Browser, Request, Route, expect, sync_playwright
 
 from tests.http.server import Server
 
@@ -22,6 +22,7 @@ UNPACKED = Path(sys.prefix) / "chromium"
 # What a browser says by itself of an answer that was cut off or refused.
 NETWORK = "Failed to load resource"
 CHAT = "**/v1/chat/completions"
+SIM = ("--device", "sim", "--sim-step-ms", "8", "--http", "127.0.0.1:0")
 
 
 def chromium() -> str | None:
@@ -126,3 +127,18 @@ class Visitor:
         """Leaves. The console must be empty, but for what contains one of `forgiven`."""
         self._context.close()
         assert [c for c in self.complaints if not any(f in c for f in forgiven)] == []
+
+
+Visit = Callable[..., Visitor]
+
+
+def answered(*deltas: dict[str, object], reason: str = "stop") -> Callable[[Route], None]:
+    """Answers a chat with these deltas."""
+    chunks = [{"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in [*chunks, last])
+
+    def answer(route: Route) -> None:
+        route.fulfill(content_type="text/event-stream", body=body + "data: [DONE]\n\n")
+
+    return answer

@@ -2,55 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Page, expect
 
 from benchmarks.support.pipeline import Pipeline
 from nanovllm.client.cli import main
 from nanovllm.control import IngressStats
 from tests.http.server import Server
-from tests.page.browser import CHAT, NETWORK, TIMEOUT_MS, Visitor, needs_chromium, running_browser
+from tests.page.browser import CHAT, SIM, TIMEOUT_MS, Visit, answered, needs_chromium
 
 pytestmark = needs_chromium
 
-SIM = ("--device", "sim", "--sim-step-ms", "8", "--http", "127.0.0.1:0")
 SERVICES = (
     *("ingress 0", "tokenizer 0", "scheduler 0", "gpu_worker 0.0", "detokenizer 0", "http 0"),
 )
 HOSTILE = 'Not <img src=x onerror="alert(1)"> HTML.\n```js\nlet x = "<b>";\n```\nMore.'
-
-Visit = Callable[..., Visitor]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with running_browser() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> Iterator[Pipeline]:
-    with Pipeline("", *SIM) as running:
-        yield running
-
-
-@pytest.fixture
-def visit(browser: Browser, pipeline: Pipeline) -> Iterator[Visit]:
-    visitors: list[Visitor] = []
-
-    def begin(colours: str = "light", width: int = 1440, door: Server | None = None) -> Visitor:
-        door = door or Server(pipeline.http_port)
-        visitors.append(Visitor(browser, door, colours, width))
-        return visitors[-1]
-
-    yield begin
-    for visitor in visitors:
-        visitor.end([NETWORK])
 
 
 def in_words(page: Page, selector: str) -> str:
@@ -79,6 +49,12 @@ def test_a_chat_streams_and_is_kept(visit: Visit) -> None:
     bar = page.locator("#messages article .bar span")
     widths = dict(zip(names, bar.evaluate_all("all => all.map(e => e.clientWidth)"), strict=True))
     assert max(widths, key=widths.__getitem__) == "decode", "150 steps of 8 ms"
+    ends = "all => all.map(e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right])"
+    [[begin, end]] = page.locator("#messages article .bar").evaluate_all(ends)
+    parts = [edge for part in bar.evaluate_all(ends) for edge in part]
+    assert parts == sorted(parts), "one beside the other"
+    assert (parts[0], parts[-1]) == pytest.approx((begin, end), abs=1)
+    assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")
     assert "decode 1." in in_words(page, "#messages figcaption")
     assert {key: answer[key] for key in ("content", "reasoning")} == visitor.undisturbed()
     visitor.set(thinking="off")
@@ -164,18 +140,6 @@ def test_an_engine_that_is_added_is_seen(visit: Visit, pipeline: Pipeline) -> No
     scale(1)
     expect(page.get_by_role("region", name="Engine 1")).to_have_count(0)
     expect(page.locator("#events")).to_contain_text("scheduler 1 has left")
-
-
-def answered(*deltas: dict[str, object], reason: str = "stop") -> Callable[[Route], None]:
-    """Answers a chat with these deltas."""
-    chunks = [{"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
-    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
-    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in [*chunks, last])
-
-    def answer(route: Route) -> None:
-        route.fulfill(content_type="text/event-stream", body=body + "data: [DONE]\n\n")
-
-    return answer
 
 
 def test_what_the_model_writes_is_text(visit: Visit) -> None:

@@ -1,6 +1,6 @@
 // One answer of the model, as it streams in.
 
-import { ask, events, pause, Refused } from "./server.js";
+import { ask, events, pause, Refused, Unreachable } from "./server.js";
 
 // So long an answer waits for an HTTP server that has died, or that is about to end.
 const PATIENCE_MS = 60_000;
@@ -21,8 +21,7 @@ export const emptyAnswer = () => ({ role: "assistant", reasoning: "", content: "
 
 /**
  * Streams an answer; calls `show` with it whenever more of it is there. Resolves to its usage, and to
- * its timings: name and µs of each phase. The last phase, "door", is what the HTTP server, and the way
- * here, had beside the pipeline.
+ * its timings: name and µs of each phase. The last phase, "door", is the rest of the time that it took.
  *
  * A death behind the HTTP server is a pause of the stream. If the HTTP server itself dies, the same
  * question with the same seed gets the same answer from the next one.
@@ -30,11 +29,11 @@ export const emptyAnswer = () => ({ role: "assistant", reasoning: "", content: "
 export async function stream(request, show, signal) {
   const asked = { ...request, seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 };
   let shown = 0;
-  let triedAt = performance.now();
+  const askedAt = performance.now();
+  let triedAt = askedAt;
   for (;;) {
     const answer = emptyAnswer();
     try {
-      const askedAt = performance.now();
       const response = await ask("/v1/chat/completions", { body: asked, headers: TIMED, signal });
       let end = {};
       for await (const data of events(response)) {
@@ -50,7 +49,8 @@ export async function stream(request, show, signal) {
       }
     } catch (error) {
       if (signal.aborted) throw error;
-      if (error instanceof Refused && !PASSING.has(error.code)) throw error;
+      const passes = error instanceof Unreachable || (error instanceof Refused && PASSING.has(error.code));
+      if (!passes) throw error;
     }
     if (performance.now() - triedAt > PATIENCE_MS) throw new Error("the server does not answer");
     await pause(AGAIN_MS);

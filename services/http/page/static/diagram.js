@@ -1,10 +1,9 @@
 // The pipeline as a diagram: each process a node, and between them what flows and what waits.
 
 import { el, say, svg } from "./dom.js";
-import { BESIDE, down, join, up } from "./lines.js";
+import { join } from "./lines.js";
 
 const GAP = 7; // between the two directions of a connection, in pixels
-const MOST_CROSSINGS = 16; // engines times detokenizers that are joined by lines of their own
 const count = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
 const WORK = {
   ingress: (s) => `${s.requests} unfinished · ${count(s.sessions, "client")}`,
@@ -157,11 +156,10 @@ export class Diagram {
     };
     this.lines.setAttribute("viewBox", `0 0 ${at.width} ${at.height}`);
     const drawn = new Set();
-    const line = (id, path, flows, waiting = 0, what = "") => {
+    const draw = (id, from, to, shift, flows, waiting = 0, what = "") => {
       drawn.add(id);
-      this.#line(id, path, flows, waiting ? `${waiting} ${what}` : "");
+      this.#line(id, join(box(from), box(to), shift), flows, waiting ? `${waiting} ${what}` : "");
     };
-    const draw = (id, from, to, shift, ...rest) => line(id, join(box(from), box(to), shift), ...rest);
     const ingress = this.ingress.querySelector(".node");
     if (!ingress) return;
     const { rate, running, waiting } = this.pipeline.figures;
@@ -177,28 +175,19 @@ export class Diagram {
       draw(`${one.name} in`, ingress, node, -GAP, one.rates.tokenized > 0, one.stats?.queued, "queued");
       draw(`${one.name} out`, node, ingress, GAP, one.rates.tokenized > 0);
     }
-    const nearest = box([...this.engines.values()][0] ?? ingress).top;
-    for (const [number, card] of this.engines) {
-      const far = box(card).top > nearest + BESIDE; // others are on the straight way to it
-      const { scheduler, workers } = this.pipeline.engines.get(number) ?? { workers: [] };
+    for (const { scheduler, workers } of this.pipeline.engines.values()) {
       const runs = scheduler?.rates.generated > 0;
-      const there = far ? down(box(ingress), box(card)) : join(box(ingress), box(card), 0);
-      const queue = this.engines.size === 1 ? waiting : scheduler?.stats?.waiting;
-      line(`engine ${number}`, there, runs, queue, "waiting");
       for (const one of scheduler ? workers : []) {
         const [from, to] = [this.nodes.get(scheduler.name), this.nodes.get(one.name)];
         draw(`${one.name} plans`, from, to, -GAP, runs);
         draw(`${one.name} tokens`, to, from, GAP, runs);
       }
-      const detokenizers = this.pipeline.of("detokenizer");
-      const crossings = detokenizers.length * this.engines.size <= MOST_CROSSINGS;
-      for (const one of crossings ? detokenizers : detokenizers.slice(0, 1)) {
-        const [from, to] = [box(card), box(this.nodes.get(one.name))];
-        line(`engine ${number} ${one.name}`, far ? up(from, to) : join(from, to, 0), runs);
-      }
     }
+    if (this.engines.size) draw("engines", ingress, this.engineList, 0, rate > 0, waiting, "waiting");
     for (const one of this.pipeline.of("detokenizer")) {
-      draw(`${one.name} out`, this.nodes.get(one.name), ingress, 0, one.rates.tokens > 0);
+      const node = this.nodes.get(one.name);
+      if (this.engines.size) draw(`${one.name} in`, this.engineList, node, 0, rate > 0);
+      draw(`${one.name} out`, node, ingress, 0, one.rates.tokens > 0);
     }
     for (const [id, { path, label }] of this.paths) {
       if (drawn.has(id)) continue;

@@ -1,7 +1,5 @@
 // The shapes of lines between boxes: { left, right, top, bottom } in pixels.
 
-export const BESIDE = 17; // of a box to a line that passes it
-
 /** Where a line meets the side of a box: as near to `wanted` as its corners allow. */
 const between = (wanted, low, high) => Math.min(Math.max(wanted, low + 16), high - 16);
 const centre = ({ left, right }) => (left + right) / 2;
@@ -22,18 +20,4 @@ export function join(a, b, shift) {
   const y1 = between(y2, a.top, a.bottom);
   const bend = (x1 + x2) / 2;
   return { d: `M${x1} ${y1}C${bend} ${y1} ${bend} ${y2} ${x2} ${y2}`, middle: { x: bend, y: (y1 + y2) / 2 } };
-}
-
-/** A line down from a box and round a corner into the left side of another, past what is between. */
-export function down(a, b) {
-  const [x, y] = [b.left - BESIDE, b.top + BESIDE];
-  return { d: `M${x} ${a.bottom}V${y - 8}q0 8 8 8H${b.left}`, middle: { x, y: y - BESIDE } };
-}
-
-/** A line out of the right side of a box, and up round corners into another. */
-export function up(a, b) {
-  const [x, y] = [a.right + BESIDE, a.top + BESIDE];
-  const out = `M${a.right} ${y}H${x - 8}q8 0 8 -8`;
-  const end = x < b.right ? `V${b.bottom}` : `V${b.bottom - BESIDE}q0 -8 -8 -8H${b.right}`;
-  return { d: out + end, middle: { x, y } };
 }

@@ -4,7 +4,7 @@ import { Chat } from "./chat.js";
 import { Diagram } from "./diagram.js";
 import { $, announce, el, say, svg } from "./dom.js";
 import { Pipeline, nameOf } from "./pipeline.js";
-import { ask, events, kill, mayKill, pause, Refused } from "./server.js";
+import { ask, events, kill, mayKill, pause, Refused, Unreachable } from "./server.js";
 import { Store } from "./store.js";
 
 const SAMPLES = 150; // of a minute, as the status comes every 0.4 s
@@ -44,7 +44,9 @@ async function strike(service) {
       diagram.strike(name, false);
       tell("error", `${name} was not killed: ${error.message}`);
       return;
-    } // else the HTTP server has died, before it could say that it will
+    }
+    if (!(error instanceof Unreachable)) throw error;
+    // The HTTP server has died, before it could say that it will.
   }
   tell("struck", `You killed ${name}`);
   chat.died(name);
@@ -115,6 +117,10 @@ async function follow() {
         lost = true;
         story(error.message);
         await new Promise((given) => addEventListener("key", given, { once: true }));
+      } else if (!(error instanceof Refused || error instanceof Unreachable)) {
+        lost = true;
+        story(`The page cannot show the pipeline: ${error.message}`);
+        reportError(error);
       } else if (performance.now() - heardAt > LOST_MS) {
         lost = true;
         story(error instanceof Refused ? error.message : "The server does not answer. The page asks again …");

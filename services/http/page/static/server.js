@@ -17,6 +17,13 @@ export class Refused extends Error {
   }
 }
 
+/** The server does not answer, or no more. */
+export class Unreachable extends Error {}
+
+const unreachable = (error) => {
+  throw new Unreachable(error.message);
+};
+
 let asking = null; // the visitor, for a key
 
 /** A response that is a success; asks the visitor for a key where one is needed. */
@@ -32,7 +39,7 @@ export async function ask(path, { body, headers = {}, signal } = {}) {
       body: body === undefined ? undefined : JSON.stringify(body),
       signal,
       cache: "no-store",
-    });
+    }).catch(unreachable);
     if (response.ok) return response;
     const refused = await refusal(response);
     if (response.status !== 401) throw refused;
@@ -57,7 +64,7 @@ export async function* events(response) {
   let rest = "";
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await reader.read().catch(unreachable);
       if (done) return;
       const parts = (rest + value).split("\n\n");
       rest = parts.pop();
@@ -71,7 +78,7 @@ export async function* events(response) {
 export const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 
 async function refusal(response) {
-  const text = await response.text();
+  const text = await response.text().catch(unreachable);
   try {
     const { code, message } = JSON.parse(text).error;
     return new Refused(response.status, code, message);

@@ -19,11 +19,13 @@ export class Settings {
     this.store = store;
     this.form = $("settings");
     this.fields = this.form.elements;
-    for (const [name, value] of Object.entries(store.settings)) {
-      const field = this.fields[name];
-      if (field?.type === "checkbox") field.checked = value;
-      else if (field) field.value = value;
+    const kept = store.settings;
+    for (const field of this.fields) {
+      const value = kept[field.name];
+      if (field.type === "checkbox") field.checked = value === true;
+      else if (typeof value === "string") field.value = value;
     }
+    this.#keep();
     $("settings-button").addEventListener("click", () => {
       this.form.hidden = !this.form.hidden;
       $("settings-button").setAttribute("aria-expanded", !this.form.hidden);
@@ -47,12 +49,12 @@ export class Settings {
   }
 
   get system() {
-    return this.store.settings.system;
+    return this.kept.system;
   }
 
   /** The keys of a request that say how to answer. */
   get keys() {
-    const { temperature, maxTokens, thinking, endless, tools } = this.store.settings;
+    const { temperature, maxTokens, thinking, endless, tools } = this.kept;
     const keys = {};
     if (temperature) keys.temperature = Number(temperature);
     if (maxTokens) keys.max_tokens = Number(maxTokens);
@@ -71,7 +73,7 @@ export class Settings {
       error = `The tools are no JSON, and not offered: ${problem.message}`;
     }
     $("tools-error").textContent = error;
-    this.store.settings = {
+    this.kept = {
       temperature: temperature.value,
       maxTokens: maxTokens.value,
       thinking: thinking.value,
@@ -79,5 +81,6 @@ export class Settings {
       system: system.value,
       tools: error ? "" : tools.value.trim(),
     };
+    this.store.settings = this.kept;
   }
 }

@@ -4,18 +4,41 @@ const CONVERSATIONS = "nanovllm.conversations";
 const SETTINGS = "nanovllm.settings";
 const MOST_CONVERSATIONS = 50;
 
-function read(name, otherwise) {
+/** What the browser has kept; null if that is nothing, or no JSON. */
+function read(name) {
   try {
-    return JSON.parse(localStorage.getItem(name)) ?? otherwise;
+    return JSON.parse(localStorage.getItem(name));
   } catch {
-    return otherwise;
+    return null;
   }
+}
+
+const areTexts = (...values) => values.every((value) => typeof value === "string");
+
+function isMessage(message) {
+  const { role, content, id, reasoning, calls, marks = [], timings = [] } = message ?? {};
+  if (role === "user") return areTexts(content);
+  if (role === "tool") return areTexts(content, id);
+  if (role !== "assistant" || !areTexts(content, reasoning)) return false;
+  const isList = (list, isOne) => Array.isArray(list) && list.every(isOne);
+  return (
+    isList(calls, (call) => areTexts(call?.id, call?.name, call?.arguments)) &&
+    isList(marks, (mark) => areTexts(mark?.name)) &&
+    isList(timings, (timing) => areTexts(timing?.[0]))
+  );
+}
+
+/** The conversations that the browser has kept, but for what is none: other programs write there, too. */
+function readConversations() {
+  const kept = read(CONVERSATIONS);
+  if (!Array.isArray(kept)) return [];
+  return kept.filter((one) => areTexts(one?.id, one?.title) && Array.isArray(one.messages) && one.messages.every(isMessage));
 }
 
 export class Store {
   constructor() {
     this.removed = new Set(); // ids
-    this.conversations = read(CONVERSATIONS, []);
+    this.conversations = readConversations();
     if (!this.conversations.length) this.add();
     this.current = this.conversations[0];
   }
@@ -38,7 +61,7 @@ export class Store {
   save() {
     const known = new Set([...this.removed, ...this.conversations.map(({ id }) => id)]);
     const kept = this.conversations.filter((one) => one.messages.length);
-    kept.push(...read(CONVERSATIONS, []).filter(({ id }) => !known.has(id)));
+    kept.push(...readConversations().filter(({ id }) => !known.has(id)));
     kept.length = Math.min(kept.length, MOST_CONVERSATIONS);
     for (;;) {
       try {
@@ -56,7 +79,7 @@ export class Store {
    */
   hear(changed, written) {
     if (changed !== CONVERSATIONS) return false;
-    const kept = new Map(read(CONVERSATIONS, []).map((one) => [one.id, one]));
+    const kept = new Map(readConversations().map((one) => [one.id, one]));
     this.conversations = this.conversations.filter((one) => one === written || !one.messages.length || kept.has(one.id));
     for (const one of this.conversations) {
       if (one !== written) Object.assign(one, kept.get(one.id));
@@ -69,14 +92,14 @@ export class Store {
   }
 
   get settings() {
-    return read(SETTINGS, {});
+    return read(SETTINGS) ?? {};
   }
 
   set settings(settings) {
     try {
       localStorage.setItem(SETTINGS, JSON.stringify(settings));
     } catch {
-      // They hold for this page alone then: the form has them.
+      // They hold for this page alone then.
     }
   }
 }

@@ -1,6 +1,6 @@
 // Where the time of an answer went: a bar, and the same in words.
 
-import { el, say } from "./dom.js";
+import { el } from "./dom.js";
 
 /** What `showTimings` fills. */
 export const newTimings = () => el("figure", { class: "timings", hidden: true }, el("div", { class: "bar", "aria-hidden": "true" }), el("figcaption"));
@@ -8,9 +8,9 @@ export const newTimings = () => el("figure", { class: "timings", hidden: true },
 /** `timings`: name and µs of each phase, in order. */
 export function showTimings(shown, timings = []) {
   shown.hidden = !timings.length;
-  say(shown.querySelector("figcaption"), timings.map(([name, us]) => `${name} ${inWords(us)}`).join(" · "));
   const bar = shown.querySelector(".bar");
   if (bar.children.length === timings.length) return;
+  shown.querySelector("figcaption").replaceChildren(...timings.map(([name, us]) => el("span", { class: name }, `${name} ${inWords(us)} `)));
   bar.replaceChildren(...timings.map(([name]) => el("span", { class: name })));
   timings.forEach(([, us], index) => (bar.children[index].style.flexGrow = us));
 }
