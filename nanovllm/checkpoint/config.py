@@ -169,6 +169,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def _check_blocks(self, size: int) -> None:
         """Raises CheckpointError where a rank of `size` would hold a part of an FP8 block."""
         ranks = f" on each of {size} ranks" if size > 1 else ""
+        unquantized = (
+            "take the checkpoint in bfloat16"
+            if self.stores_fp8
+            else "leave --quantization fp8 away"
+        )
         for name, value in (
             ("hidden_size", self.hidden_size),
             (f"intermediate_size{ranks}", self.intermediate_size // size),
@@ -179,9 +184,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             ),
         ):
             if value % FP8_BLOCK:
+                fewer = "lower --tp, or " if ranks and name.endswith(ranks) else ""
                 raise CheckpointError(
                     f"FP8 weights have blocks of {FP8_BLOCK}, and the {name}, {value}, is no"
-                    " multiple"
+                    f" multiple: {fewer}{unquantized}"
                 )
 
 

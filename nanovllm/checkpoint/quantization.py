@@ -16,6 +16,16 @@ FP8_BLOCK = 128
 # Modules that no FP8 checkpoint quantizes.
 _WHOLE = ("lm_head", "embed_tokens", "norm")
 
+# What transformers and Qwen's later checkpoints write besides, of the weights that are served.
+_IMPLIED: dict[str, Any] = {
+    "act_per_tensor": False,
+    "dequantize": False,
+    "expert_dtype": "fp8",
+    "modules_to_convert": None,
+    "scale_fmt": "float",
+    "weight_per_tensor": False,
+}
+
 
 class _Fp8(msgspec.Struct, forbid_unknown_fields=True):
     quant_method: Literal["fp8"]
@@ -41,8 +51,11 @@ def stores_fp8(path: Path, config: dict[str, Any] | None) -> bool:
             f"{where}: such quantized weights are not served; take the model's checkpoint in FP8"
             " with blocks of 128 x 128, or in bfloat16, float16 or float32"
         )
+    told = {
+        key: value for key, value in config.items() if key not in _IMPLIED or value != _IMPLIED[key]
+    }
     try:
-        fp8 = msgspec.convert(config, _Fp8)
+        fp8 = msgspec.convert(told, _Fp8)
     except msgspec.ValidationError as error:
         raise CheckpointError(
             f"{where}: {mistake(error)}; served is e4m3 with weight_block_size [128, 128] and"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import FineGrainedFP8Config
 
 from benchmarks.support.random_model import FP8_CONFIG
 from nanovllm.checkpoint import (
@@ -90,6 +91,8 @@ def test_the_older_and_the_newer_form_of_rope(tmp_path: Path) -> None:
                 ({"weight_block_size": None}, "weight_block_size: .*served is e4m3"),
                 ({"fmt": "e5m2"}, "fmt: .*served is e4m3"),
                 ({"activation_scheme": "static"}, "activation_scheme: .*dynamic"),
+                ({"scale_fmt": "ue8m0"}, ".*scale_fmt.*served is e4m3"),
+                ({"weight_per_tensor": True}, ".*weight_per_tensor.*served is e4m3"),
                 ({"kv_cache_scheme": {}}, ".*kv_cache_scheme.*served is e4m3"),
                 ({"modules_to_not_convert": ["lm_head", "mlp"]}, ".*has 'mlp': only"),
             )
@@ -256,10 +259,15 @@ def test_key_value_heads_may_be_fewer_than_ranks(tmp_path: Path, size: int) -> N
 @pytest.mark.parametrize(
     ("sizes", "tp", "reason"),
     [
-        ({"num_key_value_heads": 1}, 1, "key/value heads, 64"),
-        ({"hidden_size": 192}, 1, "the hidden_size, 192, is no multiple"),
-        ({"intermediate_size": 640}, 2, "the intermediate_size on each of 2 ranks, 320"),
-        ({"head_dim": 32}, 2, "query heads on each of 2 ranks, 64"),
+        ({"num_key_value_heads": 1}, 1, "key/value heads, 64, is no multiple: "),
+        ({"hidden_size": 192}, 1, "the hidden_size, 192, is no multiple: "),
+        ({"hidden_size": 192}, 2, "the hidden_size, 192, is no multiple: "),
+        (
+            {"intermediate_size": 640},
+            2,
+            "the intermediate_size on each of 2 ranks, 320, .*: lower --tp, or ",
+        ),
+        ({"head_dim": 32}, 2, "query heads on each of 2 ranks, 64, .*: lower --tp, or "),
     ],
 )
 def test_ranks_hold_whole_fp8_blocks(
@@ -273,13 +281,28 @@ def test_ranks_hold_whole_fp8_blocks(
         "num_key_value_heads": 2,
         **sizes,
     }
-    path = write(tmp_path, **keys)
-    for config in (
-        ModelConfig.from_checkpoint(path, quantization="fp8"),
-        ModelConfig.from_checkpoint(write(tmp_path, **keys, quantization_config=FP8_CONFIG)),
+    for quantization_config, remedy in (
+        (None, "leave --quantization fp8 away"),
+        (FP8_CONFIG, "take the checkpoint in bfloat16"),
     ):
-        with pytest.raises(CheckpointError, match=reason):
+        path = write(tmp_path, **keys, quantization_config=quantization_config)
+        config = ModelConfig.from_checkpoint(path, quantization="fp8")
+        with pytest.raises(CheckpointError, match=f"{reason}{remedy}$"):
             config.check_tensor_parallel(tp)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm", "model.norm"]},
+        {"weight_per_tensor": False, "act_per_tensor": False},
+        FineGrainedFP8Config().to_dict(),
+        FineGrainedFP8Config(modules_to_not_convert=["lm_head"]).to_dict(),
+    ],
+)
+def test_fp8_is_told_in_several_ways(tmp_path: Path, keys: dict[str, Any]) -> None:
+    told = {**FP8_CONFIG, **keys}
+    assert ModelConfig.from_checkpoint(write(tmp_path, **SHAPE, quantization_config=told)).fp8
 
 
 def test_end_of_sequence_ids_come_from_the_generation_config_first(tmp_path: Path) -> None:
