@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,51 @@ def test_logits_are_those_of_the_dequantized_model(checkpoints: tuple[Path, Path
     assert relative_error(sequences.step({0: len(tokens)})[0], expected) < 1e-5
 
 
+def test_scales_may_be_bf16_in_another_file_than_their_weights(
+    checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    weights: dict[str, Tensor] = {}
+    for file in checkpoints[0].glob("*.safetensors"):
+        weights |= load_file(file)
+    scales = {
+        name: weights.pop(name).to(torch.bfloat16)
+        for name in list(weights)
+        if name.endswith("_scale_inv")
+    }
+    directory = tmp_path / "apart"
+    directory.mkdir()
+    shutil.copy(checkpoints[0] / "config.json", directory)
+    save_file(weights, directory / "weights.safetensors")
+    save_file(scales, directory / "scales.safetensors")
+    files = dict.fromkeys(weights, "weights.safetensors") | dict.fromkeys(
+        scales, "scales.safetensors"
+    )
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    for tensor in load_model(directory).checkpoint_tensors():
+        expected = weights[tensor.name]
+        if tensor.projection:
+            scale = scales[f"{tensor.name}_scale_inv"].float()
+            expected = dequantize(Fp8Weight(expected, scale))
+        assert torch.equal(whole(tensor.target), expected), tensor.name
+    files["model.layers.0.mlp.up_proj.weight_scale_inv"] = "weights.safetensors"
+    index.write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(CheckpointError, match=r"cannot read .*weights\.safetensors: .*up_proj"):
+        load_model(directory)
+
+
+def test_fp8_weights_of_which_the_config_does_not_tell_are_refused(
+    checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "untold"
+    shutil.copytree(checkpoints[0], directory)
+    config = json.loads((directory / "config.json").read_bytes())
+    del config["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"_scale_inv .*has no quantization_config$"):
+        load_model(directory)
+
+
 def _reshape(tensors: dict[str, Tensor], name: str) -> None:
     tensors[f"{name}_scale_inv"] = torch.ones(1, 2)
 
@@ -96,12 +143,22 @@ def _drop(tensors: dict[str, Tensor], name: str) -> None:
     del tensors[f"{name}_scale_inv"]
 
 
+def _poison(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[f"{name}_scale_inv"][3, 1] = torch.nan
+
+
+def _negate(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[f"{name}_scale_inv"].neg_()
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (_reshape, r"up_proj\.weight_scale_inv is F32 of shape \[1, 2\]; .* of shape \[4, 2\]"),
         (_convert, r"up_proj\.weight is F32; .*quantization_config says F8_E4M3"),
-        (_drop, r"lacks model\.layers\.0\.mlp\.up_proj\.weight_scale_inv"),
+        (_drop, r"lacks .*\.up_proj\.weight_scale_inv; by config.json's quantization_config"),
+        (_poison, r"up_proj\.weight_scale_inv has values that are negative or not finite"),
+        (_negate, r"up_proj\.weight_scale_inv has values that are negative or not finite"),
     ],
 )
 def test_wrong_scales_are_named(

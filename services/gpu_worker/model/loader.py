@@ -144,13 +144,21 @@ def _check_names(directory: Path, found: set[str], wanted: set[str], config: Mod
                 "; its tensors' names lack 'model.', as those of a model that makes embeddings:"
                 " only causal language models are served"
             )
+        elif all(name.endswith(SCALES) for name in missing):
+            reason += (
+                "; by config.json's quantization_config a projection is FP8, and only FP8 with such"
+                f" a scale for each block of {FP8_BLOCK} x {FP8_BLOCK} weights is served"
+            )
         raise CheckpointError(reason)
     # See `as_stored`: a head that the checkpoint of a tied model repeats is its embedding.
     ignored = {HEAD} if config.tie_word_embeddings else set()
     if unexpected := found - wanted - ignored:
-        raise CheckpointError(
+        reason = (
             f"{directory} has tensors that its config.json does not call for: {_listed(unexpected)}"
         )
+        if not config.stores_fp8 and any(name.endswith(("_scale", SCALES)) for name in unexpected):
+            reason += "; they scale quantized weights, but config.json has no quantization_config"
+        raise CheckpointError(reason)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -198,7 +206,13 @@ def _scales(tensor: CheckpointTensor, path: Path) -> Tensor:
                 f"{path}: {name} is {source.get_dtype()} of shape {shape}; it must be floats of"
                 f" shape {expected}, one for each block of {FP8_BLOCK} x {FP8_BLOCK}"
             )
-        return _part(tensor, source, FP8_BLOCK).float()
+        part = _part(tensor, source, FP8_BLOCK).float()
+    if not ((part >= 0) & part.isfinite()).all():
+        raise CheckpointError(
+            f"{path}: {name} has values that are negative or not finite; fetch the file again, or"
+            " take another checkpoint"
+        )
+    return part
 
 
 def _part(tensor: CheckpointTensor, source: Any, block: int = 1) -> Tensor:
