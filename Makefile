@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEBIAN := $(VENV)/debian
 CHROMIUM := $(VENV)/chromium
+# What only test-clients runs.
+IN_BROWSER := tests/page/test_page.py
 DEBIAN_LIB = $(CURDIR)/$(DEBIAN)/usr/lib/$(shell cc -print-multiarch 2>/dev/null)
 # Those that are not installed. msgpack-c has had two names.
 C_LIBRARIES = $(shell for msgpack in libmsgpack-c-dev libmsgpack-dev; do \
@@ -16,8 +18,8 @@ C_LIBRARIES = $(shell for msgpack in libmsgpack-c-dev libmsgpack-dev; do \
 help:
 	@echo "make demo    launch the pipeline on the demo model and watch it answer"
 	@echo "make serve   serve the demo model until Ctrl-C (MODEL=… for another)"
-	@echo "make test    lint, type-check and run all tests"
-	@echo "make test-clients   test with langchain, litellm, Prometheus … (installs them)"
+	@echo "make test    lint, type-check and run the tests"
+	@echo "make test-clients   test with langchain, litellm, Prometheus, Chromium … (installs them)"
 	@echo "make test-ray       test on a Ray cluster of local nodes (installs Ray)"
 	@echo "make image   build a container image (VARIANT=cuda for GPUs; TORCH_CPU=INDEX: smaller)"
 	@echo "make test-image  build the image, and test that it serves (where a builder runs)"
@@ -45,13 +47,15 @@ lint: $(READY)
 
 # A file's tests stay together, with their fixtures; tests/conftest.py has the long files go first.
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+		--ignore $(IN_BROWSER)
 
 test-clients: $(READY) $(DEBIAN)
+	@command -v chromium >/dev/null || $(MAKE) chromium
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,clients]'
 	PATH="$(CURDIR)/$(DEBIAN)/usr/bin:$$PATH" CPATH="$(CURDIR)/$(DEBIAN)/usr/include" \
 	LIBRARY_PATH="$(DEBIAN_LIB)" LD_LIBRARY_PATH="$(DEBIAN_LIB)" $(BIN)/python -m pytest \
-		tests/clients tests/http/test_metrics.py tests/examples/test_c.py
+		tests/clients tests/http/test_metrics.py tests/examples/test_c.py $(IN_BROWSER)
 
 test-ray: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,ray]'
