@@ -19,18 +19,16 @@ class GrammarThreads:
     their own, so that small ones never wait for them.
 
     Args:
-        load: reads the vocabulary. Called once, when the first grammar comes.
+        load: reads the vocabulary. Called once, at once: to read a large vocabulary keeps all other
+            threads waiting for half a second, which no step should meet.
     """
 
     def __init__(self, load: Callable[[], Grammars]) -> None:
-        self._load = load
-        self._grammars: Future[Grammars] | None = None
         self._small = ThreadPoolExecutor(THREADS, "grammars")
         self._large = ThreadPoolExecutor(THREADS_FOR_LARGE, "large-grammars")
+        self._grammars = self._small.submit(load)
 
     def submit(self, size: int, work: Callable[[Future[Grammars]], object]) -> None:
         """Calls `work` on a thread, for a grammar of `size` bytes. `work` raises nothing."""
-        if self._grammars is None:
-            self._grammars = self._small.submit(self._load)
         threads = self._large if size > LARGE_BYTES else self._small
         threads.submit(work, self._grammars)

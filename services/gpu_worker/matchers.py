@@ -21,7 +21,7 @@ class Preparer:
     methods.
 
     Args:
-        load: reads the vocabulary. Called once, when the first grammar comes.
+        load: reads the vocabulary, see `GrammarThreads`.
     """
 
     def __init__(self, load: Callable[[], Grammars]) -> None:

@@ -20,7 +20,7 @@ class GrammarChecks:
     """Checks grammars.
 
     Args:
-        load: reads the vocabulary. Called once, when the first grammar comes.
+        load: reads the vocabulary, see `GrammarThreads`.
     """
 
     def __init__(self, load: Callable[[], Grammars]) -> None:

@@ -8,6 +8,12 @@ from unittest.mock import Mock
 from nanovllm.grammar_threads import LARGE_BYTES, GrammarThreads
 
 
+def test_the_vocabulary_is_read_before_the_first_grammar_comes() -> None:
+    loaded = Event()
+    GrammarThreads(Mock(side_effect=loaded.set))
+    assert loaded.wait(30)
+
+
 def test_a_small_grammar_waits_for_no_large_one() -> None:
     load = Mock()
     threads = GrammarThreads(load)
