@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import NoReturn
 
 from nanovllm.grammars import Grammars
@@ -59,7 +58,9 @@ def serve(service: Service) -> NoReturn:
     encoder = PromptEncoder.from_checkpoint(
         service.directory, service.config, service.settings.max_model_len
     )
-    checks = GrammarChecks(partial(Grammars.from_checkpoint, service.directory, service.config))
+    # To read a large vocabulary takes a second, in which no other thread would answer.
+    grammars = Grammars.from_checkpoint(service.directory, service.config)
+    checks = GrammarChecks(lambda: grammars)
     queue = TokenizeQueue(encoder.encode, checks.start, encoder.prepared)
     loop = TokenizerLoop(service, queue, checks)
     service.ready()
