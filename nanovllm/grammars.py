@@ -37,8 +37,11 @@ from nanovllm.vocabulary import Vocabulary, end_of_sequence
 # Fewer masks than this are not filled on threads, of which there are so many at most.
 FEW: Final = 8
 MOST_THREADS: Final = 8
-# How many compiled grammars are kept. A state of a lexer takes 1 to 2 kB.
+# How many grammars are kept, compiled. A state of a lexer takes 1 to 2 kB.
 KEPT: Final = 64
+# Threads that fill masks of one compiled grammar wait for one another. More copies than this would
+# find out the same more often.
+MOST_COPIES: Final = 4
 # With llguidance's own limits a mask of an ambiguous grammar takes seconds.
 LIMITS: Final = LLParserLimits(
     max_items_in_row=1000,
@@ -84,7 +87,7 @@ class Grammars:
             self._tokenizer = LLTokenizer(TokenizerWrapper(tokens), vocab_size, list(eos))
         known = {*text, *special}.intersection(range(vocab_size)) - self.eos
         self.reasoning_mask = token_set(known, self.words)
-        self._kept: OrderedDict[bytes, LLMatcher] = OrderedDict()
+        self._kept: OrderedDict[bytes, dict[int, LLMatcher]] = OrderedDict()  # copies by number
         self._lock = threading.Lock()
 
     @classmethod
@@ -101,13 +104,16 @@ class Grammars:
         output: Sequence[int] = (),
         *,
         alone: bool = False,
+        copy: int = 0,
     ) -> Matcher:
         """The matcher of a sequence whose output so far is `output`.
 
         Args:
-            alone: whether to share nothing with other matchers. Matchers of one grammar share what
-                they have found out, and the limit of how much that may be: give True where such a
-                matcher has failed. It is not shared any more, then.
+            alone: whether to share nothing with other matchers. Matchers of one copy of a grammar
+                share what they have found out, and the limit of how much that may be: give True
+                where such a matcher has failed. No copy is shared any more, then.
+            copy: which copy of the grammar to use. Masks of different copies are filled at the same
+                time.
 
         Raises:
             GrammarError: if there can be none; says why.
@@ -115,21 +121,21 @@ class Grammars:
         if alone:
             with self._lock:
                 self._kept.pop(msgspec.msgpack.encode(asked), None)
-        compiled = self._compile(asked) if alone else self._kept_grammar(asked)
+        compiled = self._compile(asked) if alone else self._kept_grammar(asked, copy)
         matcher = Matcher(self, compiled, marks)
         for count, token_id in enumerate(output):
             if not matcher.advance(token_id):
                 raise GrammarError(f"does not take token {token_id}, the output's token {count}")
         return matcher
 
-    def _kept_grammar(self, asked: StructuredOutputs) -> LLMatcher:
+    def _kept_grammar(self, asked: StructuredOutputs, copy: int) -> LLMatcher:
         key = msgspec.msgpack.encode(asked)
         with self._lock:
-            kept = self._kept.get(key)
+            kept = self._kept.get(key, {}).get(copy)
         if kept is None:
             kept = self._compile(asked)
         with self._lock:
-            self._kept[key] = kept
+            kept = self._kept.setdefault(key, {}).setdefault(copy, kept)
             self._kept.move_to_end(key)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
@@ -227,7 +233,7 @@ class MaskFiller:
     take longer than a few masks do."""
 
     def __init__(self) -> None:
-        threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)
+        threads = _threads()
         self._executor = LLExecutor(threads) if threads > 1 else None
 
     def fill(self, matchers: Sequence[Matcher], masks: Masks) -> list[int]:
@@ -261,6 +267,17 @@ class MaskFiller:
                 bit = np.uint32(1 << opening % WORD_BITS)
                 masks[index, opening // WORD_BITS] |= bit.view(np.int32)
         return failed
+
+
+def copy_of(number: int) -> int:
+    """The copy of its grammar for the matcher with this number. Few matchers made one after the
+    other get one copy."""
+    return number // FEW % max(1, min(MOST_COPIES, _threads()))
+
+
+def _threads() -> int:
+    """How many threads fill masks."""
+    return min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)
 
 
 class _Tokens:

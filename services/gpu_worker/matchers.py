@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.grammar_threads import GrammarThreads
-from nanovllm.grammars import GrammarError, Grammars, MaskFiller, Masks, Matcher
+from nanovllm.grammar_threads import LARGE_BYTES, GrammarThreads
+from nanovllm.grammars import GrammarError, Grammars, MaskFiller, Masks, Matcher, copy_of
 from nanovllm.mailbox import Mailbox
 from nanovllm.messages import Admission, Prepare, Prepared, unpack
 
@@ -75,12 +75,15 @@ class Preparer:
         return found
 
     def _make(self, message: Prepare, grammars: Future[Grammars]) -> None:
+        small = message.structured_outputs.size <= LARGE_BYTES
+        copy = copy_of(message.number) if small else 0  # as on each rank
         try:
             matcher = grammars.result().matcher(
                 message.structured_outputs,
                 message.answer_marks,
                 unpack(message.output).tolist(),
                 alone=message.alone,
+                copy=copy,
             )
         except GrammarError:
             self._mailbox.put((message.number, None))

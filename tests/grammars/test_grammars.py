@@ -191,8 +191,8 @@ def test_one_costly_output_costs_no_other_its_grammar(grammars: Grammars) -> Non
     asked = StructuredOutputs(regex="[ab]*a[ab]{17}X")
     draw = random.Random(0)
     letters = [token_id(letter) for letter in "ab"]
-    masks = np.zeros((1, grammars.words), dtype=np.int32)
-    masks[:] = -1
+    both = np.zeros((2, grammars.words), dtype=np.int32)
+    masks = np.full((1, grammars.words), -1, dtype=np.int32)
     failed = grammars.matcher(asked)
     for _ in range(100_000):
         if FILLER.fill([failed], masks):
@@ -200,8 +200,9 @@ def test_one_costly_output_costs_no_other_its_grammar(grammars: Grammars) -> Non
         failed.advance(draw.choice(letters))
     assert failed.failed
     assert not masks.any(), "a matcher that failed allows nothing"
+    assert FILLER.fill([grammars.matcher(asked), grammars.matcher(asked, copy=1)], both) == [0]
     alone = grammars.matcher(asked, alone=True)
-    assert FILLER.fill([alone, failed], np.zeros((2, grammars.words), dtype=np.int32)) == [1]
+    assert FILLER.fill([alone, failed], both) == [1]
     assert FILLER.fill([grammars.matcher(asked)], masks) == []
 
 
