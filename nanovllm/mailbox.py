@@ -22,11 +22,12 @@ class Mailbox(Generic[T]):
         # The pipe has one byte while there are items.
         self._items: list[T | BaseException] = []
 
-    def put(self, item: T | BaseException) -> None:
-        """Passes on an item, or the exception that ends a thread."""
+    def put(self, *items: T | BaseException) -> None:
+        """Passes on items, or the exception that ends a thread. The loop takes them together."""
         with self._lock:
-            self._items.append(item)
-            if len(self._items) == 1:
+            were_none = not self._items
+            self._items += items
+            if items and were_none:
                 os.write(self._write_end, b"\0")
 
     def take(self) -> list[T]:

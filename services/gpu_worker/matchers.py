@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,7 @@ class Preparer:
     """
 
     def __init__(self, load: Callable[[], Grammars]) -> None:
-        self._threads = GrammarThreads(load)
+        self._threads = GrammarThreads(load, self._make)
         self._mailbox: Mailbox[tuple[int, Matcher | None]] = Mailbox()
         self._expected: set[int] = set()
         self._prepared: dict[int, Matcher | None] = {}
@@ -40,7 +39,7 @@ class Preparer:
             self._mailbox.put((message.number, self._prepared[message.number]))
         elif message.number not in self._expected:
             self._expected.add(message.number)
-            self._threads.submit(message.structured_outputs.size, partial(self._make, message))
+            self._threads.submit(message.structured_outputs, message)
 
     def keep(self, numbers: Iterable[int]) -> None:
         self._expected.intersection_update(numbers)
@@ -74,23 +73,32 @@ class Preparer:
                 found.append(Prepared(number, failed=matcher is None))
         return found
 
-    def _make(self, message: Prepare, grammars: Future[Grammars]) -> None:
-        small = message.structured_outputs.size <= LARGE_BYTES
-        copy = copy_of(message.number) if small else 0  # as on each rank
-        try:
-            matcher = grammars.result().matcher(
-                message.structured_outputs,
-                message.answer_marks,
-                unpack(message.output).tolist(),
-                alone=message.alone,
-                copy=copy,
-            )
-        except GrammarError:
-            self._mailbox.put((message.number, None))
-        except BaseException as error:  # the loop raises it again, which ends the process
-            self._mailbox.put(error)
-        else:
-            self._mailbox.put((message.number, matcher))
+    def _make(self, grammars: Future[Grammars], messages: Sequence[Prepare]) -> None:
+        made: list[tuple[int, Matcher | None]] = []
+        for message in messages:
+            try:
+                made.append((message.number, _matcher(grammars.result(), message)))
+            except BaseException as error:  # the loop raises it again, which ends the process
+                self._mailbox.put(error)
+            if message.output:  # to replay an output takes as long as to make many matchers
+                self._mailbox.put(*made)
+                made = []
+        self._mailbox.put(*made)
+
+
+def _matcher(grammars: Grammars, message: Prepare) -> Matcher | None:
+    """The matcher, or None if there can be none."""
+    small = message.structured_outputs.size <= LARGE_BYTES
+    try:
+        return grammars.matcher(
+            message.structured_outputs,
+            message.answer_marks,
+            unpack(message.output).tolist(),
+            alone=message.alone,
+            copy=copy_of(message.number) if small else 0,  # as on each rank
+        )
+    except GrammarError:
+        return None
 
 
 class SlotMatchers:

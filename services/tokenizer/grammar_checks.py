@@ -4,9 +4,8 @@ request alone."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 
 from nanovllm.grammar_threads import GrammarThreads
 from nanovllm.grammars import GrammarError, Grammars
@@ -25,7 +24,7 @@ class GrammarChecks:
 
     def __init__(self, load: Callable[[], Grammars]) -> None:
         self._mailbox: Mailbox[Tokenized | Refused] = Mailbox()
-        self._threads = GrammarThreads(load)
+        self._threads = GrammarThreads(load, self._check)
 
     @property
     def descriptor(self) -> int:
@@ -35,20 +34,28 @@ class GrammarChecks:
     def start(self, request: Tokenize, answer: Tokenized) -> None:
         """Begins the check of a request; `answer` is due if its grammar can be served."""
         asked = answer.sampling.structured_outputs
-        size = 0 if asked is None else asked.size
-        self._threads.submit(size, partial(self._check, request, answer))
+        if asked is None:
+            raise ValueError(f"request {request.uid:x} has no grammar")
+        self._threads.submit(asked, (request, answer))
 
     def take(self) -> list[Tokenized | Refused]:
         """The answers since the last call."""
         return self._mailbox.take()
 
-    def _check(self, request: Tokenize, answer: Tokenized, grammars: Future[Grammars]) -> None:
-        try:
-            self._mailbox.put(checked(grammars.result(), request, answer))
-        except Exception:  # whatever a grammar brings about ends this request, and no other
-            log.exception("the grammar of request %x could not be checked", request.uid)
-            message = "the grammar could not be checked"
-            self._mailbox.put(Refused(request.uid, "internal", message))
+    def _check(
+        self, grammars: Future[Grammars], requests: Sequence[tuple[Tokenize, Tokenized]]
+    ) -> None:
+        self._mailbox.put(*(_checked(grammars, *one) for one in requests))
+
+
+def _checked(
+    grammars: Future[Grammars], request: Tokenize, answer: Tokenized
+) -> Tokenized | Refused:
+    try:
+        return checked(grammars.result(), request, answer)
+    except BaseException:  # whatever a grammar brings about ends this request, and no other
+        log.exception("the grammar of request %x could not be checked", request.uid)
+        return Refused(request.uid, "internal", "the grammar could not be checked")
 
 
 def checked(grammars: Grammars, request: Tokenize, answer: Tokenized) -> Tokenized | Refused:
@@ -66,7 +73,8 @@ def checked(grammars: Grammars, request: Tokenize, answer: Tokenized) -> Tokeniz
     except GrammarError as error:
         return Refused(request.uid, "invalid_request", f"{key}: {error}")
     try:
-        grammars.matcher(asked, answer.answer_marks, resumed[:end])
+        if resumed:
+            grammars.matcher(asked, answer.answer_marks, resumed[:end])
     except GrammarError as error:
         return Refused(request.uid, "invalid_request", f"resume_token_ids: {key} {error}")
     return answer

@@ -6,6 +6,7 @@ import select
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -110,6 +111,24 @@ def test_requests_without_a_grammar_do_not_wait_for_checks(grammars: Grammars) -
     queue.checked(started[1][1])
     assert queue.frame() == []
     assert queue.stats().queued == 0
+
+
+def test_requests_that_arrive_at_once_are_answered_together(grammars: Grammars) -> None:
+    begun, release = Event(), Event()
+
+    def load() -> Grammars:
+        begun.set()
+        assert release.wait(60)
+        return grammars
+
+    checks = GrammarChecks(load)
+    assert begun.wait(30)
+    ask, answer = asked(DIGITS)
+    for _ in range(50):
+        checks.start(ask, answer)
+    release.set()
+    first = answers(checks)
+    assert first == [answer] * 50 or first + answers(checks) == [answer] * 50
 
 
 def test_what_goes_wrong_in_a_check_ends_its_request_alone(tmp_path: Path) -> None:
