@@ -41,6 +41,7 @@ from nanovllm.settings import (
     SettingsError,
     default_runtime_dir,
 )
+from nanovllm.tracing import check_environment
 from nanovllm.transport.curve import is_tcp
 from nanovllm.transport.endpoints import EndpointUnusable, check_free, connectable, is_local
 from nanovllm.wording import counted
@@ -96,6 +97,8 @@ def main(model: str, **options: Any) -> None:
         logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
         try:
             owner = None if lifeline is None else int(lifeline)
+            if settings.otlp:
+                _check_opentelemetry()
             if settings.join:
                 _join(settings, given, bar, notifier, owner)
             else:
@@ -108,6 +111,13 @@ def main(model: str, **options: Any) -> None:
             sys.exit(1)
         except KeyboardInterrupt:  # before the supervisor took over
             sys.exit(EXIT_INTERRUPTED)
+
+
+def _check_opentelemetry() -> None:
+    try:
+        check_environment()
+    except ValueError as error:
+        raise SettingsError(f"--otlp: the environment of OpenTelemetry: {error}") from None
 
 
 class _AboveTheBar(logging.Handler):

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from nanovllm.wording import counted
 
 if TYPE_CHECKING:
+    import requests
     from opentelemetry.sdk.trace import ReadableSpan
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,11 @@ def check_endpoint(endpoint: str) -> None:
         raise ValueError("must end before /v1/traces, which is added to it")
 
 
+def check_environment() -> None:
+    """Raises ValueError for a variable that OpenTelemetry does not start with."""
+    import opentelemetry.sdk.trace  # noqa: F401
+
+
 class OtlpTracer:
     """Sends spans to an OTLP collector, from a thread of its own.
 
@@ -131,28 +137,40 @@ class OtlpTracer:
 
     def __init__(self, endpoint: str) -> None:
         # What nobody needs who does not trace.
+        import requests
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
 
+        logging.getLogger("opentelemetry.util.re").addFilter(_without_values)
         named = Resource.create({"service.name": "nanovllm"})
         self._resource = named.merge(OTELResourceDetector().detect())
         self._sampler = TracerProvider(shutdown_on_exit=False).sampler
         self._url = endpoint.rstrip("/") + _PATH
-        self._exporter = OTLPSpanExporter(self._url, timeout=EXPORT_S)
+        session = requests.Session()
+        session.stream = True  # an answer's body may be without end
+        session.hooks["response"].append(_take_status)
+        self._exporter = OTLPSpanExporter(self._url, timeout=EXPORT_S, session=session)
         self._waiting: queue.Queue[list[Span]] = queue.Queue(MAX_WAITING)
         # Spans: two counts, since each has a thread of its own that counts.
-        self._refused = self._failed = self._told = 0
-        self._told_at = -TELL_DROPS_S
+        self._refused = self._failed = 0
+        self._dropped = threading.Event()
         self._complaint = _Complaint()
-        threading.Thread(target=self._run, name="otlp", daemon=True).start()
+        for run in (self._send, self._tell):
+            threading.Thread(target=run, name="otlp", daemon=True).start()
 
     def parent(self, traceparent: str | None) -> TraceContext:
-        if traceparent is not None:
-            return TraceContext.of(traceparent)
-        trace_id = secrets.randbits(128) or 1
-        decision = self._sampler.should_sample(None, trace_id, "request").decision
-        return TraceContext(trace_id, NO_SPAN, decision.name == "RECORD_AND_SAMPLE")
+        from opentelemetry import trace
+
+        if traceparent is None:
+            parent, around = TraceContext(secrets.randbits(128) or 1, NO_SPAN, False), None
+        else:
+            parent = TraceContext.of(traceparent)
+            flags = trace.TraceFlags(parent.sampled)
+            remote = trace.SpanContext(parent.trace_id, parent.span_id, True, flags)
+            around = trace.set_span_in_context(trace.NonRecordingSpan(remote))
+        decision = self._sampler.should_sample(around, parent.trace_id, "request").decision
+        return parent._replace(sampled=decision.name == "RECORD_AND_SAMPLE")
 
     def add(self, spans: list[Span]) -> None:
         """Takes spans, and never waits."""
@@ -160,8 +178,9 @@ class OtlpTracer:
             self._waiting.put_nowait(spans)
         except queue.Full:
             self._refused += len(spans)
+            self._dropped.set()
 
-    def _run(self) -> None:
+    def _send(self) -> None:
         from opentelemetry.sdk.trace.export import SpanExportResult
 
         while True:
@@ -174,14 +193,20 @@ class OtlpTracer:
             spans = [self._readable(span, epoch_ns) for trace in batch for span in trace]
             if self._exporter.export(spans) is not SpanExportResult.SUCCESS:
                 self._failed += len(spans)
-            self._tell(time.monotonic())
+                self._dropped.set()
 
-    def _tell(self, now: float) -> None:
-        dropped = self._refused + self._failed - self._told
-        if dropped and now >= self._told_at + TELL_DROPS_S:
-            self._told, self._told_at = self._told + dropped, now
+    def _tell(self) -> None:
+        """Tells of dropped spans, also while the other thread hangs."""
+        told = 0
+        while True:
+            self._dropped.wait()
+            time.sleep(EXPORT_S)  # until then the reason is known
+            self._dropped.clear()
+            dropped = self._refused + self._failed - told
+            told += dropped
             what = f"{counted(dropped, 'span')} of traces"
             log.warning("%s did not reach %s: %s", what, self._url, self._complaint.latest)
+            time.sleep(TELL_DROPS_S)
 
     def _readable(self, span: Span, epoch_ns: int) -> ReadableSpan:
         from opentelemetry.sdk.trace import ReadableSpan
@@ -205,12 +230,26 @@ class OtlpTracer:
         )
 
 
+def _without_values(record: logging.LogRecord) -> bool:
+    """Of a header that is not valid, OpenTelemetry logs the value: a secret."""
+    record.args = ("it is not shown here",)
+    return True
+
+
+def _take_status(answer: requests.Response, **_: object) -> None:
+    """Leaves the body, and raises ValueError for a redirection, which OpenTelemetry takes for a
+    success and does not follow."""
+    answer.close()
+    if 300 <= answer.status_code < 400:
+        raise ValueError(f"it answers {answer.status_code}, a redirection")
+
+
 class _Complaint(logging.Handler):
     """Keeps the latest that OpenTelemetry logs, which would log each failure."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.latest = "more than it takes"
+        self.latest = "there were more than are sent"
         logger = logging.getLogger("opentelemetry")
         logger.propagate = False
         logger.addHandler(self)

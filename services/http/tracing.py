@@ -16,6 +16,7 @@ from nanovllm.tracing import Span, Tracer, child_of
 # What an answer's `usage` has `timings` for.
 TIMINGS_HEADER: Final = "x-nanovllm-timings"
 _VERSION: Final = re.compile(r"[0-9a-f]{2}")
+_PATH_CHARACTERS: Final = 80  # of the longest path in a span: no path of the API is longer
 _KNOWN_CHARACTERS: Final = 55  # that a later version of `traceparent` begins with
 
 
@@ -31,7 +32,8 @@ class TracedDoor:
             await self._app(scope, receive, send)
             return
         start_ns = time.monotonic_ns()
-        parent = self._tracer.parent(valid_traceparent(Headers(scope=scope).get("traceparent", "")))
+        given = Headers(scope=scope).getlist("traceparent")
+        parent = self._tracer.parent(valid_traceparent(given[0]) if len(given) == 1 else None)
         context = child_of(parent)
         scope["state"]["traceparent"] = context.traceparent
         status = 0
@@ -48,7 +50,7 @@ class TracedDoor:
             if parent.sampled:
                 attributes: dict[str, str | int] = {
                     "http.request.method": scope["method"],
-                    "url.path": scope["path"],
+                    "url.path": scope["path"][:_PATH_CHARACTERS],
                     "http.response.status_code": status,
                     "nanovllm.request_id": scope["state"]["request_id"],
                 }

@@ -157,7 +157,7 @@ class Request:
         }
         error = None
         if isinstance(self.outcome, Error):
-            error = f"{self.outcome.code}: {self.outcome.message}"
+            error = self.outcome.code  # its message may say what the client wrote
         elif self.outcome is not None:
             attributes["nanovllm.finish_reason"] = self.outcome.finish_reason
         return self.timeline.spans(attributes, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import secrets
 import socket
 import time
@@ -18,7 +19,7 @@ from nanovllm.tracing import TraceContext
 from tests.http.server import Answer, Server
 from tests.http.test_door import HTTP, SIM
 from tests.recovery.streams import kill
-from tests.traces.collector import Collector, collecting
+from tests.traces.collector import TIMEOUT_S, Collector, collecting
 
 PHASES = ["tokenizer", "queue", "prefill", "decode", "detokenizer"]
 MESSAGES = [{"role": "user", "content": "Tell me a story about a fox."}]
@@ -139,6 +140,45 @@ def test_without_a_valid_traceparent_a_request_begins_a_trace(
     traced.collector.trace(last.trace_id, "door", "ingress")
     (new,) = traced.collector.trace_ids - before - {last.trace_id}
     check(traced.collector.trace(new, "door", "ingress"), parent_id=0)
+
+
+def test_of_two_traceparents_none_holds(traced: Traced) -> None:
+    before = traced.collector.trace_ids
+    contexts = [new_context(), new_context()]
+    connection = http.client.HTTPConnection("127.0.0.1", traced.door.port, timeout=TIMEOUT_S)
+    connection.putrequest("POST", "/v1/completions")
+    for context in contexts:
+        connection.putheader("traceparent", context.traceparent)
+    connection.putheader("content-length", "2")
+    connection.endheaders(b"{}")
+    assert connection.getresponse().status == 400
+    connection.close()
+    last = new_context()
+    ask(traced.door, "/v1/chat/completions", last.traceparent)
+    traced.collector.trace(last.trace_id, "door", "ingress")
+    (new,) = traced.collector.trace_ids - before - {last.trace_id}
+    assert new not in [context.trace_id for context in contexts]
+
+
+def test_a_span_holds_nothing_that_a_client_wrote(traced: Traced) -> None:
+    context, secret = new_context(), "hunter2"
+    header = {"traceparent": context.traceparent, "authorization": f"Bearer {secret}"}
+    regex = {"regex": f"({secret}"}
+    body = {"model": "demo", "messages": MESSAGES, "structured_outputs": regex}
+    answer = traced.door.ask("POST", "/v1/chat/completions", body, header)
+    assert secret in answer.json["error"]["message"]
+    door, ingress, *_ = traced.collector.trace(context.trace_id, "door", "ingress")
+    assert ingress.status.message == "invalid_request"
+    assert secret not in f"{door} {ingress}"
+
+
+def test_a_long_path_is_cut(traced: Traced) -> None:
+    context = new_context()
+    path = f"/v1/{'x' * 60_000}"
+    answer = traced.door.ask("POST", path, {}, {"traceparent": context.traceparent})
+    assert answer.status == 404
+    (door,) = traced.collector.trace(context.trace_id, "door")
+    assert len(door.SerializeToString()) < 1000
 
 
 def test_what_is_not_sampled_is_not_sent(traced: Traced) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import re
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -33,14 +36,40 @@ class Lines(logging.Handler):
         self.lines.put(record.getMessage())
 
 
-@pytest.mark.parametrize("hangs", [True, False])
-def test_spans_that_do_not_arrive_are_counted_in_the_log(
-    hangs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[queue.Queue[str]]:
+    """What is told of spans that do not arrive; requests to a collector end early."""
     monkeypatch.setattr(tracing, "EXPORT_S", 0.2)
     monkeypatch.setattr(tracing, "GATHER_S", 0.05)
-    logged = Lines()
-    tracing.log.addHandler(logged)
+    handler = Lines()
+    tracing.log.addHandler(handler)
+    yield handler.lines
+    tracing.log.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The endpoint of a collector that has `answer` do what it does, once it was sent spans."""
+
+    def run() -> None:
+        with contextlib.suppress(OSError):  # also when the server is closed
+            while True:
+                with server.accept()[0] as connection, contextlib.suppress(OSError):
+                    connection.recv(65536)
+                    answer(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=run)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_spans_that_do_not_arrive_are_counted_in_the_log(
+    hangs: bool, logged: queue.Queue[str]
+) -> None:
     endpoint = free_tcp_endpoint().replace("tcp", "http")
     with socket.create_server(("127.0.0.1", 0)) as server:
         if hangs:
@@ -48,12 +77,51 @@ def test_spans_that_do_not_arrive_are_counted_in_the_log(
         tracer = OtlpTracer(endpoint)
         for _ in range(2 * MAX_WAITING):
             tracer.add([SPAN, SPAN])
-        line = logged.lines.get(timeout=TIMEOUT_S)
-    tracing.log.removeHandler(logged)
+        line = logged.get(timeout=TIMEOUT_S)
     assert "spans of traces did not reach" in line
     assert endpoint in line
-    assert int(line.split()[0].replace(",", "")) >= 2 * (MAX_WAITING - 1)
-    assert logged.lines.empty(), "once a minute"
+    assert int(line.split()[0].replace(",", "")) >= MAX_WAITING
+    assert logged.empty(), "once a minute"
+
+
+def test_drops_are_told_while_an_answer_drips(logged: queue.Queue[str]) -> None:
+    over = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nx: ")
+        while not over.wait(tracing.EXPORT_S / 4):
+            connection.sendall(b"x")
+
+    with answering(drip) as endpoint:
+        tracer = OtlpTracer(endpoint)
+        for _ in range(2 * MAX_WAITING):
+            tracer.add([SPAN])
+        assert "did not reach" in logged.get(timeout=TIMEOUT_S)
+        over.set()
+
+
+def test_an_answer_without_end_is_not_read() -> None:
+    closed = threading.Event()
+
+    def flood(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        try:
+            for _ in range(64):
+                connection.sendall(b"x" * 2**20)
+        except OSError:
+            closed.set()
+
+    with answering(flood) as endpoint:
+        OtlpTracer(endpoint).add([SPAN])
+        assert closed.wait(TIMEOUT_S)
+
+
+def test_a_redirection_is_no_success(logged: queue.Queue[str]) -> None:
+    answer = b"HTTP/1.1 307 Elsewhere\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n"
+    with answering(lambda connection: connection.sendall(answer)) as endpoint:
+        OtlpTracer(endpoint).add([SPAN])
+        assert "1 span of traces did not reach" in (line := logged.get(timeout=TIMEOUT_S))
+    assert "307, a redirection" in line
 
 
 def test_spans_arrive_as_they_are() -> None:
@@ -72,6 +140,26 @@ def test_opentelemetry_decides_what_begins_a_trace(monkeypatch: pytest.MonkeyPat
     tracer = OtlpTracer("http://127.0.0.1:1")
     assert not tracer.parent(None).sampled
     assert tracer.parent(CONTEXT.traceparent) == CONTEXT
+
+
+@pytest.mark.parametrize("sampler", ["always_off", "always_on"])
+def test_a_caller_has_no_say_where_the_sampler_gives_none(
+    sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    tracer, wanted = OtlpTracer("http://127.0.0.1:1"), sampler == "always_on"
+    for context in (CONTEXT, CONTEXT._replace(sampled=False)):
+        assert tracer.parent(context.traceparent) == context._replace(sampled=wanted)
+
+
+def test_a_secret_header_that_is_not_valid_is_not_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "api-key: hunter2")
+    logging.getLogger("opentelemetry").propagate = True  # as in a process that has not traced
+    OtlpTracer("http://127.0.0.1:1")
+    assert "Header format invalid" in caplog.text
+    assert "hunter2" not in caplog.text
 
 
 @given(st.integers(1, 2**128 - 1), st.integers(1, 2**64 - 1), st.booleans())
@@ -131,6 +219,17 @@ def test_a_launch_without_the_extra_says_what_to_install() -> None:
     assert "Traceback" not in ran.stderr
 
 
+def test_a_launch_names_a_variable_that_opentelemetry_does_not_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many")
+    launch = [sys.executable, "-m", "nanovllm.launch.cli", "--otlp", "http://127.0.0.1:1"]
+    ran = subprocess.run(launch, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert ran.returncode == 1
+    assert "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT must be" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 @pytest.mark.parametrize(
     ("endpoint", "reason"),
     [
@@ -161,6 +260,7 @@ def test_an_endpoint_is_a_url(endpoint: str) -> None:
     ("variables", "name"),
     [
         ({}, "nanovllm"),
+        ({"OTEL_SERVICE_NAME": ""}, "nanovllm"),
         ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=mine"}, "mine"),
         ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=mine", "OTEL_SERVICE_NAME": "ours"}, "ours"),
     ],
