@@ -202,7 +202,8 @@ class OtlpTracer:
             self._dropped.wait()
             time.sleep(EXPORT_S)  # until then the reason is known
             self._dropped.clear()
-            dropped = self._refused + self._failed - told
+            if not (dropped := self._refused + self._failed - told):
+                continue  # told before their event came
             told += dropped
             what = f"{counted(dropped, 'span')} of traces"
             log.warning("%s did not reach %s: %s", what, self._url, self._complaint.latest)
