@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 import queue
 import re
@@ -55,7 +56,10 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
         with contextlib.suppress(OSError):  # also when the server is closed
             while True:
                 with server.accept()[0] as connection, contextlib.suppress(OSError):
-                    connection.recv(65536)
+                    request = connection.makefile("rb")
+                    request.readline()
+                    size = int(http.client.parse_headers(request)["content-length"])
+                    request.read(size)
                     answer(connection)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -116,10 +120,15 @@ def test_an_answer_without_end_is_not_read() -> None:
         assert closed.wait(TIMEOUT_S)
 
 
-def test_a_redirection_is_no_success(logged: queue.Queue[str]) -> None:
+def test_a_redirection_is_no_success(
+    logged: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "EXPORT_S", TIMEOUT_S)
     answer = b"HTTP/1.1 307 Elsewhere\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n"
     with answering(lambda connection: connection.sendall(answer)) as endpoint:
-        OtlpTracer(endpoint).add([SPAN])
+        tracer = OtlpTracer(endpoint)
+        monkeypatch.setattr(tracing, "EXPORT_S", 0.0)  # told at once
+        tracer.add([SPAN])
         assert "1 span of traces did not reach" in (line := logged.get(timeout=TIMEOUT_S))
     assert "307, a redirection" in line
 
