@@ -161,7 +161,7 @@ def _negate(tensors: dict[str, Tensor], name: str) -> None:
         (_negate, r"up_proj\.weight_scale_inv has values that are negative or not finite"),
     ],
 )
-def test_wrong_scales_are_named(
+def test_wrong_scales_are_named_by_every_rank(
     tmp_path: Path, damage: Callable[[dict[str, Tensor], str], None], reason: str
 ) -> None:
     directory = write_checkpoint(tmp_path, **SHAPE)
@@ -169,5 +169,6 @@ def test_wrong_scales_are_named(
     tensors = load_file(directory / "model.safetensors")
     damage(tensors, "model.layers.0.mlp.up_proj.weight")
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(CheckpointError, match=reason):
-        load_model(directory)
+    for rank in range(2):
+        with pytest.raises(CheckpointError, match=reason):
+            load_model(directory, TensorParallel(rank, 2))

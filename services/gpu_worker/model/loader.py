@@ -206,13 +206,14 @@ def _scales(tensor: CheckpointTensor, path: Path) -> Tensor:
                 f"{path}: {name} is {source.get_dtype()} of shape {shape}; it must be floats of"
                 f" shape {expected}, one for each block of {FP8_BLOCK} x {FP8_BLOCK}"
             )
-        part = _part(tensor, source, FP8_BLOCK).float()
-    if not ((part >= 0) & part.isfinite()).all():
+        scales = source[:].float()
+    # All of them, so that every rank refuses what one would.
+    if not ((scales >= 0) & scales.isfinite()).all():
         raise CheckpointError(
             f"{path}: {name} has values that are negative or not finite; fetch the file again, or"
             " take another checkpoint"
         )
-    return part
+    return _part(tensor, scales, FP8_BLOCK)
 
 
 def _part(tensor: CheckpointTensor, source: Any, block: int = 1) -> Tensor:
