@@ -213,7 +213,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "auto"
     quantization: Annotated[
         Literal["auto", "fp8"],
-        _option("auto: as the checkpoint is. fp8: quantizes the projections' weights on loading."),
+        _option(
+            "auto: as the checkpoint is. fp8: quantizes the projections' weights on loading, which"
+            " halves their memory on a Hopper GPU (H100, H200), and on no other device."
+        ),
     ] = "auto"
     attention: Annotated[
         Literal["auto", "flash-attn", "triton", "sdpa"],

@@ -15,6 +15,7 @@ from nanovllm.checkpoint import CheckpointError, ModelConfig
 from nanovllm.control import LoadingStage
 from nanovllm.kernels.attention.choose import choose
 from nanovllm.kernels.attention.interface import AttentionShape, LayerCache
+from nanovllm.kernels.layers.ops import has_fp8
 from nanovllm.messages import Admission, StepPlan, pack
 from nanovllm.services.gpu_worker import memory
 from nanovllm.services.gpu_worker.executor import Executor
@@ -137,7 +138,9 @@ def load(
             " lower --max-num-batched-tokens or --num-kvcache-blocks"
         ) from None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    weights = str(dtype).removeprefix("torch.") + (", FP8 projections" if config.fp8 else "")
+    weights = str(dtype).removeprefix("torch.")
+    if config.fp8:
+        weights += f", projections {'in' if has_fp8(device) else 'rounded to'} FP8"
     described = f"{name}, {weights}, {attention} attention"
     blocks = f"{counted(num_blocks, 'block')} of {settings.kvcache_block_size} tokens"
     processors = f"{loaded.processors.bytes >> 20} MiB for logits processors"

@@ -20,6 +20,8 @@ from nanovllm.kernels.layers.ops import whole
 from nanovllm.services.gpu_worker.model.loader import load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import build_model
+from nanovllm.services.gpu_worker.startup import load
+from nanovllm.settings import Settings
 from tests.checkpoints import read_model, write_checkpoint
 from tests.gpu_worker.paged import CPU, PagedSequences, load_model, relative_error
 
@@ -84,6 +86,13 @@ def test_logits_are_those_of_the_dequantized_model(checkpoints: tuple[Path, Path
     with torch.inference_mode():
         expected = read_model(plain)(torch.tensor([tokens])).logits[0]
     assert relative_error(sequences.step({0: len(tokens)})[0], expected) < 1e-5
+
+
+def test_ready_tells_that_a_cpu_holds_rounded_weights(checkpoints: tuple[Path, Path]) -> None:
+    settings = Settings(device="cpu", num_kvcache_blocks=8, max_model_len=256)
+    config = ModelConfig.from_checkpoint(checkpoints[0])
+    _, loaded = load(checkpoints[0], config, settings, CPU, TensorParallel(), lambda *_: None)
+    assert loaded.detail.startswith("cpu, float32, projections rounded to FP8, ")
 
 
 def test_scales_may_be_bf16_in_another_file_than_their_weights(
