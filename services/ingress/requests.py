@@ -158,8 +158,9 @@ class Request:
         error = None
         if isinstance(self.outcome, Error):
             error = self.outcome.code  # its message may say what the client wrote
-        elif self.outcome is not None:
-            attributes["nanovllm.finish_reason"] = self.outcome.finish_reason
+        else:  # without an outcome its client has gone
+            reason = "abort" if self.outcome is None else self.outcome.finish_reason
+            attributes["nanovllm.finish_reason"] = reason
         return self.timeline.spans(attributes, error)
 
     def take(self) -> list[ServerMessage]:

@@ -194,6 +194,8 @@ def test_refused_aborted_and_left_requests_are_traces_too(world: World, recorded
     started(world, request_id="c")
     world.core.closed(b"\x00cli1")
     assert [name for name, *_ in phases(recorded.traces[2])] == ["ingress", "tokenizer", "queue"]
+    for aborted in recorded.traces[1:]:
+        assert aborted[0].attributes["nanovllm.finish_reason"] == "abort"
 
 
 @given(

@@ -230,10 +230,14 @@ def test_a_kill_in_between_leaves_one_trace(traced: Traced, role: str) -> None:
 def test_timings_are_in_the_usage_of_who_asks(traced: Traced) -> None:
     body = {"model": "demo", "max_tokens": 20, "messages": MESSAGES}
     began = time.monotonic()
-    asked = {"x-nanovllm-timings": "1"}
+    context = new_context()
+    asked = {"x-nanovllm-timings": "1", "traceparent": context.traceparent}
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
     path = "/v1/chat/completions"
     whole = traced.door.ask("POST", path, body, asked).json["usage"]["timings"]
+    _, _, *phases = traced.collector.trace(context.trace_id, "door", "ingress")
+    lengths = [(s.name, s.end_time_unix_nano - s.start_time_unix_nano) for s in phases]
+    assert whole == [[name, ns // 1000] for name, ns in lengths], "as the trace says"
     last = traced.door.ask("POST", path, streamed, asked).chunks[-1]["usage"]["timings"]
     elapsed_us = (time.monotonic() - began) * 1e6
     for timings in (whole, last):
