@@ -105,3 +105,24 @@ def test_an_answer_that_the_page_cannot_read_is_told(visit: Visit) -> None:
     visitor.send("Hello")
     expect(page.locator("#messages .error")).to_contain_text("iterable")
     assert len(visitor.asked) == 1
+
+
+def test_the_time_of_tries_that_failed_is_the_doors(visit: Visit) -> None:
+    visitor = visit()
+    page = visitor.page
+    tries = 3
+
+    def answer(route: Route) -> None:
+        if len(visitor.asked) <= tries:
+            route.abort()
+            return
+        usage = {"completion_tokens": 1, "timings": [["prefill", 1000]]}
+        last = {"choices": [], "usage": usage}
+        route.fulfill(body=f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n")
+
+    page.route(CHAT, answer)
+    visitor.send("Hello")
+    visitor.wait_for_end()
+    (prefill, (name, us)) = visitor.answer["timings"]
+    assert (prefill, name) == (["prefill", 1000], "door")
+    assert us >= tries * 250_000, "so long the page waits after each"
