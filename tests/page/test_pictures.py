@@ -62,20 +62,22 @@ def test_pictures(tmp_path: Path) -> None:
         expect(events).to_contain_text("gpu_worker 0.0 is ready", timeout=TIMEOUT_MS)
         visitor.wait_for_end()
         expect(page.locator("#messages .timings")).to_contain_text("decode")
-        visitor.set(endless=True, maxTokens="400")
-        visitor.send("And one about an owl.")
-        visitor.wait_for_text(150)
         page.wait_for_function(
             "n => document.querySelector('#chart .line').getAttribute('d').split('L').length > n",
             arg=CURVE,
         )
+        visitor.set(endless=True, maxTokens="3000")
+        visitor.send("And one about an owl.")
+        visitor.wait_for_text(150)
         page.get_by_role("button", name="Kill scheduler 0").click()
-        expect(page.locator("#story")).to_contain_text("scheduler 0 has died")
+        died = "scheduler 0 has died"
+        expect(page.locator("#story")).to_contain_text(died, timeout=TIMEOUT_MS)
         page.mouse.move(0, 0)
         for colours in ("light", "dark"):
             page.emulate_media(color_scheme="light" if colours == "light" else "dark")
             file = directory / f"page-{colours}.png"
             page.screenshot(path=file, animations="disabled")
             assert file.stat().st_size < LARGEST
+        page.get_by_role("button", name="Stop").click()
         visitor.wait_for_end()
         visitor.end()
