@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from nanovllm.transport.curve import HANDSHAKE_MS, Curve, secure_to_bind, secure_to_connect
 from nanovllm.transport.endpoints import bind
-from nanovllm.transport.router_monitor import Connections, readable
+from nanovllm.transport.router_monitor import Connections, next_event, readable
 from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ class Dealer:
         Call this after `read`, whose frames came before the changes."""
         changes: list[bool] = []
         while readable(self._monitor):
-            event = parse_monitor_message(self._monitor.recv_multipart())["event"]
+            event, _ = next_event(self._monitor)
             if event == zmq.EVENT_DISCONNECTED:
                 changes.append(False)
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
