@@ -20,7 +20,7 @@ BAD = {2000: torch.nan, 2001: torch.inf}
 TOKENS = 24
 
 
-@pytest.mark.parametrize("arguments", ["", "--tp 2", "--attention sdpa --pipeline-depth 1"])
+@pytest.mark.parametrize("arguments", ["", "--tp 2 --attention sdpa --pipeline-depth 1"])
 def test_weights_that_are_not_finite_end_the_requests_they_reach(
     tmp_path: Path, start_pipeline: Callable[..., Pipeline], arguments: str
 ) -> None:

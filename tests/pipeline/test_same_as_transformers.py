@@ -49,13 +49,6 @@ CASES = [
         "--kvcache-block-size 16",
     ),
     Case(
-        "untied, 3 shards, tp 2, blocks of 256",
-        {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
-        | {"tie_word_embeddings": False, "vocab_size": 2048},
-        3,
-        "--tp 2 --kvcache-block-size 256",
-    ),
-    Case(
         "one KV head on 4 ranks, a vocabulary that they do not divide",
         {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 32}
         | {"tie_word_embeddings": False, "vocab_size": 2051},
@@ -63,11 +56,11 @@ CASES = [
         "--tp 4 --kvcache-block-size 16",
     ),
     Case(
-        "Qwen2, tp 2",
-        {"family": "qwen2", "num_attention_heads": 8, "num_key_value_heads": 2}
+        "Qwen2, tp 2, several KV heads a rank, blocks of 256",
+        {"family": "qwen2", "num_attention_heads": 8, "num_key_value_heads": 4}
         | {"tie_word_embeddings": False, "vocab_size": 2048},
-        1,
-        "--tp 2 --kvcache-block-size 16",
+        3,
+        "--tp 2 --kvcache-block-size 256",
     ),
     Case(
         "Qwen2, small budget, few blocks",

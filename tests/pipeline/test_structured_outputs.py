@@ -22,7 +22,7 @@ from tests.schemas import Schema, random_schema
 MODEL = ModelConfig.from_checkpoint(DEMO_CHECKPOINT)
 EOS = set(MODEL.eos_token_ids or ())
 GRAMMARS = Grammars.from_checkpoint(DEMO_CHECKPOINT, MODEL)
-SCHEMAS = 200
+SCHEMAS = 100
 NO_END = dict.fromkeys(EOS, -100.0)
 # Two ranks, and so few blocks that sequences are preempted.
 FEW_BLOCKS = (
