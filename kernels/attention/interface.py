@@ -18,6 +18,7 @@ there, even NaN.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -96,6 +97,31 @@ class AttentionMetadata:
             cache_seqlens=self.cache_seqlens[d:],
             block_tables=self.block_tables[d:],
         )
+
+
+class Parts(NamedTuple):
+    """Attention of one token, over splits of its context that are yet to be joined.
+
+    Attributes:
+        out: [heads, splits, head_dim], attention over each split alone; undefined if unused.
+        lse: float32 [heads, splits], log2 of each split's sum of exponentials; likewise.
+        length: int32 [1], of the context.
+        tile: a split is a multiple of so many keys.
+    """
+
+    out: Tensor
+    lse: Tensor
+    length: Tensor
+    tile: int
+
+    def join(self) -> Tensor:
+        """[1, heads * head_dim], in plain torch."""
+        # As in `fused_decode`: the first split has the newest key, beside its share of the others.
+        older = max(int(self.length) - 1, 1)
+        tiles = math.ceil(math.ceil(older / self.out.shape[1]) / self.tile)
+        used = math.ceil(older / (tiles * self.tile))
+        shares = torch.softmax(self.lse[:, :used] * math.log(2), dim=-1)[..., None]
+        return (self.out[:, :used].float() * shares).sum(1).to(self.out.dtype).view(1, -1)
 
 
 class AttentionBatch(ABC):

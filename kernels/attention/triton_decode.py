@@ -9,11 +9,13 @@ of memory: enough bytes must be in flight.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.attention.fused_decode import FusedTuning, choose_tuning
 from nanovllm.kernels.attention.interface import (
     AttentionBackend,
     AttentionBatch,
@@ -42,40 +44,53 @@ class TritonDecodeBackend(AttentionBackend):
         wanted = self._processors * self._tuning.programs_per_processor
         programs = metadata.num_decodes * self.shape.num_kv_heads
         splits = max(1, min(wanted // programs, max_tiles, MAX_SPLITS))
-        return _Decodes(self.shape, self._tuning, splits, metadata)
+        fused = choose_tuning(self.shape) if metadata.num_decodes == 1 else None
+        return Decodes(self.shape, self._tuning, splits, metadata, fused)
 
 
-class _Decodes(AttentionBatch):
+class Decodes(AttentionBatch):
+    """Decodes alone, or those of a mixed batch. `fused` is how one decode is cut, see
+    `fused_decode`."""
+
     def __init__(
-        self, shape: AttentionShape, tuning: DecodeTuning, splits: int, metadata: AttentionMetadata
+        self,
+        shape: AttentionShape,
+        tuning: DecodeTuning,
+        splits: int,
+        metadata: AttentionMetadata,
+        fused: FusedTuning | None,
     ) -> None:
-        self._shape = shape
+        self.metadata = metadata
+        self.shape = shape
+        self.fused = fused
         self._tuning = tuning
         self._splits = splits
-        self._metadata = metadata
-        self._split_results: SplitResults | None = None
-        if splits > 1:
-            device = metadata.cache_seqlens.device
-            self._split_results = SplitResults.empty(metadata.num_decodes, shape, splits, device)
+
+    @cached_property
+    def _split_results(self) -> SplitResults | None:
+        if self._splits == 1:
+            return None
+        device = self.metadata.cache_seqlens.device
+        return SplitResults.empty(self.metadata.num_decodes, self.shape, self._splits, device)
 
     def write(self, q: Tensor, cache: LayerCache, out: Tensor) -> None:
-        group = self._shape.num_heads // self._shape.num_kv_heads
-        _decode[(self._metadata.num_decodes, self._shape.num_kv_heads, self._splits)](
+        group = self.shape.num_heads // self.shape.num_kv_heads
+        _decode[(self.metadata.num_decodes, self.shape.num_kv_heads, self._splits)](
             q,
             cache.k,
             cache.v,
             out,
             *(self._split_results or (out, out)),
-            self._metadata.block_tables,
-            self._metadata.cache_seqlens,
-            self._metadata.block_tables.stride(0),
-            self._shape.head_dim**-0.5 * math.log2(math.e),
+            self.metadata.block_tables,
+            self.metadata.cache_seqlens,
+            self.metadata.block_tables.stride(0),
+            self.shape.head_dim**-0.5 * math.log2(math.e),
             SPLIT=self._splits > 1,
             GROUP=group,
             ROWS=max(MIN_ROWS, triton.next_power_of_2(group)),
-            HEADS=self._shape.num_kv_heads,
-            DIM=self._shape.head_dim,
-            BLOCK=self._shape.block_size,
+            HEADS=self.shape.num_kv_heads,
+            DIM=self.shape.head_dim,
+            BLOCK=self.shape.block_size,
             TILE=self._tuning.tile,
             num_warps=self._tuning.warps,
             num_stages=self._tuning.stages,

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.attention.interface import LayerCache
-from nanovllm.kernels.layers import fp8_gemm, fp8_normed, gemv
+from nanovllm.kernels.attention.fused_decode import attend, empty_parts
+from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache, Parts
+from nanovllm.kernels.attention.triton_decode import Decodes
+from nanovllm.kernels.layers import fp8_gemm, fp8_normed, gemv, joined
 from nanovllm.kernels.layers.fp8 import Fp8Weight
-from nanovllm.kernels.layers.ops import Fusion, LayerOps, Norm, Weight
+from nanovllm.kernels.layers.ops import Fusion, LayerOps, Norm, Weight, whole
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 # Elements of a row for each thread: 16 bytes in bfloat16.
@@ -83,7 +85,11 @@ class FusedOps(LayerOps):
             out = gemv.linear(x, weight, Fusion(), tuning)
         return out if bias is None else out.add_(bias)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, gated: bool = False) -> Tensor:
+    def linear(
+        self, x: Tensor | Parts, weight: Weight, bias: Tensor | None, gated: bool = False
+    ) -> Tensor:
+        if isinstance(x, Parts):
+            return joined.linear(x, whole(weight), None)
         tuning = _tuning(len(x), weight, gated)
         if bias is not None or tuning is None:
             if (
@@ -97,12 +103,17 @@ class FusedOps(LayerOps):
         return gemv.linear(x, weight, Fusion(gated=gated), tuning)
 
     def linear_add(
-        self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor
+        self, x: Tensor | Parts, weight: Weight, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(x, Parts):
+            return joined.linear(x, whole(weight), residual), None
         tuning = _tuning(len(x), weight, gated=False)
         if bias is not None or tuning is None:
             return super().linear_add(x, weight, bias, residual)
         return gemv.linear(x, weight, Fusion(residual=residual), tuning), None
+
+    def joins(self, weight: Weight, bias: Tensor | None) -> bool:
+        return bias is None and not isinstance(weight, Fp8Weight) and joined.fits(weight)
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
         # Nothing else has been measured with so many outputs.
@@ -143,6 +154,24 @@ class FusedOps(LayerOps):
             **overlapped(),
         )
         return q
+
+    def attend(
+        self,
+        qkv: Tensor,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        rotation: Tensor,
+        cache: LayerCache,
+        kv_indices: Tensor,
+        batch: AttentionBatch,
+        joins: bool,
+    ) -> Tensor | Parts:
+        heads = qkv, q_norm, k_norm, rotation, cache, kv_indices
+        if not joins or not isinstance(batch, Decodes) or batch.fused is None:
+            return super().attend(*heads, batch, joins)
+        parts = empty_parts(batch.metadata, batch.shape, batch.fused, qkv.dtype)
+        attend(*heads, batch.metadata, batch.shape, batch.fused, parts)
+        return parts
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         size = gate_up.shape[1] // 2

@@ -35,15 +35,20 @@ MANY_INPUTS = 8192
 # as many. All threads lie side by side along the inputs, so each multiplies what it has loaded
 # itself.
 LOAD_BYTES = 16
-# The most bytes of weights that a thread loads before the inputs are there: they take registers.
-AHEAD_BYTES = 64
 
 
 class GemvTuning(NamedTuple):
-    """Outputs and warps of a program; powers of two."""
+    """How a GEMV is cut.
+
+    Attributes:
+        outputs, warps: of a program; powers of two.
+        ahead: bytes of weights that a thread loads before the inputs are there, at most: they take
+            registers.
+    """
 
     outputs: int
     warps: int
+    ahead: int = 64
 
 
 def linear(
@@ -82,7 +87,7 @@ def linear(
         SCALES_STRIDE=scales.stride(0),
         TILES_AHEAD=min(
             triton.cdiv(inputs, tile),
-            AHEAD_BYTES // (LOAD_BYTES * tuning.outputs * (1 + fusion.gated)),
+            tuning.ahead // (LOAD_BYTES * tuning.outputs * (1 + fusion.gated)),
         ),
         num_warps=tuning.warps,
         **overlapped(),
@@ -100,7 +105,7 @@ def choose_tuning(rows: int, inputs: int, outputs: int, gated: bool) -> GemvTuni
     if gated:
         if inputs > FEW_INPUTS:
             return GemvTuning(4, 4)
-        return GemvTuning(2, 2) if inputs <= SMALL else GemvTuning(2, 4)
+        return GemvTuning(2, 2, ahead=128) if inputs <= SMALL else GemvTuning(2, 4)
     if outputs <= FEW_OUTPUTS:
         return GemvTuning(2, 8)
     if inputs <= FEW_INPUTS:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.attention.interface import LayerCache, store_kv
+from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache, Parts, store_kv
 from nanovllm.kernels.layers.fp8 import BLOCK, Fp8Weight, dequantize
 
 Weight = Tensor | Fp8Weight
@@ -115,16 +115,22 @@ class LayerOps:
         normed, total = self.add_rms_norm(x, residual, norm)
         return self.linear(normed, weight, bias, gated), total
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, gated: bool = False) -> Tensor:
-        """Projects x [T, inputs], gated as by `norm_linear`."""
-        out = self.gemm(x, weight, bias)
+    def linear(
+        self, x: Tensor | Parts, weight: Weight, bias: Tensor | None, gated: bool = False
+    ) -> Tensor:
+        """Projects x [T, inputs], gated as by `norm_linear`, or what `attend` returned."""
+        out = self.gemm(_joined(x), weight, bias)
         return self.silu_mul(out) if gated else out
 
     def linear_add(
-        self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor
+        self, x: Tensor | Parts, weight: Weight, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Projects x [T, inputs], to be added to the stream `residual`. Returns the stream."""
-        return self.gemm(x, weight, bias), residual
+        """As `linear`, to be added to the stream `residual`. Returns the stream."""
+        return self.gemm(_joined(x), weight, bias), residual
+
+    def joins(self, weight: Weight, bias: Tensor | None) -> bool:
+        """Whether a projection by this weight should get its input in parts."""
+        return False
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
         """hidden [T, inputs] times weight [vocab, inputs]: [T, vocab], in `out` if given, which is
@@ -160,10 +166,30 @@ class LayerOps:
         store_kv(rotate(k, rotation).to(v.dtype), v, cache, kv_indices)
         return rotate(q, rotation).to(v.dtype)
 
+    def attend(
+        self,
+        qkv: Tensor,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        rotation: Tensor,
+        cache: LayerCache,
+        kv_indices: Tensor,
+        batch: AttentionBatch,
+        joins: bool,
+    ) -> Tensor | Parts:
+        """As `norm_rope_store`. Returns the attention [T, num_heads * head_dim], or parts of it, if
+        the projection after it `joins` them."""
+        q = self.norm_rope_store(qkv, q_norm, k_norm, rotation, cache, kv_indices)
+        return batch.forward(q, cache).flatten(1)
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up [T, 2 * size], gates first. Returns silu(gate) * up [T, size]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate.float()).mul_(up).to(up.dtype)
+
+
+def _joined(x: Tensor | Parts) -> Tensor:
+    return x.join() if isinstance(x, Parts) else x
 
 
 def _norm_heads(x: Tensor, norm: Norm | None) -> Tensor:

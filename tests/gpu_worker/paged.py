@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
-from nanovllm.kernels.attention.interface import AttentionMetadata
+from nanovllm.kernels.attention.interface import AttentionBackend, AttentionMetadata
 from nanovllm.kernels.attention.sdpa import SdpaBackend
 from nanovllm.services.gpu_worker.model.loader import as_stored, load_checkpoint
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
@@ -90,7 +90,7 @@ class PagedSequences:
         self.cache = allocate_kv_cache(model.config, shape, blocks, torch.float32, CPU)
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))
         self.block_tables = order.to(torch.int32).view(len(sequences), most)
-        self.backend = SdpaBackend(shape)
+        self.backend: AttentionBackend = SdpaBackend(shape)
 
     def step(self, chunks: dict[int, int]) -> dict[int, Tensor]:
         """Computes so many more tokens of each given sequence, in one batch.

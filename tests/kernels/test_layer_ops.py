@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.attention.choose import ByPhaseBackend
 from nanovllm.kernels.attention.interface import LayerCache
+from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.layers.fused import FusedOps
 from nanovllm.kernels.layers.ops import LayerOps, Norm
 from nanovllm.services.gpu_worker.model import decoder
@@ -117,11 +119,12 @@ def test_silu_mul(dtype: torch.dtype) -> None:
 def test_a_model_of_fused_ops_has_the_same_logits(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = write_checkpoint(tmp_path, family=family, head_dim=16)
+    directory = write_checkpoint(tmp_path, family=family, head_dim=32)
     sequences = [[5, 7, 500, 2, 88, 90, 3, 4, 8, 1], [44]]
-    expected = PagedSequences(load_model(directory), sequences, 16).run(9)
+    expected = PagedSequences(load_model(directory), sequences, 32).run(9)
     monkeypatch.setattr(decoder, "choose_ops", lambda device: FusedOps())
-    # Steps of 10 rows and of one.
-    found = PagedSequences(load_model(directory), sequences, 16).run(9)
-    for logits, wanted in zip(found, expected, strict=True):
+    # Steps of 10 rows and of one, whose attention is a fused kernel, too.
+    fused = PagedSequences(load_model(directory), sequences, 32)
+    fused.backend = ByPhaseBackend(TritonDecodeBackend(fused.backend.shape), fused.backend)
+    for logits, wanted in zip(fused.run(9), expected, strict=True):
         assert relative_error(logits, wanted) < 1e-5

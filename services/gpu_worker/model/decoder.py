@@ -184,6 +184,7 @@ class Attention:
             tp=tp,
             factory=factory,
         )
+        self.joins = factory.ops.joins(self.out.weight, self.out.bias)
 
     def forward(
         self,
@@ -195,8 +196,9 @@ class Attention:
         cache: LayerCache,
     ) -> tuple[Tensor, Tensor | None]:
         qkv, stream = self.qkv(x, residual)
-        q = self.ops.norm_rope_store(qkv, self.q_norm, self.k_norm, rotation, cache, kv_indices)
-        return self.out(attention.forward(q, cache).flatten(1), stream)
+        heads = qkv, self.q_norm, self.k_norm, rotation, cache, kv_indices
+        attended = self.ops.attend(*heads, attention, self.joins)
+        return self.out(attended, stream)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
         yield from self.qkv.checkpoint_tensors(prefix)

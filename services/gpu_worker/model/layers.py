@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.checkpoint.rope import LinearRope, Llama3Rope, Rope, YarnRope
+from nanovllm.kernels.attention.interface import Parts
 from nanovllm.kernels.layers.fp8 import Fp8Weight
 from nanovllm.kernels.layers.ops import LayerOps, Norm, Weight, split
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, VocabShard
@@ -128,7 +129,7 @@ class RowParallelLinear:
         self.bias = factory.empty(outputs) if bias else None
         self.ops = factory.ops
 
-    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor | Parts, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns the residual stream, see `kernels.layers.ops`, with this rank's part of what is
         to be added."""
         if self.tp.size == 1:
