@@ -26,8 +26,9 @@ MAX_WARPS = 16
 # A program of `_norm_rope_store` takes this many heads of one token, with this many warps.
 HEADS = 8
 HEADS_WARPS = 4
-# Of a vocabulary's logits.
+# Of a vocabulary's logits, with few inputs and with many.
 HEAD_TUNING = gemv.GemvTuning(2, 2)
+LARGE_HEAD_TUNING = gemv.GemvTuning(1, 8)
 # A program of `_silu_mul` takes this many elements.
 SILU_TILE = 1024
 
@@ -117,9 +118,10 @@ class FusedOps(LayerOps):
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
         # Nothing else has been measured with so many outputs.
-        if len(hidden) > 1 or hidden.shape[1] > gemv.SMALL:
+        if len(hidden) > 1:
             return super().logits(hidden, weight, out)
-        return gemv.linear(hidden, weight, Fusion(), HEAD_TUNING, out)
+        tuning = HEAD_TUNING if hidden.shape[1] <= gemv.SMALL else LARGE_HEAD_TUNING
+        return gemv.linear(hidden, weight, Fusion(), tuning, out)
 
     def norm_rope_store(
         self,

@@ -109,7 +109,7 @@ def choose_tuning(rows: int, inputs: int, outputs: int, gated: bool) -> GemvTuni
     if outputs <= FEW_OUTPUTS:
         return GemvTuning(2, 8)
     if inputs <= FEW_INPUTS:
-        return GemvTuning(2, 2)
+        return GemvTuning(4, 4) if inputs <= SMALL else GemvTuning(2, 2)
     return GemvTuning(2, 4) if outputs < MANY_OUTPUTS else GemvTuning(4, 8)
 
 
