@@ -22,7 +22,7 @@ from nanovllm.services.gpu_worker.model import peers
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 
 HIDDEN = (1024, 4096)
-ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 
 
 @click.command(help=help_of(__doc__))
@@ -45,7 +45,8 @@ def run(rank: int, ranks: int, directory: str) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     store = FileStore(str(Path(directory) / "store"), ranks)
-    peers.MAX_SUM_BYTES = peers.MAX_SUM_BYTES_OF_MORE = ROWS[-1] * HIDDEN[-1] * 2
+    most = ROWS[-1] * HIDDEN[-1] * 2
+    peers.MAX_ONE_SHOT_BYTES = peers.MAX_ONE_SHOT_BYTES_OF_MORE = peers.MAX_TWO_SHOT_BYTES = most
     nccl = TensorParallel.connect(rank, ranks, store, device)
     if rank == 0:
         print(f"{ranks} x {torch.cuda.get_device_name()}\n")
@@ -56,15 +57,16 @@ def run(rank: int, ranks: int, directory: str) -> None:
             tp = nccl.with_peers(hidden, torch.bfloat16, device)
             if tp.peers is None:
                 raise click.ClickException("these GPUs cannot reach one another's memory")
-            sums, norm = tp.peers.sums, Norm(random(hidden), 1e-6)
+            sums, two_shot = tp.peers.sums, tp.peers.two_shot
+            norm = Norm(random(hidden), 1e-6)
             for rows in ROWS:
                 x, residual = random(rows, hidden), random(rows, hidden)
                 times = [
                     seconds_per_call(call)
                     for call in (
                         lambda _: nccl.add_rms_norm(x, residual, norm, FusedOps()),  # noqa: B023
-                        lambda _: sums.add_rms_norm(x, residual, norm, False),  # noqa: B023
-                        lambda _: sums.add_rms_norm(x, residual, norm, True),  # noqa: B023
+                        lambda _: sums.add_rms_norm(x, residual, norm),  # noqa: B023
+                        lambda _: two_shot.add_rms_norm(x, residual, norm),  # noqa: B023
                         lambda _: sums.add(x, residual),  # noqa: B023
                     )
                 ]

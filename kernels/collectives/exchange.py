@@ -35,7 +35,6 @@ def add_rms_norm(
     eps,
     ADD: tl.constexpr,
     NORM: tl.constexpr,
-    TWO_SHOT: tl.constexpr,
     DTYPE: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -70,56 +69,45 @@ def add_rms_norm(
     sent = 8 * ((index * RANKS + rank) * WIDTH + columns[None, :])
     from_ranks = own_memory + 8 * ((index * RANKS + ranks[:, None]) * WIDTH + columns[None, :])
     of_others = ((ranks < RANKS) & (ranks != rank))[:, None] & present[None, :]
-    owner = row % RANKS
-    receivers = of_others
-    if TWO_SHOT:
-        receivers = of_others & (ranks == owner)[:, None]
     packed = _pack(x, number)[None, :]
-    _send(memory[:, None] + sent, packed, receivers)
+    _send(memory[:, None] + sent, packed, of_others)
 
-    if not TWO_SHOT or rank == owner:
-        words = _receive(from_ranks, of_others, number, bound_ptr, given_up_ptr, told_ptr, TIMED)
-        words = tl.where((ranks == rank)[:, None], packed, words)
-        low, high = _floats(words.to(tl.int32), DTYPE)
-        low = tl.sum(low, 0)
-        high = tl.sum(high, 0)
-        if ADD:
-            low_residual, high_residual = _floats(residual, DTYPE)
-            low += low_residual
-            high += high_residual
-        total = _rounded(low, high, DTYPE)
-        tl.store(total_ptr + offsets, total, mask=present)
-        if NORM:
-            low, high = _floats(total, DTYPE)
-            squares = tl.sum(low * low + high * high, 0)
-            if SEGMENTS > 1:
-                # The words of a row's segments are in this rank's own memory.
-                tl.store(
-                    meeting_ptr + index * SEGMENTS + segment,
-                    _pack(squares.to(tl.int32, bitcast=True), number),
-                )
-                segments = tl.arange(0, PADDED_SEGMENTS)
-                met = _receive(
-                    meeting_ptr.to(tl.int64) + 8 * (index * SEGMENTS + segments),
-                    segments < SEGMENTS,
-                    number,
-                    bound_ptr,
-                    given_up_ptr,
-                    told_ptr,
-                    TIMED,
-                )
-                squares = tl.sum(met.to(tl.int32).to(tl.float32, bitcast=True), 0)
-            inverse = tl.rsqrt(squares / SIZE + eps)
-            low_weight, high_weight = _floats(weight, DTYPE)
-            normed = _rounded(low * inverse * low_weight, high * inverse * high_weight, DTYPE)
-            tl.store(normed_ptr + offsets, normed, mask=present)
-            if TWO_SHOT:
-                _send(memory[:, None] + sent, _pack(normed, number)[None, :], of_others)
-    else:
-        from_owner = own_memory + 8 * ((index * RANKS + owner) * WIDTH + columns)
-        received = _receive(from_owner, present, number, bound_ptr, given_up_ptr, told_ptr, TIMED)
-        tl.store(normed_ptr + offsets, received.to(tl.int32), mask=present)
-    _finish(number_ptr, number)
+    words = receive(_words(from_ranks), of_others, number, bound_ptr, given_up_ptr, told_ptr, TIMED)
+    words = tl.where((ranks == rank)[:, None], packed, words)
+    low, high = floats(words.to(tl.int32), DTYPE)
+    low = tl.sum(low, 0)
+    high = tl.sum(high, 0)
+    if ADD:
+        low_residual, high_residual = floats(residual, DTYPE)
+        low += low_residual
+        high += high_residual
+    total = rounded(low, high, DTYPE)
+    tl.store(total_ptr + offsets, total, mask=present)
+    if NORM:
+        low, high = floats(total, DTYPE)
+        squares = tl.sum(low * low + high * high, 0)
+        if SEGMENTS > 1:
+            # The words of a row's segments are in this rank's own memory.
+            tl.store(
+                meeting_ptr + index * SEGMENTS + segment,
+                _pack(squares.to(tl.int32, bitcast=True), number),
+            )
+            segments = tl.arange(0, PADDED_SEGMENTS)
+            met = receive(
+                meeting_ptr + index * SEGMENTS + segments,
+                segments < SEGMENTS,
+                number,
+                bound_ptr,
+                given_up_ptr,
+                told_ptr,
+                TIMED,
+            )
+            squares = tl.sum(met.to(tl.int32).to(tl.float32, bitcast=True), 0)
+        inverse = tl.rsqrt(squares / SIZE + eps)
+        low_weight, high_weight = floats(weight, DTYPE)
+        normed = rounded(low * inverse * low_weight, high * inverse * high_weight, DTYPE)
+        tl.store(normed_ptr + offsets, normed, mask=present)
+    finish(number_ptr, number)
 
 
 @triton.jit(do_not_specialize=["rank", "rows"])
@@ -159,10 +147,10 @@ def all_gather(
     sent = 8 * ((index * RANKS + rank) * WIDTH + columns[None, :])
     _send(memory[:, None] + sent, _pack(x, number)[None, :], present)
     received = own_memory + 8 * ((index * RANKS + ranks[:, None]) * WIDTH + columns[None, :])
-    words = _receive(received, present, number, bound_ptr, given_up_ptr, told_ptr, TIMED)
+    words = receive(_words(received), present, number, bound_ptr, given_up_ptr, told_ptr, TIMED)
     offsets = (row.to(tl.int64) * RANKS + ranks[:, None]) * WIDTH + columns[None, :]
     tl.store(out_ptr + offsets, words.to(tl.int32), mask=present)
-    _finish(number_ptr, number)
+    finish(number_ptr, number)
 
 
 @triton.jit
@@ -172,45 +160,57 @@ def _pack(values, number):
 
 @triton.jit
 def _send(addresses, words, mask):
-    tl.store(addresses.to(tl.pointer_type(tl.int64)), words, mask=mask)
+    tl.store(_words(addresses), words, mask=mask)
 
 
 @triton.jit
-def _receive(addresses, mask, number, bound_ptr, given_up_ptr, told_ptr, TIMED: tl.constexpr):
-    """The words at these addresses, once all of them have this number."""
-    pointers = addresses.to(tl.pointer_type(tl.int64))
+def _words(addresses):
+    return addresses.to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def receive(pointers, mask, number, bound_ptr, given_up_ptr, told_ptr, TIMED: tl.constexpr):
+    """The words at these addresses, once all of them have come."""
     words = tl.load(pointers, mask=mask, other=0, volatile=True)
-    missing = mask & ((words >> 32).to(tl.int32) != number)
+    missing = mask & _missing(words, number)
     bound = tl.load(bound_ptr)
     start = tl.full([], 0, tl.int64)
     now = tl.full([], 0, tl.int64)
     if TIMED:
         start = globaltimer()
+    # 2: a word is missing and awaited. 1: words are missing, and nobody waits for them any more.
     # Threads read clock and flag for themselves, and must leave the loop together.
-    waiting = tl.max(missing.to(tl.int32))
-    while waiting != 0:
+    state = 2 * tl.max(missing.to(tl.int32))
+    while state == 2:
         words = tl.load(pointers, mask=mask, other=0, volatile=True)
-        missing = mask & ((words >> 32).to(tl.int32) != number)
+        missing = mask & _missing(words, number)
         if TIMED:
             now = globaltimer()
         else:
             now += 1
         given_up = (now - start > bound) | (tl.load(given_up_ptr, volatile=True) != 0)
-        waiting = tl.max((missing & (given_up == 0)).to(tl.int32))
-    ones = missing.to(tl.int32)
-    tl.store(given_up_ptr + (ones - ones), ones, mask=missing)
-    tl.store(told_ptr + (ones - ones), ones, mask=missing)
+        state = tl.max(missing.to(tl.int32) * (2 - given_up.to(tl.int32)))
+    tl.store(given_up_ptr, 1, mask=state != 0)
+    tl.store(told_ptr, 1, mask=state != 0)
     return words
 
 
 @triton.jit
-def _finish(number_ptr, number):
+def _missing(words, number):
+    if words.dtype == tl.int64:
+        return (words >> 32).to(tl.int32) != number
+    else:
+        return words == 0
+
+
+@triton.jit
+def finish(number_ptr, number):
     tl.debug_barrier()  # all threads have read the number before
     tl.store(number_ptr, number)
 
 
 @triton.jit
-def _floats(values, DTYPE: tl.constexpr):
+def floats(values, DTYPE: tl.constexpr):
     """The float32 in each of `values`, and 0; or the two values of 16 bits."""
     if tl.float32 == DTYPE:
         return values.to(tl.float32, bitcast=True), (values - values).to(tl.float32)
@@ -221,7 +221,7 @@ def _floats(values, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _rounded(low, high, DTYPE: tl.constexpr):
+def rounded(low, high, DTYPE: tl.constexpr):
     if tl.float32 == DTYPE:
         return low.to(tl.int32, bitcast=True)
     else:

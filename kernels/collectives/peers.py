@@ -9,8 +9,7 @@ A program exchanges a segment of one row: a single program could not read a long
 For the norm the segments of a row meet once more, over the rank's own memory. The programs that a
 program waits for start before or next to it, on every rank, so none of them waits for a processor.
 
-One-shot, every rank gets all parts of a row. Two-shot, only the row's owner does, who then sends
-what all ranks need, the normalized row: half as much over NVLink at 4 ranks, and one way more.
+Every rank gets all parts of a row, one-shot. `two_shot` sends less, for more rows.
 
 A rank waits for words of others. If they do not come within the bound, the rank goes on with
 whatever is there, tells so in `Watch`, and waits for nothing any more. Nothing faults.
@@ -30,8 +29,6 @@ from nanovllm.kernels.layers.ops import Norm
 from nanovllm.kernels.overlap import overlapped
 
 WORD = torch.int64
-# From so many bytes of x on two shots are faster, at 4 ranks.
-TWO_SHOT_BYTES = 192 << 10
 # The most words of a row for each program, and for each of its threads.
 SEGMENT = 512
 PER_THREAD = 4
@@ -96,44 +93,28 @@ class PeerRows:
     def add(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The sum of the ranks' parts x [T, hidden] and of the residual, see
         `reference.add_rms_norm`."""
-        return self._add_rms_norm(x, residual, None, two_shot=False)[1]
+        return self.add_rms_norm(x, residual, None)[1]
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor | None, norm: Norm, two_shot: bool | None = None
+        self, x: Tensor, residual: Tensor | None, norm: Norm | None
     ) -> tuple[Tensor, Tensor]:
-        """As `reference.add_rms_norm`, where x [T, hidden] is this rank's part.
-
-        Args:
-            residual: only the rows whose owner this rank is are read, if two-shot.
-            two_shot: the faster way if not given.
-
-        Returns:
-            The normalized stream, and the stream. If two-shot, the stream's rows of other owners
-            are not written.
-        """
-        if two_shot is None:
-            two_shot = self._ranks > 2 and x.nbytes >= TWO_SHOT_BYTES
-        return self._add_rms_norm(x, residual, norm, two_shot)
-
-    def _add_rms_norm(
-        self, x: Tensor, residual: Tensor | None, norm: Norm | None, two_shot: bool
-    ) -> tuple[Tensor, Tensor]:
+        """As `reference.add_rms_norm`, where x [T, hidden] is this rank's part. Without a norm the
+        normalized stream is the stream."""
         total = torch.empty_like(x)
         normed = total if norm is None else torch.empty_like(x)
         exchange.add_rms_norm[(self._segments, len(x))](
-            _values(x),
-            _values(x if residual is None else residual),
-            _values(x if norm is None else norm.weight),
-            _values(normed),
-            _values(total),
+            values(x),
+            values(x if residual is None else residual),
+            values(x if norm is None else norm.weight),
+            values(normed),
+            values(total),
             *self._state,
             self._rank,
             self.rows,
             0.0 if norm is None else norm.eps,
             ADD=residual is not None,
             NORM=norm is not None,
-            TWO_SHOT=two_shot,
-            DTYPE=_DTYPES[x.dtype],
+            DTYPE=DTYPES[x.dtype],
             SIZE=x.shape[1],
             **self._options(),
         )
@@ -143,8 +124,8 @@ class PeerRows:
         """As `reference.all_gather`, where x [rows, columns] is this rank's part."""
         out = x.new_empty(len(x), self._ranks * x.shape[1])
         exchange.all_gather[(self._segments, len(x))](
-            _values(x),
-            _values(out),
+            values(x),
+            values(out),
             *self._state,
             self._rank,
             self.rows,
@@ -166,8 +147,8 @@ class PeerRows:
         }
 
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _values(x: Tensor) -> Tensor:
+def values(x: Tensor) -> Tensor:
     return x.view(torch.int32)

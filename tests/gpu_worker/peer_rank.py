@@ -13,6 +13,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 import tests.interpreter  # noqa: F401
 from nanovllm.kernels.collectives import reference
 from nanovllm.kernels.collectives.peers import WORD, PeerRows, Watch
+from nanovllm.kernels.collectives.two_shot import TwoShot
 from nanovllm.kernels.layers.ops import Norm
 from nanovllm.kernels.sampling import SHORTLIST_SIZE
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
@@ -24,9 +25,9 @@ ON_CUDA = torch.cuda.is_available()
 HIDDEN = 4096 if ON_CUDA else 72
 
 GATHERED = 2 * SHORTLIST_SIZE
-ROWS = 64 if ON_CUDA else 2
+ROWS = 64 if ON_CUDA else 4
 # Few and many rows in turn: each row counts its own exchanges.
-CALLS = (3, 1, 1, 64, 2, 33, 1, 50) if ON_CUDA else (2, 1)
+CALLS = (3, 1, 1, 64, 2, 33, 1, 50) if ON_CUDA else (4, 1)
 DTYPES = (torch.float32, torch.bfloat16) + (torch.float16,) * ON_CUDA
 # As a fraction of each element. The interpreter does not round to bfloat16, but cuts off.
 TOLERANCES = {
@@ -76,24 +77,33 @@ def with_peers(
         return found
     watch = Watch.on(device)
 
-    def rows(name: str, width: int) -> tuple[PeerRows, object]:
-        words = PeerRows.num_words(tp.size, width, ROWS)
+    width = HIDDEN * dtype.itemsize // 4
+    memory: list[Tensor] = []
+
+    def shared(name: str, words: int) -> Tensor:
         held = [
             torch.from_file(f"{root}/{dtype}-{name}-{rank}", shared=True, size=words, dtype=WORD)
             for rank in range(tp.size)
         ]
-        addresses = torch.tensor([memory.data_ptr() for memory in held])
-        return PeerRows(addresses, tp.rank, width, ROWS, watch), held
+        memory.extend(held)
+        return torch.tensor([words.data_ptr() for words in held])
 
-    sums, memory = rows("sums", HIDDEN * dtype.itemsize // 4)
-    shortlists, more = rows("shortlists", GATHERED)
-    return TensorParallel(tp.rank, tp.size, peers=Peers(sums, shortlists, watch, (memory, more)))
+    def rows(name: str, width: int) -> PeerRows:
+        addresses = shared(name, PeerRows.num_words(tp.size, width, ROWS))
+        return PeerRows(addresses, tp.rank, width, ROWS, watch)
+
+    addresses = shared("two-shot", TwoShot.num_words(tp.size, width, ROWS))
+    two_shot = TwoShot(addresses, tp.rank, width, ROWS, watch)
+    peers = Peers(rows("sums", width), two_shot, rows("shortlists", GATHERED), watch, memory)
+    return TensorParallel(tp.rank, tp.size, peers=peers)
 
 
 def parts_of(ranks: int, rows: int, call: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[ranks, rows, HIDDEN], the same on every rank."""
+    """[ranks, rows, HIDDEN], the same on every rank. Some are 0, which two shots send as -0.0."""
     random = torch.Generator().manual_seed(call)
-    return torch.randn(ranks, rows, HIDDEN, generator=random).to(device, dtype)
+    parts = torch.randn(ranks, rows, HIDDEN, generator=random)
+    parts[..., : HIDDEN // 8] = 0
+    return parts.to(device, dtype)
 
 
 def exchange(
@@ -115,7 +125,8 @@ def exchange(
     results.append(added)
     stream = expected_stream = None
     for _ in range(2):
-        normed, stream = tp.peers.sums.add_rms_norm(parts[tp.rank], stream, norm, two_shot)
+        sums = tp.peers.two_shot if two_shot else tp.peers.sums
+        normed, stream = sums.add_rms_norm(parts[tp.rank], stream, norm)
         expected, expected_stream = reference.add_rms_norm(list(parts), expected_stream, norm)
         close(stream[own], expected_stream[own])
         close(normed, expected)
@@ -135,19 +146,23 @@ def close(found: Tensor, expected: Tensor) -> None:
 def replay(tp: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
     """A CUDA graph of exchanges of one row and of many: each replay brings what its inputs say."""
     assert tp.peers is not None
-    sums, norm = tp.peers.sums, Norm(torch.ones(HIDDEN, dtype=dtype, device=device), 1e-6)
+    norm = Norm(torch.ones(HIDDEN, dtype=dtype, device=device), 1e-6)
     x = [torch.zeros(rows, HIDDEN, dtype=dtype, device=device) for rows in (1, 64, 1, 4)]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = [sums.add_rms_norm(rows, None, norm, n % 2 == 1)[0] for n, rows in enumerate(x)]
+        found = [
+            sums.add_rms_norm(rows, None, norm)[0]
+            for rows in x
+            for sums in (tp.peers.sums, tp.peers.two_shot)
+        ]
     wrong = torch.zeros((), device=device)
     for call in range(REPLAYS):
         parts = [parts_of(tp.size, len(rows), call, dtype, device) for rows in x]
         for rows, part in zip(x, parts, strict=True):
             rows.copy_(part[tp.rank])
         graph.replay()
-        for normed, part in zip(found, parts, strict=True):
+        for normed, part in zip(found, [part for part in parts for _ in range(2)], strict=True):
             expected = reference.add_rms_norm(list(part), None, norm)[0].float()
             wrong = torch.maximum(wrong, (normed - expected).abs().max() / expected.abs().max())
     assert wrong.item() < TOLERANCES[dtype], wrong
@@ -164,8 +179,8 @@ def stay_away(tp: TensorParallel, dtype: torch.dtype, device: torch.device) -> N
     norm = Norm(torch.ones(HIDDEN, dtype=dtype, device=device), 1e-6)
     start = time.monotonic()
     for _ in range(50 if ON_CUDA else 1):
-        tp.peers.sums.add_rms_norm(x, None, norm, False)
-        tp.peers.sums.add_rms_norm(x, None, norm, True)
+        tp.peers.sums.add_rms_norm(x, None, norm)
+        tp.peers.two_shot.add_rms_norm(x, None, norm)
     if ON_CUDA:
         torch.cuda.synchronize()
         assert time.monotonic() - start < 3 * SHORT_BOUND / 1e9

@@ -155,8 +155,10 @@ class TensorParallel:
         The stream that is returned may lack rows that other ranks have. Later sums of as many rows
         do without them.
         """
-        if self.peers is not None and self.peers.sums.fits(x):
-            return self.peers.sums.add_rms_norm(x, residual, norm)
+        if self.peers is not None:
+            for sums in (self.peers.sums, self.peers.two_shot):
+                if sums.fits(x):
+                    return sums.add_rms_norm(x, residual, norm)
         return ops.add_rms_norm(self.all_reduce(x), residual, norm)
 
     def all_gather(self, x: Tensor) -> Tensor:

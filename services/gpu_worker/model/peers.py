@@ -13,10 +13,13 @@ from nanovllm.settings import SettingsError
 
 if TYPE_CHECKING:
     from nanovllm.kernels.collectives.peers import PeerRows, Watch
+    from nanovllm.kernels.collectives.two_shot import TwoShot
 
-# Of a call's rows: with more, NCCL is as fast, see `benchmarks.collectives`.
-MAX_SUM_BYTES = 4 << 20  # of two ranks
-MAX_SUM_BYTES_OF_MORE = 1 << 20
+# Of a call's rows: with more, two shots are faster, see `benchmarks.collectives`.
+MAX_ONE_SHOT_BYTES = 256 << 10  # of two ranks
+MAX_ONE_SHOT_BYTES_OF_MORE = 192 << 10
+# With more, NCCL sums. A rank's memory is three times as large.
+MAX_TWO_SHOT_BYTES = 16 << 20
 MAX_SHORTLISTS = 512
 
 
@@ -24,12 +27,14 @@ class Peers(NamedTuple):
     """What this rank shares with the others.
 
     Attributes:
-        sums: of the residual stream's rows.
+        sums: of few of the residual stream's rows.
+        two_shot: of more of them.
         shortlists: exchanges the rows that sampling exchanges in every step.
         memory: what the others write. Its addresses there hold as long as it lives.
     """
 
     sums: PeerRows
+    two_shot: TwoShot
     shortlists: PeerRows
     watch: Watch
     memory: object
@@ -69,16 +74,19 @@ class Peers(NamedTuple):
 
         # Imported where it is used: a CPU may have no Triton.
         from nanovllm.kernels.collectives.peers import WORD, PeerRows, Watch
+        from nanovllm.kernels.collectives.two_shot import TwoShot
 
         # Multicast needs rights that a container may lack, and none of the kernels uses it.
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         ranks, rank = group.size(), group.rank()
         row_bytes = hidden_size * dtype.itemsize
         width = row_bytes // 4
-        rows = (MAX_SUM_BYTES if ranks == 2 else MAX_SUM_BYTES_OF_MORE) // row_bytes
+        rows = (MAX_ONE_SHOT_BYTES if ranks == 2 else MAX_ONE_SHOT_BYTES_OF_MORE) // row_bytes
+        more_rows = MAX_TWO_SHOT_BYTES // row_bytes
         sums = PeerRows.num_words(ranks, width, rows)
         shortlists = PeerRows.num_words(ranks, 2 * SHORTLIST_SIZE, MAX_SHORTLISTS)
-        memory = _symmetric_memory.empty(sums + shortlists, dtype=WORD, device=device)
+        two_shot = TwoShot.num_words(ranks, width, more_rows)
+        memory = _symmetric_memory.empty(sums + shortlists + two_shot, dtype=WORD, device=device)
         memory.zero_()
         torch.cuda.synchronize(device)
         try:
@@ -93,6 +101,7 @@ class Peers(NamedTuple):
         watch = Watch.on(device)
         return cls(
             PeerRows(addresses, rank, width, rows, watch),
+            TwoShot(addresses + 8 * (sums + shortlists), rank, width, more_rows, watch),
             PeerRows(addresses + 8 * sums, rank, 2 * SHORTLIST_SIZE, MAX_SHORTLISTS, watch),
             watch,
             (memory, shared),
