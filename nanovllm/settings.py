@@ -249,8 +249,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, Meta(ge=-1), _option("Blocks of the KV cache; -1: as many as memory allows.")
     ] = -1
     pipeline_depth: Annotated[
-        int, Meta(ge=1, le=8), _option("Step plans in flight; 1 waits for each result.")
-    ] = 3
+        int,
+        Meta(ge=1, le=8),
+        _option(
+            "Step plans in flight; 1 waits for each result. More than 3 only while steps are short."
+        ),
+    ] = 4
 
     max_message_bytes: Annotated[
         int, Meta(ge=1024), _option("Largest frame or HTTP body that a client may send.")

@@ -9,6 +9,11 @@ from nanovllm.services.scheduler.preparations import Preparations
 from nanovllm.services.scheduler.steps import Step
 from nanovllm.transport.links import Peer
 
+# So many plans may be in flight whatever their steps take. More may be only while all steps in
+# flight take less than this: a new request waits for them.
+FEW = 3
+SHORT_US = 2500
+
 
 class WorkerGroup:
     """One worker group after another, and the plans in flight.
@@ -16,7 +21,7 @@ class WorkerGroup:
     A connection that ends may lose a plan. So a plan is kept until its result comes.
 
     Args:
-        depth: how many plans may be in flight.
+        depth: how many plans may be in flight, beyond `FEW` only if their steps are short.
         preparations: the matchers that the group is asked for.
 
     Attributes:
@@ -34,6 +39,9 @@ class WorkerGroup:
         self._heard = False
         self._in_flight: deque[Step] = deque()
         self._unsent = 0
+        # The device's time for the latest step, and for all steps of the group.
+        self._step_us = SHORT_US
+        self._busy_us = 0
         self.peer: Peer | None = None
         self.next_number = 0
 
@@ -45,7 +53,9 @@ class WorkerGroup:
     @property
     def has_room(self) -> bool:
         """Whether one more plan may be in flight."""
-        return self.peer is not None and len(self._in_flight) < self._depth
+        in_flight = len(self._in_flight)
+        short = in_flight * self._step_us < SHORT_US
+        return self.peer is not None and in_flight < self._depth and (in_flight < FEW or short)
 
     def begin(self, peer: Peer) -> None:
         """A new group waits for its reset: nothing is in flight."""
@@ -56,6 +66,7 @@ class WorkerGroup:
         self._reset = Reset(self.next_number)
         self._reset_unsent = True
         self._unsent = 0
+        self._step_us, self._busy_us = SHORT_US, 0
 
     def announced_again(self) -> None:
         """The group announces again that it waits for its reset. The reset may be lost."""
@@ -91,6 +102,7 @@ class WorkerGroup:
                 f"the result of plan {result.number} came; next are those of {awaited}"
             )
         self._heard = True
+        self._step_us, self._busy_us = result.busy_us - self._busy_us, result.busy_us
         step = self._in_flight.popleft()
         self._unsent = min(self._unsent, len(self._in_flight))
         return step

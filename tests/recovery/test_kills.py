@@ -13,7 +13,6 @@ from benchmarks.support.pipeline import Pipeline
 from nanovllm import Client, SamplingParams
 from nanovllm.control import WorkerStats
 from nanovllm.names import ServiceId
-from nanovllm.settings import Settings
 from tests.readers import free_tcp_endpoint
 from tests.recovery.streams import (
     TIMEOUT_S,
@@ -29,7 +28,8 @@ from tests.recovery.streams import (
     wait_until_ready,
 )
 
-PIPELINE_DEPTH = Settings().pipeline_depth
+# Of long steps.
+PLANS_IN_FLIGHT = 3
 INGRESS, SCHEDULER = ServiceId("ingress", 0), ServiceId("scheduler", 0)
 RANKS = [ServiceId("gpu_worker", 0), ServiceId("gpu_worker", 1)]
 TOKENIZERS = [ServiceId("tokenizer", 0), ServiceId("tokenizer", 1)]
@@ -129,10 +129,10 @@ def ranks_outlive_the_scheduler(running: Running) -> bool:
     rank_1 = before[RANKS[1]]
     rank_1.suspend()
     try:
-        pipeline.stats_once(WorkerStats, lambda rank_0: rank_0.in_flight == PIPELINE_DEPTH)
+        pipeline.stats_once(WorkerStats, lambda rank_0: rank_0.in_flight == PLANS_IN_FLIGHT)
         kill(pipeline, SCHEDULER)
         wait_until_ready(pipeline, [SCHEDULER])
-        pipeline.stats_once(WorkerStats, lambda rank_0: rank_0.in_flight == PIPELINE_DEPTH)
+        pipeline.stats_once(WorkerStats, lambda rank_0: rank_0.in_flight == PLANS_IN_FLIGHT)
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank_1.resume()

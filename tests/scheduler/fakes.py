@@ -111,6 +111,8 @@ class FakeWorker:
         self.outbox: deque[StepResult] = deque()
         self.kept: deque[StepResult] = deque(maxlen=depth)
         self.plans: list[StepPlan] = []
+        self.step_us = 0  # the device's time for a step
+        self._busy_us = 0
         self.admitted_seeds: list[int | None] = []
         self._requests = requests
         self._depth = depth
@@ -265,7 +267,8 @@ class FakeWorker:
             token_ids.append(token)
             if slot.logprobs:
                 logprobs.append(RowLogprobs(row, TokenLogprobs(pack([token]), b"")))
-        result = StepResult(number, pack(token_ids), logprobs, 0, 0)
+        self._busy_us += self.step_us
+        result = StepResult(number, pack(token_ids), logprobs, self._busy_us, 0)
         self.outbox.append(result)
         self.kept.append(result)
 

@@ -67,6 +67,21 @@ def test_depth_plans_are_in_flight() -> None:
     assert [decodes(plan) for plan in world.worker.plans] == [[], [0], [0]]
 
 
+@pytest.mark.parametrize(("step_us", "plans"), [(600, 5), (700, 4), (900, 3), (9000, 3)])
+def test_more_than_three_plans_are_in_flight_only_while_steps_are_short(
+    step_us: int, plans: int
+) -> None:
+    world = World(depth=5)
+    world.worker.step_us = step_us
+    world.submit([1, 2, 3], max_tokens=20)
+    world.pump()
+    assert len(world.worker.inbox) - 1 == 3  # beside the reset
+    for results in range(1, 4):
+        world.result()
+        world.work()
+        assert len(world.worker.plans) - results == plans
+
+
 def test_decodes_come_first_and_bound_the_prefill_beside_them() -> None:
     world = World(depth=1, max_num_batched_tokens=16, max_prefill_tokens=6)
     world.submit([1, 2, 3], max_tokens=20)

@@ -78,7 +78,7 @@ def submit(uid: int = UID, max_tokens: int = 3) -> Submit:
 
 
 def answer(plan: StepPlan, *tokens: int) -> StepResult:
-    return StepResult(plan.number, pack(tokens), [], 0, 0)
+    return StepResult(plan.number, pack(tokens), [], 2000 * (plan.number + 1), 0)
 
 
 def scheduler_report(n: Neighbours, matches: Callable[[SchedulerStats], bool]) -> SchedulerStats:

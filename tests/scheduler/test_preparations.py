@@ -64,7 +64,9 @@ class World:
         self.core.prepared(WORKER, Prepared(number, failed))
 
     def sample(self, plan: StepPlan, *tokens: int) -> None:
-        self.core.result(WORKER, StepResult(plan.number, pack(tokens), [], 0, 0))
+        self.core.result(
+            WORKER, StepResult(plan.number, pack(tokens), [], 2000 * (plan.number + 1), 0)
+        )
 
     def finished(self) -> dict[int, str]:
         frames = list(self.core.detokenizers.frames())
