@@ -67,7 +67,7 @@ CASES = (Case(256, 2.0), Case(1, 0.5))
 
 @click.command(help=help_of(__doc__))
 @click.option("--seconds", default=12.0, show_default=True, help="Length of each measurement.")
-@click.option("--depth", "depths", type=int, multiple=True, default=(3, 1), show_default=True)
+@click.option("--depth", "depths", type=int, multiple=True, default=(4, 1), show_default=True)
 @click.option("--sequences", type=int, help="Only the load with so many sequences an engine.")
 @click.option("--step-ms", type=float, help="Of the load with --sequences, whatever their number.")
 @click.option("--engines", default=1, show_default=True)
