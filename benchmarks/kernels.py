@@ -20,7 +20,7 @@ from benchmarks.support.help import help_of
 from benchmarks.support.timing import is_wrong, random, seconds_per_call
 from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.layers.fused import FusedOps
-from nanovllm.kernels.layers.ops import LayerOps, Norm
+from nanovllm.kernels.layers.ops import Heads, LayerOps, Norm
 
 HIDDEN, NUM, NUM_KV, DIM, INTERMEDIATE = 1024, 16, 8, 128, 3072
 EPS = 1e-6
@@ -73,7 +73,7 @@ def _ops(tokens: int) -> Iterator[tuple[str, int, Callable[[LayerOps, int], tupl
 
     def norm_rope_store(ops: LayerOps, _: int) -> tuple[Tensor, ...]:
         cache = caches[type(ops)]
-        return ops.norm_rope_store(qkv, *norms, rotation, cache, indices), *cache
+        return ops.norm_rope_store(Heads(qkv, *norms, rotation, cache, indices)), *cache
 
     yield "norm_rope_store", 2 * qkv.nbytes + rotation.nbytes, norm_rope_store
     gate_up = random(tokens, 2 * INTERMEDIATE)

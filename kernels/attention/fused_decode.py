@@ -14,16 +14,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from nanovllm.kernels.attention.interface import (
     AttentionMetadata,
     AttentionShape,
-    LayerCache,
     Parts,
 )
 from nanovllm.kernels.attention.split_kv import UNUSED
-from nanovllm.kernels.layers.ops import Norm
+from nanovllm.kernels.layers.ops import Heads
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 # Query heads of a key/value head: a thread has all of them.
@@ -58,22 +56,18 @@ def choose_tuning(shape: AttentionShape) -> FusedTuning | None:
 
 
 def attend(
-    qkv: Tensor,
-    q_norm: Norm | None,
-    k_norm: Norm | None,
-    rotation: Tensor,
-    cache: LayerCache,
-    kv_indices: Tensor,
-    metadata: AttentionMetadata,
-    shape: AttentionShape,
-    tuning: FusedTuning,
-    parts: Parts,
-) -> None:
-    """Stores the newest key and value, and writes `parts`.
-
-    Args:
-        qkv, q_norm, k_norm, rotation, cache, kv_indices: see `LayerOps.norm_rope_store`.
-    """
+    heads: Heads, metadata: AttentionMetadata, shape: AttentionShape, tuning: FusedTuning
+) -> Parts:
+    """Stores the newest key and value, and returns the attention of one token."""
+    qkv, q_norm, k_norm, rotation, cache, kv_indices = heads
+    length = metadata.cache_seqlens
+    size = shape.num_heads, tuning.splits
+    parts = Parts(
+        torch.empty(*size, shape.head_dim, dtype=qkv.dtype, device=qkv.device),
+        torch.empty(size, dtype=torch.float32, device=qkv.device),
+        length,
+        tuning.tile,
+    )
     group = shape.num_heads // shape.num_kv_heads
     rows = tuning.rows(shape.head_dim)
     _attend[(shape.num_kv_heads, tuning.splits)](
@@ -86,7 +80,7 @@ def attend(
         parts.out,
         parts.lse,
         metadata.block_tables,
-        metadata.cache_seqlens,
+        length,
         shape.head_dim**-0.5 * math.log2(math.e),
         0.0 if q_norm is None else q_norm.eps,
         NORM=q_norm is not None,
@@ -102,19 +96,7 @@ def attend(
         num_stages=1,
         **overlapped(),
     )
-
-
-def empty_parts(
-    metadata: AttentionMetadata, shape: AttentionShape, tuning: FusedTuning, dtype: torch.dtype
-) -> Parts:
-    length = metadata.cache_seqlens
-    size = shape.num_heads, tuning.splits
-    return Parts(
-        torch.empty(*size, shape.head_dim, dtype=dtype, device=length.device),
-        torch.empty(size, dtype=torch.float32, device=length.device),
-        length,
-        tuning.tile,
-    )
+    return parts
 
 
 @triton.jit

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.attention.fused_decode import attend, empty_parts
-from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache, Parts
+from nanovllm.kernels.attention.fused_decode import attend
+from nanovllm.kernels.attention.interface import AttentionBatch, Parts
 from nanovllm.kernels.attention.triton_decode import Decodes
 from nanovllm.kernels.layers import fp8_gemm, fp8_normed, gemv, joined
 from nanovllm.kernels.layers.fp8 import Fp8Weight
-from nanovllm.kernels.layers.ops import Fusion, LayerOps, Norm, Weight, whole
+from nanovllm.kernels.layers.ops import Fusion, Heads, LayerOps, Norm, Weight, whole
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 # Elements of a row for each thread: 16 bytes in bfloat16.
@@ -123,19 +123,11 @@ class FusedOps(LayerOps):
         tuning = HEAD_TUNING if hidden.shape[1] <= gemv.SMALL else LARGE_HEAD_TUNING
         return gemv.linear(hidden, weight, Fusion(), tuning, out)
 
-    def norm_rope_store(
-        self,
-        qkv: Tensor,
-        q_norm: Norm | None,
-        k_norm: Norm | None,
-        rotation: Tensor,
-        cache: LayerCache,
-        kv_indices: Tensor,
-    ) -> Tensor:
-        num_kv, dim = cache.k.shape[-2:]
+    def norm_rope_store(self, heads: Heads) -> Tensor:
+        num, num_kv, dim = heads.sizes
         if dim < 2 or dim & (dim - 1):
-            return super().norm_rope_store(qkv, q_norm, k_norm, rotation, cache, kv_indices)
-        num = qkv.shape[1] // dim - 2 * num_kv
+            return super().norm_rope_store(heads)
+        qkv, q_norm, k_norm, rotation, cache, kv_indices = heads
         q = torch.empty(len(qkv), num, dim, dtype=qkv.dtype, device=qkv.device)
         _norm_rope_store[(len(qkv), triton.cdiv(num + 2 * num_kv, HEADS))](
             qkv,
@@ -157,23 +149,10 @@ class FusedOps(LayerOps):
         )
         return q
 
-    def attend(
-        self,
-        qkv: Tensor,
-        q_norm: Norm | None,
-        k_norm: Norm | None,
-        rotation: Tensor,
-        cache: LayerCache,
-        kv_indices: Tensor,
-        batch: AttentionBatch,
-        joins: bool,
-    ) -> Tensor | Parts:
-        heads = qkv, q_norm, k_norm, rotation, cache, kv_indices
+    def attend(self, heads: Heads, batch: AttentionBatch, joins: bool) -> Tensor | Parts:
         if not joins or not isinstance(batch, Decodes) or batch.fused is None:
-            return super().attend(*heads, batch, joins)
-        parts = empty_parts(batch.metadata, batch.shape, batch.fused, qkv.dtype)
-        attend(*heads, batch.metadata, batch.shape, batch.fused, parts)
-        return parts
+            return super().attend(heads, batch, joins)
+        return attend(heads, batch.metadata, batch.shape, batch.fused)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         size = gate_up.shape[1] // 2

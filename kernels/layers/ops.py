@@ -41,6 +41,31 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Heads(NamedTuple):
+    """The projections of T tokens to queries, keys and values, and what becomes of them.
+
+    Attributes:
+        qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim].
+        q_norm, k_norm: over each head, with the same eps; None for both where heads are not
+            normalized.
+        rotation: float32 [T, head_dim], see `rotate`.
+        cache, kv_indices: where keys and values are stored, see `store_kv`.
+    """
+
+    qkv: Tensor
+    q_norm: Norm | None
+    k_norm: Norm | None
+    rotation: Tensor
+    cache: LayerCache
+    kv_indices: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Query heads, key/value heads, and head_dim."""
+        num_kv, dim = self.cache.k.shape[-2:]
+        return self.qkv.shape[1] // dim - 2 * num_kv, num_kv, dim
+
+
 class Fusion(NamedTuple):
     """What is fused into a GEMM.
 
@@ -137,50 +162,20 @@ class LayerOps:
         contiguous."""
         return torch.mm(hidden, weight.t(), out=out)
 
-    def norm_rope_store(
-        self,
-        qkv: Tensor,
-        q_norm: Norm | None,
-        k_norm: Norm | None,
-        rotation: Tensor,
-        cache: LayerCache,
-        kv_indices: Tensor,
-    ) -> Tensor:
-        """Normalizes each head's query and key, rotates both, and stores keys and values.
+    def norm_rope_store(self, heads: Heads) -> Tensor:
+        """Normalizes each head's query and key, rotates both, and stores keys and values. Returns
+        the queries [T, num_heads, head_dim]."""
+        num, num_kv, dim = heads.sizes
+        each = heads.qkv.view(-1, num + 2 * num_kv, dim)
+        q, k, v = torch.split(each, [num, num_kv, num_kv], dim=1)
+        q, k = _norm_heads(q.float(), heads.q_norm), _norm_heads(k.float(), heads.k_norm)
+        store_kv(rotate(k, heads.rotation).to(v.dtype), v, heads.cache, heads.kv_indices)
+        return rotate(q, heads.rotation).to(v.dtype)
 
-        Args:
-            qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim].
-            q_norm, k_norm: over each head, with the same eps; None for both where heads are not
-                normalized.
-            rotation: float32 [T, head_dim], see `rotate`.
-            kv_indices: int64 [T], see `store_kv`.
-
-        Returns:
-            The queries [T, num_heads, head_dim].
-        """
-        num_kv, dim = cache.k.shape[-2:]
-        num = qkv.shape[1] // dim - 2 * num_kv
-        heads = qkv.view(len(qkv), num + 2 * num_kv, dim)
-        q, k, v = torch.split(heads, [num, num_kv, num_kv], dim=1)
-        q, k = _norm_heads(q.float(), q_norm), _norm_heads(k.float(), k_norm)
-        store_kv(rotate(k, rotation).to(v.dtype), v, cache, kv_indices)
-        return rotate(q, rotation).to(v.dtype)
-
-    def attend(
-        self,
-        qkv: Tensor,
-        q_norm: Norm | None,
-        k_norm: Norm | None,
-        rotation: Tensor,
-        cache: LayerCache,
-        kv_indices: Tensor,
-        batch: AttentionBatch,
-        joins: bool,
-    ) -> Tensor | Parts:
+    def attend(self, heads: Heads, batch: AttentionBatch, joins: bool) -> Tensor | Parts:
         """As `norm_rope_store`. Returns the attention [T, num_heads * head_dim], or parts of it, if
         the projection after it `joins` them."""
-        q = self.norm_rope_store(qkv, q_norm, k_norm, rotation, cache, kv_indices)
-        return batch.forward(q, cache).flatten(1)
+        return batch.forward(self.norm_rope_store(heads), heads.cache).flatten(1)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up [T, 2 * size], gates first. Returns silu(gate) * up [T, size]."""

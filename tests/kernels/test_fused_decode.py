@@ -11,7 +11,7 @@ from nanovllm.kernels.attention.interface import AttentionBatch, AttentionShape,
 from nanovllm.kernels.attention.sdpa import SdpaBackend
 from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.layers.fused import FusedOps
-from nanovllm.kernels.layers.ops import LayerOps, Norm
+from nanovllm.kernels.layers.ops import Heads, LayerOps, Norm
 from tests.gpu_worker.paged import kv_indices
 from tests.kernels.ragged import CPU, Ragged
 
@@ -46,8 +46,8 @@ class Step:
     def run(self, ops: LayerOps, batch: AttentionBatch) -> tuple[Tensor | Parts, LayerCache]:
         cache = LayerCache(self.ragged.cache.k.clone(), self.ragged.cache.v.clone())
         norms = self.q_norm, self.k_norm
-        heads = self.qkv, *norms, self.rotation, cache, self.kv_indices
-        return ops.attend(*heads, batch, joins=True), cache
+        heads = Heads(self.qkv, *norms, self.rotation, cache, self.kv_indices)
+        return ops.attend(heads, batch, joins=True), cache
 
     def check(self) -> None:
         shape, metadata = self.ragged.shape, self.ragged.metadata

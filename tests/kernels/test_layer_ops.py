@@ -13,7 +13,7 @@ from nanovllm.kernels.attention.choose import ByPhaseBackend
 from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.layers.fused import FusedOps
-from nanovllm.kernels.layers.ops import LayerOps, Norm
+from nanovllm.kernels.layers.ops import Heads, LayerOps, Norm
 from nanovllm.services.gpu_worker.model import decoder
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import PagedSequences, load_model, relative_error
@@ -95,7 +95,7 @@ def test_norm_rope_store(dtype: torch.dtype) -> None:
         before = random(2, blocks, block_size, num_kv, dim)
         caches = [LayerCache(*before.clone()) for _ in range(2)]
         q, expected_q = (
-            ops.norm_rope_store(qkv, q_norm, k_norm, rotation, cache, indices[:tokens])
+            ops.norm_rope_store(Heads(qkv, q_norm, k_norm, rotation, cache, indices[:tokens]))
             for ops, cache in zip((FusedOps(), LayerOps()), caches, strict=True)
         )
         assert_same(q, expected_q)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache
-from nanovllm.kernels.layers.ops import Norm, choose_ops, has_fp8
+from nanovllm.kernels.layers.ops import Heads, Norm, choose_ops, has_fp8
 from nanovllm.services.gpu_worker.model.layers import (
     CheckpointTensor,
     ColumnParallelLinear,
@@ -196,9 +196,8 @@ class Attention:
         cache: LayerCache,
     ) -> tuple[Tensor, Tensor | None]:
         qkv, stream = self.qkv(x, residual)
-        heads = qkv, self.q_norm, self.k_norm, rotation, cache, kv_indices
-        attended = self.ops.attend(*heads, attention, self.joins)
-        return self.out(attended, stream)
+        heads = Heads(qkv, self.q_norm, self.k_norm, rotation, cache, kv_indices)
+        return self.out(self.ops.attend(heads, attention, self.joins), stream)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
         yield from self.qkv.checkpoint_tensors(prefix)
