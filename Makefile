@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 DEBIAN := $(VENV)/debian
 CHROMIUM := $(VENV)/chromium
 # What only test-clients runs.
-IN_BROWSER := tests/page/test_page.py
+IN_BROWSER := $(addprefix tests/page/,test_page.py test_mishaps.py test_pictures.py)
 DEBIAN_LIB = $(CURDIR)/$(DEBIAN)/usr/lib/$(shell cc -print-multiarch 2>/dev/null)
 # Those that are not installed. msgpack-c has had two names.
 C_LIBRARIES = $(shell for msgpack in libmsgpack-c-dev libmsgpack-dev; do \
@@ -48,7 +48,7 @@ lint: $(READY)
 # A file's tests stay together, with their fixtures; tests/conftest.py has the long files go first.
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
-		--ignore $(IN_BROWSER)
+		$(addprefix --ignore ,$(IN_BROWSER))
 
 test-clients: $(READY) $(DEBIAN)
 	@command -v chromium >/dev/null || $(MAKE) chromium
