@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEBIAN := $(VENV)/debian
 CHROMIUM := $(VENV)/chromium
-# What only test-clients runs.
+# What needs Chromium, which test-clients unpacks.
 IN_BROWSER := $(addprefix tests/page/,test_page.py test_mishaps.py test_pictures.py)
 DEBIAN_LIB = $(CURDIR)/$(DEBIAN)/usr/lib/$(shell cc -print-multiarch 2>/dev/null)
 # Those that are not installed. msgpack-c has had two names.
@@ -47,8 +47,7 @@ lint: $(READY)
 
 # A file's tests stay together, with their fixtures; tests/conftest.py has the long files go first.
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
-		$(addprefix --ignore ,$(IN_BROWSER))
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-clients: $(READY) $(DEBIAN)
 	@command -v chromium >/dev/null || $(MAKE) chromium

@@ -267,11 +267,14 @@ static uint16_t next_event(void *monitor) {
     return event;
 }
 
+static const char WANTS_KEY[] = "wants a key (see NANOVLLM_KEYS), or is no pipeline";
+
 /* Streams the completion; the exit code. */
 static int complete(void *context, const char *endpoint, const char *keys,
                     struct request *request) {
     struct connection connection = connect_to(context, endpoint, keys);
     int64_t unreachable_at = now_ms() + UNREACHABLE_MS;
+    const bool keyed = keys && *keys;
     bool connected = false, turned_away = false, aborted = false, over = false;
     send_request(connection.socket, request);
     while (!over) {
@@ -293,8 +296,8 @@ static int complete(void *context, const char *endpoint, const char *keys,
         } else if (event == ZMQ_EVENT_HANDSHAKE_FAILED_AUTH) {
             fail(endpoint, "does not take this client's key: was it taken back?");
         } else if (event) {
-            fail(endpoint, keys && *keys ? "takes no keys (see NANOVLLM_KEYS), or is no pipeline"
-                                         : "wants a key (see NANOVLLM_KEYS), or is no pipeline");
+            fail(endpoint,
+                 keyed ? "takes no keys (see NANOVLLM_KEYS), or is no pipeline" : WANTS_KEY);
         }
         if (interrupted && !connected) break; /* a request ends with its connection */
         if (interrupted && !aborted) {
@@ -308,9 +311,10 @@ static int complete(void *context, const char *endpoint, const char *keys,
             send_request(connection.socket, request);
         }
         if (!connected && now_ms() >= unreachable_at)
-            fail(endpoint, turned_away
-                     ? "ends every connection: does NANOVLLM_KEYS name another pipeline's key?"
-                     : "nothing answers");
+            fail(endpoint,
+                 !turned_away ? "nothing answers"
+                 : keyed ? "ends every connection: does NANOVLLM_KEYS name another pipeline's key?"
+                         : WANTS_KEY);
     }
     disconnect(connection);
     return over && !aborted ? EXIT_SUCCESS : EXIT_INTERRUPTED;

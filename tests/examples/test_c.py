@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socketserver
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,10 +154,15 @@ def test_it_says_when_nothing_answers(built: Path, locked: Locked, tmp_path: Pat
     shutil.copy(built.parent / "Makefile", tmp_path)
     subprocess.run(["make", "CFLAGS=-O2 -Werror"], cwd=tmp_path, check=True, timeout=END_TIMEOUT_S)
     (*_, others) = make_keys(tmp_path / "others", "c")
-    for endpoint, keys, why in (
-        (f"ipc://{tmp_path}/none.sock", "", b"nothing answers"),
-        (locked.endpoint, str(others), b"does NANOVLLM_KEYS name another pipeline's key?"),
-    ):
-        ran = complete(tmp_path / "complete", endpoint, keys=keys)
-        assert (ran.returncode, ran.stdout) == (1, b"")
-        assert why in ran.stderr
+    # Ends each connection at once, as an ingress with keys may before a client has read why.
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as closing:
+        threading.Thread(target=closing.serve_forever, daemon=True).start()
+        for endpoint, keys, why in (
+            (f"ipc://{tmp_path}/none.sock", "", b"nothing answers"),
+            (locked.endpoint, str(others), b"does NANOVLLM_KEYS name another pipeline's key?"),
+            (f"tcp://127.0.0.1:{closing.server_address[1]}", "", b"wants a key"),
+        ):
+            ran = complete(tmp_path / "complete", endpoint, keys=keys)
+            assert (ran.returncode, ran.stdout) == (1, b"")
+            assert why in ran.stderr
+        closing.shutdown()
