@@ -80,6 +80,7 @@ def test_a_chat_goes_on_while_services_are_killed(sim: Pipeline, tmp_path: Path)
             shown.wait_for("\n>")
             sim.status()  # once all are there again
             services(sim)[ServiceId(role)].kill()
+            sim.wait_for(f"{ServiceId(role)} was killed by SIGKILL", END_TIMEOUT_S)
         shown.press("/exit" + ENTER)
         assert shown.wait() == 0
 
