@@ -1,9 +1,9 @@
 """Decode attention of one sequence, with what comes before it: queries and keys are normalized and
 rotated, and the newest key and value go to the cache.
 
-As in `triton_decode` a program takes one key/value head and one split of the context.
-Older keys and values were stored by earlier steps. So the first of them are loaded while the kernel
-that computes the queries still runs.
+As in `triton_decode` a program takes one key/value head and one split of the context. Older keys
+and values were stored by earlier steps. So a program loads its first keys and values while the
+kernel that computes the queries still runs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.attention.interface import (
-    AttentionMetadata,
-    AttentionShape,
-    Parts,
-)
+from nanovllm.kernels.attention.interface import AttentionMetadata, AttentionShape, Parts
 from nanovllm.kernels.attention.split_kv import UNUSED
 from nanovllm.kernels.layers.ops import Heads
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
@@ -169,10 +165,8 @@ def _attend(
         k_ptr, v_ptr, table_ptr, start, end, head, HEADS, DIM, BLOCK, ROWS, ROW_KEYS
     )
     await_previous(OVERLAP)
-    # The first split has the newest key. Another one may have none.
-    is_first = split == 0
     if (split > 0) & (start >= end):
-        return
+        return  # no keys: the first split has the newest key
 
     q_ptrs = qkv_ptr + (head * GROUP + member) * DIM
     new_k_ptr = qkv_ptr + (GROUP * HEADS + head) * DIM
@@ -193,7 +187,7 @@ def _attend(
     new_k = (new_k * cos + other_k * sin).to(dtype)
     newest = (kv_index * HEADS + head) * DIM + own
     # The first row of the first split has the newest key and value.
-    is_newest = row < tl.where(is_first, 1, 0)
+    is_newest = row < tl.where(split == 0, 1, 0)
     tl.store(k_ptr + newest, new_k, mask=is_newest)
     tl.store(v_ptr + newest, new_v, mask=is_newest)
     q *= scale

@@ -74,14 +74,7 @@ def add_rms_norm(
 
     words = receive(_words(from_ranks), of_others, number, bound_ptr, given_up_ptr, told_ptr, TIMED)
     words = tl.where((ranks == rank)[:, None], packed, words)
-    low, high = floats(words.to(tl.int32), DTYPE)
-    low = tl.sum(low, 0)
-    high = tl.sum(high, 0)
-    if ADD:
-        low_residual, high_residual = floats(residual, DTYPE)
-        low += low_residual
-        high += high_residual
-    total = rounded(low, high, DTYPE)
+    total = add_up(words.to(tl.int32), residual, ADD, DTYPE)
     tl.store(total_ptr + offsets, total, mask=present)
     if NORM:
         low, high = floats(total, DTYPE)
@@ -104,8 +97,7 @@ def add_rms_norm(
             )
             squares = tl.sum(met.to(tl.int32).to(tl.float32, bitcast=True), 0)
         inverse = tl.rsqrt(squares / SIZE + eps)
-        low_weight, high_weight = floats(weight, DTYPE)
-        normed = rounded(low * inverse * low_weight, high * inverse * high_weight, DTYPE)
+        normed = scaled(low, high, inverse, weight, DTYPE)
         tl.store(normed_ptr + offsets, normed, mask=present)
     finish(number_ptr, number)
 
@@ -207,6 +199,26 @@ def _missing(words, number):
 def finish(number_ptr, number):
     tl.debug_barrier()  # all threads have read the number before
     tl.store(number_ptr, number)
+
+
+@triton.jit
+def add_up(parts, residual, ADD: tl.constexpr, DTYPE: tl.constexpr):
+    """The sum of the ranks' parts [ranks, words], and of the residual [words] if ADD."""
+    low, high = floats(parts, DTYPE)
+    low = tl.sum(low, 0)
+    high = tl.sum(high, 0)
+    if ADD:
+        low_residual, high_residual = floats(residual, DTYPE)
+        low += low_residual
+        high += high_residual
+    return rounded(low, high, DTYPE)
+
+
+@triton.jit
+def scaled(low, high, inverse, weight, DTYPE: tl.constexpr):
+    """What `floats` has found, times `inverse` and the weight [words], as words."""
+    low_weight, high_weight = floats(weight, DTYPE)
+    return rounded(low * inverse * low_weight, high * inverse * high_weight, DTYPE)
 
 
 @triton.jit

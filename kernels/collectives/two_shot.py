@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.collectives.exchange import finish, floats, receive, rounded
+from nanovllm.kernels.collectives.exchange import add_up, finish, floats, receive, scaled
 from nanovllm.kernels.collectives.peers import DTYPES, Watch, values
 from nanovllm.kernels.layers.ops import Norm
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
@@ -37,17 +37,8 @@ PER_THREAD = 4
 
 
 class TwoShot:
-    """Exchanges rows of one width among the ranks, see the module.
-
-    All ranks make the same calls in the same order with the same shapes, on one stream.
-
-    Args:
-        addresses: int64 [ranks] on the device: where `num_words` zeros of each rank begin, in the
-            order of the ranks, at multiples of 16 bytes.
-        rank: this one's index.
-        width: 32-bit values of a row.
-        rows: the most that a call may have.
-    """
+    """Exchanges rows of one width among the ranks, see the module. Its arguments and its rules are
+    those of `PeerRows`; `addresses` are multiples of 16 bytes."""
 
     def __init__(self, addresses: Tensor, rank: int, width: int, rows: int, watch: Watch) -> None:
         self.rows = rows
@@ -159,19 +150,11 @@ def _add_rms_norm(
         from_all = own_memory + ((parts + ranks)[:, None] * WIDTH + columns[None, :])
         received = receive(from_all, of_all, number, bound_ptr, given_up_ptr, told_ptr, TIMED)
         tl.store(from_all, tl.zeros_like(received), mask=of_all)
-        low, high = floats(received, DTYPE)
-        low = tl.sum(low, 0)
-        high = tl.sum(high, 0)
-        if ADD:
-            low_residual, high_residual = floats(residual, DTYPE)
-            low += low_residual
-            high += high_residual
-        total = rounded(low, high, DTYPE)
+        total = add_up(received, residual, ADD, DTYPE)
         tl.store(total_ptr + own_offsets, total, mask=within)
         low, high = floats(total, DTYPE)
         inverse = tl.rsqrt(tl.sum(low * low + high * high, 0) / SIZE + eps)
-        low_weight, high_weight = floats(weight, DTYPE)
-        normed = rounded(low * inverse * low_weight, high * inverse * high_weight, DTYPE)
+        normed = scaled(low, high, inverse, weight, DTYPE)
         to_all = memory[:, None] + own_offsets[None, :]
         tl.store(to_all, tl.broadcast_to(_marked(normed)[None, :], to_all.shape), mask=of_all)
 

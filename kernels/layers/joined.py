@@ -1,7 +1,7 @@
 """The GEMV after decode attention of one sequence, which joins the parts of a split context.
 
-Each program joins all of them itself: that takes less time than a kernel that does so would. Its
-weights are loaded before attention is complete.
+Each program joins all parts itself. That takes less time than another kernel, which joins the parts
+once. A program loads its weights before attention is complete.
 """
 
 from __future__ import annotations

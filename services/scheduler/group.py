@@ -9,9 +9,10 @@ from nanovllm.services.scheduler.preparations import Preparations
 from nanovllm.services.scheduler.steps import Step
 from nanovllm.transport.links import Peer
 
-# So many plans may be in flight whatever their steps take. More may be only while all steps in
-# flight take less than this: a new request waits for them.
+# So many plans may be in flight, however long their steps take.
 FEW = 3
+# More plans may be in flight only while their steps together take the device less time than this: a
+# new request waits for all of them.
 SHORT_US = 2500
 
 

@@ -70,6 +70,13 @@ def inside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         run(builder, "rm", container)
 
 
+def python(inside: list[str], code: str) -> list[str]:
+    """The lines that a program prints in the image."""
+    ran = run(*inside, "python", "-c", code)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
 def test_nothing_but_tmp_can_be_written_and_nobody_is_root(inside: list[str]) -> None:
     code = (
         "import os, pathlib, tempfile, nanovllm\n"
@@ -80,9 +87,7 @@ def test_nothing_but_tmp_can_be_written_and_nobody_is_root(inside: list[str]) ->
         "    except OSError as error:\n"
         "        print(place.startswith('/'), error.strerror)\n"
     )
-    ran = run(*inside, "python", "-c", code)
-    assert ran.returncode == 0, ran.stderr
-    who, *refused = ran.stdout.splitlines()
+    who, *refused = python(inside, code)
     assert who == "10001 10001 /tmp"
     assert refused == ["True Read-only file system"] * 4
 
@@ -96,9 +101,7 @@ def test_it_has_what_a_cpu_needs_and_no_more(inside: list[str]) -> None:
         "    (output,) = llm.generate(['Once upon a time'], SamplingParams(max_tokens=5))\n"
         "print(len(output['token_ids']))\n"
     )
-    ran = run(*inside, "python", "-c", code)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines() == ["None", "5"]
+    assert python(inside, code) == ["None", "5"]
 
 
 def test_the_launcher_ends_on_sigterm(inside: list[str]) -> None:
