@@ -95,7 +95,7 @@ def main() -> None:
     the node of this command, as long as that is there.
 
     Keys for the services are made and handed out. Clients elsewhere use HTTP; or name the
-    pipeline's --keys, and an --ingress.
+    pipeline's --keys, and an --ingress: without --keys there is none but ipc.
 
     \b
     Examples:
@@ -133,7 +133,8 @@ def up(cluster: Cluster, model: str, port: int, **options: Any) -> None:
         head = cluster.up(plan, settings.engines, progress.look)
     for name, address in head.addresses.items():
         click.echo(f"{name:9} {address}")
-    click.echo(f"{counted(settings.engines, 'engine')} ready; `nanovllm-ray down` ends them")
+    ready = counted(settings.engines, "engine")
+    click.echo(f"{ready} ready; `nanovllm-ray down` ends the pipeline")
 
 
 @main.command(
