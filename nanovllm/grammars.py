@@ -337,7 +337,7 @@ def _strict(schema: str) -> str:
 
 def _reason(matcher: LLMatcher, asked: StructuredOutputs) -> str:
     """Why the grammar cannot be compiled."""
-    reason, _, _ = matcher.get_error().partition("\n   1 | ")
+    reason = re.split(r"\n *\d+ \| ", matcher.get_error(), maxsplit=1)[0]  # without its lines
     if asked.grammar is None:  # the client knows no lines of ours
         reason = re.sub(r"^at 1\(\d+\): (failed to compile JSON schema: )?", "", reason)
     reason = " ".join(reason.split())
