@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from nanovllm.grammar_threads import GrammarThreads
 from nanovllm.grammars import GrammarError, Grammars
 from nanovllm.mailbox import Mailbox
-from nanovllm.messages import Refused, Tokenize, Tokenized, unpack
+from nanovllm.messages import AnswerMarks, Refused, Tokenize, Tokenized, unpack
+from nanovllm.protocol import StructuredOutputs
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,23 @@ def checked(grammars: Grammars, request: Tokenize, answer: Tokenized) -> Tokeniz
         return Refused(request.uid, "invalid_request", f"{key}: {error}")
     try:
         if resumed:
-            grammars.matcher(asked, answer.answer_marks, resumed[:end])
+            _follow(grammars, asked, answer.answer_marks, resumed[:end])
     except GrammarError as error:
         return Refused(request.uid, "invalid_request", f"resume_token_ids: {key} {error}")
     return answer
+
+
+def _follow(
+    grammars: Grammars,
+    asked: StructuredOutputs,
+    marks: AnswerMarks | None,
+    output: Sequence[int],
+) -> None:
+    """Raises GrammarError if the grammar does not take the output."""
+    try:
+        grammars.matcher(asked, marks, output)
+    except GrammarError:
+        if grammars.matcher(asked).has_begin:
+            raise
+        # All outputs together took too much work. This output alone may not.
+        grammars.matcher(asked, marks, output, alone=True)

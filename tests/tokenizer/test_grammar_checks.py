@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import select
 from collections.abc import Sequence
 from functools import partial
@@ -79,6 +80,21 @@ def test_resumed_tokens_that_do_not_fit(grammars: Grammars, resumed: list[int]) 
     assert isinstance(refused, Refused)
     assert refused.code == "invalid_request"
     assert refused.message.startswith("resume_token_ids: sampling.structured_outputs does not take")
+
+
+def test_outputs_that_take_too_much_work_together_are_taken(grammars: Grammars) -> None:
+    outputs = StructuredOutputs(regex="[ab]*a[ab]{17}X?")
+    letters = [token_id(letter) for letter in "ab"]
+    draw = random.Random(0)
+    for _ in range(300):
+        ask, answer = asked(outputs, draw.choices(letters, k=400))
+        before = grammars.matcher(outputs)
+        assert checked(grammars, ask, answer) == answer
+        if not before.has_begin:
+            break
+    else:
+        pytest.fail("the outputs together took little work")
+    assert checked(grammars, *asked(outputs)) == asked(outputs)[1]
 
 
 def test_a_grammar_without_text_is_refused(grammars: Grammars) -> None:
