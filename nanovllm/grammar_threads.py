@@ -55,15 +55,14 @@ class GrammarThreads(Generic[T]):
                 return
             self._waiting[key] = [request]
         threads = self._large if asked.size > LARGE_BYTES else self._small
-        threads.submit(self._work_on, key)
+        threads.submit(self._work_on, threads, key)
 
-    def _work_on(self, key: bytes) -> None:
-        while requests := self._take(key):
-            self._work(self._grammars, requests)
-
-    def _take(self, key: bytes) -> list[T]:
+    def _work_on(self, threads: ThreadPoolExecutor, key: bytes) -> None:
         with self._lock:
-            requests = self._waiting.pop(key)
-            if requests:
-                self._waiting[key] = []
-            return requests
+            requests, self._waiting[key] = self._waiting[key], []
+        self._work(self._grammars, requests)
+        with self._lock:
+            if not self._waiting[key]:
+                del self._waiting[key]
+                return
+        threads.submit(self._work_on, threads, key)  # behind other grammars

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import count
 from queue import SimpleQueue
 from threading import Event
 from unittest.mock import Mock
 
-from nanovllm.grammar_threads import LARGE_BYTES, GrammarThreads
+from nanovllm.grammar_threads import LARGE_BYTES, THREADS, GrammarThreads
 from nanovllm.grammars import Grammars
 from nanovllm.protocol import StructuredOutputs
+
+MOST_TURNS = 100_000
 
 
 def test_the_vocabulary_is_read_before_the_first_grammar_comes() -> None:
@@ -64,3 +67,23 @@ def test_requests_with_one_grammar_wait_for_one_compilation() -> None:
     assert worked.get(timeout=30) == [*range(1, 100)]
     threads.submit(grammar, 101)
     assert worked.get(timeout=30) == [101]
+
+
+def test_grammars_that_are_asked_for_without_pause_keep_no_other_waiting() -> None:
+    done = Event()
+    turns = count()
+
+    def work(_: Future[Grammars], requests: Sequence[StructuredOutputs | None]) -> None:
+        for grammar in requests:
+            if grammar is None:
+                done.set()
+            elif not done.is_set() and next(turns) < MOST_TURNS:
+                threads.submit(grammar, grammar)
+
+    threads = GrammarThreads[StructuredOutputs | None](Mock(), work)
+    for number in range(2 * THREADS):
+        grammar = StructuredOutputs(regex=f"a{number}")
+        threads.submit(grammar, grammar)
+    threads.submit(StructuredOutputs(regex="b"), None)
+    assert done.wait(30)
+    assert next(turns) < MOST_TURNS
