@@ -80,6 +80,7 @@ class Chaos:
         self._pump_perhaps()
 
     def step(self) -> None:
+        self.world.worker.step_us = self.draw.choice((0, 500, 900))
         self.world.step()
 
     def late_step(self) -> None:
@@ -177,7 +178,7 @@ class Chaos:
 @EXAMPLES
 @given(
     seed=st.integers(0, 2**32),
-    depth=st.integers(1, 4),
+    depth=st.integers(1, 8),
     block_size=st.sampled_from([1, 3, 4, 16]),
     max_num_seqs=st.sampled_from([1, 3, 8]),
     budgets=st.sampled_from([(8, 3), (16, 16), (64, 20)]),
