@@ -4,6 +4,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEBIAN := $(VENV)/debian
 CHROMIUM := $(VENV)/chromium
+# Tests start hundreds of processes: these find the modules compiled, wherever the environment would
+# have them compiled each time.
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
+unexport PYTHONDONTWRITEBYTECODE
 # What needs Chromium, which test-clients unpacks.
 IN_BROWSER := $(addprefix tests/page/,test_page.py test_mishaps.py test_pictures.py)
 DEBIAN_LIB = $(CURDIR)/$(DEBIAN)/usr/lib/$(shell cc -print-multiarch 2>/dev/null)

@@ -25,6 +25,8 @@ LAST_LINES = 20
 # that writes without end keeps the supervisor from nothing.
 READ_BYTES = 1 << 14
 LINE_BYTES = 1 << 14
+# NumPy starts a thread for each core when imported, though only GPU workers multiply matrices.
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 
 
 class Lifeline:
@@ -69,7 +71,12 @@ class ServiceProcess:
             stdin=subprocess.DEVNULL,
             stdout=write_end,
             stderr=subprocess.STDOUT,
-            env={**os.environ, LIFELINE_VARIABLE: str(lifeline.read_end), **environment},
+            env={
+                **os.environ,
+                **({} if service_id.role == "gpu_worker" else ONE_THREAD),
+                LIFELINE_VARIABLE: str(lifeline.read_end),
+                **environment,
+            },
             pass_fds=[lifeline.read_end, *descriptors],
             process_group=0,  # the terminal's Ctrl-C is for the supervisor
         )
