@@ -113,33 +113,48 @@ def _normed_linear(
     TILES: tl.constexpr = (OUTPUTS + TILE_OUT - 1) // TILE_OUT
     UP: tl.constexpr = OUTPUTS if GATED else 0
     program = tl.program_id(0)
-    # The first weights are loaded before the inputs are there.
+    # The first weights and scales, and the norm's weights, are loaded before the inputs are there.
     weights = _load_tile(weight_ptr, program, 0, OUTPUTS, INPUTS, TILE_OUT, PART, PARTS)
-    ups = weights
+    scales = _load_scales(
+        scales_ptr, program, 0, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE
+    )
+    ups, up_scales = weights, scales
     if GATED:
         ups = _load_tile(weight_ptr, program, UP, OUTPUTS, INPUTS, TILE_OUT, PART, PARTS)
-    await_previous(OVERLAP)
+        up_scales = _load_scales(
+            scales_ptr, program, UP, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE
+        )
     columns = tl.arange(0, PART)[None, :]
+    norms = ()
+    for part in tl.static_range(PARTS):
+        norms += (tl.load(norm_ptr + part * PART + columns),)  # type: ignore[assignment]
+    await_previous(OVERLAP)
     squares = tl.zeros([1, PART], tl.float32)
     xs = ()
     for part in tl.static_range(PARTS):
         x = tl.load(x_ptr + part * PART + columns).to(tl.float32)
         squares += x * x
-        xs += (x * tl.load(norm_ptr + part * PART + columns).to(tl.float32),)  # type: ignore[assignment]
+        xs += (x * norms[part].to(tl.float32),)  # type: ignore[assignment]
     # The norm scales all inputs alike, so the scale can be applied last.
     scale = tl.rsqrt(tl.sum(squares, 1) / INPUTS + eps)
     _compute_tile(
-        xs, weights, ups, scale, scales_ptr, out_ptr, program,
-        GATED, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE,
+        xs, weights, ups, scales, up_scales, scale, out_ptr, program,
+        GATED, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD,
     )  # fmt: skip
     for tile in tl.range(program + PROGRAMS, TILES, PROGRAMS):
         weights = _load_tile(weight_ptr, tile, 0, OUTPUTS, INPUTS, TILE_OUT, PART, PARTS)
-        ups = weights
+        scales = _load_scales(
+            scales_ptr, tile, 0, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE
+        )
+        ups, up_scales = weights, scales
         if GATED:
             ups = _load_tile(weight_ptr, tile, UP, OUTPUTS, INPUTS, TILE_OUT, PART, PARTS)
+            up_scales = _load_scales(
+                scales_ptr, tile, UP, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE
+            )
         _compute_tile(
-            xs, weights, ups, scale, scales_ptr, out_ptr, tile,
-            GATED, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE,
+            xs, weights, ups, scales, up_scales, scale, out_ptr, tile,
+            GATED, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD,
         )  # fmt: skip
 
 
@@ -162,12 +177,28 @@ def _load_tile(weight_ptr, tile, FIRST, OUTPUTS, INPUTS, TILE_OUT, PART, PARTS):
 
 
 @triton.jit
+def _load_scales(
+    scales_ptr, tile, FIRST, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE
+):
+    """The scales [TILE_OUT, threads] of each part's loads, as `_load_tile` has the weights."""
+    outputs = tile * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
+    threads = tl.arange(0, PART // PER_LOAD)[None, :]
+    rows = scales_ptr + ((FIRST + outputs) // BLOCK) * SCALES_STRIDE
+    parts = ()
+    for part in tl.static_range(PARTS):
+        blocks = (part * PART + threads * PER_LOAD) // BLOCK
+        parts += (tl.load(rows + blocks, mask=outputs < OUTPUTS, other=0.0),)  # type: ignore[assignment]
+    return parts
+
+
+@triton.jit
 def _compute_tile(
     xs,
     weights,
     ups,
+    scales,
+    up_scales,
     scale,
-    scales_ptr,
     out_ptr,
     tile,
     GATED: tl.constexpr,
@@ -176,24 +207,15 @@ def _compute_tile(
     PART: tl.constexpr,
     PARTS: tl.constexpr,
     PER_LOAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCALES_STRIDE: tl.constexpr,
 ):
-    outputs = tile * TILE_OUT + tl.arange(0, TILE_OUT)
-    is_output = (outputs < OUTPUTS)[:, None]
-    threads = tl.arange(0, PART // PER_LOAD)[None, :]
     sums = tl.zeros([TILE_OUT, PART // PER_LOAD], tl.float32)
     up_sums = tl.zeros([TILE_OUT, PART // PER_LOAD], tl.float32)
     for part in tl.static_range(PARTS):
-        loaded = _sum_of_loads(xs[part] * weights[part].to(tl.float32), PER_LOAD)
+        sums += _sum_of_loads(xs[part] * weights[part].to(tl.float32), PER_LOAD) * scales[part]
         if GATED:
             up_loaded = _sum_of_loads(xs[part] * ups[part].to(tl.float32), PER_LOAD)
-        blocks = (part * PART + threads * PER_LOAD) // BLOCK
-        scales = scales_ptr + (outputs // BLOCK)[:, None] * SCALES_STRIDE + blocks
-        sums += loaded * tl.load(scales, mask=is_output, other=0.0)
-        if GATED:
-            scales += (OUTPUTS // BLOCK) * SCALES_STRIDE
-            up_sums += up_loaded * tl.load(scales, mask=is_output, other=0.0)
+            up_sums += up_loaded * up_scales[part]
+    outputs = tile * TILE_OUT + tl.arange(0, TILE_OUT)
     out = tl.sum(sums, 1) * scale
     if GATED:
         out = out / (1.0 + tl.exp(-out)) * (tl.sum(up_sums, 1) * scale)

@@ -4,7 +4,8 @@ A GEMV reads its weight once, computes little with it, and takes microseconds. I
 memory, if all processors have loads in flight all the time. So a program computes a few outputs
 over all inputs. Each thread keeps its own partial sums, which are added up only at the end: until
 then a thread waits for nothing but memory. On tensor cores each sum would wait for the one before.
-The first weights are loaded before the kernel that computes the inputs is complete.
+What needs no inputs, the first weights above all, is loaded before the kernel that computes the
+inputs is complete.
 """
 
 from __future__ import annotations
@@ -104,13 +105,13 @@ def choose_tuning(rows: int, inputs: int, outputs: int, gated: bool) -> GemvTuni
         return GemvTuning(2, 4) if outputs <= FEW_OUTPUTS and not gated else GemvTuning(4, 2)
     if gated:
         if inputs > FEW_INPUTS:
-            return GemvTuning(4, 4)
+            return GemvTuning(4, 4, ahead=128)
         return GemvTuning(2, 2, ahead=128) if inputs <= SMALL else GemvTuning(2, 4)
     if outputs <= FEW_OUTPUTS:
         return GemvTuning(2, 8)
     if inputs <= FEW_INPUTS:
         return GemvTuning(4, 4) if inputs <= SMALL else GemvTuning(2, 2)
-    return GemvTuning(2, 4) if outputs < MANY_OUTPUTS else GemvTuning(4, 8)
+    return GemvTuning(2, 4) if outputs < MANY_OUTPUTS else GemvTuning(4, 8, ahead=128)
 
 
 def choose_fp8_tuning(rows: int, inputs: int, gated: bool) -> GemvTuning | None:
@@ -118,7 +119,7 @@ def choose_fp8_tuning(rows: int, inputs: int, gated: bool) -> GemvTuning | None:
     `fp8_gemm` is faster."""
     if rows > 1:
         return None
-    return GemvTuning(2 if gated or inputs > MANY_INPUTS else 4, 4)
+    return GemvTuning(2, 4 if gated or inputs > MANY_INPUTS else 2)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -153,15 +154,27 @@ def _linear(
     weights = weight_ptr + outputs_of.to(tl.int64) * INPUTS + inputs_of
     ups = weights + OUTPUTS * INPUTS
     is_output = outputs_of < OUTPUTS
-    if BLOCK:
-        load_of = tl.arange(0, THREADS)[None, None, :] * PER_LOAD
-        scale_ptrs = scales_ptr + (outputs_of // BLOCK) * SCALES_STRIDE + load_of // BLOCK
 
     ahead = _load_tiles(weights, inputs_of, is_output, INPUTS, TILE_IN, TILES_AHEAD)
     if GATED:
         ups_ahead = _load_tiles(ups, inputs_of, is_output, INPUTS, TILE_IN, TILES_AHEAD)
+    if NORM:
+        norms = _load_norm(norm_ptr, inputs_of, INPUTS, TILE_IN)
+    if BLOCK:
+        load_of = tl.arange(0, THREADS)[None, None, :] * PER_LOAD
+        scale_ptrs = scales_ptr + (outputs_of // BLOCK) * SCALES_STRIDE + load_of // BLOCK
+        scales = _load_scales(scale_ptrs, load_of, is_output, INPUTS, TILE_IN, BLOCK)
+        if GATED:
+            scale_ptrs += (OUTPUTS // BLOCK) * SCALES_STRIDE
+            up_scales = _load_scales(scale_ptrs, load_of, is_output, INPUTS, TILE_IN, BLOCK)
     await_previous(OVERLAP)
 
+    row = tl.arange(0, ROWS)[:, None]
+    outputs = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)[None, :]
+    offsets = row * OUTPUTS + outputs
+    is_out = (row < rows) & (outputs < OUTPUTS)
+    if ADD:
+        residual = tl.load(residual_ptr + offsets, mask=is_out, other=0.0).to(tl.float32)
     sums = tl.zeros([ROWS, TILE_OUT, THREADS], tl.float32)
     up_sums = tl.zeros([ROWS, TILE_OUT, THREADS], tl.float32)
     squares = tl.zeros([ROWS, 1, TILE_IN], tl.float32)
@@ -182,16 +195,14 @@ def _linear(
         x = tl.load(x_pointers, mask=(rows_of < rows) & is_input, other=0.0).to(tl.float32)
         if NORM:
             squares += x * x
-            x *= tl.load(norm_ptr + inputs, mask=is_input, other=0.0).to(tl.float32)
+            x *= norms[start // TILE_IN].to(tl.float32)
         loaded = _sum_of_loads(x * weight.to(tl.float32), PER_LOAD)
         if GATED:
             up_loaded = _sum_of_loads(x * up.to(tl.float32), PER_LOAD)
         if BLOCK:
-            scales = scale_ptrs + start // BLOCK
-            loaded *= tl.load(scales, mask=is_output & (start + load_of < INPUTS), other=0.0)
+            loaded *= scales[start // TILE_IN]
             if GATED:
-                scales += (OUTPUTS // BLOCK) * SCALES_STRIDE
-                up_loaded *= tl.load(scales, mask=is_output & (start + load_of < INPUTS), other=0.0)
+                up_loaded *= up_scales[start // TILE_IN]
         sums += loaded
         if GATED:
             up_sums += up_loaded
@@ -206,13 +217,9 @@ def _linear(
         if NORM:
             up_out *= scale
         out = out / (1.0 + tl.exp(-out)) * up_out
-    row = tl.arange(0, ROWS)[:, None]
-    outputs = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)[None, :]
-    offsets = row * OUTPUTS + outputs
-    inside = (row < rows) & (outputs < OUTPUTS)
     if ADD:
-        out += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+        out += residual
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=is_out)
 
 
 @triton.jit
@@ -222,6 +229,26 @@ def _load_tiles(weights, inputs_of, is_output, INPUTS, TILE_IN, TILES):
     for tile in tl.static_range(TILES):
         inside = is_output & (tile * TILE_IN + inputs_of < INPUTS)
         tiles += (_load_once(weights + tile * TILE_IN, inside),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
+def _load_norm(norm_ptr, inputs_of, INPUTS, TILE_IN):
+    """Loads the norm's weights; a tuple of all tiles."""
+    tiles = ()
+    for start in tl.static_range(0, INPUTS, TILE_IN):
+        inputs = start + inputs_of
+        tiles += (tl.load(norm_ptr + inputs, mask=inputs < INPUTS, other=0.0),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
+def _load_scales(pointers, load_of, is_output, INPUTS, TILE_IN, BLOCK):
+    """Loads the scales of FP8 weights, one for each load; a tuple of all tiles."""
+    tiles = ()
+    for start in tl.static_range(0, INPUTS, TILE_IN):
+        inside = is_output & (start + load_of < INPUTS)
+        tiles += (tl.load(pointers + start // BLOCK, mask=inside, other=0.0),)  # type: ignore[assignment]
     return tiles
 
 

@@ -97,6 +97,8 @@ def _joined(
     )
     used = splits_used(tl.load(length_ptr), SPLITS, TILE)
     await_previous(OVERLAP)
+    if ADD:
+        residual = tl.load(residual_ptr + outputs, mask=outputs < OUTPUTS, other=0.0)
 
     top = tl.full([ROWS, 1, 1], UNUSED, tl.float32)
     total = tl.zeros([ROWS, 1, 1], tl.float32)
@@ -113,8 +115,6 @@ def _joined(
         total = total * rescale + tl.sum(shares, 1, keep_dims=True)
         x = x * rescale + tl.sum(parts.to(tl.float32) * shares, 1, keep_dims=True)
         top = new_top
-    if ADD:
-        residual = tl.load(residual_ptr + outputs, mask=outputs < OUTPUTS, other=0.0)
     products = tl.sum(x / total * weight.to(tl.float32), 2)
     out = tl.sum(products, 0)
     if ADD:
