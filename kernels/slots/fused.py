@@ -12,6 +12,9 @@ from nanovllm.kernels.sampling.reference import NOT_FINITE, SamplingTensors
 from nanovllm.kernels.slots.ops import SETTLED, DecodeInputs, DrawInputs, SlotOps, SlotState
 from nanovllm.token_sets import WORD_BITS
 
+# Tokens that a program of `_copy` takes.
+COPY_TILE = 128
+
 
 class FusedSlotOps(SlotOps):
     """For CUDA tensors."""
@@ -108,6 +111,14 @@ class FusedSlotOps(SlotOps):
             num_warps=1,
             **overlapped(),
         )
+
+    def to_host(self, token_ids: Tensor) -> Tensor:
+        # The GPU's copy engine would begin later, and so would the step after it.
+        n = len(token_ids)
+        host = torch.empty(n, dtype=token_ids.dtype, pin_memory=token_ids.is_cuda)
+        if n:
+            _copy[(triton.cdiv(n, COPY_TILE),)](token_ids, host, n, TILE=COPY_TILE, num_warps=1)
+        return host
 
 
 @triton.jit
@@ -254,3 +265,9 @@ def _replace(
     none = (token == _NOT_FINITE) & (tl.load(out) != _NOT_FINITE)
     tl.store(out, tl.where(none, none_left, token.to(tl.int32)), mask=anew)
     tl.store(last, tl.maximum(token, 0), mask=anew)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _copy(from_ptr, to_ptr, n, TILE: tl.constexpr):
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < n), mask=at < n)

@@ -160,6 +160,10 @@ class SlotOps:
         out[rows] = token_ids.int().masked_fill_(none, none_left)
         state.last_tokens[slots] = token_ids.clamp_min(0)
 
+    def to_host(self, token_ids: Tensor) -> Tensor:
+        """Enqueues a copy of int32 [n] to memory of its own on the host, pinned for a GPU."""
+        return token_ids.to("cpu", non_blocking=True, copy=True)
+
 
 def choose_slot_ops(device: torch.device) -> SlotOps:
     """The fastest operations that run on `device`."""

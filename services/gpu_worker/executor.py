@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanovllm.grammars import Matcher
 from nanovllm.kernels.attention.interface import AttentionBackend, LayerCache
+from nanovllm.kernels.slots.ops import choose_slot_ops
 from nanovllm.messages import (
     TOO_COSTLY,
     PromptPart,
@@ -148,6 +149,8 @@ class Executor:
             len(self._logits_like),
             device,
         )
+        self._slot_ops = choose_slot_ops(device)
+        self._end: torch.cuda.Event | None = None  # of the latest step; None on a CPU
         self._steps = Steps(model, backend, kv_cache, self._state, settings, device)
         self._matchers = SlotMatchers()
         words = num_words(model.config.vocab_size)
@@ -233,7 +236,7 @@ class Executor:
         """
         batch = self.slots.apply(plan)
         self._matchers.admit(matchers)
-        started = _event(self._device)
+        started = self._begin()
         self._state.update(batch)
         self.processors.admit(batch.admitted_processed)
         if not len(batch.query_lens):
@@ -351,10 +354,16 @@ class Executor:
             logprobs = SampledLogprobs(
                 logprobs.rows, _to_host(logprobs.token_ids), _to_host(logprobs.values)
             )
-        tokens = _to_host(token_ids)
-        return PendingResult(
-            number, tokens, logprobs, started, _event(self._device), self._ids.tp, prompt
-        )
+        tokens = self._slot_ops.to_host(token_ids)
+        self._end = _event(self._device)
+        return PendingResult(number, tokens, logprobs, started, self._end, self._ids.tp, prompt)
+
+    def _begin(self) -> torch.cuda.Event | None:
+        """This point of the device's queue, or the end of the step before, if that still runs: each
+        event takes the device more than a µs. None on a CPU."""
+        if self._end is not None and not self._end.query():  # type: ignore[no-untyped-call]
+            return self._end
+        return _event(self._device)
 
     def _logprobs(self, batch: Batch, logits: Tensor, token_ids: Tensor) -> SampledLogprobs | None:
         rows = batch.wants_logprobs

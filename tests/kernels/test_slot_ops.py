@@ -40,6 +40,20 @@ def random_state(columns: int, block_size: int) -> SlotState:
     )
 
 
+@pytest.mark.parametrize("n", [0, 1, 127, 300])
+def test_tokens_are_copied_to_the_host(n: int) -> None:
+    tokens = torch.arange(-1, n - 1, dtype=torch.int32, device=DEVICE)
+    expected = tokens.tolist()
+    for ops in (SlotOps(), FusedSlotOps()):
+        host = ops.to_host(tokens)
+        tokens.add_(1)  # the next step's
+        if DEVICE.type == "cuda":
+            assert host.is_pinned() or not n
+            torch.cuda.current_stream().synchronize()
+        assert host.tolist() == expected
+        tokens.sub_(1)
+
+
 @pytest.mark.parametrize(("columns", "block_size"), [(1, 256), (3, 16), (16, 256), (21, 48)])
 def test_equal_the_reference(columns: int, block_size: int) -> None:
     padding_slot = SLOTS - 1
