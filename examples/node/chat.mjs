@@ -47,8 +47,12 @@ class Client {
     this.#connect();
   }
 
-  send(message) {
-    return this.#socket.send(encode(message, { useBigInt64: true }));
+  async send(message) {
+    try {
+      await this.#socket.send(encode(message, { useBigInt64: true }));
+    } catch (error) {
+      this.#throwIfLast(error);
+    }
   }
 
   // Sends a request, and yields the messages that answer it until the last one.
@@ -92,6 +96,12 @@ class Client {
     ended.close();
   }
 
+  // After a socket's error: most often the socket was closed, and there is another one.
+  #throwIfLast(error) {
+    if (this.#refused) throw new Error(`${this.#endpoint} refuses this client's key, or its lack of one`);
+    if (Date.now() - this.#heardAt >= ANSWER_TIMEOUT_MS) throw error;
+  }
+
   // One frame holds an array of messages, perhaps of several requests. Seeds are int64.
   async #receive() {
     const socket = this.#socket;
@@ -99,9 +109,8 @@ class Client {
     try {
       [frame] = await socket.receive();
     } catch (error) {
-      if (this.#refused) throw new Error(`${this.#endpoint} refuses this client's key, or its lack of one`);
-      if (Date.now() - this.#heardAt >= ANSWER_TIMEOUT_MS) throw error;
-      return; // there is another socket
+      this.#throwIfLast(error);
+      return;
     }
     this.#heardAt = Date.now();
     for (const message of decode(frame, { useBigInt64: true })) {

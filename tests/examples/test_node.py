@@ -72,21 +72,30 @@ def test_with_a_key_it_goes_on_where_its_connection_was_cut(
             for endpoint in (locked.pipeline.endpoint, proxy.endpoint)
         }
         locked.take_back("node")
-        refused = subprocess.run(
-            ["node", "chat.mjs", locked.endpoint, key],
-            cwd=installed,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
+        first_use = "const client = new Client(endpoint, curveOptions(keyFile));\n"
+        pause = "await new Promise((done) => setTimeout(done, 300));\n"
+        script = (installed / "chat.mjs").read_text().replace(first_use, first_use + pause)
+        assert pause in script
+        (installed / "slow.mjs").write_text(script)  # is refused before it sends anything
+        refused, refused_early = (
+            subprocess.run(
+                ["node", name, locked.endpoint, key],
+                cwd=installed,
+                capture_output=True,
+                text=True,
+                timeout=100,
+                check=False,
+            )
+            for name in ("chat.mjs", "slow.mjs")
         )
     local, cut = told.values()
     assert (local.returncode, cut.returncode) == (0, 0), cut.stderr
     assert cut.stderr == "[disconnected; going on]\n"
     assert cut.stdout.splitlines()[1:-1] == local.stdout.splitlines()[1:-1]
     assert cut.stdout.splitlines()[-1].startswith("[abort, after ")
-    assert refused.returncode == 1
-    assert "refuses this client's key" in refused.stderr
+    for ran in (refused, refused_early):
+        assert ran.returncode == 1
+        assert "refuses this client's key" in ran.stderr
 
 
 def test_it_says_when_nothing_answers(installed: Path, tmp_path: Path) -> None:
