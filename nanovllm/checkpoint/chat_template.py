@@ -43,18 +43,16 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         self._source = source
         self._special_tokens = special_tokens
-        self._importing = threading.Thread(target=import_module, args=[RENDERER], daemon=True)
+        self._import: threading.Thread | None = None
 
-    def begin_import(self) -> None:
-        """Begins to import, in a thread, the modules that `render` needs, which takes long on a
-        busy machine or a slow disk. A service whose own thread imported them would give no sign of
-        life meanwhile. To be called once."""
-        self._importing.start()
-
-    @property
-    def importing(self) -> bool:
-        """Whether the import that was begun goes on."""
-        return self._importing.is_alive()
+    def prepare(self) -> bool:
+        """Whether what `render` needs is imported. The first call begins to import that, in a
+        thread: it takes a second, and longer on a busy machine or a slow disk. A service whose own
+        thread imported it would give no sign of life meanwhile."""
+        if self._import is None:
+            self._import = threading.Thread(target=import_module, args=[RENDERER], daemon=True)
+            self._import.start()
+        return not self._import.is_alive()
 
     def render(self, chat: Chat) -> str:
         """The prompt's text. It ends with the generation prompt, or inside the last message if that

@@ -64,7 +64,8 @@ def serve(service: Service) -> NoReturn:
     queue = TokenizeQueue(encoder.encode, checks.start, encoder.prepared)
     loop = TokenizerLoop(service, queue, checks)
     service.ready()
-    encoder.prepare()
+    if service.settings.http:
+        encoder.prepare_for_chats()  # others may never send a chat
     service.run(loop.step, queue.stats)
 
 

@@ -87,15 +87,13 @@ class PromptEncoder:
             max_model_len,
         )
 
-    def prepare(self) -> None:
-        """Begins to import what renders chats, before the first chat comes. To be called once."""
-        if self._chat_template is not None:
-            self._chat_template.begin_import()
+    def prepare_for_chats(self) -> bool:
+        """Whether chats can be rendered at once, see `ChatTemplate.prepare`."""
+        return self._chat_template is None or self._chat_template.prepare()
 
     def prepared(self, request: Tokenize) -> bool:
-        """Whether `encode` would answer now, and not wait for the import."""
-        chats = self._chat_template
-        return request.chat is None or chats is None or not chats.importing
+        """Whether `encode` would answer at once."""
+        return request.chat is None or self.prepare_for_chats()
 
     def encode(self, request: Tokenize) -> Tokenized | Refused:
         try:
