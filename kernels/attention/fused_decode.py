@@ -142,62 +142,66 @@ def _attend(
     start = split * keys
     end = tl.minimum(start + keys, older)
 
-    # Tiles are [ROWS, keys, query heads, DIM]. A row is a few threads that lie side by side along
-    # DIM. It has keys of its own, and all query heads: rows meet only when all keys are done.
-    row = tl.arange(0, ROWS)[:, None, None, None]
-    member = tl.arange(0, GROUP_PADDED)[None, None, :, None]
-    dims = tl.arange(0, DIM)[None, None, None, :]
+    # Tiles are [keys, query heads, ROWS, DIM]. A row is a few threads that lie side by side along
+    # DIM. It has keys of its own, and all query heads: rows meet only when all keys are done. Tiles
+    # are read as [keys, query heads, ROWS * DIM]: versions of Triton differ in which threads they
+    # would lay side by side along ROWS and along keys.
+    row = tl.arange(0, ROWS)[None, None, :, None]
+    place = tl.arange(0, ROWS * DIM)[None, None, :]
+    member = tl.arange(0, GROUP_PADDED)[None, :, None]
     half: tl.constexpr = DIM // 2
     # Each row loads what all rows need, so that nothing has to be exchanged.
-    own = row * 0 + dims
+    own = place % DIM
     # Of each pair, which a head's two halves have, one coordinate and the other.
-    other = row * 0 + (dims + half) % DIM
-    cos = tl.load(rotation_ptr + own % half)
-    sin = tl.load(rotation_ptr + half + own % half)
-    sin = tl.where(dims < half, -sin, sin)
+    other = (place + half) % DIM
+    cos = _in_rows(tl.load(rotation_ptr + place % half), ROWS)
+    sin = tl.load(rotation_ptr + half + place % half)
+    sin = _in_rows(tl.where(own < half, -sin, sin), ROWS)
     if NORM:
-        q_weight = tl.load(q_weight_ptr + own).to(tl.float32)
-        other_q_weight = tl.load(q_weight_ptr + other).to(tl.float32)
-        k_weight = tl.load(k_weight_ptr + own).to(tl.float32)
-        other_k_weight = tl.load(k_weight_ptr + other).to(tl.float32)
+        q_weight = _in_rows(tl.load(q_weight_ptr + own), ROWS)
+        other_q_weight = _in_rows(tl.load(q_weight_ptr + other), ROWS)
+        k_weight = _in_rows(tl.load(k_weight_ptr + own), ROWS)
+        other_k_weight = _in_rows(tl.load(k_weight_ptr + other), ROWS)
     kv_index = tl.load(kv_index_ptr)
-    k, v, inside = _tile(
-        k_ptr, v_ptr, table_ptr, start, end, head, HEADS, DIM, BLOCK, ROWS, ROW_KEYS
-    )
+    k, v = _tile(k_ptr, v_ptr, table_ptr, start, end, head, HEADS, DIM, BLOCK, ROWS, ROW_KEYS)
     await_previous(OVERLAP)
     if (split > 0) & (start >= end):
         return  # no keys: the first split has the newest key
 
     q_ptrs = qkv_ptr + (head * GROUP + member) * DIM
     new_k_ptr = qkv_ptr + (GROUP * HEADS + head) * DIM
-    q = tl.load(q_ptrs + own, mask=member < GROUP, other=0.0).to(tl.float32)
-    other_q = tl.load(q_ptrs + other, mask=member < GROUP, other=0.0).to(tl.float32)
-    new_k = tl.load(new_k_ptr + own).to(tl.float32)
-    other_k = tl.load(new_k_ptr + other).to(tl.float32)
+    q = _in_rows(tl.load(q_ptrs + own, mask=member < GROUP, other=0.0), ROWS).to(tl.float32)
+    other_q = _in_rows(tl.load(q_ptrs + other, mask=member < GROUP, other=0.0), ROWS).to(tl.float32)
+    new_k = _in_rows(tl.load(new_k_ptr + own), ROWS).to(tl.float32)
+    other_k = _in_rows(tl.load(new_k_ptr + other), ROWS).to(tl.float32)
     new_v = tl.load(new_k_ptr + HEADS * DIM + own)
     if NORM:
         q_inverse = tl.rsqrt(tl.sum(q * q, 3, keep_dims=True) / DIM + eps)
-        q *= q_inverse * q_weight
-        other_q *= q_inverse * other_q_weight
+        q *= q_inverse * q_weight.to(tl.float32)
+        other_q *= q_inverse * other_q_weight.to(tl.float32)
         k_inverse = tl.rsqrt(tl.sum(new_k * new_k, 3, keep_dims=True) / DIM + eps)
-        new_k *= k_inverse * k_weight
-        other_k *= k_inverse * other_k_weight
+        new_k *= k_inverse * k_weight.to(tl.float32)
+        other_k *= k_inverse * other_k_weight.to(tl.float32)
     dtype = k_ptr.dtype.element_ty
     q = (q * cos + other_q * sin).to(dtype).to(tl.float32)
     new_k = (new_k * cos + other_k * sin).to(dtype)
     newest = (kv_index * HEADS + head) * DIM + own
     # The first row of the first split has the newest key and value.
-    is_newest = row < tl.where(split == 0, 1, 0)
-    tl.store(k_ptr + newest, new_k, mask=is_newest)
-    tl.store(v_ptr + newest, new_v, mask=is_newest)
+    newest_row = tl.where(split == 0, 1, 0)
+    stores = place < newest_row * DIM
+    tl.store(k_ptr + newest, tl.reshape(new_k, [1, 1, ROWS * DIM]), mask=stores)
+    tl.store(v_ptr + newest, new_v, mask=stores)
+    is_newest = row < newest_row
     q *= scale
     new_score = tl.sum(q * new_k.to(tl.float32), 3, keep_dims=True)
     top = tl.where(is_newest, new_score, UNUSED)
     total = tl.where(is_newest, tl.zeros_like(new_score) + 1.0, 0.0)
-    acc = tl.where(is_newest, tl.zeros_like(q) + new_v.to(tl.float32), 0.0)
+    new_v = _in_rows(new_v, ROWS).to(tl.float32)
+    acc = tl.where(is_newest, tl.zeros_like(q) + new_v, 0.0)
 
+    tile_keys = tl.arange(0, ROW_KEYS)[:, None, None, None] * ROWS + row
     for tile in range(start, end, TILE):
-        next_k, next_v, next_inside = _tile(
+        next_k, next_v = _tile(
             k_ptr,
             v_ptr,
             table_ptr,
@@ -211,19 +215,21 @@ def _attend(
             ROW_KEYS,
         )
         scores = tl.sum(q * k.to(tl.float32), 3, keep_dims=True)
-        scores = tl.where(inside, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1, keep_dims=True))
+        scores = tl.where(tile + tile_keys < end, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0, keep_dims=True))
         weights = tl.exp2(scores - new_top)
         rescale = tl.exp2(top - new_top)
-        total = total * rescale + tl.sum(weights, 1, keep_dims=True)
-        acc = acc * rescale + tl.sum(weights * v.to(tl.float32), 1, keep_dims=True)
+        total = total * rescale + tl.sum(weights, 0, keep_dims=True)
+        acc = acc * rescale + tl.sum(weights * v.to(tl.float32), 0, keep_dims=True)
         top = new_top
-        k, v, inside = next_k, next_v, next_inside
+        k, v = next_k, next_v
 
-    joined_top = tl.max(top, 0, keep_dims=True)
+    joined_top = tl.max(top, 2, keep_dims=True)
     share = tl.exp2(top - joined_top)
-    total = tl.sum(total * share, 0, keep_dims=True)
-    out = tl.sum(acc * share, 0, keep_dims=True) / total
+    total = tl.sum(total * share, 2, keep_dims=True)
+    out = tl.sum(acc * share, 2, keep_dims=True) / total
+    member = tl.arange(0, GROUP_PADDED)[None, :, None, None]
+    dims = tl.arange(0, DIM)[None, None, None, :]
     split_rows = (head * GROUP + member) * SPLITS + split
     in_group = member < GROUP
     tl.store(lse_ptr + split_rows, joined_top + tl.log2(total), mask=in_group)
@@ -245,14 +251,20 @@ def _tile(
     ROWS: tl.constexpr,
     ROW_KEYS: tl.constexpr,
 ):
-    """Keys and values of the tile from `start` on, [ROWS, ROW_KEYS, 1, DIM], which one block has;
-    and which of them are before `end`."""
-    row = tl.arange(0, ROWS)[:, None, None, None]
-    key = tl.arange(0, ROW_KEYS)[None, :, None, None]
-    tile_keys = key * ROWS + row
+    """Keys and values [ROW_KEYS, 1, ROWS, DIM] of the tile from `start` on, which one block has."""
+    place = tl.arange(0, ROWS * DIM)[None, None, :]
+    key = tl.arange(0, ROW_KEYS)[:, None, None]
+    tile_keys = key * ROWS + place // DIM
     inside = start + tile_keys < end
     block = tl.load(table_ptr + start // BLOCK, mask=start < end, other=0).to(tl.int64)
     kv_rows = (block * BLOCK + start % BLOCK + tile_keys) * HEADS + head
-    offsets = kv_rows * DIM + tl.arange(0, DIM)[None, None, None, :]
-    k = tl.load(k_ptr + offsets, mask=inside, other=0.0)
-    return k, tl.load(v_ptr + offsets, mask=inside, other=0.0), inside
+    offsets = kv_rows * DIM + place % DIM
+    k = _in_rows(tl.load(k_ptr + offsets, mask=inside, other=0.0), ROWS)
+    v = _in_rows(tl.load(v_ptr + offsets, mask=inside, other=0.0), ROWS)
+    return k, v
+
+
+@triton.jit
+def _in_rows(x, ROWS: tl.constexpr):
+    """[keys, query heads, ROWS * DIM] to [keys, query heads, ROWS, DIM]."""
+    return tl.reshape(x, [x.shape[0], x.shape[1], ROWS, x.shape[2] // ROWS])

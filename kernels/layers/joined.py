@@ -59,6 +59,7 @@ def linear(parts: Parts, weight: Tensor, residual: Tensor | None) -> Tensor:
         SPLITS=splits,
         AT_ONCE=min(AT_ONCE, splits),
         TILE=parts.tile,
+        PER_THREAD=PER_THREAD,
         num_warps=tuning.warps,
         **overlapped(),
     )
@@ -82,41 +83,55 @@ def _joined(
     SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     TILE: tl.constexpr,
+    PER_THREAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     launch_next(OVERLAP)
-    # Tiles are [ROWS, outputs or splits, DIM]: a thread has all outputs and splits of its inputs.
-    heads = tl.arange(0, ROWS)[:, None, None]
-    dims = tl.arange(0, DIM)[None, None, :]
+    # Tiles are [outputs or splits, threads, PER_THREAD]: a thread has all outputs and splits of its
+    # inputs, which are of one head.
+    THREADS: tl.constexpr = ROWS * DIM // PER_THREAD
+    threads = tl.arange(0, THREADS)
+    lses = lse_ptr + threads // (DIM // PER_THREAD) * SPLITS
+    inputs = tl.arange(0, ROWS * DIM)
+    parts = parts_ptr + inputs // DIM * (SPLITS * DIM) + inputs % DIM
     outputs = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
     weight = tl.load(
-        weight_ptr + (outputs[None, :, None] * HEADS + heads) * DIM + dims,
-        mask=(outputs < OUTPUTS)[None, :, None] & (heads < HEADS),
+        weight_ptr + outputs[:, None] * (HEADS * DIM) + inputs[None, :],
+        mask=(outputs < OUTPUTS)[:, None] & (inputs < HEADS * DIM)[None, :],
         other=0.0,
         eviction_policy="evict_first",
     )
+    weight = tl.reshape(weight, [TILE_OUT, THREADS, PER_THREAD])
     used = splits_used(tl.load(length_ptr), SPLITS, TILE)
     await_previous(OVERLAP)
     if ADD:
         residual = tl.load(residual_ptr + outputs, mask=outputs < OUTPUTS, other=0.0)
 
-    top = tl.full([ROWS, 1, 1], UNUSED, tl.float32)
-    total = tl.zeros([ROWS, 1, 1], tl.float32)
-    x = tl.zeros([ROWS, 1, DIM], tl.float32)
+    top = tl.full([THREADS], UNUSED, tl.float32)
+    total = tl.zeros([THREADS], tl.float32)
+    x = tl.zeros([THREADS, PER_THREAD], tl.float32)
     for first in range(0, used, AT_ONCE):
-        splits = first + tl.arange(0, AT_ONCE)[None, :, None]
-        present = (splits < used) & (heads < HEADS)
-        part_rows = heads * SPLITS + splits
-        lse = tl.load(lse_ptr + part_rows, mask=present, other=UNUSED)
-        parts = tl.load(parts_ptr + part_rows * DIM + dims, mask=present, other=0.0)
-        new_top = tl.maximum(top, tl.max(lse, 1, keep_dims=True))
-        shares = tl.exp2(lse - new_top)
+        loaded_lses, loaded_parts = (), ()
+        for i in tl.static_range(AT_ONCE):
+            split = first + i
+            size = tl.where(split < used, HEADS * DIM, 0)
+            lse = tl.load(lses + split, mask=threads < size // PER_THREAD, other=UNUSED)
+            part = tl.load(parts + split * DIM, mask=inputs < size, other=0.0)
+            loaded_lses += (lse,)  # type: ignore[assignment]
+            loaded_parts += (tl.reshape(part, [THREADS, PER_THREAD]),)  # type: ignore[assignment]
+        new_top = top
+        for i in tl.static_range(AT_ONCE):
+            new_top = tl.maximum(new_top, loaded_lses[i])
         rescale = tl.exp2(top - new_top)
-        total = total * rescale + tl.sum(shares, 1, keep_dims=True)
-        x = x * rescale + tl.sum(parts.to(tl.float32) * shares, 1, keep_dims=True)
+        total *= rescale
+        x *= rescale[:, None]
+        for i in tl.static_range(AT_ONCE):
+            share = tl.exp2(loaded_lses[i] - new_top)
+            total += share
+            x += loaded_parts[i].to(tl.float32) * share[:, None]
         top = new_top
-    products = tl.sum(x / total * weight.to(tl.float32), 2)
-    out = tl.sum(products, 0)
+    x /= total[:, None]
+    out = tl.sum(tl.sum(x[None, :, :] * weight.to(tl.float32), 2), 1)
     if ADD:
         out += residual.to(tl.float32)
     tl.store(out_ptr + outputs, out.to(out_ptr.dtype.element_ty), mask=outputs < OUTPUTS)
