@@ -21,7 +21,8 @@ from nanovllm.services.http.context import DoorContext, ServedModel
 from nanovllm.services.http.gate import Guard, RequestLog
 from nanovllm.services.http.limits import LimitedProtocol
 
-TIMEOUT_S = 60.0
+# Long enough for an answer as long as a context, on a machine whose cores are busy.
+TIMEOUT_S = 180.0
 HELLO = [{"role": "user", "content": "hello"}]
 
 

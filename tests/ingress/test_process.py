@@ -123,7 +123,7 @@ def test_a_client_that_floods_and_goes(around: Surroundings) -> None:
 ENDLESS = """
 import msgspec, sys
 from benchmarks.support.raw_client import RawClient
-client = RawClient(sys.argv[1], SNDHWM=4, RECONNECT_IVL=-1)
+client = RawClient(sys.argv[1], SNDHWM=4)
 ask = {"type": "generate", "id": "a", "prompt_token_ids": [70_000] * 1_600_000}
 frame = msgspec.msgpack.encode(ask)
 while True:
