@@ -121,10 +121,10 @@ def test_a_model_of_fused_ops_has_the_same_logits(
 ) -> None:
     directory = write_checkpoint(tmp_path, family=family, head_dim=32)
     sequences = [[5, 7, 500, 2, 88, 90, 3, 4, 8, 1], [44]]
-    expected = PagedSequences(load_model(directory), sequences, 32).run(9)
+    expected = PagedSequences(load_model(directory), sequences, 32).run(4)
     monkeypatch.setattr(decoder, "choose_ops", lambda device: FusedOps())
     # Steps of 10 rows and of one, whose attention is a fused kernel, too.
     fused = PagedSequences(load_model(directory), sequences, 32)
     fused.backend = ByPhaseBackend(TritonDecodeBackend(fused.backend.shape), fused.backend)
-    for logits, wanted in zip(fused.run(9), expected, strict=True):
+    for logits, wanted in zip(fused.run(4), expected, strict=True):
         assert relative_error(logits, wanted) < 1e-5
