@@ -4,9 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEBIAN := $(VENV)/debian
 CHROMIUM := $(VENV)/chromium
-# Tests start hundreds of processes: these find the modules compiled, wherever the environment would
-# have them compiled each time.
-export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
+# Tests start hundreds of processes, which are to find the modules compiled.
 unexport PYTHONDONTWRITEBYTECODE
 # What needs Chromium, which test-clients unpacks.
 IN_BROWSER := $(addprefix tests/page/,test_page.py test_mishaps.py test_pictures.py)
