@@ -144,8 +144,8 @@ def _attend(
 
     # Tiles are [keys, query heads, ROWS, DIM]. A row is a few threads that lie side by side along
     # DIM. It has keys of its own, and all query heads: rows meet only when all keys are done. Tiles
-    # are read as [keys, query heads, ROWS * DIM]: versions of Triton differ in which threads they
-    # would lay side by side along ROWS and along keys.
+    # are read and written as [keys, query heads, ROWS * DIM]. Their last dimension takes all
+    # threads, so each version of Triton cuts them alike.
     row = tl.arange(0, ROWS)[None, None, :, None]
     place = tl.arange(0, ROWS * DIM)[None, None, :]
     member = tl.arange(0, GROUP_PADDED)[None, :, None]
@@ -228,7 +228,7 @@ def _attend(
     share = tl.exp2(top - joined_top)
     total = tl.sum(total * share, 2, keep_dims=True)
     out = tl.sum(acc * share, 2, keep_dims=True) / total
-    member = tl.arange(0, GROUP_PADDED)[None, :, None, None]
+    member = member[:, :, :, None]
     dims = tl.arange(0, DIM)[None, None, None, :]
     split_rows = (head * GROUP + member) * SPLITS + split
     in_group = member < GROUP

@@ -114,16 +114,16 @@ def _normed_linear(
     UP: tl.constexpr = OUTPUTS if GATED else 0
     program = tl.program_id(0)
     # The first weights and scales, and the norm's weights, are loaded before the inputs are there.
-    weights = _load_tile(weight_ptr, program, 0, OUTPUTS, INPUTS, TILE_OUT, PART, PARTS)
-    scales = _load_scales(
-        scales_ptr, program, 0, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE
-    )
-    ups, up_scales = weights, scales
+    weights = _load_tile(
+        weight_ptr, scales_ptr, program, 0,
+        OUTPUTS, INPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE,
+    )  # fmt: skip
+    ups = weights
     if GATED:
-        ups = _load_tile(weight_ptr, program, UP, OUTPUTS, INPUTS, TILE_OUT, PART, PARTS)
-        up_scales = _load_scales(
-            scales_ptr, program, UP, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE
-        )
+        ups = _load_tile(
+            weight_ptr, scales_ptr, program, UP,
+            OUTPUTS, INPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE,
+        )  # fmt: skip
     columns = tl.arange(0, PART)[None, :]
     norms = ()
     for part in tl.static_range(PARTS):
@@ -138,57 +138,50 @@ def _normed_linear(
     # The norm scales all inputs alike, so the scale can be applied last.
     scale = tl.rsqrt(tl.sum(squares, 1) / INPUTS + eps)
     _compute_tile(
-        xs, weights, ups, scales, up_scales, scale, out_ptr, program,
-        GATED, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD,
-    )  # fmt: skip
+        xs, weights, ups, scale, out_ptr, program, GATED, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD
+    )
     for tile in tl.range(program + PROGRAMS, TILES, PROGRAMS):
-        weights = _load_tile(weight_ptr, tile, 0, OUTPUTS, INPUTS, TILE_OUT, PART, PARTS)
-        scales = _load_scales(
-            scales_ptr, tile, 0, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE
-        )
-        ups, up_scales = weights, scales
-        if GATED:
-            ups = _load_tile(weight_ptr, tile, UP, OUTPUTS, INPUTS, TILE_OUT, PART, PARTS)
-            up_scales = _load_scales(
-                scales_ptr, tile, UP, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE
-            )
-        _compute_tile(
-            xs, weights, ups, scales, up_scales, scale, out_ptr, tile,
-            GATED, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD,
+        weights = _load_tile(
+            weight_ptr, scales_ptr, tile, 0,
+            OUTPUTS, INPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE,
         )  # fmt: skip
+        ups = weights
+        if GATED:
+            ups = _load_tile(
+                weight_ptr, scales_ptr, tile, UP,
+                OUTPUTS, INPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE,
+            )  # fmt: skip
+        _compute_tile(
+            xs, weights, ups, scale, out_ptr, tile, GATED, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD
+        )
 
 
 @triton.jit
-def _load_tile(weight_ptr, tile, FIRST, OUTPUTS, INPUTS, TILE_OUT, PART, PARTS):
-    """The weights [TILE_OUT, PART] of each part, from row FIRST of the weight on; a tuple."""
+def _load_tile(
+    weight_ptr, scales_ptr, tile, FIRST,
+    OUTPUTS, INPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE,
+):  # fmt: skip
+    """The weights [TILE_OUT, PART] of each part, from row FIRST of the weight on, and the scales
+    [TILE_OUT, threads] of what each thread loads of them; two tuples."""
     outputs = tile * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
+    is_output = outputs < OUTPUTS
     offsets = (FIRST + outputs).to(tl.int64) * INPUTS + tl.arange(0, PART)[None, :]
-    parts = ()
+    rows = scales_ptr + ((FIRST + outputs) // BLOCK) * SCALES_STRIDE
+    threads = tl.arange(0, PART // PER_LOAD)[None, :]
+    weights, scales = (), ()
     for part in tl.static_range(PARTS):
-        parts += (  # type: ignore[assignment]
+        weights += (  # type: ignore[assignment]
             tl.load(
                 weight_ptr + offsets + part * PART,
-                mask=outputs < OUTPUTS,
+                mask=is_output,
                 other=0.0,
                 eviction_policy="evict_first",
             ),
         )
-    return parts
-
-
-@triton.jit
-def _load_scales(
-    scales_ptr, tile, FIRST, OUTPUTS, TILE_OUT, PART, PARTS, PER_LOAD, BLOCK, SCALES_STRIDE
-):
-    """The scales [TILE_OUT, threads] of each part's loads, as `_load_tile` has the weights."""
-    outputs = tile * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
-    threads = tl.arange(0, PART // PER_LOAD)[None, :]
-    rows = scales_ptr + ((FIRST + outputs) // BLOCK) * SCALES_STRIDE
-    parts = ()
     for part in tl.static_range(PARTS):
         blocks = (part * PART + threads * PER_LOAD) // BLOCK
-        parts += (tl.load(rows + blocks, mask=outputs < OUTPUTS, other=0.0),)  # type: ignore[assignment]
-    return parts
+        scales += (tl.load(rows + blocks, mask=is_output, other=0.0),)  # type: ignore[assignment]
+    return weights, scales
 
 
 @triton.jit
@@ -196,8 +189,6 @@ def _compute_tile(
     xs,
     weights,
     ups,
-    scales,
-    up_scales,
     scale,
     out_ptr,
     tile,
@@ -211,10 +202,11 @@ def _compute_tile(
     sums = tl.zeros([TILE_OUT, PART // PER_LOAD], tl.float32)
     up_sums = tl.zeros([TILE_OUT, PART // PER_LOAD], tl.float32)
     for part in tl.static_range(PARTS):
-        sums += _sum_of_loads(xs[part] * weights[part].to(tl.float32), PER_LOAD) * scales[part]
+        loaded = _sum_of_loads(xs[part] * weights[0][part].to(tl.float32), PER_LOAD)
+        sums += loaded * weights[1][part]
         if GATED:
-            up_loaded = _sum_of_loads(xs[part] * ups[part].to(tl.float32), PER_LOAD)
-            up_sums += up_loaded * up_scales[part]
+            up_loaded = _sum_of_loads(xs[part] * ups[0][part].to(tl.float32), PER_LOAD)
+            up_sums += up_loaded * ups[1][part]
     outputs = tile * TILE_OUT + tl.arange(0, TILE_OUT)
     out = tl.sum(sums, 1) * scale
     if GATED:
