@@ -74,6 +74,7 @@ class Pipeline:
         self.records: dict[int, Submit] = {}
         self.tokens: dict[int, int] = {}
         self.decoded: set[int] = set()  # by this incarnation of the detokenizer
+        self._starting = False  # whether the worker or the detokenizer is new
         self._incarnations = 100
         for index in range(tokenizers):
             self._tokenizer_up(index)
@@ -116,6 +117,9 @@ class Pipeline:
             self.world.tokenized(self.inboxes[peer].pop(uid), peer=peer)
 
     def step(self) -> None:
+        if self._starting:  # which takes longer than messages are on their way
+            self._starting = False
+            self.deliver()
         for uid in self.running:
             guilt, tokens = self.guilt[uid], self.tokens[uid]
             if guilt == "gpu_worker" or (guilt == "gpu_worker, late" and tokens == LATE):
@@ -157,11 +161,13 @@ class Pipeline:
     def worker_dies(self, *, by_itself: bool) -> None:
         self._lose(self.worker, self.running, len(self.running) == 1, by_itself)
         self.worker = self._born("gpu_worker")
+        self._starting = True
 
     def detokenizer_dies(self, *, by_itself: bool) -> None:
         held = [uid for uid in self.running if uid in self.decoded]
         self._lose(self.detokenizer, held, len(self.decoded) == len(held) == 1, by_itself)
         self.detokenizer = self._born("detokenizer")
+        self._starting = True
         self.decoded.clear()
 
     def _lose(self, peer: Peer, uids: list[int], alone: bool, by_itself: bool) -> None:
