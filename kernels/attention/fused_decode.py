@@ -163,7 +163,8 @@ def _attend(
         k_weight = _in_rows(tl.load(k_weight_ptr + own), ROWS)
         other_k_weight = _in_rows(tl.load(k_weight_ptr + other), ROWS)
     kv_index = tl.load(kv_index_ptr)
-    k, v = _tile(k_ptr, v_ptr, table_ptr, start, end, head, HEADS, DIM, BLOCK, ROWS, ROW_KEYS)
+    k = _tile(k_ptr, table_ptr, start, end, head, HEADS, DIM, BLOCK, ROWS, ROW_KEYS)
+    v = _tile(v_ptr, table_ptr, start, end, head, HEADS, DIM, BLOCK, ROWS, ROW_KEYS)
     await_previous(OVERLAP)
     if (split > 0) & (start >= end):
         return  # no keys: the first split has the newest key
@@ -201,19 +202,8 @@ def _attend(
 
     tile_keys = tl.arange(0, ROW_KEYS)[:, None, None, None] * ROWS + row
     for tile in range(start, end, TILE):
-        next_k, next_v = _tile(
-            k_ptr,
-            v_ptr,
-            table_ptr,
-            tile + TILE,
-            end,
-            head,
-            HEADS,
-            DIM,
-            BLOCK,
-            ROWS,
-            ROW_KEYS,
-        )
+        next_tile = tile + TILE
+        next_k = _tile(k_ptr, table_ptr, next_tile, end, head, HEADS, DIM, BLOCK, ROWS, ROW_KEYS)
         scores = tl.sum(q * k.to(tl.float32), 3, keep_dims=True)
         scores = tl.where(tile + tile_keys < end, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 0, keep_dims=True))
@@ -222,7 +212,9 @@ def _attend(
         total = total * rescale + tl.sum(weights, 0, keep_dims=True)
         acc = acc * rescale + tl.sum(weights * v.to(tl.float32), 0, keep_dims=True)
         top = new_top
-        k, v = next_k, next_v
+        k = next_k
+        # Only now: four tiles at a time would not fit into the registers.
+        v = _tile(v_ptr, table_ptr, next_tile, end, head, HEADS, DIM, BLOCK, ROWS, ROW_KEYS)
 
     joined_top = tl.max(top, 2, keep_dims=True)
     share = tl.exp2(top - joined_top)
@@ -239,8 +231,7 @@ def _attend(
 
 @triton.jit
 def _tile(
-    k_ptr,
-    v_ptr,
+    cache_ptr,
     table_ptr,
     start,
     end,
@@ -251,7 +242,7 @@ def _tile(
     ROWS: tl.constexpr,
     ROW_KEYS: tl.constexpr,
 ):
-    """Keys and values [ROW_KEYS, 1, ROWS, DIM] of the tile from `start` on, which one block has."""
+    """Keys or values [ROW_KEYS, 1, ROWS, DIM] of the tile from `start` on, which one block has."""
     place = tl.arange(0, ROWS * DIM)[None, None, :]
     key = tl.arange(0, ROW_KEYS)[:, None, None]
     tile_keys = key * ROWS + place // DIM
@@ -259,9 +250,7 @@ def _tile(
     block = tl.load(table_ptr + start // BLOCK, mask=start < end, other=0).to(tl.int64)
     kv_rows = (block * BLOCK + start % BLOCK + tile_keys) * HEADS + head
     offsets = kv_rows * DIM + place % DIM
-    k = _in_rows(tl.load(k_ptr + offsets, mask=inside, other=0.0), ROWS)
-    v = _in_rows(tl.load(v_ptr + offsets, mask=inside, other=0.0), ROWS)
-    return k, v
+    return _in_rows(tl.load(cache_ptr + offsets, mask=inside, other=0.0), ROWS)
 
 
 @triton.jit

@@ -59,7 +59,6 @@ def linear(parts: Parts, weight: Tensor, residual: Tensor | None) -> Tensor:
         SPLITS=splits,
         AT_ONCE=min(AT_ONCE, splits),
         TILE=parts.tile,
-        PER_THREAD=PER_THREAD,
         num_warps=tuning.warps,
         **overlapped(),
     )
@@ -83,55 +82,47 @@ def _joined(
     SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     TILE: tl.constexpr,
-    PER_THREAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     launch_next(OVERLAP)
-    # Tiles are [outputs or splits, threads, PER_THREAD]: a thread has all outputs and splits of its
-    # inputs, which are of one head.
-    THREADS: tl.constexpr = ROWS * DIM // PER_THREAD
-    threads = tl.arange(0, THREADS)
-    lses = lse_ptr + threads // (DIM // PER_THREAD) * SPLITS
-    inputs = tl.arange(0, ROWS * DIM)
+    # Tiles are [outputs or splits, ROWS, DIM]: a thread has all outputs and splits of its inputs,
+    # which are of one head. Tiles are read as [outputs or splits, ROWS * DIM]: the last dimension
+    # takes all threads, so each version of Triton cuts them alike.
+    inputs = tl.arange(0, ROWS * DIM)[None, :]
+    heads = tl.arange(0, ROWS)[None, :]
     parts = parts_ptr + inputs // DIM * (SPLITS * DIM) + inputs % DIM
     outputs = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
     weight = tl.load(
-        weight_ptr + outputs[:, None] * (HEADS * DIM) + inputs[None, :],
-        mask=(outputs < OUTPUTS)[:, None] & (inputs < HEADS * DIM)[None, :],
+        weight_ptr + outputs[:, None] * (HEADS * DIM) + inputs,
+        mask=(outputs < OUTPUTS)[:, None] & (inputs < HEADS * DIM),
         other=0.0,
         eviction_policy="evict_first",
     )
-    weight = tl.reshape(weight, [TILE_OUT, THREADS, PER_THREAD])
+    weight = tl.reshape(weight, [TILE_OUT, ROWS, DIM])
     used = splits_used(tl.load(length_ptr), SPLITS, TILE)
     await_previous(OVERLAP)
     if ADD:
         residual = tl.load(residual_ptr + outputs, mask=outputs < OUTPUTS, other=0.0)
 
-    top = tl.full([THREADS], UNUSED, tl.float32)
-    total = tl.zeros([THREADS], tl.float32)
-    x = tl.zeros([THREADS, PER_THREAD], tl.float32)
+    top = tl.full([1, ROWS, 1], UNUSED, tl.float32)
+    total = tl.zeros([1, ROWS, 1], tl.float32)
+    x = tl.zeros([1, ROWS, DIM], tl.float32)
     for first in range(0, used, AT_ONCE):
-        loaded_lses, loaded_parts = (), ()
-        for i in tl.static_range(AT_ONCE):
-            split = first + i
-            size = tl.where(split < used, HEADS * DIM, 0)
-            lse = tl.load(lses + split, mask=threads < size // PER_THREAD, other=UNUSED)
-            part = tl.load(parts + split * DIM, mask=inputs < size, other=0.0)
-            loaded_lses += (lse,)  # type: ignore[assignment]
-            loaded_parts += (tl.reshape(part, [THREADS, PER_THREAD]),)  # type: ignore[assignment]
-        new_top = top
-        for i in tl.static_range(AT_ONCE):
-            new_top = tl.maximum(new_top, loaded_lses[i])
+        splits = first + tl.arange(0, AT_ONCE)[:, None]
+        present = splits < used
+        lse = tl.load(
+            lse_ptr + heads * SPLITS + splits, mask=present & (heads < HEADS), other=UNUSED
+        )
+        part = tl.load(parts + splits * DIM, mask=present & (inputs < HEADS * DIM), other=0.0)
+        lse = tl.reshape(lse, [AT_ONCE, ROWS, 1])
+        part = tl.reshape(part, [AT_ONCE, ROWS, DIM])
+        new_top = tl.maximum(top, tl.max(lse, 0, keep_dims=True))
+        shares = tl.exp2(lse - new_top)
         rescale = tl.exp2(top - new_top)
-        total *= rescale
-        x *= rescale[:, None]
-        for i in tl.static_range(AT_ONCE):
-            share = tl.exp2(loaded_lses[i] - new_top)
-            total += share
-            x += loaded_parts[i].to(tl.float32) * share[:, None]
+        total = total * rescale + tl.sum(shares, 0, keep_dims=True)
+        x = x * rescale + tl.sum(part.to(tl.float32) * shares, 0, keep_dims=True)
         top = new_top
-    x /= total[:, None]
-    out = tl.sum(tl.sum(x[None, :, :] * weight.to(tl.float32), 2), 1)
+    out = tl.sum(tl.sum(x / total * weight.to(tl.float32), 2), 1)
     if ADD:
         out += residual.to(tl.float32)
     tl.store(out_ptr + outputs, out.to(out_ptr.dtype.element_ty), mask=outputs < OUTPUTS)
