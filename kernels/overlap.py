@@ -7,7 +7,7 @@ waits for that kernel to complete (CUDA C++ Programming Guide, "Programmatic Dep
 
 Before a kernel waits, it may load only what no kernel still running can write: several overlapped
 kernels may be waiting in line, and the ordinary kernel before them may still run. Weights are safe.
-So is whatever a step computes before the embedding, which is an ordinary kernel.
+So is whatever a step computes up to the embedding, whose kernel lets no other start before it ends.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from nanovllm.kernels.attention.interface import AttentionBatch, Parts
 from nanovllm.kernels.attention.triton_decode import Decodes
 from nanovllm.kernels.layers import fp8_gemm, fp8_normed, gemv, joined
 from nanovllm.kernels.layers.fp8 import Fp8Weight
-from nanovllm.kernels.layers.ops import Fusion, Heads, LayerOps, Norm, Weight, whole
+from nanovllm.kernels.layers.ops import Embedding, Fusion, Heads, LayerOps, Norm, Weight, whole
 from nanovllm.kernels.overlap import await_previous, launch_next, overlapped
 
 # Elements of a row for each thread: 16 bytes in bfloat16.
@@ -36,11 +36,35 @@ SILU_TILE = 1024
 class FusedOps(LayerOps):
     """For CUDA tensors."""
 
+    def embed(
+        self, token_ids: Tensor, positions: Tensor, embedding: Embedding
+    ) -> tuple[Tensor, Tensor]:
+        weight, first, rotations = embedding
+        tokens, size, dim = len(token_ids), weight.shape[1], rotations.shape[1]
+        x = weight.new_empty(tokens, size)
+        rotation = rotations.new_empty(tokens, dim)
+        _embed[(tokens,)](
+            token_ids,
+            positions,
+            weight,
+            rotations,
+            x,
+            rotation,
+            first,
+            len(weight),
+            SIZE=size,
+            PADDED=triton.next_power_of_2(size),
+            DIM=dim,
+            PADDED_DIM=triton.next_power_of_2(dim),
+            num_warps=_warps(size),
+            **overlapped(),
+        )
+        return x, rotation
+
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         normed = torch.empty_like(x)
         total = x if residual is None else torch.empty_like(x)
         size = x.shape[1]
-        padded = triton.next_power_of_2(size)
         _add_rms_norm[(len(x),)](
             x,
             x if residual is None else residual,
@@ -50,8 +74,8 @@ class FusedOps(LayerOps):
             norm.eps,
             ADD=residual is not None,
             SIZE=size,
-            PADDED=padded,
-            num_warps=min(max(padded // (32 * PER_THREAD), 1), MAX_WARPS),
+            PADDED=triton.next_power_of_2(size),
+            num_warps=_warps(size),
             **overlapped(),
         )
         return normed, total
@@ -168,6 +192,11 @@ class FusedOps(LayerOps):
         return out
 
 
+def _warps(size: int) -> int:
+    """For a program that takes a row of this size."""
+    return int(min(max(triton.next_power_of_2(size) // (32 * PER_THREAD), 1), MAX_WARPS))
+
+
 def _fp8_linear(x: Tensor, weight: Fp8Weight, gated: bool) -> Tensor:
     outputs, inputs = weight.values.shape
     rows = fp8_gemm.quantize_rows(x)
@@ -182,6 +211,37 @@ def _tuning(rows: int, weight: Weight, gated: bool) -> gemv.GemvTuning | None:
         return gemv.choose_fp8_tuning(rows, weight.values.shape[1], gated)
     outputs, inputs = weight.shape
     return gemv.choose_tuning(rows, inputs, outputs // 2 if gated else outputs, gated)
+
+
+@triton.jit(do_not_specialize=["first", "shard"])
+def _embed(
+    token_ids_ptr,
+    positions_ptr,
+    weight_ptr,  # [shard, SIZE]
+    rotations_ptr,  # float32 [positions, DIM]
+    x_ptr,  # [tokens, SIZE]
+    rotation_ptr,  # float32 [tokens, DIM]
+    first,
+    shard,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    # The next kernel does not start before this one ends, see `kernels.overlap`.
+    await_previous(OVERLAP)
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.load(token_ids_ptr + token) - first
+    position = tl.load(positions_ptr + token)
+    columns = tl.arange(0, PADDED)
+    known = tl.where((row >= 0) & (row < shard), SIZE, 0)
+    x = tl.load(weight_ptr + row * SIZE + columns, mask=columns < known, other=0.0)
+    dims = tl.arange(0, PADDED_DIM)
+    is_dim = dims < DIM
+    rotation = tl.load(rotations_ptr + position * DIM + dims, mask=is_dim, other=0.0)
+    tl.store(x_ptr + token * SIZE + columns, x, mask=columns < SIZE)
+    tl.store(rotation_ptr + token * DIM + dims, rotation, mask=is_dim)
 
 
 @triton.jit

@@ -66,6 +66,15 @@ class Heads(NamedTuple):
         return self.qkv.shape[1] // dim - 2 * num_kv, num_kv, dim
 
 
+class Embedding(NamedTuple):
+    """The rows [shard, hidden] that a rank has of the embedding, of the token ids from `first` on,
+    and the rotations float32 [positions, head_dim], see `rotate`."""
+
+    weight: Tensor
+    first: int
+    rotations: Tensor
+
+
 class Fusion(NamedTuple):
     """What is fused into a GEMM.
 
@@ -105,6 +114,17 @@ def fused_linear(x: Tensor, weight: Weight, fusion: Fusion) -> Tensor:
 
 class LayerOps:
     """The reference. Inputs are contiguous. Each operation computes in float32 and rounds once."""
+
+    def embed(
+        self, token_ids: Tensor, positions: Tensor, embedding: Embedding
+    ) -> tuple[Tensor, Tensor]:
+        """The embeddings [T, hidden] of tokens int64 [T], zeros for those of other ranks, and the
+        rotations float32 [T, head_dim] of positions int64 [T]."""
+        rows = token_ids - embedding.first
+        elsewhere = (rows < 0) | (rows >= len(embedding.weight))
+        x = F.embedding(rows.masked_fill_(elsewhere, 0), embedding.weight)
+        x = x.masked_fill_(elsewhere[:, None], 0)
+        return x, F.embedding(positions, embedding.rotations)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         """Returns the normalized stream, and the stream itself, rounded before it is normalized."""

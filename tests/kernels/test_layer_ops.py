@@ -13,7 +13,7 @@ from nanovllm.kernels.attention.choose import ByPhaseBackend
 from nanovllm.kernels.attention.interface import LayerCache
 from nanovllm.kernels.attention.triton_decode import TritonDecodeBackend
 from nanovllm.kernels.layers.fused import FusedOps
-from nanovllm.kernels.layers.ops import Heads, LayerOps, Norm
+from nanovllm.kernels.layers.ops import Embedding, Heads, LayerOps, Norm
 from nanovllm.services.gpu_worker.model import decoder
 from tests.checkpoints import write_checkpoint
 from tests.gpu_worker.paged import PagedSequences, load_model, relative_error
@@ -44,6 +44,29 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     assert found.dtype == expected.dtype
     # Absolute, since the two products of a rotation may nearly cancel; they are float32.
     torch.testing.assert_close(found, expected, rtol=TOLERANCES[expected.dtype], atol=1e-5)
+
+
+@DTYPES
+@pytest.mark.parametrize("first", [0, 40])
+def test_embed(dtype: torch.dtype, first: int) -> None:
+    """Tokens of this rank, and those of others."""
+    random = Random(dtype)
+    tokens = torch.tensor([39, 40, 41, 76, 77, 0, 40], device=DEVICE)
+    if not first:
+        tokens %= 37
+    positions = torch.tensor([0, 9, 4, 5, 9, 1, 2], device=DEVICE)
+    for hidden, dim in ((48, 16), (1000, 96), (1024, 128)):
+        weight = random(37, hidden)
+        weight[0] = torch.nan
+        embedding = Embedding(weight, first, random(10, dim).float())
+        for n in (1, 7):
+            found = FusedOps().embed(tokens[:n], positions[:n], embedding)
+            for one, other in zip(
+                found, LayerOps().embed(tokens[:n], positions[:n], embedding), strict=True
+            ):
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+            here = ((tokens[:n] >= first) & (tokens[:n] < first + 37)).tolist()
+            assert found[0].ne(0).any(dim=1).tolist() == here
 
 
 @DTYPES

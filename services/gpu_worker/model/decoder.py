@@ -22,15 +22,15 @@ from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
 from nanovllm.kernels.attention.interface import AttentionBatch, LayerCache
-from nanovllm.kernels.layers.ops import Heads, Norm, choose_ops, has_fp8
+from nanovllm.kernels.layers.ops import Embedding, Heads, Norm, choose_ops, has_fp8
 from nanovllm.services.gpu_worker.model.layers import (
     CheckpointTensor,
     ColumnParallelLinear,
     Factory,
     Projection,
-    RotaryEmbedding,
     RowParallelLinear,
     VocabParallelMatrix,
+    rotations,
 )
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel, local_heads
 
@@ -52,7 +52,7 @@ class Decoder(ABC):
         self.config = config
         self.tp = tp
         self.ops = factory.ops
-        self.rotary = RotaryEmbedding(config, max_model_len, device)
+        self.rotations = rotations(config, max_model_len, device)
         self.embedding = VocabParallelMatrix(config.vocab_size, config.hidden_size, tp, factory)
         self.layers = [
             _Layer(config, self.attention, tp, factory) for _ in range(config.num_hidden_layers)
@@ -79,10 +79,9 @@ class Decoder(ABC):
         attention: AttentionBatch,
         kv_cache: Sequence[LayerCache],
     ) -> Tensor:
-        # Before the embedding, since the layers' kernels read `rotation` ahead of their
-        # predecessors' end, see `kernels.overlap`.
-        rotation = self.rotary(positions)
-        x, residual = self.embedding.embed(token_ids), None
+        embedding = Embedding(self.embedding.weight, self.embedding.start, self.rotations)
+        x, rotation = self.ops.embed(token_ids, positions, embedding)
+        residual = None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             x, residual = layer.forward(x, residual, rotation, kv_indices, attention, cache)
         return self.tp.add_rms_norm(x, residual, self.norm, self.ops)[0]

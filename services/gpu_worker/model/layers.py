@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.checkpoint import ModelConfig
@@ -160,19 +159,8 @@ class VocabParallelMatrix:
         self.start = tp.rank * self.shard
         self.ids = VocabShard(tp, self.start)
         self.rows = max(0, min(self.shard, vocab_size - self.start))
-        # One row more, of zeros, is the embedding of the ids of other ranks.
-        self._held = factory.empty(self.shard + (tp.size > 1), width)
-        self._held[self.rows :].zero_()
-        self.weight = self._held[: self.shard]
-        ids = torch.arange(vocab_size if tp.size > 1 else 0, device=factory.device) - self.start
-        self._row_of = ids.masked_fill((ids < 0) | (ids >= self.shard), self.shard)
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """token_ids int64 [T], each in the vocabulary. Returns [T, width], this rank's part: the
-        rows of its ids, and zeros."""
-        if self.tp.size == 1:
-            return F.embedding(token_ids, self.weight)
-        return F.embedding(self._row_of[token_ids], self._held)
+        self.weight = factory.empty(self.shard, width)
+        self.weight[self.rows :].zero_()
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [rows, width]. Returns [rows, shard], in `out` if given: the logits of this rank's
@@ -189,18 +177,13 @@ class VocabParallelMatrix:
         )
 
 
-class RotaryEmbedding:
-    """Rotary position embedding: the cosines and sines of every position below `max_model_len`."""
-
-    def __init__(self, config: ModelConfig, max_model_len: int, device: torch.device) -> None:
-        frequencies, scale = rope_frequencies(config.rope, config.head_dim)
-        positions = torch.arange(max_model_len, dtype=torch.float32, device=device)
-        angles = positions[:, None] * frequencies.to(device)
-        self._table = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
-
-    def __call__(self, positions: Tensor) -> Tensor:
-        """positions int64 [T]. Returns float32 [T, head_dim]: cosines, then sines."""
-        return F.embedding(positions, self._table)
+def rotations(config: ModelConfig, max_model_len: int, device: torch.device) -> Tensor:
+    """Rotary position embedding: of every position below `max_model_len` the cosines, then the
+    sines, float32 [max_model_len, head_dim]."""
+    frequencies, scale = rope_frequencies(config.rope, config.head_dim)
+    positions = torch.arange(max_model_len, dtype=torch.float32, device=device)
+    angles = positions[:, None] * frequencies.to(device)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
