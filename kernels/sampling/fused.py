@@ -53,6 +53,7 @@ def sample(
     logits: Tensor,
     params: SamplingTensors,
     positions: Tensor,
+    out: Tensor | None = None,
     tuning: SamplingTuning = DEFAULT_TUNING,
 ) -> Tensor:
     """As `reference.sample`, but reads nothing back to the host.
@@ -60,12 +61,9 @@ def sample(
     Args:
         logits: float32, bfloat16 or float16 [n, vocab]; each row contiguous.
         positions: int64 [n].
-
-    Returns:
-        int64 [n].
     """
     rows, vocab = logits.shape
-    sampled = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    sampled = torch.empty_like(positions) if out is None else out
     if not rows:
         return sampled
     best, best_ids, maxima, max_chunks = scan(logits, params, positions, tuning, 0, vocab)

@@ -90,11 +90,12 @@ def sample_shortlists(
     shortlists: Tensor,
     params: SamplingTensors,
     positions: Tensor,
+    out: Tensor | None = None,
     tuning: SamplingTuning = DEFAULT_TUNING,
 ) -> Tensor:
     """As `reference.sample_shortlists`; the shortlists are contiguous."""
     rows, columns = shortlists.shape
-    sampled = torch.empty(rows, dtype=torch.int64, device=shortlists.device)
+    sampled = torch.empty_like(positions) if out is None else out
     if not rows:
         return sampled
     _choose[(rows,)](

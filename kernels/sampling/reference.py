@@ -17,7 +17,7 @@ they need whole logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,9 @@ class SamplingTensors(NamedTuple):
     seed: Tensor
 
 
-def sample(logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor:
+def sample(
+    logits: Tensor, params: SamplingTensors, positions: Tensor, out: Tensor | None = None
+) -> Tensor:
     """The next token of each row: temperature first, then top-k, top-p and min-p.
 
     Reads the parameters on the host, and does only what they ask for.
@@ -68,17 +70,18 @@ def sample(logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor
         logits: [n, vocab] of any float dtype; not changed.
         positions: int64 [n], the index in its sequence that the sampled token will have. A row
             that no filter has an effect on may have a negative one: it gets any token, or none.
+        out: int64 [n], where to write the tokens, if given.
 
     Returns:
         int64 [n]; NOT_FINITE where the row's logits are.
     """
     filtered = filters(params)
     keys = stream_keys(params.seed, positions)
+    sampled = torch.empty_like(positions) if out is None else out
     if not filtered.any():
         best, where = noisy_best(logits, params.temperature, keys)
-        return where.masked_fill_(~best.isfinite(), NOT_FINITE)
+        return sampled.copy_(where.masked_fill_(~best.isfinite(), NOT_FINITE))
     rows, vocab = logits.shape
-    sampled = torch.empty(rows, dtype=torch.int64, device=logits.device)
     for part in _parts(rows, vocab):
         temperature = params.temperature[part]
         kept = filter_mask(
@@ -198,11 +201,14 @@ def shortlist(logits: Tensor, params: SamplingTensors, positions: Tensor, first:
     return torch.cat((scores.view(torch.int32), ids), dim=-1)
 
 
-def sample_shortlists(shortlists: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor:
+def sample_shortlists(
+    shortlists: Tensor, params: SamplingTensors, positions: Tensor, out: Tensor | None = None
+) -> Tensor:
     """The next token of each row, as `sample` draws it from the whole logits.
 
     Args:
         shortlists: int32 [n, shards * 2 * SHORTLIST_SIZE], of all shards side by side.
+        positions, out: as for `sample`.
 
     Returns:
         int64 [n]; NOT_FINITE where the row's logits are.
@@ -222,7 +228,8 @@ def sample_shortlists(shortlists: Tensor, params: SamplingTensors, positions: Te
         scores = torch.where(filtered[:, None], drawn, scores)
     best, where = scores.max(dim=-1, keepdim=True)
     tokens = ids.gather(1, where).long()
-    return tokens.masked_fill_((ids[:, :1] < 0) | (best == -torch.inf), NOT_FINITE)[:, 0]
+    tokens = tokens.masked_fill_((ids[:, :1] < 0) | (best == -torch.inf), NOT_FINITE)[:, 0]
+    return tokens if out is None else out.copy_(tokens)
 
 
 def _has_small_top_k(params: SamplingTensors) -> Tensor:
@@ -250,12 +257,25 @@ def _likeliest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, order)
 
 
+class Draw(Protocol):
+    """Draws from logits, or from shortlists."""
+
+    def __call__(
+        self,
+        given: Tensor,
+        params: SamplingTensors,
+        positions: Tensor,
+        out: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
+
+
 class SamplingOps(NamedTuple):
     """`sample`, `shortlist` and `sample_shortlists` of a device."""
 
-    sample: Callable[[Tensor, SamplingTensors, Tensor], Tensor]
+    sample: Draw
     shortlist: Callable[[Tensor, SamplingTensors, Tensor, int], Tensor]
-    sample_shortlists: Callable[[Tensor, SamplingTensors, Tensor], Tensor]
+    sample_shortlists: Draw
 
 
 def choose_sampling_ops(device: torch.device) -> SamplingOps:

@@ -12,8 +12,8 @@ from nanovllm.kernels.sampling.reference import NOT_FINITE, SamplingTensors
 from nanovllm.kernels.slots.ops import SETTLED, DecodeInputs, DrawInputs, SlotOps, SlotState
 from nanovllm.token_sets import WORD_BITS
 
-# Tokens that a program of `_copy` takes.
-COPY_TILE = 128
+# Slots that a program of `_advance` takes.
+TILE = 128
 
 
 class FusedSlotOps(SlotOps):
@@ -49,23 +49,6 @@ class FusedSlotOps(SlotOps):
         )
         return inputs
 
-    def advance(
-        self, state: SlotState, slots: Tensor, token_ids: Tensor, out: Tensor | None = None
-    ) -> Tensor:
-        sampled = torch.empty_like(slots, dtype=torch.int32) if out is None else out
-        padding_slot = len(state.num_tokens) - 1
-        _advance[(len(slots),)](
-            slots,
-            token_ids,
-            state.num_tokens,
-            state.last_tokens,
-            sampled,
-            padding_slot,
-            num_warps=1,
-            **overlapped(),
-        )
-        return sampled
-
     def gather_draw(
         self, state: SlotState, drawn: Tensor, token_ids: Tensor, masks: Tensor | None = None
     ) -> DrawInputs:
@@ -91,33 +74,28 @@ class FusedSlotOps(SlotOps):
         return inputs
 
     def replace(
-        self,
-        state: SlotState,
-        drawn: Tensor,
-        positions: Tensor,
-        token_ids: Tensor,
-        out: Tensor,
-        none_left: int,
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, out: Tensor, none_left: int
     ) -> None:
-        rows, slots = drawn
         _replace[(len(rows),)](
-            rows,
-            slots,
-            positions,
-            token_ids,
-            state.last_tokens,
-            out,
-            none_left,
-            num_warps=1,
-            **overlapped(),
+            rows, positions, token_ids, out, none_left, num_warps=1, **overlapped()
         )
 
-    def to_host(self, token_ids: Tensor) -> Tensor:
-        # The GPU's copy engine would begin later, and so would the step after it.
+    def advance(self, state: SlotState, slots: Tensor, token_ids: Tensor) -> Tensor:
         n = len(token_ids)
-        host = torch.empty(n, dtype=token_ids.dtype, pin_memory=token_ids.is_cuda)
+        # The kernel writes to the host. The GPU's copy engine would begin later, and so would the
+        # step after it.
+        host = torch.empty(n, dtype=torch.int32, pin_memory=token_ids.is_cuda)
         if n:
-            _copy[(triton.cdiv(n, COPY_TILE),)](token_ids, host, n, TILE=COPY_TILE, num_warps=1)
+            _advance[(triton.cdiv(n, TILE),)](
+                slots,
+                token_ids,
+                state.num_tokens,
+                state.last_tokens,
+                host,
+                n,
+                TILE=TILE,
+                num_warps=1,
+            )
         return host
 
 
@@ -172,28 +150,6 @@ def _gather(
     )
 
 
-@triton.jit
-def _advance(
-    slots_ptr,
-    token_ids_ptr,
-    num_tokens_ptr,
-    last_tokens_ptr,
-    sampled_ptr,  # int32 [n]
-    padding_slot,
-    OVERLAP: tl.constexpr,
-):
-    launch_next(OVERLAP)
-    await_previous(OVERLAP)
-    row = tl.program_id(0)
-    slot = tl.load(slots_ptr + row)
-    token = tl.load(token_ids_ptr + row)
-    tl.store(sampled_ptr + row, token.to(tl.int32))
-    advances = slot != padding_slot
-    tl.store(last_tokens_ptr + slot, tl.maximum(token, 0), mask=advances)
-    length = tl.load(num_tokens_ptr + slot)
-    tl.store(num_tokens_ptr + slot, length + 1, mask=advances)
-
-
 _NOT_FINITE = tl.constexpr(NOT_FINITE)
 _SETTLED = tl.constexpr(SETTLED)
 _WORD_BITS = tl.constexpr(WORD_BITS)
@@ -223,7 +179,7 @@ def _gather_draw(
 ):
     index = tl.program_id(0)
     slot = tl.load(slots_ptr + index)
-    position = tl.load(num_tokens_ptr + slot) - 1
+    position = tl.load(num_tokens_ptr + slot)
     temperature = tl.load(temperature_ptr + slot)
     top_k = tl.load(top_k_ptr + slot)
     top_p = tl.load(top_p_ptr + slot)
@@ -247,11 +203,9 @@ def _gather_draw(
 @triton.jit
 def _replace(
     rows_ptr,
-    slots_ptr,
     positions_ptr,
     token_ids_ptr,
-    last_tokens_ptr,
-    out_ptr,  # int32
+    out_ptr,
     none_left,
     OVERLAP: tl.constexpr,
 ):
@@ -259,15 +213,27 @@ def _replace(
     await_previous(OVERLAP)
     index = tl.program_id(0)
     out = out_ptr + tl.load(rows_ptr + index)
-    last = last_tokens_ptr + tl.load(slots_ptr + index)
     anew = tl.load(positions_ptr + index) != _SETTLED
     token = tl.load(token_ids_ptr + index)
     none = (token == _NOT_FINITE) & (tl.load(out) != _NOT_FINITE)
-    tl.store(out, tl.where(none, none_left, token.to(tl.int32)), mask=anew)
-    tl.store(last, tl.maximum(token, 0), mask=anew)
+    tl.store(out, tl.where(none, none_left, token), mask=anew)
 
 
-@triton.jit(do_not_specialize=["n"])
-def _copy(from_ptr, to_ptr, n, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["slots_ptr"])
+def _advance(
+    slots_ptr,
+    token_ids_ptr,
+    num_tokens_ptr,
+    last_tokens_ptr,
+    host_ptr,  # int32 [n]
+    n,
+    TILE: tl.constexpr,
+):
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < n), mask=at < n)
+    present = at < n
+    slots = tl.load(slots_ptr + at, mask=present, other=0)
+    tokens = tl.load(token_ids_ptr + at, mask=present, other=0)
+    lengths = tl.load(num_tokens_ptr + slots, mask=present, other=0)
+    tl.store(host_ptr + at, tokens.to(tl.int32), mask=present)
+    tl.store(last_tokens_ptr + slots, tl.maximum(tokens, 0), mask=present)
+    tl.store(num_tokens_ptr + slots, lengths + 1, mask=present)

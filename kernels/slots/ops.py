@@ -60,8 +60,8 @@ class DrawInputs(NamedTuple):
     """The inputs of n rows that are drawn again.
 
     Attributes:
-        positions: int64 [n], the index in its sequence of each slot's latest token; SETTLED for a
-            row that keeps the token.
+        positions: int64 [n], the index in its sequence that each slot's token will have; SETTLED
+            for a row that keeps the token.
         sampling: tensors [n].
     """
 
@@ -88,25 +88,6 @@ class SlotOps:
             sampling=SamplingTensors(*(held[slots] for held in state.sampling)),
         )
 
-    def advance(
-        self, state: SlotState, slots: Tensor, token_ids: Tensor, out: Tensor | None = None
-    ) -> Tensor:
-        """Appends a sampled token to each slot: token 0 for one that is NOT_FINITE (see
-        `kernels.sampling.reference`), since the next step computes it before the host knows.
-
-        Args:
-            slots: int64 [n]; only the padding slot may occur more than once.
-            token_ids: int64 [n].
-            out: int32 [n], where to write the sampled tokens, if given.
-
-        Returns:
-            The sampled tokens as int32 [n].
-        """
-        state.last_tokens[slots] = token_ids.clamp_min(0)
-        state.num_tokens[slots] += 1
-        state.num_tokens[-1:] = 1
-        return token_ids.int() if out is None else out.copy_(token_ids)
-
     def gather_draw(
         self, state: SlotState, drawn: Tensor, token_ids: Tensor, masks: Tensor | None = None
     ) -> DrawInputs:
@@ -118,15 +99,15 @@ class SlotOps:
 
         Args:
             drawn: int64 [2, n], rows and slots.
-            token_ids: int32, the rows' tokens.
+            token_ids: int64, the rows' tokens.
             masks: int32 [n, words], sets as `nanovllm.token_sets` has them; None if the rows are
                 drawn without.
         """
         rows, slots = drawn
-        positions = state.num_tokens[slots] - 1
+        positions = state.num_tokens[slots]
         params = SamplingTensors(*(held[slots] for held in state.sampling))
         if masks is not None:
-            tokens = token_ids[rows].long()
+            tokens = token_ids[rows]
             known = tokens.clamp_min(0)
             words = masks.gather(1, (known // WORD_BITS)[:, None])[:, 0]
             allowed = (words >> (known % WORD_BITS).int()) & 1 != 0
@@ -136,33 +117,37 @@ class SlotOps:
         return DrawInputs(positions, params)
 
     def replace(
-        self,
-        state: SlotState,
-        drawn: Tensor,
-        positions: Tensor,
-        token_ids: Tensor,
-        out: Tensor,
-        none_left: int,
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, out: Tensor, none_left: int
     ) -> None:
-        """Rows that are not settled go on with the tokens drawn.
+        """Rows that are not settled get the tokens drawn.
 
         Args:
-            drawn: int64 [2, n], rows and slots. A row may occur more than once, then always with
-                the same token.
+            rows: int64 [n]. A row may occur more than once, then always with the same token.
             positions: int64 [n], of `gather_draw`.
             token_ids: int64 [n].
-            out: int32, the rows' tokens, which are overwritten.
+            out: int64, the rows' tokens, which are overwritten.
             none_left: in place of NOT_FINITE, where the row's former token is another one.
         """
         anew = (positions != SETTLED).nonzero()[:, 0]
-        (rows, slots), token_ids = drawn[:, anew], token_ids[anew]
+        rows, token_ids = rows[anew], token_ids[anew]
         none = (token_ids == NOT_FINITE) & (out[rows] != NOT_FINITE)
-        out[rows] = token_ids.int().masked_fill_(none, none_left)
-        state.last_tokens[slots] = token_ids.clamp_min(0)
+        out[rows] = token_ids.masked_fill(none, none_left)
 
-    def to_host(self, token_ids: Tensor) -> Tensor:
-        """Enqueues a copy of int32 [n] to memory of its own on the host, pinned for a GPU."""
-        return token_ids.to("cpu", non_blocking=True, copy=True)
+    def advance(self, state: SlotState, slots: Tensor, token_ids: Tensor) -> Tensor:
+        """The end of a step: appends a token to each slot, token 0 for a negative one, which says
+        that there is none. The next step computes it before the host knows.
+
+        Args:
+            slots: int64 [n], different ones.
+            token_ids: int64 [n].
+
+        Returns:
+            The tokens as int32 [n] on the host, in memory of their own, pinned for a GPU: complete
+            once the device has come so far.
+        """
+        state.last_tokens[slots] = token_ids.clamp_min(0)
+        state.num_tokens[slots] += 1
+        return token_ids.to("cpu", torch.int32, non_blocking=True, copy=True)
 
 
 def choose_slot_ops(device: torch.device) -> SlotOps:

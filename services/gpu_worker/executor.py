@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nanovllm.grammars import Matcher
 from nanovllm.kernels.attention.interface import AttentionBackend, LayerCache
-from nanovllm.kernels.slots.ops import choose_slot_ops
 from nanovllm.messages import (
     TOO_COSTLY,
     PromptPart,
@@ -52,6 +51,7 @@ from nanovllm.settings import Settings
 from nanovllm.token_sets import num_words
 
 NO_ROWS: Int32s = np.empty(0, dtype=np.int32)
+NO_TOKENS = torch.empty(0, dtype=torch.int32)
 NO_MATCHERS: Mapping[int, Matcher] = {}
 
 
@@ -149,7 +149,6 @@ class Executor:
             len(self._logits_like),
             device,
         )
-        self._slot_ops = choose_slot_ops(device)
         self._end: torch.cuda.Event | None = None  # of the latest step; None on a CPU
         self._steps = Steps(model, backend, kv_cache, self._state, settings, device)
         self._matchers = SlotMatchers()
@@ -179,8 +178,9 @@ class Executor:
         rows = max(sizes.decodes[-1], *(layout.samples for layout in sizes.mixed))
         # All steps write to the same results, which the draws after them read and overwrite.
         results = StepOutput(
-            torch.zeros(rows + 1, dtype=torch.int32, device=device),
+            torch.zeros(rows + 1, dtype=torch.int64, device=device),
             self._logits_like.new_zeros(rows + 1, len(self._logits_like)),
+            torch.full((rows + 1,), self._state.padding_slot, device=device),
         )
 
         def decode(slots: Tensor) -> StepOutput:
@@ -240,7 +240,7 @@ class Executor:
         self._state.update(batch)
         self.processors.admit(batch.admitted_processed)
         if not len(batch.query_lens):
-            return self._pending(plan.number, self._steps.no_tokens, None, started)
+            return self._pending(plan.number, NO_TOKENS, None, started)
         output = None
         if self._graphs is not None and not batch.prompt_spans:
             output = self._graphs.replay(batch)
@@ -268,7 +268,8 @@ class Executor:
                 raise ValueError("a captured step keeps no hidden states")
             ids, values = self._steps.prompt_logprobs(output.hidden, span)
             prompt.append(PromptLogprobs(span.first, _to_host(ids), _to_host(values)))
-        pending = self._pending(plan.number, output.token_ids, found, started, prompt)
+        token_ids = self._steps.advance(output)
+        pending = self._pending(plan.number, token_ids, found, started, prompt)
         if len(batch.constrained_rows):
             pending = self._constrained = pending._replace(too_costly=too_costly)
         return pending
@@ -349,14 +350,14 @@ class Executor:
         started: torch.cuda.Event | None,
         prompt: Sequence[PromptLogprobs] = (),
     ) -> PendingResult:
-        """Enqueues the copies to the host of token ids int32 [s] and log-probabilities."""
+        """Enqueues the copies to the host of log-probabilities. The token ids int32 [s] are on
+        their way there."""
         if logprobs is not None:
             logprobs = SampledLogprobs(
                 logprobs.rows, _to_host(logprobs.token_ids), _to_host(logprobs.values)
             )
-        tokens = self._slot_ops.to_host(token_ids)
         self._end = _event(self._device)
-        return PendingResult(number, tokens, logprobs, started, self._end, self._ids.tp, prompt)
+        return PendingResult(number, token_ids, logprobs, started, self._end, self._ids.tp, prompt)
 
     def _begin(self) -> torch.cuda.Event | None:
         """This point of the device's queue, or the end of the step before, if that still runs: each
@@ -371,7 +372,7 @@ class Executor:
             return None
         chosen = to_device(np.array([row for row, _ in rows]), logits.device)
         most = min(max(count for _, count in rows), self._vocab_size)
-        ids, values = logprobs(logits[chosen], token_ids[chosen].long(), most, self._ids)
+        ids, values = logprobs(logits[chosen], token_ids[chosen], most, self._ids)
         return SampledLogprobs(rows, ids.int(), values)
 
 

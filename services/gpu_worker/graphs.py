@@ -215,7 +215,7 @@ def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
 
 
 def first_rows(output: StepOutput, rows: int) -> StepOutput:
-    return StepOutput(output.token_ids[:rows], output.logits[:rows])
+    return StepOutput(output.token_ids[:rows], output.logits[:rows], output.slots[:rows])
 
 
 def pinned(array: NDArray[np.int64]) -> Tensor:

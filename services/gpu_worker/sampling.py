@@ -21,22 +21,29 @@ from nanovllm.kernels.sampling.reference import SamplingTensors, choose_sampling
 from nanovllm.services.gpu_worker.model.parallel import VocabShard
 
 
-def sample(logits: Tensor, params: SamplingTensors, positions: Tensor, shard: VocabShard) -> Tensor:
+def sample(
+    logits: Tensor,
+    params: SamplingTensors,
+    positions: Tensor,
+    shard: VocabShard,
+    out: Tensor | None = None,
+) -> Tensor:
     """The next token of each row, as `reference.sample` says; of a row that needs whole logits any
     token, if there is more than one rank.
 
     Args:
         logits: [n, shard], this rank's.
         positions: int64 [n], the index in its sequence that the sampled token will have.
+        out: int64 [n], where to write the tokens, if given.
 
     Returns:
         int64 [n], the same on every rank.
     """
     ops = choose_sampling_ops(logits.device)
     if shard.tp.size == 1:
-        return ops.sample(logits, params, positions)
+        return ops.sample(logits, params, positions, out)
     shortlists = shard.tp.all_gather(ops.shortlist(logits, params, positions, shard.first))
-    return ops.sample_shortlists(shortlists, params, positions)
+    return ops.sample_shortlists(shortlists, params, positions, out)
 
 
 def sample_whole(

@@ -33,11 +33,13 @@ PROMPT_ROWS = 256
 
 
 class StepOutput(NamedTuple):
-    """token_ids int32 [n] of n rows, and the logits [n, shard] that the tokens were drawn from. Of
-    a mixed step also `hidden` [tokens, hidden size], all of its tokens."""
+    """token_ids int64 [n] of n rows, the logits [n, shard] that the tokens were drawn from, and the
+    rows' slots int64 [n]. Of a mixed step also `hidden` [tokens, hidden size], all of its tokens.
+    """
 
     token_ids: Tensor
     logits: Tensor
+    slots: Tensor
     hidden: Tensor | None = None
 
 
@@ -74,7 +76,7 @@ class Steps:
         self._row_numbers = torch.arange(
             settings.max_num_seqs + 1, dtype=torch.int32, device=device
         )
-        self.no_tokens = torch.empty(0, dtype=torch.int32, device=device)
+        self._none = torch.empty(0, dtype=torch.int64, device=device)
 
     def bounds(self, layout: Layout) -> Lengths:
         """Upper bounds for every step of this layout."""
@@ -108,9 +110,10 @@ class Steps:
             self._kv_cache,
         )
         logits = self._model.logits(hidden, out.logits)
-        sampled = sample(logits, inputs.sampling, inputs.next_positions, self._shard)
-        token_ids = self._ops.advance(self._state.held, slots, sampled, out.token_ids)
-        return StepOutput(token_ids, logits)
+        token_ids = sample(
+            logits, inputs.sampling, inputs.next_positions, self._shard, out.token_ids
+        )
+        return StepOutput(token_ids, logits, slots)
 
     def mixed(
         self, columns: Tensor, layout: Layout, lengths: Lengths, out: StepOutput | None = None
@@ -145,22 +148,21 @@ class Steps:
             self._kv_cache,
         )
         if not layout.samples:
-            return StepOutput(self.no_tokens, hidden[:0], hidden)
+            return StepOutput(self._none, hidden[:0], self._none, hidden)
         tokens_out, logits_out = (None, None) if out is None else out[:2]
         logits = self._model.logits(hidden[c.sampling_tokens], logits_out)
         # A sequence's length is the index of the token that comes next.
         next_positions = held.num_tokens[c.sampling_slots]
         params = self._state.sampling(c.sampling_slots)
-        sampled = sample(logits, params, next_positions, self._shard)
-        token_ids = self._ops.advance(held, c.sampling_slots, sampled, tokens_out)
-        return StepOutput(token_ids, logits, hidden)
+        token_ids = sample(logits, params, next_positions, self._shard, tokens_out)
+        return StepOutput(token_ids, logits, c.sampling_slots, hidden)
 
     def prompt_logprobs(self, hidden: Tensor, span: PromptSpan) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the span's tokens, from `StepOutput.hidden`: ids and values as of
         `sampling.logprobs`, [t, count + 1]. The logits of PROMPT_ROWS tokens exist at a time."""
         token_ids = to_device(span.token_ids.astype(np.int64), self._device)
         hidden = hidden[span.row : span.row + len(token_ids)]
-        ids = self.no_tokens.new_empty(len(token_ids), span.likeliest + 1)
+        ids = self._none.new_empty(len(token_ids), span.likeliest + 1)
         values = torch.empty_like(ids, dtype=torch.float32)
         for start in range(0, len(token_ids), PROMPT_ROWS):
             part = slice(start, start + PROMPT_ROWS)
@@ -178,7 +180,7 @@ class Steps:
         """
         inputs = self._ops.gather_draw(self._state.held, drawn, output.token_ids)
         token_ids = self._sample_whole(output.logits[drawn[0]], inputs)
-        self._replace(output, drawn, inputs, token_ids)
+        self._replace(output, drawn[0], inputs, token_ids)
 
     def draw_masked(self, output: StepOutput, drawn: Tensor, masks: Tensor) -> None:
         """Samples rows from masked logits. None needs whole logits.
@@ -192,7 +194,7 @@ class Steps:
         inputs = self._ops.gather_draw(self._state.held, drawn, output.token_ids, masks)
         positions, params = inputs
         masked = self._mask(output.logits, drawn[0], masks, positions, self._shard.first)
-        self._replace(output, drawn, inputs, sample(masked, params, positions, self._shard))
+        self._replace(output, drawn[0], inputs, sample(masked, params, positions, self._shard))
 
     def draw_processed(
         self, output: StepOutput, drawn: Tensor, processors: LogitsProcessors
@@ -211,8 +213,12 @@ class Steps:
             token_ids = sample(processed, inputs.sampling, inputs.positions, self._shard)
         else:
             token_ids = self._sample_whole(processed, inputs)
-        self._replace(output, drawn, inputs, token_ids)
+        self._replace(output, rows, inputs, token_ids)
         processors.advance(slots, token_ids.clamp_min(0))
+
+    def advance(self, output: StepOutput) -> Tensor:
+        """Ends the step, once all of its rows are drawn: see `SlotOps.advance`."""
+        return self._ops.advance(self._state.held, output.slots, output.token_ids)
 
     def _sample_whole(self, logits: Tensor, inputs: DrawInputs) -> Tensor:
         """The tokens of rows, int64 [ranks * k], of which this rank draws its k."""
@@ -222,7 +228,6 @@ class Steps:
         return sample_whole(logits, params, inputs.positions[own], self._shard)
 
     def _replace(
-        self, output: StepOutput, drawn: Tensor, inputs: DrawInputs, token_ids: Tensor
+        self, output: StepOutput, rows: Tensor, inputs: DrawInputs, token_ids: Tensor
     ) -> None:
-        held, out = self._state.held, output.token_ids
-        self._ops.replace(held, drawn, inputs.positions, token_ids, out, NO_TOKEN_LEFT)
+        self._ops.replace(rows, inputs.positions, token_ids, output.token_ids, NO_TOKEN_LEFT)

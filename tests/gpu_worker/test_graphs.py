@@ -192,7 +192,7 @@ def test_the_smallest_graph_with_room_is_replayed() -> None:
     reported: list[tuple[int, int]] = []
 
     def ran(size: int) -> StepOutput:
-        return StepOutput(torch.full((size,), size, dtype=torch.int32), torch.empty(size))
+        return StepOutput(torch.full((size,), size), torch.empty(size), torch.zeros(size))
 
     capture = RunAgain()
     graphs = StepGraphs(

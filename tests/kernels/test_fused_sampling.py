@@ -38,7 +38,7 @@ def random_logits(
 def check(logits: Tensor, params: SamplingTensors, tuning: SamplingTuning = SMALL) -> int:
     """How many tokens differ from the reference's; see `count_other`."""
     positions = torch.arange(len(logits), device=DEVICE) * 3 + 1
-    found = fused.sample(logits, params, positions, tuning)
+    found = fused.sample(logits, params, positions, tuning=tuning)
     assert found.dtype == torch.int64
     return count_other(found, logits, params, positions)
 
@@ -79,13 +79,13 @@ def test_a_row_is_the_same_alone_and_in_any_batch() -> None:
     logits = random_logits(len(kinds), 300)
     params = of_rows(kinds)
     positions = torch.arange(len(kinds), device=DEVICE)
-    together = fused.sample(logits, params, positions, SMALL)
+    together = fused.sample(logits, params, positions, tuning=SMALL)
     more = SMALL._replace(programs=64)
-    assert torch.equal(fused.sample(logits, params, positions, more), together)
+    assert torch.equal(fused.sample(logits, params, positions, tuning=more), together)
     for row in range(len(kinds)):
         part = slice(row, row + 1)
         alone = SamplingTensors(*(values[part] for values in params))
-        token = fused.sample(logits[part], alone, positions[part], SMALL)
+        token = fused.sample(logits[part], alone, positions[part], tuning=SMALL)
         assert token.item() == together[row].item()
 
 
@@ -94,9 +94,9 @@ def test_rows_that_are_not_to_be_drawn_are_not_read() -> None:
     kinds = [KINDS[name] for name in ("plain", "greedy with filters", "plain")]
     logits = random_logits(3, 333)
     positions = torch.tensor([5, -1, -1], device=DEVICE)
-    expected = fused.sample(logits, of_rows(kinds), positions, SMALL)[0]
+    expected = fused.sample(logits, of_rows(kinds), positions, tuning=SMALL)[0]
     logits[1:] = torch.inf
-    found = fused.sample(logits, of_rows(kinds), positions, SMALL)
+    found = fused.sample(logits, of_rows(kinds), positions, tuning=SMALL)
     assert found.tolist() == [expected.item(), NOT_FINITE, NOT_FINITE]
 
 
