@@ -48,10 +48,11 @@ class Client {
   }
 
   async send(message) {
+    const socket = this.#socket;
     try {
-      await this.#socket.send(encode(message, { useBigInt64: true }));
+      await socket.send(encode(message, { useBigInt64: true }));
     } catch (error) {
-      this.#throwIfLast(error);
+      this.#throwIfLast(socket, error);
     }
   }
 
@@ -96,10 +97,11 @@ class Client {
     ended.close();
   }
 
-  // After a socket's error: most often the socket was closed, and there is another one.
-  #throwIfLast(error) {
+  // After a socket's error: most often the socket was closed, and there is another one. An open one
+  // has waited for ANSWER_TIMEOUT_MS, by a clock that can be ahead of Date.now().
+  #throwIfLast(socket, error) {
     if (this.#refused) throw new Error(`${this.#endpoint} refuses this client's key, or its lack of one`);
-    if (Date.now() - this.#heardAt >= ANSWER_TIMEOUT_MS) throw error;
+    if (!socket.closed || Date.now() - this.#heardAt >= ANSWER_TIMEOUT_MS) throw error;
   }
 
   // One frame holds an array of messages, perhaps of several requests. Seeds are int64.
@@ -109,7 +111,7 @@ class Client {
     try {
       [frame] = await socket.receive();
     } catch (error) {
-      this.#throwIfLast(error);
+      this.#throwIfLast(socket, error);
       return;
     }
     this.#heardAt = Date.now();
