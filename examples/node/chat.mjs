@@ -174,7 +174,8 @@ async function abortChat(client) {
   }
 }
 
-const client = new Client(endpoint, curveOptions(keyFile));
+const options = curveOptions(keyFile);
+const client = new Client(endpoint, options);
 try {
   for await (const pong of client.request({ type: "ping", id: "ping" })) {
     console.log(`${pong.model} at ${endpoint}`);
@@ -183,7 +184,8 @@ try {
   await abortChat(client);
 } catch (error) {
   const silent = error.code !== undefined; // one of ZeroMQ's
-  console.error(silent ? `no pipeline answers at ${endpoint}` : String(error));
+  const orKey = options.curveServerKey ? ", or it has another server-key" : "";
+  console.error(silent ? `no pipeline answers at ${endpoint}${orKey}` : String(error));
   process.exitCode = 1;
 } finally {
   client.close();

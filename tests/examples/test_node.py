@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.support.pipeline import Pipeline
+from nanovllm.keys import make_keys
 from tests.http.server import serving
 from tests.keys.bad_network import bad_network
 from tests.keys.locked import locked_pipeline
@@ -72,21 +73,26 @@ def test_with_a_key_it_goes_on_where_its_connection_was_cut(
             for endpoint in (locked.pipeline.endpoint, proxy.endpoint)
         }
         locked.take_back("node")
-        first_use = "const client = new Client(endpoint, curveOptions(keyFile));\n"
+        make_keys(tmp_path / "other", None)
+        make_keys(tmp_path / "other", "node")
+        others_key = str(tmp_path / "other" / "clients" / "node.key")
+        script = (installed / "chat.mjs").read_text()
+        (installed / "hurried.mjs").write_text(script.replace("60_000", "300"))
+        first_use = "const client = new Client(endpoint, options);\n"
         pause = "await new Promise((done) => setTimeout(done, 300));\n"
-        script = (installed / "chat.mjs").read_text().replace(first_use, first_use + pause)
+        script = script.replace(first_use, first_use + pause)
         assert pause in script
         (installed / "slow.mjs").write_text(script)  # is refused before it sends anything
-        refused, refused_early = (
+        refused, refused_early, others = (
             subprocess.run(
-                ["node", name, locked.endpoint, key],
+                ["node", name, locked.endpoint, file],
                 cwd=installed,
                 capture_output=True,
                 text=True,
                 timeout=100,
                 check=False,
             )
-            for name in ("chat.mjs", "slow.mjs")
+            for name, file in (("chat.mjs", key), ("slow.mjs", key), ("hurried.mjs", others_key))
         )
     local, cut = told.values()
     assert (local.returncode, cut.returncode) == (0, 0), cut.stderr
@@ -96,6 +102,8 @@ def test_with_a_key_it_goes_on_where_its_connection_was_cut(
     for ran in (refused, refused_early):
         assert ran.returncode == 1
         assert "refuses this client's key" in ran.stderr
+    assert others.returncode == 1
+    assert others.stderr.endswith(", or it has another server-key\n")
 
 
 def test_it_says_when_nothing_answers(installed: Path, tmp_path: Path) -> None:
@@ -113,7 +121,7 @@ def test_it_says_when_nothing_answers(installed: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert ran.returncode == 1
-    assert "no pipeline answers" in ran.stderr
+    assert ran.stderr == f"no pipeline answers at ipc://{tmp_path}/none.sock\n"
 
 
 def test_the_openai_package_streams_a_chat(installed: Path, pipeline: Pipeline) -> None:
