@@ -60,9 +60,12 @@ class GrammarThreads(Generic[T]):
     def _work_on(self, threads: ThreadPoolExecutor, key: bytes) -> None:
         with self._lock:
             requests, self._waiting[key] = self._waiting[key], []
-        self._work(self._grammars, requests)
-        with self._lock:
-            if not self._waiting[key]:
-                del self._waiting[key]
-                return
-        threads.submit(self._work_on, threads, key)  # behind other grammars
+        try:
+            self._work(self._grammars, requests)
+        finally:  # whatever it raises, requests that come later do not wait for ever
+            with self._lock:
+                more = bool(self._waiting[key])
+                if not more:
+                    del self._waiting[key]
+            if more:
+                threads.submit(self._work_on, threads, key)  # behind other grammars

@@ -69,6 +69,27 @@ def test_requests_with_one_grammar_wait_for_one_compilation() -> None:
     assert worked.get(timeout=30) == [101]
 
 
+def test_a_grammar_is_worked_on_again_after_work_has_raised() -> None:
+    begun, release = Event(), Event()
+    worked: SimpleQueue[Sequence[int]] = SimpleQueue()
+
+    def work(_: Future[Grammars], requests: Sequence[int]) -> None:
+        begun.set()
+        assert release.wait(60)
+        worked.put(requests)
+        raise ValueError
+
+    threads = GrammarThreads(Mock(), work)
+    grammar = StructuredOutputs(regex="a")
+    threads.submit(grammar, 0)
+    assert begun.wait(30)
+    threads.submit(grammar, 1)  # while the first is worked on
+    release.set()
+    assert [worked.get(timeout=30) for _ in range(2)] == [[0], [1]]
+    threads.submit(grammar, 2)
+    assert worked.get(timeout=30) == [2]
+
+
 def test_grammars_that_are_asked_for_without_pause_keep_no_other_waiting() -> None:
     done = Event()
     turns = count()
