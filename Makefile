@@ -14,7 +14,7 @@ C_LIBRARIES = $(shell for msgpack in libmsgpack-c-dev libmsgpack-dev; do \
 	apt-get -s install --no-install-recommends libzmq3-dev $$msgpack 2>/dev/null; done \
 	| sed -n '/boost/d; s/^Inst \([^ ]*\).*/\1/p' | sort -u)
 
-.PHONY: help demo serve test test-clients test-ray test-image chromium lint image clean
+.PHONY: help demo serve test test-clients test-ray test-image chromium style lint image clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,13 +42,16 @@ demo: $(READY)
 serve: $(READY)
 	@exec $(BIN)/nanovllm-launch $(MODEL)
 
-lint: $(READY)
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style
 	$(BIN)/mypy
 
-# A file's tests stay together, with their fixtures; tests/conftest.py has the long files go first.
-test: lint
+# mypy runs beside the other tests (tests/lint). A file's tests stay together, with their fixtures;
+# tests/conftest.py has the long files go first.
+test: style
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-clients: $(READY) $(DEBIAN)

@@ -34,6 +34,7 @@ torch.set_num_threads(1)
 # The directories whose files take longest, so that no process is left with a long one in the end.
 LONGEST = (
     *(
+        "lint",
         "recovery",
         "machines",
         "pipeline",

@@ -1,0 +1,22 @@
+"""mypy, beside other tests: one process of it takes 40 s without a cache."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[2]
+
+
+def test_the_code_is_type_annotated_throughout() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "mypy"],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stdout
