@@ -42,7 +42,7 @@ from nanovllm.services.gpu_worker.loop import spin_briefly
 from nanovllm.settings import Settings, flag
 
 if TYPE_CHECKING:
-    from nanovllm.services.gpu_worker.executor import PendingResult
+    from nanovllm.services.gpu_worker.results import PendingResult
 
 Prompts = list[list[int]]
 

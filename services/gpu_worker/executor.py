@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +15,7 @@ from torch import Tensor
 
 from nanovllm.grammars import Matcher
 from nanovllm.kernels.attention.interface import AttentionBackend, LayerCache
-from nanovllm.messages import (
-    TOO_COSTLY,
-    PromptPart,
-    RowLogprobs,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-    pack,
-)
+from nanovllm.messages import StepPlan
 from nanovllm.services.gpu_worker.graphs import (
     MASKED_SIZES,
     PROCESSED_SHARES,
@@ -41,8 +32,14 @@ from nanovllm.services.gpu_worker.logits import LogitsProcessors
 from nanovllm.services.gpu_worker.masks import MaskBuffers
 from nanovllm.services.gpu_worker.matchers import SlotMatchers
 from nanovllm.services.gpu_worker.memory import blocks_per_sequence
-from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.model.registry import Model
+from nanovllm.services.gpu_worker.results import (
+    NO_ROWS,
+    PendingResult,
+    PromptLogprobs,
+    SampledLogprobs,
+    to_host,
+)
 from nanovllm.services.gpu_worker.sampling import logprobs
 from nanovllm.services.gpu_worker.slot_state import DeviceState, to_device
 from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, SlotTable, columns
@@ -50,71 +47,8 @@ from nanovllm.services.gpu_worker.steps import Lengths, StepOutput, Steps
 from nanovllm.settings import Settings
 from nanovllm.token_sets import num_words
 
-NO_ROWS: Int32s = np.empty(0, dtype=np.int32)
 NO_TOKENS = torch.empty(0, dtype=torch.int32)
 NO_MATCHERS: Mapping[int, Matcher] = {}
-
-
-class SampledLogprobs(NamedTuple):
-    """Log-probabilities of the r rows that asked, see `sampling.logprobs`."""
-
-    rows: list[tuple[int, int]]  # (index among the rows that sampled, tokens asked for)
-    token_ids: Tensor  # int32 [r, most asked for + 1]
-    values: Tensor  # float32 [r, most asked for + 1]
-
-
-class PromptLogprobs(NamedTuple):
-    """Of a prefill chunk's tokens, from index `first` of the prompt on: int32 and float32
-    [t, count + 1]."""
-
-    first: int
-    token_ids: Tensor
-    values: Tensor
-
-    def message(self) -> PromptPart:
-        ids, values = pack(self.token_ids.numpy()), self.values.numpy().astype("<f4", copy=False)
-        return PromptPart(self.first, self.token_ids.shape[1], ids, values.tobytes())
-
-
-class PendingResult(NamedTuple):
-    """The host's copy of what an enqueued step samples. The tensors are complete once `wait` has
-    returned."""
-
-    number: int  # the plan's
-    token_ids: Tensor  # int32 [s]
-    logprobs: SampledLogprobs | None  # None if no row asked
-    started: torch.cuda.Event | None  # the step's begin; None on a CPU
-    on_host: torch.cuda.Event | None  # the end of the copies to the host; None on a CPU
-    tp: TensorParallel
-    prompt: Sequence[PromptLogprobs] = ()
-    too_costly: Int32s = NO_ROWS  # the rows whose grammars took too much work
-
-    def wait(self) -> None:
-        """Raises GroupBroken if another rank did not take part in the step."""
-        if self.on_host is not None:
-            self.on_host.synchronize()
-        self.tp.check()
-
-    def device_seconds(self) -> float | None:
-        """How long the step took by the device's clock; None on a CPU. Call `wait` first."""
-        if self.started is None or self.on_host is None:
-            return None
-        return float(self.started.elapsed_time(self.on_host)) / 1000
-
-    def result(self, busy_us: int, at_us: int) -> StepResult:
-        """The step's result as a message. Call `wait` first."""
-        token_ids = self.token_ids.numpy()
-        if len(self.too_costly):
-            token_ids = token_ids.copy()
-            token_ids[self.too_costly] = TOO_COSTLY
-        return StepResult(
-            number=self.number,
-            token_ids=pack(token_ids),
-            logprobs=[] if self.logprobs is None else _rows(self.logprobs),
-            busy_us=busy_us,
-            at_us=at_us,
-            prompt_parts=[part.message() for part in self.prompt],
-        )
 
 
 class Executor:
@@ -267,7 +201,7 @@ class Executor:
             if output.hidden is None:
                 raise ValueError("a captured step keeps no hidden states")
             ids, values = self._steps.prompt_logprobs(output.hidden, span)
-            prompt.append(PromptLogprobs(span.first, _to_host(ids), _to_host(values)))
+            prompt.append(PromptLogprobs(span.first, to_host(ids), to_host(values)))
         token_ids = self._steps.advance(output)
         pending = self._pending(plan.number, token_ids, found, started, prompt)
         if len(batch.constrained_rows):
@@ -354,7 +288,7 @@ class Executor:
         their way there."""
         if logprobs is not None:
             logprobs = SampledLogprobs(
-                logprobs.rows, _to_host(logprobs.token_ids), _to_host(logprobs.values)
+                logprobs.rows, to_host(logprobs.token_ids), to_host(logprobs.values)
             )
         self._end = _event(self._device)
         return PendingResult(number, token_ids, logprobs, started, self._end, self._ids.tp, prompt)
@@ -389,23 +323,3 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
-
-
-def _to_host(x: Tensor) -> Tensor:
-    # From CUDA torch copies to pinned memory, so that nothing waits for the copy. The next step may
-    # overwrite `x`, wherever that is.
-    return x.to("cpu", non_blocking=True, copy=True)
-
-
-def _rows(found: SampledLogprobs) -> list[RowLogprobs]:
-    ids, values = found.token_ids.numpy(), found.values.numpy()
-    return [
-        RowLogprobs(
-            row=row,
-            logprobs=TokenLogprobs(
-                token_ids=pack(ids[i, : count + 1]),
-                values=values[i, : count + 1].astype("<f4", copy=False).tobytes(),
-            ),
-        )
-        for i, (row, count) in enumerate(found.rows)
-    ]

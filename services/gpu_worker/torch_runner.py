@@ -28,8 +28,9 @@ from nanovllm.settings import Settings
 if TYPE_CHECKING:
     import torch
 
-    from nanovllm.services.gpu_worker.executor import Executor, PendingResult
+    from nanovllm.services.gpu_worker.executor import Executor
     from nanovllm.services.gpu_worker.model.parallel import TensorParallel
+    from nanovllm.services.gpu_worker.results import PendingResult
 
 PROGRESS_INTERVAL_S = 0.1
 
