@@ -25,7 +25,7 @@ LAST_LINES = 20
 # that writes without end keeps the supervisor from nothing.
 READ_BYTES = 1 << 14
 LINE_BYTES = 1 << 14
-# NumPy starts a thread for each core when imported, though only GPU workers multiply matrices.
+# NumPy starts a thread for each core when imported, though only real GPU workers multiply matrices.
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -65,6 +65,7 @@ class ServiceProcess:
         self.floods = False  # whether it has written more than one wake-up reads
         command = [sys.executable, "-m", f"nanovllm.services.{service_id.role}"]
         command += ["--index", str(service_id.index), "--engine", str(service_id.engine)]
+        computes = service_id.role == "gpu_worker" and settings.device != "sim"
         self.output, write_end = output_pipe()
         self.process = subprocess.Popen(
             [*command, *settings_argv(settings)],
@@ -73,7 +74,7 @@ class ServiceProcess:
             stderr=subprocess.STDOUT,
             env={
                 **os.environ,
-                **({} if service_id.role == "gpu_worker" else ONE_THREAD),
+                **({} if computes else ONE_THREAD),
                 LIFELINE_VARIABLE: str(lifeline.read_end),
                 **environment,
             },

@@ -12,40 +12,59 @@ Offsets count from the first output token, so that what arrives twice is cut.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from nanovllm.names import ServiceId
 from nanovllm.protocol import FinishReason, Reasoning, Sampling, StructuredOutputs, Usage
 
+# To import NumPy takes a third of what most processes take to start: only those do that compute.
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 
 def pack(values: Iterable[int] | NDArray[np.int32]) -> bytes:
     """Integers as little-endian int32."""
-    if isinstance(values, np.ndarray):
-        return values.astype("<i4", copy=False).tobytes()
-    return np.fromiter(values, dtype="<i4").tobytes()
+    return _packed("i", values)
 
 
 def unpack(raw: bytes) -> NDArray[np.int32]:
     """The int32 that `pack` wrote, as a read-only array. Raises ValueError on a torn one."""
+    import numpy as np
+
     return np.frombuffer(raw, dtype="<i4")
+
+
+def unpack_list(raw: bytes) -> list[int]:
+    """As `unpack`, without NumPy."""
+    return _unpacked("i", raw)
 
 
 def pack_int64(values: Iterable[int] | NDArray[np.int64]) -> bytes:
     """Integers, uids for one, as little-endian int64."""
-    if isinstance(values, np.ndarray):
-        return values.astype("<i8", copy=False).tobytes()
-    return np.fromiter(values, dtype="<i8").tobytes()
+    return _packed("q", values)
 
 
 def unpack_int64(raw: bytes) -> list[int]:
     """The int64 that `pack_int64` wrote. Raises ValueError on a torn one."""
-    values: list[int] = np.frombuffer(raw, dtype="<i8").tolist()
-    return values
+    return _unpacked("q", raw)
+
+
+# The machines that this runs on are little-endian.
+def _packed(code: Literal["i", "q"], values: Iterable[int] | NDArray[Any]) -> bytes:
+    if hasattr(values, "astype"):
+        return values.astype(f"<{code}", copy=False).tobytes()
+    return array(code, values).tobytes()
+
+
+def _unpacked(code: Literal["i", "q"], raw: bytes) -> list[int]:
+    numbers = array(code)
+    numbers.frombytes(raw)
+    return numbers.tolist()
 
 
 class Message(msgspec.Struct, array_like=True, gc=False):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from itertools import islice
 
-import numpy as np
-
 from nanovllm.control import DetokenizerStats
 from nanovllm.messages import (
     Begin,
@@ -14,7 +12,8 @@ from nanovllm.messages import (
     NewTokens,
     SchedulerToDetokenizer,
     TokenLogprobs,
-    unpack,
+    unpack_int64,
+    unpack_list,
 )
 from nanovllm.services.detokenizer.decoding import TOKEN_BYTES, Decoding
 from nanovllm.vocabulary import Vocabulary
@@ -86,13 +85,13 @@ class Detokenizer:
             self._note(begin.uid, output)
 
     def _new_tokens(self, message: NewTokens) -> None:
-        uids = np.frombuffer(message.uids, dtype="<i8").tolist()
-        attempts = unpack(message.attempts).tolist()
-        offsets = unpack(message.offsets).tolist()
-        token_ids = unpack(message.token_ids).tolist()
+        uids = unpack_int64(message.uids)
+        attempts = unpack_list(message.attempts)
+        offsets = unpack_list(message.offsets)
+        token_ids = unpack_list(message.token_ids)
         logprobs: dict[int, TokenLogprobs] = {}
         if message.logprobs:
-            rows = unpack(message.logprob_rows).tolist()
+            rows = unpack_list(message.logprob_rows)
             logprobs = dict(zip(rows, message.logprobs, strict=True))
         outputs, unsent = self._outputs, self._unsent
         for row, uid in enumerate(uids):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanovllm.messages import Begin, Decoded, Ending, EndReason, Timings, TokenLogprobs, unpack
+from nanovllm.messages import Begin, Decoded, Ending, EndReason, Timings, TokenLogprobs, unpack_list
 from nanovllm.protocol import Usage
 from nanovllm.services.detokenizer.text import AnswerFinder, StopFinder, TextDecoder
 from nanovllm.vocabulary import Vocabulary
@@ -42,7 +42,7 @@ class Decoding:
 
         resumed = min(begin.resumed, len(begin.output) // TOKEN_BYTES)
         known = begin.output[: resumed * TOKEN_BYTES]
-        for i, token_id in enumerate(unpack(known).tolist()):
+        for i, token_id in enumerate(unpack_list(known)):
             if not self.ended:
                 self.push(token_id, known[i * TOKEN_BYTES : (i + 1) * TOKEN_BYTES])
         # All resumed tokens count as output, even if a stop string in them ended the output.
@@ -68,7 +68,7 @@ class Decoding:
         held = self.count
         raw = begin.output[held * TOKEN_BYTES :]
         without_logprobs = len(begin.output) // TOKEN_BYTES - len(begin.token_logprobs)
-        for i, token_id in enumerate(unpack(raw).tolist()):
+        for i, token_id in enumerate(unpack_list(raw)):
             if self.ended:
                 return
             row = held + i - without_logprobs

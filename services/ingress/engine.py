@@ -20,8 +20,8 @@ from nanovllm.messages import (
     Missing,
     pack,
     pack_int64,
-    unpack,
     unpack_int64,
+    unpack_list,
 )
 from nanovllm.services.ingress.cached_blocks import CachedBlocks
 from nanovllm.services.ingress.load import Load
@@ -215,7 +215,7 @@ class Engine:
 
     def missing(self, message: Missing) -> int:
         """Submits again the requests that did not arrive; returns how many."""
-        attempts = unpack(message.attempts).tolist()
+        attempts = unpack_list(message.attempts)
         count = 0
         for uid, attempt in sorted(zip(unpack_int64(message.uids), attempts, strict=True)):
             request = self.given.get(uid)

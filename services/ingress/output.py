@@ -6,16 +6,11 @@ import struct
 from typing import cast
 
 import msgspec
-import numpy as np
 
-from nanovllm.messages import Decoded, PromptPart, TokenLogprobs, unpack
+from nanovllm.messages import Decoded, PromptPart, TokenLogprobs, unpack, unpack_list
 from nanovllm.protocol import Delta, Logprobs, PromptLogprobs
 
 _TOKEN = struct.Struct("<i")
-# (token id, logprob) in MessagePack, each field behind the byte that tells its type.
-_PAIR = np.dtype(
-    [("array", "u1"), ("int32", "u1"), ("token_id", ">i4"), ("float32", "u1"), ("logprob", ">f4")]
-)
 # What the logprobs of a token take beside their bytes, roughly.
 _LOGPROBS_BYTES = 256
 
@@ -155,15 +150,20 @@ def size_of(decoded: Decoded) -> int:
 
 def _public_prompt(parts: list[PromptPart]) -> PromptLogprobs:
     """In MessagePack: objects of a long prompt's entries, a million, would take half a second."""
+    import numpy as np  # few requests ask for them, see nanovllm.messages
+
+    # (token id, logprob) in MessagePack, each field behind the byte that tells its type.
+    token = [("array", "u1"), ("int32", "u1"), ("token_id", ">i4")]
+    pair = np.dtype([*token, ("float32", "u1"), ("logprob", ">f4")])
     tokens = 1
     encoded = [b"\xc0"]  # nil, for the first token
     for part in parts:
         token_ids = unpack(part.token_ids).reshape(-1, part.width)
-        pairs = np.empty(token_ids.shape, dtype=_PAIR)
+        pairs = np.empty(token_ids.shape, dtype=pair)
         pairs["array"], pairs["int32"], pairs["float32"] = 0x92, 0xD2, 0xCA
         pairs["token_id"] = token_ids
         pairs["logprob"] = np.frombuffer(part.values, dtype="<f4").reshape(-1, part.width)
-        layout = [("array", "u1"), ("length", ">u2"), ("pairs", _PAIR, (part.width,))]
+        layout = [("array", "u1"), ("length", ">u2"), ("pairs", pair, (part.width,))]
         entries = np.empty(len(pairs), dtype=layout)
         entries["array"], entries["length"] = 0xDC, part.width
         entries["pairs"] = pairs
@@ -175,4 +175,4 @@ def _public_prompt(parts: list[PromptPart]) -> PromptLogprobs:
 
 def _public(entry: TokenLogprobs) -> list[tuple[int, float]]:
     values = struct.unpack(f"<{len(entry.values) // 4}f", entry.values)
-    return list(zip(unpack(entry.token_ids).tolist(), values, strict=True))
+    return list(zip(unpack_list(entry.token_ids), values, strict=True))

@@ -32,6 +32,7 @@ from nanovllm.messages import (
     pack_int64,
     unpack,
     unpack_int64,
+    unpack_list,
 )
 from nanovllm.services.scheduler.detokenizers import Detokenizers
 from nanovllm.services.scheduler.group import WorkerGroup
@@ -121,9 +122,7 @@ class Scheduler:
     def held(self, message: Held) -> None:
         """Ends every sequence that the ingress does not expect here. The requests that it expects
         and that are not here will be named in a `Missing`."""
-        expected = dict(
-            zip(unpack_int64(message.uids), unpack(message.attempts).tolist(), strict=True)
-        )
+        expected = dict(zip(unpack_int64(message.uids), unpack_list(message.attempts), strict=True))
         for sequence in list(self._records.values()):
             if expected.get(sequence.uid) != sequence.attempt:
                 self.end(sequence.uid, sequence.attempt)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from nanovllm.block_names import TOKEN_BYTES
-from nanovllm.messages import EndReason, PromptPart, Submit, Timings, TokenLogprobs, unpack
+from nanovllm.messages import EndReason, PromptPart, Submit, Timings, TokenLogprobs, unpack_list
 from nanovllm.services.scheduler.blocks import Prefix
 
 NO_SLOT = -1
@@ -116,7 +116,7 @@ class Sequence:
 
     def ending(self) -> OutputEnd | None:
         """The end of the sequence, if its output holds one. Not for a sequence in a slot."""
-        output = unpack(self.output).tolist()
+        output = unpack_list(self.output)
         sampling = self.submit.sampling
         max_tokens = sampling.max_tokens
         for count, token_id in enumerate(output[:max_tokens], 1):

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from nanovllm.grammar_threads import GrammarThreads
 from nanovllm.grammars import GrammarError, Grammars
 from nanovllm.mailbox import Mailbox
-from nanovllm.messages import AnswerMarks, Refused, Tokenize, Tokenized, unpack
+from nanovllm.messages import AnswerMarks, Refused, Tokenize, Tokenized, unpack_list
 from nanovllm.protocol import StructuredOutputs
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def checked(grammars: Grammars, request: Tokenize, answer: Tokenized) -> Tokeniz
     asked = answer.sampling.structured_outputs
     if asked is None:
         return answer
-    resumed = unpack(request.resumed).tolist()
+    resumed = unpack_list(request.resumed)
     stops = {*answer.sampling.stop_token_ids}
     end = next((i for i, token in enumerate(resumed, 1) if token in stops), len(resumed))
     key = "sampling.structured_outputs"
