@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# NumPy starts a thread for each core when imported: processes that tests start by the hundred.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 # Where there is no GPU, Triton's kernels run in its interpreter. Triton reads this when it is
 # imported.
 if not torch.cuda.is_available():
@@ -18,6 +22,10 @@ if not torch.cuda.is_available():
 
 import tests.interpreter  # noqa: F401
 from benchmarks.support.pipeline import Pipeline
+
+# Modules live as long as the process: no collection is to look through them, neither while they are
+# imported nor while tests run, see `pytest_collection_finish`.
+gc.disable()
 
 # A shell ignores SIGINT for what it starts in the background, and so do the children of that. Tests
 # press Ctrl-C.
@@ -65,6 +73,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(directory) if directory in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
