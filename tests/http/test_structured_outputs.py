@@ -89,7 +89,7 @@ def test_a_chat_without_thinking_has_none(client: openai.OpenAI) -> None:
         messages=STORY,
         temperature=0,
         max_tokens=300,
-        response_format=FORMAT,  # type: ignore[call-overload]
+        response_format=FORMAT,
         extra_body=off,
     ).choices
     jsonschema.validate(json.loads(choice.message.content), SCHEMA)
