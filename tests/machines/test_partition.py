@@ -49,7 +49,8 @@ def test_streams_go_on_while_a_machine_is_cut_off(
     host = machines.network.hosts[number]
     machines.network.cut(host)
     try:
-        machines.wait_until(unreachable=True)
+        with streams.pausing():
+            machines.wait_until(unreachable=True)
         streams.wait_for_news()
         streams.wait_for_news()
     finally:
@@ -77,7 +78,8 @@ def test_streams_go_on_while_two_machines_do_not_reach_each_other(
     machines.network.cut_between(*pair)
     try:
         if one == 0:
-            machines.wait_until(unreachable=True)
+            with streams.pausing():
+                machines.wait_until(unreachable=True)
         for _ in range(3):
             streams.wait_for_news()
     finally:

@@ -6,11 +6,12 @@ What the tests of recovery share with `tests.chaos` and `tests.recovery`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from nanovllm.protocol import PromptLogprobs
 
 TIMEOUT_S = 120.0
 NEW_TOKENS = 120
+PAUSE_S = 2.0
 PROMPTS = ("Once upon a time", "🦊🐻 Once", "Zoë", "A lighthouse keeper")
 # Over HTTP the demo model calls a tool for the first.
 QUESTIONS = ("What is the weather in Bern?", "Tell me a story about a fox.")
@@ -198,6 +200,7 @@ class Streams:
         self._rounds = rounds
         self._news = [threading.Event() for _ in cases]
         self._enough = threading.Event()
+        self._pauses = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -213,6 +216,16 @@ class Streams:
         for case, news in zip(self._cases, self._news, strict=True):
             if not news.wait(deadline - time.monotonic()) or self._failure is not None:
                 raise TimeoutError(f"nothing came for {case}") from self._failure
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Meanwhile, streams that have ended wait a little before they start anew: for the seconds
+        in which a test waits for something else, and which would cost a core."""
+        self._pauses = True
+        try:
+            yield
+        finally:
+            self._pauses = False
 
     def finish(self, timeout_s: float = TIMEOUT_S) -> list[Streamed]:
         """Starts no new streams; all that there were, once the last has ended.
@@ -253,6 +266,9 @@ class Streams:
         while done < self._rounds or not self._enough.is_set():
             self.ended.append(await ask(number, self._cases[number], self._news[number]))
             done += 1
+            over = time.monotonic() + PAUSE_S
+            while self._pauses and time.monotonic() < over:
+                await asyncio.sleep(LOOK_AGAIN_S)
 
 
 def undisturbed(endpoint: str, cases: Sequence[Case]) -> list[Outcome]:
