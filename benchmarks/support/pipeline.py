@@ -25,7 +25,7 @@ READY_TIMEOUT_S = 200.0
 END_TIMEOUT_S = 60.0
 REPORT_TIMEOUT_S = 60.0
 # Between two looks at the status or at processes: looking takes time from the pipeline.
-LOOK_AGAIN_S = 0.02
+LOOK_AGAIN_S = 0.05
 
 S = TypeVar("S", bound=Stats)
 
