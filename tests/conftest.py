@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
@@ -26,6 +27,7 @@ from benchmarks.support.pipeline import Pipeline
 # Modules live as long as the process: no collection is to look through them, neither while they are
 # imported nor while tests run, see `pytest_collection_finish`.
 gc.disable()
+atexit.register(gc.unfreeze)  # or bindings warn that they leak
 
 # A shell ignores SIGINT for what it starts in the background, and so do the children of that. Tests
 # press Ctrl-C.
