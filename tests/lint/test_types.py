@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(660)
 def test_the_code_is_type_annotated_throughout() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "mypy"],
