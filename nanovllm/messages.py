@@ -21,7 +21,8 @@ import msgspec
 from nanovllm.names import ServiceId
 from nanovllm.protocol import FinishReason, Reasoning, Sampling, StructuredOutputs, Usage
 
-# To import NumPy takes a third of what most processes take to start: only those do that compute.
+# NumPy would take a third of the time that most processes take to start. So only processes that
+# compute import NumPy.
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -54,7 +55,7 @@ def unpack_int64(raw: bytes) -> list[int]:
     return _unpacked("q", raw)
 
 
-# The machines that this runs on are little-endian.
+# An `array` has the byte order of the machine, which is little-endian wherever nanovllm runs.
 def _packed(code: Literal["i", "q"], values: Iterable[int] | NDArray[Any]) -> bytes:
     if hasattr(values, "astype"):
         return values.astype(f"<{code}", copy=False).tobytes()

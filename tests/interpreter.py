@@ -7,11 +7,11 @@ so here it is the only one, and the interpreter's functions stay.
 For every operation the interpreter makes the table of numpy's types anew. Here each type is looked
 up once.
 
-It makes the type of every block anew, and from the type all that a block has but its numbers. Here
-blocks share them.
+For every block the interpreter makes a new type, and derives from the type what a block has beside
+its numbers. Here blocks share both.
 
-The interpreter computes every sum and product of integers twice, to see whether it overflows, and
-then, unless it debugs, asserts nothing. Here it does not compute for nothing.
+The interpreter computes every sum and product of integers a second time, to see whether it
+overflows. Only where it debugs does it say so. Here it computes each once.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ class SlotOps:
         out[rows] = token_ids.masked_fill(none, none_left)
 
     def advance(self, state: SlotState, slots: Tensor, token_ids: Tensor) -> Tensor:
-        """The end of a step: appends a token to each slot, token 0 for a negative one, which says
-        that there is none. The next step computes it before the host knows.
+        """Ends a step: appends a token to each slot. A negative token says that there is none. Then
+        token 0 is appended, which the next step computes before the host knows.
 
         Args:
             slots: int64 [n], different ones.

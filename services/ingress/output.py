@@ -11,6 +11,14 @@ from nanovllm.messages import Decoded, PromptPart, TokenLogprobs, unpack, unpack
 from nanovllm.protocol import Delta, Logprobs, PromptLogprobs
 
 _TOKEN = struct.Struct("<i")
+# (token id, logprob) in MessagePack, each field behind the byte that tells its type.
+_PAIR = [
+    ("array", "u1"),
+    ("int32", "u1"),
+    ("token_id", ">i4"),
+    ("float32", "u1"),
+    ("logprob", ">f4"),
+]
 # What the logprobs of a token take beside their bytes, roughly.
 _LOGPROBS_BYTES = 256
 
@@ -150,11 +158,9 @@ def size_of(decoded: Decoded) -> int:
 
 def _public_prompt(parts: list[PromptPart]) -> PromptLogprobs:
     """In MessagePack: objects of a long prompt's entries, a million, would take half a second."""
-    import numpy as np  # few requests ask for them, see nanovllm.messages
+    import numpy as np  # only here: few requests ask for these, see nanovllm.messages
 
-    # (token id, logprob) in MessagePack, each field behind the byte that tells its type.
-    token = [("array", "u1"), ("int32", "u1"), ("token_id", ">i4")]
-    pair = np.dtype([*token, ("float32", "u1"), ("logprob", ">f4")])
+    pair = np.dtype(_PAIR)
     tokens = 1
     encoded = [b"\xc0"]  # nil, for the first token
     for part in parts:

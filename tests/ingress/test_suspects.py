@@ -117,7 +117,7 @@ class Pipeline:
             self.world.tokenized(self.inboxes[peer].pop(uid), peer=peer)
 
     def step(self) -> None:
-        if self._starting:  # which takes longer than messages are on their way
+        if self._starting:  # a start takes longer than what was sent before it
             self._starting = False
             self.deliver()
         for uid in self.running:

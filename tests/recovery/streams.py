@@ -219,8 +219,8 @@ class Streams:
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
-        """Meanwhile, streams that have ended wait a little before they start anew: for the seconds
-        in which a test waits for something else, and which would cost a core."""
+        """In this context a stream waits PAUSE_S before it starts anew: a test that waits for
+        something else for seconds needs no busy cores."""
         self._pauses = True
         try:
             yield

@@ -52,8 +52,10 @@ class Decoder(ABC):
         self.config = config
         self.tp = tp
         self.ops = factory.ops
-        self.rotations = rotations(config, max_model_len, device)
         self.embedding = VocabParallelMatrix(config.vocab_size, config.hidden_size, tp, factory)
+        self.tables = Embedding(
+            self.embedding.weight, self.embedding.start, rotations(config, max_model_len, device)
+        )
         self.layers = [
             _Layer(config, self.attention, tp, factory) for _ in range(config.num_hidden_layers)
         ]
@@ -79,8 +81,7 @@ class Decoder(ABC):
         attention: AttentionBatch,
         kv_cache: Sequence[LayerCache],
     ) -> Tensor:
-        embedding = Embedding(self.embedding.weight, self.embedding.start, self.rotations)
-        x, rotation = self.ops.embed(token_ids, positions, embedding)
+        x, rotation = self.ops.embed(token_ids, positions, self.tables)
         residual = None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             x, residual = layer.forward(x, residual, rotation, kv_indices, attention, cache)
