@@ -51,7 +51,8 @@ class SamplingParams:
         min_tokens: the output ends by no end-of-sequence token, stop token or stop string among so
             many tokens.
         bad_words: up to 64 words, or lists of up to 16 token ids, that do not come in the output.
-            A text stands for two: as at a line's begin, and as after a space.
+            A word stands for two lists: its tokens at a line's begin, and its tokens after a space.
+            The same letters may come as other tokens.
         allowed_token_ids: no other tokens come.
         include_stop_str_in_output: the text ends behind the stop string, not before it.
         skip_special_tokens: special tokens add nothing to the text.
