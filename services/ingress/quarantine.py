@@ -107,16 +107,15 @@ class Quarantine:
         self._queue.put_back(others)
 
     def fail_over(self) -> None:
-        """Engines have come or gone: requests of those that are gone go to others. Requests that
-        were in hand at another engine's death stay until it is known why this one is gone."""
+        """Engines have come or gone: requests of those that are gone go to others. A request that
+        was in hand at two deaths stays until it is known why these services died."""
         gone = [number for number, engine in self._engines.by_number.items() if not engine.ready]
         unexplained = {number: self._deaths.unexplained(number) for number in gone}
 
         def stays(uid: int, engine: int) -> bool:
-            # Two engines may die so soon one after the other that it is not known yet why the first
-            # one did.
-            return self.suspects.present_elsewhere(uid, engine) or any(
-                uid in uids for number, uids in unexplained.items() if number != engine
+            again = self.suspects.has_deaths(uid)
+            return any(
+                uid in uids for number, uids in unexplained.items() if again or number != engine
             )
 
         if strays := self._engines.take_strays(stays):
@@ -155,10 +154,10 @@ class Quarantine:
             present = [request for request in present if request.tokenize is not None]
         requests = counted(len(in_hand.uids), "request")
         log.warning("%s died by itself with %s in hand", peer, requests)
-        engine = None if peer.role == "detokenizer" else peer.engine
+        shared = peer.role == "detokenizer"
         for request in present:
             if not request.over and suspects.was_present(
-                request.uid, request.output.num_tokens, alone=in_hand.alone, engine=engine
+                request.uid, request.output.num_tokens, alone=in_hand.alone, shared=shared
             ):
                 self._poison(request, peer.role)
         if suspects is self.suspects:

@@ -82,7 +82,6 @@ class Record:
     deaths: int = 0  # when the request was in hand
     alone: int = 0  # of these, when no other request was in hand
     shared: bool = False  # whether one of these was a detokenizer's
-    engine: int | None = None  # whose service died last; None: a service of all engines
     tokens: int = 0  # output tokens at the latest death
     clearings: int = 0  # how often the request has been cleared
 
@@ -97,14 +96,17 @@ class Suspects:
     def __init__(self) -> None:
         self.records: dict[int, Record] = {}
 
-    def was_present(self, uid: int, tokens: int, *, alone: bool, engine: int | None = 0) -> bool:
+    def was_present(self, uid: int, tokens: int, *, alone: bool, shared: bool = False) -> bool:
         """The request was in hand at a death, with so many output tokens. Returns whether the
-        request is guilty. If it is, other requests are suspects only if they were alone once."""
+        request is guilty. If it is, other requests are suspects only if they were alone once.
+
+        Args:
+            shared: whether it was the death of a service that all engines share.
+        """
         record = self.records.setdefault(uid, Record())
         record.deaths += 1
         record.alone += alone
-        record.engine = engine
-        record.shared |= engine is None
+        record.shared |= shared
         record.tokens = tokens
         guilty = record.alone >= DEATHS_ALONE
         if guilty:
@@ -116,10 +118,10 @@ class Suspects:
         record = self.records.get(uid)
         return record is not None and record.deaths >= DEATHS
 
-    def present_elsewhere(self, uid: int, engine: int) -> bool:
-        """Whether the request was in hand at a death that was not this engine's."""
+    def has_deaths(self, uid: int) -> bool:
+        """Whether the request was in hand at a death and has not been cleared since."""
         record = self.records.get(uid)
-        return record is not None and record.deaths > 0 and record.engine != engine
+        return record is not None and record.deaths > 0
 
     def apart(self) -> set[int]:
         """The requests that must be alone."""

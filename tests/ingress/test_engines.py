@@ -14,6 +14,7 @@ from nanovllm.protocol import Error, Generate
 from nanovllm.services.ingress.engines import CLEARLY_MORE
 from nanovllm.services.ingress.pending import PendingRequests
 from nanovllm.services.ingress.sessions import Session
+from nanovllm.services.ingress.suspects import DEATHS, DEATHS_ALONE
 from nanovllm.services.scheduler.blocks import BlockManager, root
 from nanovllm.transport.links import Peer
 from tests.ingress.harness import READY, SCHEDULER, World, decoded
@@ -287,3 +288,24 @@ def test_a_request_is_moved_once_before_it_is_known_why_an_engine_is_gone() -> N
     assert last not in (engine, second)
     assert world.core.quarantine.alone is not None
     assert world.core.quarantine.alone.uid == bad.uid
+
+
+def test_a_request_that_ran_alone_waits_until_it_is_known_why_its_engine_is_gone() -> None:
+    """The same engine died of it before."""
+    world = Engines()
+    engine, bad = world.ask("bad", [1] * 8)
+    schedulers = {0: SCHEDULER, 1: OTHER}
+    deaths = 0
+    while not any(isinstance(message, Error) for message in world.heard()):
+        deaths += 1
+        worker = Peer("gpu_worker", 0, deaths, engine=engine)
+        lost = Lost(worker.service, deaths, InHand([bad.uid], alone=deaths > DEATHS))
+        world.core.from_scheduler(schedulers[engine], lost)
+        world.ready(schedulers[engine], ready=False)
+        moved = world.given()
+        assert bool(moved) == (deaths == 1)
+        world.core.quarantine.crashed(worker)
+        world.ready(schedulers[engine])
+        for number, _ in moved or world.given():
+            engine = number
+    assert deaths == DEATHS + DEATHS_ALONE

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from nanovllm.messages import (
     NOTHING_IN_HAND,
     End,
     Held,
+    IngressToScheduler,
     InHand,
     Lost,
     Refused,
@@ -33,6 +36,7 @@ from nanovllm.transport.links import Peer
 from tests.ingress.harness import (
     CLIENT,
     INCARNATION,
+    NOT_READY,
     OTHER,
     READY,
     SCHEDULER,
@@ -48,40 +52,65 @@ GUILTS: tuple[Guilt, ...] = (
 )
 NEW_TOKENS = 60
 LATE = 40
+GONE = msgspec.structs.replace(READY, ready=False)
 # Two in company, one in a service that has had others, and two alone.
 MOST_DEATHS = 5
 
 Draw = Callable[[int], int]
 
 
+@dataclass
+class SimEngine:
+    """Scheduler and worker group of an engine, in their smallest form.
+
+    Attributes:
+        records: the requests that the scheduler was given, by uid.
+        tokens: how many output tokens they have.
+        decoded: those of which the detokenizer has had output.
+        starting: whether the worker is new.
+    """
+
+    scheduler: Peer
+    worker: Peer
+    records: dict[int, Submit] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+    decoded: set[int] = field(default_factory=set)
+    starting: bool = False
+
+    @property
+    def running(self) -> list[int]:
+        return list(self.records)[: READY.slots]
+
+
 class Pipeline:
-    """Tokenizers, scheduler, worker group and detokenizer around a core, in their smallest form.
-    They crash on guilty requests, and can be killed from outside.
+    """Tokenizers, engines and detokenizer around a core, in their smallest form. They crash on
+    guilty requests, and can be killed from outside.
 
     Args:
         guilt: what each request brings down.
-        tokenizers: how many there are.
+        tokenizers, engines: how many there are.
         draw: an integer below its argument.
     """
 
-    def __init__(self, guilt: list[Guilt], tokenizers: int, draw: Draw) -> None:
+    def __init__(self, guilt: list[Guilt], tokenizers: int, engines: int, draw: Draw) -> None:
         self.world = World(services=False)
         self.core = self.world.core
         self.draw = draw
         self.crashes = 0
         self.heard: list[object] = []
         self.inboxes: dict[Peer, dict[int, Tokenize]] = {}
-        self.records: dict[int, Submit] = {}
-        self.tokens: dict[int, int] = {}
-        self.decoded: set[int] = set()  # by this incarnation of the detokenizer
-        self._starting = False  # whether the worker or the detokenizer is new
+        self.untold: list[Peer] = []  # what the supervisor is about to tell of
         self._incarnations = 100
         for index in range(tokenizers):
             self._tokenizer_up(index)
-        self.scheduler = self._born("scheduler")
-        self.worker = self._born("gpu_worker")
         self.detokenizer = self._born("detokenizer")
-        self.world.scheduler_up(self.scheduler)
+        self.core.service_up(self.detokenizer)
+        self.engines = [
+            SimEngine(self._born("scheduler", engine=n), self._born("gpu_worker", engine=n))
+            for n in range(engines)
+        ]
+        for engine in self.engines:
+            self.world.scheduler_up(engine.scheduler)
         self.guilt = dict(enumerate(guilt, (INCARNATION << 32) + 1))
         for uid in self.guilt:
             self.world.generate(str(uid))
@@ -93,18 +122,26 @@ class Pipeline:
         for peer, inbox in self.inboxes.items():
             inbox |= {tokenize.uid: tokenize for tokenize in self.world.tokenizes(peer)}
         self.heard += self.world.heard()
-        for message in [m for frame in self.world.engine_frames() for m in frame]:
+        self.core.submit()
+        while frames := list(self.core.engines.frames()):
+            for peer, frame in frames:
+                self.core.engines.sent(peer, frame)
+                self._receive(self.engines[peer.engine], frame)
+        for engine in self.engines:
+            if any(self.guilt[uid] == "scheduler" for uid in engine.records):
+                self.scheduler_dies(engine, by_itself=True)
+
+    def _receive(self, engine: SimEngine, frame: list[IngressToScheduler]) -> None:
+        for message in frame:
             if isinstance(message, Held):
-                assert not self.records, "the scheduler has just started"
+                assert not engine.records, "the scheduler has just started"
             elif isinstance(message, End):
-                if message.uid in self.records:
-                    assert self.records[message.uid].attempt <= message.attempt
-                    del self.records[message.uid]
+                if message.uid in engine.records:
+                    assert engine.records[message.uid].attempt <= message.attempt
+                    del engine.records[message.uid]
             else:
-                self.records[message.uid] = message
-                self.tokens[message.uid] = len(unpack(message.output))
-        if any(self.guilt[uid] == "scheduler" for uid in self.records):
-            self.scheduler_dies(by_itself=True)
+                engine.records[message.uid] = message
+                engine.tokens[message.uid] = len(unpack(message.output))
 
     def tokenize(self, peer: Peer) -> None:
         """The tokenizer's next request; requests that have ended may be among them."""
@@ -116,98 +153,128 @@ class Pipeline:
         else:
             self.world.tokenized(self.inboxes[peer].pop(uid), peer=peer)
 
-    def step(self) -> None:
-        if self._starting:  # a start takes longer than what was sent before it
-            self._starting = False
+    def step(self, engine: SimEngine) -> None:
+        if engine.starting:  # a start takes longer than what was sent before it
+            self.tell()
+            engine.starting = False
+            self.core.from_scheduler(engine.scheduler, READY)
             self.deliver()
-        for uid in self.running:
-            guilt, tokens = self.guilt[uid], self.tokens[uid]
+        for uid in engine.running:
+            guilt, tokens = self.guilt[uid], engine.tokens[uid]
             if guilt == "gpu_worker" or (guilt == "gpu_worker, late" and tokens == LATE):
-                self.worker_dies(by_itself=True)
+                self.worker_dies(engine, by_itself=True)
                 return
-        for uid in self.running:
-            self.decoded.add(uid)
+        for uid in engine.running:
+            engine.decoded.add(uid)
             if self.guilt[uid] == "detokenizer":
                 self.detokenizer_dies(by_itself=True)
                 return
-            self._sample(uid)
+            self._sample(engine, uid)
 
-    def _sample(self, uid: int) -> None:
-        submit, tokens = self.records[uid], self.tokens[uid]
-        self.tokens[uid] += 1
-        end = self.tokens[uid] == NEW_TOKENS
+    def _sample(self, engine: SimEngine, uid: int) -> None:
+        submit, tokens = engine.records[uid], engine.tokens[uid]
+        engine.tokens[uid] += 1
+        end = engine.tokens[uid] == NEW_TOKENS
         self.core.from_detokenizer(decoded(submit, tokens, [7], end=end))
         if end:
-            del self.records[uid]
+            del engine.records[uid]
 
-    @property
-    def running(self) -> list[int]:
-        return list(self.records)[: READY.slots]
+    def tell(self) -> None:
+        """The supervisor's word arrives."""
+        while self.untold:
+            self.core.quarantine.crashed(self.untold.pop(0))
 
     # Who dies -----------------------------------------------------------------------------------
 
     def tokenizer_dies(self, peer: Peer, *, by_itself: bool) -> None:
         del self.inboxes[peer]
         self._death(peer, lambda: self.core.service_down(peer), by_itself)
+        self.tell()
         self._tokenizer_up(peer.index)
 
-    def scheduler_dies(self, *, by_itself: bool) -> None:
-        self.records.clear()
-        before = self.scheduler
+    def scheduler_dies(self, engine: SimEngine, *, by_itself: bool) -> None:
+        engine.records.clear()
+        before = engine.scheduler
         self._death(before, lambda: self.core.service_down(before), by_itself)
-        self.scheduler = self._born("scheduler")
-        self.world.scheduler_up(self.scheduler)
+        self.tell()
+        engine.scheduler = self._born("scheduler", engine=before.engine)
+        self.world.scheduler_up(engine.scheduler, NOT_READY if engine.starting else READY)
 
-    def worker_dies(self, *, by_itself: bool) -> None:
-        self._lose(self.worker, self.running, len(self.running) == 1, by_itself)
-        self.worker = self._born("gpu_worker")
-        self._starting = True
+    def worker_dies(self, engine: SimEngine, *, by_itself: bool) -> None:
+        dead = engine.worker
+        held = [] if engine.starting else engine.running
+        lost = self._lost(dead, held, len(held) == 1)
+
+        def is_noticed() -> None:
+            self.core.from_scheduler(engine.scheduler, lost)
+            self.core.from_scheduler(engine.scheduler, GONE)
+
+        self._death(dead, is_noticed, by_itself)
+        engine.worker = self._born("gpu_worker", engine=dead.engine)
+        engine.starting = True
 
     def detokenizer_dies(self, *, by_itself: bool) -> None:
-        held = [uid for uid in self.running if uid in self.decoded]
-        self._lose(self.detokenizer, held, len(self.decoded) == len(held) == 1, by_itself)
-        self.detokenizer = self._born("detokenizer")
-        self._starting = True
-        self.decoded.clear()
+        dead = self.detokenizer
 
-    def _lose(self, peer: Peer, uids: list[int], alone: bool, by_itself: bool) -> None:
-        lost = Lost(peer.service, peer.incarnation, InHand(uids, alone))
-        self._death(peer, lambda: self.core.from_scheduler(self.scheduler, lost), by_itself)
+        def is_noticed() -> None:
+            for engine in self.engines:
+                held = [uid for uid in engine.running if uid in engine.decoded]
+                alone = len(engine.decoded) == len(held) == 1
+                self.core.from_scheduler(engine.scheduler, self._lost(dead, held, alone))
+                engine.decoded.clear()
+            self.core.service_down(dead)
+
+        self._death(dead, is_noticed, by_itself)
+        self.tell()
+        self.detokenizer = self._born("detokenizer")
+        self.core.service_up(self.detokenizer)
+
+    def _lost(self, peer: Peer, uids: list[int], alone: bool) -> Lost:
+        return Lost(peer.service, peer.incarnation, InHand(uids, alone))
 
     def _death(self, peer: Peer, is_noticed: Callable[[], None], by_itself: bool) -> None:
-        """The supervisor may tell of it before or after it is noticed."""
+        """The supervisor may tell of it before it is noticed, or after."""
         self.crashes += by_itself
-        told_first = by_itself and bool(self.draw(2))
-        if told_first:
-            self.core.quarantine.crashed(peer)
+        if by_itself:
+            self.untold.append(peer)
+            if self.draw(2):
+                self.tell()
         is_noticed()
-        if by_itself and not told_first:
-            self.core.quarantine.crashed(peer)
 
     def _tokenizer_up(self, index: int) -> None:
         peer = self._born("tokenizer", index)
         self.inboxes[peer] = {}
         self.core.service_up(peer)
 
-    def _born(self, role: str, index: int = 0) -> Peer:
+    def _born(self, role: str, index: int = 0, engine: int = 0) -> Peer:
         self._incarnations += 1
-        return Peer(role, index, self._incarnations)
+        return Peer(role, index, self._incarnations, engine=engine)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     guilt=st.lists(st.sampled_from(GUILTS), min_size=1, max_size=9),
     tokenizers=st.integers(1, 2),
+    engines=st.integers(1, 3),
     data=st.data(),
 )
 def test_the_guilty_are_found_and_the_others_finish(
-    guilt: list[Guilt], tokenizers: int, data: st.DataObject
+    guilt: list[Guilt], tokenizers: int, engines: int, data: st.DataObject
 ) -> None:
-    pipeline = Pipeline(guilt, tokenizers, lambda below: data.draw(st.integers(0, below - 1)))
+    pipeline = Pipeline(
+        guilt, tokenizers, engines, lambda below: data.draw(st.integers(0, below - 1))
+    )
+
+    def inbox() -> Peer:
+        return data.draw(st.sampled_from(list(pipeline.inboxes)))
+
+    def engine() -> SimEngine:
+        return data.draw(st.sampled_from(pipeline.engines))
+
     kills: list[Callable[[], None]] = [
-        lambda: pipeline.tokenizer_dies(next(iter(pipeline.inboxes)), by_itself=False),
-        lambda: pipeline.scheduler_dies(by_itself=False),
-        lambda: pipeline.worker_dies(by_itself=False),
+        lambda: pipeline.tokenizer_dies(inbox(), by_itself=False),
+        lambda: pipeline.scheduler_dies(engine(), by_itself=False),
+        lambda: pipeline.worker_dies(engine(), by_itself=False),
         lambda: pipeline.detokenizer_dies(by_itself=False),
     ]
     aborted: set[int] = set()
@@ -217,12 +284,15 @@ def test_the_guilty_are_found_and_the_others_finish(
         aborted.add(uid)
         pipeline.world.abort(str(uid))
 
-    def tokenize() -> None:
-        pipeline.tokenize(data.draw(st.sampled_from(list(pipeline.inboxes))))
-
-    works = [pipeline.deliver, tokenize, pipeline.step]
+    works: list[Callable[[], None]] = [
+        pipeline.deliver,
+        lambda: pipeline.tokenize(inbox()),
+        lambda: pipeline.step(engine()),
+    ]
     for happens in data.draw(
-        st.lists(st.sampled_from([*works, *works, *works, *kills, abort]), max_size=60)
+        st.lists(
+            st.sampled_from([*works, *works, *works, *kills, abort, pipeline.tell]), max_size=60
+        )
     ):
         happens()
     rounds = 0
@@ -233,8 +303,9 @@ def test_the_guilty_are_found_and_the_others_finish(
         for peer in list(pipeline.inboxes):
             if peer in pipeline.inboxes:
                 pipeline.tokenize(peer)
-        pipeline.step()
-        pipeline.deliver()
+        for each in pipeline.engines:
+            pipeline.step(each)
+            pipeline.deliver()
     for message in pipeline.heard:
         if isinstance(message, Error):
             assert message.code == "poisoned"
@@ -242,7 +313,9 @@ def test_the_guilty_are_found_and_the_others_finish(
         if isinstance(message, Finish):
             uid = int(message.id)
             assert uid in aborted or not pipeline.guilt[uid]
-    assert pipeline.crashes <= MOST_DEATHS * sum(map(bool, guilt))
+    number = sum(map(bool, guilt))
+    # On several engines, guilty requests are present at deaths of one another.
+    assert pipeline.crashes <= MOST_DEATHS * number * (1 if 1 in (number, engines) else 2)
 
 
 def test_a_suspect_that_is_over_holds_nobody_back() -> None:
