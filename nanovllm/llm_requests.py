@@ -17,7 +17,7 @@ from nanovllm.wording import counted
 class LLMOutput(TypedDict):
     """What `LLM.generate` returns for a prompt: a dict, ready for JSON.
 
-    Its keys are `Completion`'s fields, its usage has those of `Usage`. `logprobs` and
+    Its keys are `Completion`'s fields, its usage has the counts of `Usage`. `logprobs` and
     `prompt_logprobs` are there only if asked for.
     """
 
@@ -98,11 +98,16 @@ def output_of(request: PendingRequest, index: int) -> LLMOutput | RequestError:
         completion = request.result()
     except RequestError as error:
         return RequestError(error.code, f"prompts[{index}]: {error.message}")
+    usage = completion.usage
     output = LLMOutput(
         text=completion.text,
         token_ids=completion.token_ids,
         finish_reason=completion.finish_reason,
-        usage=dataclasses.asdict(completion.usage),
+        usage={
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
+        },
         seed=completion.seed,
     )
     if completion.logprobs is not None:

@@ -98,16 +98,20 @@ class SamplingParams:
         Raises:
             ValueError: as the constructor, for a field that was changed since.
         """
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        if type(n := plain(given.pop("n"))) is not int or n < 1:
+        given = {
+            name: value
+            for name, default in _DEFAULTS.items()
+            if (value := getattr(self, name)) is not default
+        }
+        if type(n := plain(given.pop("n", 1))) is not int or n < 1:
             raise ValueError(f"n={n!r}: a number of outputs, 1 or more")
         values = {name: plain(value) for name, value in given.items()}
-        for name in ("max_tokens", "stop", "stop_token_ids", "logit_bias", "bad_words"):
-            if values[name] is None:
+        for name in ("max_tokens", "stop", "stop_token_ids", "bad_words"):
+            if values.get(name, ()) is None:
                 del values[name]
         if isinstance(stop := values.get("stop"), str):
             values["stop"] = [stop]
-        outputs = values["structured_outputs"]
+        outputs = values.get("structured_outputs")
         if isinstance(outputs, dict) and isinstance(outputs.get("json_schema"), dict | bool):
             outputs["json_schema"] = msgspec.json.encode(outputs["json_schema"]).decode()
         for name, value in values.items():
@@ -122,3 +126,7 @@ class SamplingParams:
             key, reason = key_and_reason(error)
             name = re.split(r"[.\[]", key)[0]
             raise ValueError(f"{name}={given[name]!r}: {reason}") from None
+
+
+# They are the protocol's as well: what has its default is not sent.
+_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}

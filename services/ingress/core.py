@@ -261,7 +261,7 @@ class Core:
             else:
                 request.finish(ending.reason, ending.usage)
             self._over(request)
-        else:
+        elif self.quarantine.suspects.records:
             self.quarantine.moved(request)
         self.sessions.has_news(request, size_of(decoded))
 
