@@ -128,5 +128,5 @@ class SamplingParams:
             raise ValueError(f"{name}={given[name]!r}: {reason}") from None
 
 
-# They are the protocol's as well: what has its default is not sent.
+# The protocol has the same defaults, so a value that is its default is not converted.
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}

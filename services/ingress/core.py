@@ -261,7 +261,7 @@ class Core:
             else:
                 request.finish(ending.reason, ending.usage)
             self._over(request)
-        elif self.quarantine.suspects.records:
+        elif self.quarantine.suspects.records:  # output may clear a suspect
             self.quarantine.moved(request)
         self.sessions.has_news(request, size_of(decoded))
 

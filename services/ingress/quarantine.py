@@ -108,7 +108,7 @@ class Quarantine:
 
     def fail_over(self) -> None:
         """Engines have come or gone: requests of those that are gone go to others. A request that
-        was in hand at two deaths stays until it is known why these services died."""
+        was in hand at two deaths stays until it is known why both services died."""
         gone = [number for number, engine in self._engines.by_number.items() if not engine.ready]
         unexplained = {number: self._deaths.unexplained(number) for number in gone}
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import fields
 from typing import Any
 
 import msgspec
@@ -16,6 +17,11 @@ def test_positional_order_is_nano_vllms() -> None:
 
 def test_defaults_are_the_protocols() -> None:
     assert SamplingParams().to_wire() == Sampling()
+    defaults = {field.name: field.default for field in fields(SamplingParams)}
+    del defaults["n"]
+    told = {name: value for name, value in defaults.items() if value not in (None, ())}
+    assert msgspec.convert(told, Sampling) == Sampling()
+    assert not any(getattr(Sampling(), name) for name in defaults.keys() - told.keys())
 
 
 def test_greedy_and_integers_for_floats_are_allowed() -> None:
