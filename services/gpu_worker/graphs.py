@@ -19,9 +19,12 @@ from torch import Tensor
 from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, columns
 from nanovllm.services.gpu_worker.steps import StepOutput
 
-# How many prefill chunks a replayed step may have.
-MAX_CHUNKS = 32
 FEWEST_CHUNK_TOKENS = 128
+# How many prefill chunks a replayed step may have: one for each TOKENS_PER_CHUNK tokens that the
+# step has room for, at least FEWEST_CHUNKS. A step with more chunks, of still shorter prompts, is
+# launched kernel by kernel, which takes the CPU longer than the device.
+FEWEST_CHUNKS = 32
+TOKENS_PER_CHUNK = 16
 # How many rows that need whole logits a rank draws in a replay. With more, launching the kernels
 # takes less than the kernels do.
 WHOLE_SHARES = (1, 2, 4, 8, 16)
@@ -205,8 +208,10 @@ def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
     mixed: list[Layout] = []
     while not mixed or tokens < 2 * max_prefill_tokens:
         fitting = min(tokens, max_prefill_tokens)
+        # No slot decodes and has a chunk in one step, or has two chunks.
+        chunks = min(max(FEWEST_CHUNKS, fitting // TOKENS_PER_CHUNK), max_num_seqs)
         mixed += [
-            Layout(rows, MAX_CHUNKS, fitting, rows + MAX_CHUNKS)
+            Layout(rows, chunks, fitting, min(rows + chunks, max_num_seqs))
             for rows in [*(r for r in (8, 64, 256) if r < max_num_seqs), max_num_seqs]
         ]
         tokens *= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,13 @@ from nanovllm.messages import Admission
 from nanovllm.protocol import Sampling
 from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.executor import Executor
-from nanovllm.services.gpu_worker.graphs import MAX_CHUNKS, Sizes, StepGraphs, graph_sizes
+from nanovllm.services.gpu_worker.graphs import (
+    FEWEST_CHUNKS,
+    TOKENS_PER_CHUNK,
+    Sizes,
+    StepGraphs,
+    graph_sizes,
+)
 from nanovllm.services.gpu_worker.model.parallel import TensorParallel
 from nanovllm.services.gpu_worker.slots import Layout, SlotTable
 from nanovllm.services.gpu_worker.startup import allocate_kv_cache, attention_shape
@@ -68,7 +75,9 @@ def test_a_step_is_hardly_padded(max_num_seqs: int, max_prefill_tokens: int) -> 
     assert tokens[-1] == max_prefill_tokens
     assert all(larger <= 2 * size for size, larger in pairwise(tokens))
     for layout in sizes.mixed:
-        assert layout.samples == layout.decodes + MAX_CHUNKS
+        asked = max(FEWEST_CHUNKS, layout.tokens // TOKENS_PER_CHUNK)
+        assert layout.chunks == min(asked, max_num_seqs)
+        assert layout.samples == min(layout.decodes + layout.chunks, max_num_seqs)
     assert max_num_seqs in {layout.decodes for layout in sizes.mixed}
 
 
@@ -186,39 +195,62 @@ def test_processed_rows_are_drawn_again_in_a_replay_of_their_own(tmp_path: Path)
     assert drawn & {2, 3}, "a graph has room for more"
 
 
-def test_the_smallest_graph_with_room_is_replayed() -> None:
-    """A step's token tells which one was."""
-    sizes = graph_sizes(8, 200)
-    reported: list[tuple[int, int]] = []
+def telling_graphs(
+    sizes: Sizes, max_num_seqs: int, progress: Callable[[int, int], None], capture: RunAgain
+) -> StepGraphs:
+    """The tokens of a replayed step tell which graph was replayed: the number of decodes, or of
+    mixed steps the room for tokens."""
 
-    def ran(size: int) -> StepOutput:
-        return StepOutput(torch.full((size,), size), torch.empty(size), torch.zeros(size))
+    def ran(rows: int, told: int) -> StepOutput:
+        return StepOutput(torch.full((rows,), told), torch.empty(rows), torch.zeros(rows))
 
-    capture = RunAgain()
-    graphs = StepGraphs(
-        lambda slots: ran(len(slots)),
-        lambda _, layout: ran(layout.samples),
+    return StepGraphs(
+        lambda slots: ran(len(slots), len(slots)),
+        lambda _, layout: ran(layout.samples, layout.tokens),
         sizes,
-        8,
+        max_num_seqs,
         CPU,
         capture,
-        lambda *done: reported.append(done),
+        progress,
     )
+
+
+def test_the_smallest_graph_with_room_is_replayed() -> None:
+    sizes = graph_sizes(8, 200)
+    reported: list[tuple[int, int]] = []
+    capture = RunAgain()
+    graphs = telling_graphs(sizes, 8, lambda *done: reported.append(done), capture)
     assert sizes.total == 4 + 2
     assert reported == [(done, sizes.total) for done in range(sizes.total + 1)]
     assert capture.captured == sizes.total
 
     table = SlotTable(8)
-    for slot in range(3):
-        admitted = Admission(slot, bytes(4), 1, bytes(4), 0, GREEDY)
-        batch = table.apply(step_plan(0, admit=[admitted], prefill=[(slot, 0, 1)]))
+    for slot, length, size in ((0, 1, 128), (1, 150, 200), (2, 128, 128)):
+        admitted = Admission(slot, bytes(4 * length), length, bytes(4), 0, GREEDY)
+        batch = table.apply(step_plan(0, admit=[admitted], prefill=[(slot, 0, length)]))
         decoded = graphs.replay(batch)
         assert decoded is not None
-        assert decoded.token_ids.tolist() == [sizes.mixed[0].samples]
+        assert decoded.token_ids.tolist() == [size]
     for slots, size in (([0], 1), ([1, 0], 2), ([1, 2, 0], 4), ([2], 1)):
         decoded = graphs.replay(table.apply(step_plan(0, decode=slots)))
         assert decoded is not None
         assert decoded.token_ids.tolist() == [size] * len(slots)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length", "size"),
+    [(120, 17, 2048), (64, 16, 1024), (65, 15, 2048), (129, 15, None)],
+)
+def test_many_short_prompts_are_computed_in_one_replay(
+    prompts: int, length: int, size: int | None
+) -> None:
+    graphs = telling_graphs(graph_sizes(200, 2048), 200, lambda *_: None, RunAgain())
+    admitted = [
+        Admission(slot, bytes(4 * length), length, bytes(4), 0, GREEDY) for slot in range(prompts)
+    ]
+    chunks = [(slot, 0, length) for slot in range(prompts)]
+    decoded = graphs.replay(SlotTable(200).apply(step_plan(0, admit=admitted, prefill=chunks)))
+    assert (None if decoded is None else decoded.token_ids.tolist()) == (size and [size] * prompts)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
