@@ -28,7 +28,7 @@ import msgspec
 
 from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.client.private_pipeline import PrivatePipeline
-from nanovllm.client.requests import Messages, Prompt, Tools, generate_message
+from nanovllm.client.requests import Messages, Prompt, Tools, request_for
 from nanovllm.client.results import PendingPing, PendingRequest, RequestError
 from nanovllm.client.thread import ConnectionThread
 from nanovllm.control import SchedulerStats
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 # Most unfinished requests besides the running: enough that a free slot always finds a next one.
 WINDOW: Final = 2048
+# The pipeline begins with so many requests while the next ones are encoded.
+SENT_AT_ONCE: Final = 64
 CONNECT_TIMEOUT_S: Final = 10.0
 # The LLM's own pipeline is watched as a process, so silence may last.
 PRIVATE_TIMEOUT_S: Final = 120.0
@@ -158,7 +160,7 @@ class LLM:
             raise RuntimeError("the LLM is closed")
         self._thread.connection.check_process()
         ask = partial(
-            generate_message, stream=False, chat_template_kwargs=chat_template_kwargs, tools=tools
+            request_for, stream=False, chat_template_kwargs=chat_template_kwargs, tools=tools
         )
         asks = asks_for(as_list(prompts), sampling_params, ask, return_errors)
         outputs: dict[int, LLMOutput | RequestError] = {}
@@ -244,13 +246,13 @@ class LLM:
         changed: queue.SimpleQueue[int],
     ) -> None:
         """Moves requests from `waiting` to `outstanding`; their changes go into `changed`."""
-        new: list[PendingRequest] = []
         while waiting and len(outstanding) < self._window:
-            index, message = waiting.popleft()
-            request = PendingRequest(message, partial(changed.put, index), patient=True)
-            outstanding[index] = request
-            new.append(request)
-        if new:
+            new: list[PendingRequest] = []
+            while waiting and len(outstanding) < self._window and len(new) < SENT_AT_ONCE:
+                index, message = waiting.popleft()
+                request = PendingRequest(message, partial(changed.put, index), patient=True)
+                outstanding[index] = request
+                new.append(request)
             self._thread.submit(*new)
 
     def _ended(

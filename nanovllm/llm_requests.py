@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+import msgspec
+
 from nanovllm.client.requests import Prompt
 from nanovllm.client.results import PendingRequest, RequestError
-from nanovllm.protocol import FinishReason, Generate, Logprobs, PromptLogprobs
+from nanovllm.protocol import FinishReason, Generate, Logprobs, PromptLogprobs, Sampling
 from nanovllm.sampling_params import SamplingParams, following_seed
 from nanovllm.wording import counted
 
@@ -48,7 +49,7 @@ class Ask(NamedTuple):
 def asks_for(
     prompts: Sequence[Prompt],
     sampling_params: Any,
-    ask: Callable[[Prompt, SamplingParams | None], Generate],
+    ask: Callable[[Prompt, Sampling], Generate],
     return_errors: bool,
 ) -> list[Ask]:
     """The requests for all prompts, in order. A prompt that is not valid raises, or has an error in
@@ -63,13 +64,12 @@ def asks_for(
     for one in params:
         if not isinstance(one, SamplingParams | None):
             raise TypeError(f"sampling_params is a SamplingParams, not {type(one).__name__}")
-        if one is not None:
-            one.to_wire()
+    samplings = [_one_by_one(one or SamplingParams()) for one in params]
     if not one_each:
-        params = [*params] * len(prompts)
+        samplings *= len(prompts)
     asks: list[Ask] = []
-    for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-        for each in _one_by_one(sampling):
+    for index, (prompt, of_outputs) in enumerate(zip(prompts, samplings, strict=True)):
+        for each in of_outputs:
             try:
                 asks.append(Ask(index, ask(prompt, each)))
             except (TypeError, ValueError) as error:
@@ -82,13 +82,12 @@ def asks_for(
     return asks
 
 
-def _one_by_one(sampling: SamplingParams | None) -> list[SamplingParams | None]:
+def _one_by_one(params: SamplingParams) -> list[Sampling]:
     """The parameters of the requests for the n outputs of one prompt."""
-    if sampling is None or sampling.n == 1:
-        return [sampling]
-    seed = None if sampling.seed is None else int(sampling.seed)
-    return [
-        dataclasses.replace(sampling, n=1, seed=following_seed(seed, i)) for i in range(sampling.n)
+    sampling = params.to_wire()
+    return [sampling] + [
+        msgspec.structs.replace(sampling, seed=following_seed(sampling.seed, i))
+        for i in range(1, params.n)
     ]
 
 

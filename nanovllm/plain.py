@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-_PLAIN = (int, str, float, bool, type(None))
+_PLAIN = {int, str, float, bool, type(None)}
 
 
 def plain(value: Any) -> Any:
@@ -17,7 +17,7 @@ def plain(value: Any) -> Any:
     they hold; mappings and structs become dicts, other iterables lists. Anything else is returned
     as it is.
     """
-    if type(value) in _PLAIN:
+    if type(value) in _PLAIN or (type(value) is list and _PLAIN.issuperset(map(type, value))):
         return value
     if callable(tolist := getattr(value, "tolist", None)):
         held = tolist()

@@ -10,7 +10,7 @@ import msgspec
 
 from nanovllm.client.results import new_id
 from nanovllm.plain import plain
-from nanovllm.protocol import Generate
+from nanovllm.protocol import Generate, Sampling
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.wording import mistake
 
@@ -150,6 +150,35 @@ def generate_message(
     cache_salt: str | None = None,
     traceparent: str | None = None,
 ) -> Generate:
+    """The request for `prompt`, see `request_for`. Raises TypeError or ValueError also for
+    `sampling_params` that are not valid."""
+    if not isinstance(sampling_params, SamplingParams | None):
+        raise TypeError(
+            f"sampling_params is a SamplingParams, not {type(sampling_params).__name__}"
+        )
+    if sampling_params is not None and sampling_params.n != 1:
+        raise ValueError("n is for LLM.generate; ask n times, with seeds of your own")
+    return request_for(
+        prompt,
+        (sampling_params or SamplingParams()).to_wire(),
+        stream=stream,
+        chat_template_kwargs=chat_template_kwargs,
+        tools=tools,
+        cache_salt=cache_salt,
+        traceparent=traceparent,
+    )
+
+
+def request_for(
+    prompt: Prompt,
+    sampling: Sampling,
+    *,
+    stream: bool,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Tools | None = None,
+    cache_salt: str | None = None,
+    traceparent: str | None = None,
+) -> Generate:
     """The request for `prompt`: text, token ids or chat messages.
 
     Raises:
@@ -157,12 +186,6 @@ def generate_message(
         ValueError: the prompt is empty or not valid Unicode, or a value in it is of the wrong type
             or out of range.
     """
-    if not isinstance(sampling_params, SamplingParams | None):
-        raise TypeError(
-            f"sampling_params is a SamplingParams, not {type(sampling_params).__name__}"
-        )
-    if sampling_params is not None and sampling_params.n != 1:
-        raise ValueError("n is for LLM.generate; ask n times, with seeds of your own")
     values: dict[str, Any] = _prompt(plain(prompt))
     for name, value in (("chat_template_kwargs", chat_template_kwargs), ("tools", tools)):
         if value is not None:
@@ -177,7 +200,7 @@ def generate_message(
     except msgspec.ValidationError as error:
         raise ValueError(mistake(error)) from None
     message.stream = stream
-    message.sampling = (sampling_params or SamplingParams()).to_wire()
+    message.sampling = sampling
     try:
         msgspec.msgpack.encode(message)  # only encoding finds text that is not valid Unicode
     except UnicodeEncodeError as error:
@@ -198,7 +221,7 @@ def _prompt(prompt: Any) -> dict[str, Any]:
         return {"prompt": prompt}
     if isinstance(prompt[0], dict):
         return {"messages": prompt}
-    kinds = {type(item) for item in prompt}
+    kinds = set(map(type, prompt))
     if kinds == {int}:
         return {"prompt_token_ids": prompt}
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
