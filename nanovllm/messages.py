@@ -334,6 +334,9 @@ class Decoded(Message, tag="decoded"):
     on in which the answer begins; there only if the request has `answer_marks`.
     `prompt_parts`, if asked for, come with the output from token 0. `timings`, if wanted, come with
     each; without `decode_us` where a stop string ended the output.
+
+    There is one for each token: tuples, since an empty list is an object, which the garbage
+    collector looks at.
     """
 
     uid: int
@@ -342,10 +345,10 @@ class Decoded(Message, tag="decoded"):
     text_offset: int
     token_ids: bytes
     text: str
-    logprobs: list[TokenLogprobs]
+    logprobs: tuple[TokenLogprobs, ...]
     ending: Ending | None
     answer_at: int | None = None
-    prompt_parts: list[PromptPart] = []
+    prompt_parts: tuple[PromptPart, ...] = ()
     timings: Timings | None = None
 
 

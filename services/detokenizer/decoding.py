@@ -61,7 +61,7 @@ class Decoding:
 
     def update(self, begin: Begin) -> None:
         """Adds the tokens that the scheduler has and this output lacks, if there are any."""
-        self._prompt_parts = begin.prompt_parts
+        self._prompt_parts = tuple(begin.prompt_parts)
         self._prompt_tokens = begin.prompt_tokens
         self._cached_tokens = begin.cached_tokens
         self._timings = begin.timings
@@ -123,10 +123,10 @@ class Decoding:
             self._sent_chars,
             bytes(self._tokens),
             "".join(self._pieces),
-            list(self._logprobs),
+            tuple(self._logprobs),
             None if self._reason is None else Ending(self._reason, self._usage()),
             self._answer_at,
-            [] if start else self._prompt_parts,
+            () if start else self._prompt_parts,
             self._timings,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import cast
 
 import msgspec
@@ -60,7 +61,7 @@ class Output:
         self._answer_at: int | None = None
         self._answer_told = False
         # Log-probabilities of the prompt, until `take` has told them.
-        self._prompt_parts: list[PromptPart] = []
+        self._prompt_parts: Sequence[PromptPart] = ()
         # Text and logprobs that `take` has not returned yet.
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -114,7 +115,7 @@ class Output:
             self._answer_told = True
         if self._prompt_parts:
             delta.prompt_logprobs = _public_prompt(self._prompt_parts)
-            self._prompt_parts = []
+            self._prompt_parts = ()
         return delta
 
     def take_all(self, request_id: str) -> Delta:
@@ -156,7 +157,7 @@ def size_of(decoded: Decoded) -> int:
     return size
 
 
-def _public_prompt(parts: list[PromptPart]) -> PromptLogprobs:
+def _public_prompt(parts: Sequence[PromptPart]) -> PromptLogprobs:
     """In MessagePack: objects of a long prompt's entries, a million, would take half a second."""
     import numpy as np  # only here: few requests ask for these, see nanovllm.messages
 

@@ -303,7 +303,7 @@ def test_the_answer_begins_where_the_marks_say(
 def test_resumed_tokens_beyond_a_stop_string_all_count() -> None:
     core = Detokenizer(VOCABULARY)
     core.take(begin(ids_of_bytes(b"one END two"), resumed=11, stop=["END"]))
-    assert only(core) == Decoded(UID, 1, 11, 4, b"", "", [], ended("stop", 11))
+    assert only(core) == Decoded(UID, 1, 11, 4, b"", "", (), ended("stop", 11))
     core.take(rows((UID, 1, 11, 5)))
     core.take(Finished(UID, 1, "length", 12))
     assert core.frame() == []
@@ -314,7 +314,7 @@ def test_text_that_may_become_a_stop_string_waits() -> None:
     core.take(begin(ids_of_bytes(b"a EN"), stop=["END"]))
     assert only(core).text == "a "
     core.take(rows((UID, 1, 4, ids_of_bytes(b"T")[0])))
-    assert only(core) == Decoded(UID, 1, 4, 2, pack(ids_of_bytes(b"T")), "ENT", [], None)
+    assert only(core) == Decoded(UID, 1, 4, 2, pack(ids_of_bytes(b"T")), "ENT", (), None)
 
 
 def test_a_stop_string_completed_by_the_end_of_an_incomplete_character() -> None:
@@ -322,7 +322,7 @@ def test_a_stop_string_completed_by_the_end_of_an_incomplete_character() -> None
     core.take(begin(ids_of_bytes(b"ab\xf0\x9f"), stop=["b\ufffd"]))
     assert only(core).text == "a"
     core.take(Finished(UID, 1, "length", 4))
-    assert only(core) == Decoded(UID, 1, 4, 1, b"", "", [], ended("stop", 4))
+    assert only(core) == Decoded(UID, 1, 4, 1, b"", "", (), ended("stop", 4))
 
 
 def test_repeated_tokens_are_cut_and_gaps_wait_for_begin() -> None:
@@ -352,7 +352,7 @@ def test_only_the_newest_attempt_counts() -> None:
     assert only(core).text == "old"
     core.take(begin(ids_of_bytes(b"new"), attempt=3, resumed=1))
     core.take(rows((UID, 2, 3, 5)))
-    assert only(core) == Decoded(UID, 3, 1, 1, pack(ids_of_bytes(b"ew")), "ew", [], None)
+    assert only(core) == Decoded(UID, 3, 1, 1, pack(ids_of_bytes(b"ew")), "ew", (), None)
     assert core.stats().requests == 1
 
 
@@ -410,7 +410,7 @@ def test_logprobs_keep_to_their_tokens(resumed: int, earlier: int, later: int) -
     core.take(rows((UID, 1, total, 50), logprobs={0: logprobs_of(50)}))
     decoded = only(core)
     assert decoded.token_offset == resumed + earlier
-    assert decoded.logprobs == [*fresh, logprobs_of(50)]
+    assert decoded.logprobs == (*fresh, logprobs_of(50))
     assert unpack(decoded.token_ids).tolist() == [*token_ids[resumed + earlier :], 50]
 
 
@@ -420,5 +420,5 @@ def test_logprobs_of_some_rows() -> None:
     core.take(begin(uid=UID + 1))
     core.take(rows((UID, 1, 0, 3), (UID + 1, 1, 0, 4), logprobs={1: logprobs_of(4)}))
     without, with_them = flush(core)
-    assert without.logprobs == []
-    assert with_them.logprobs == [logprobs_of(4)]
+    assert without.logprobs == ()
+    assert with_them.logprobs == (logprobs_of(4),)

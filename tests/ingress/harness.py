@@ -203,6 +203,6 @@ def decoded(
         text_offset=start,
         token_ids=pack(tokens),
         text="".join(str(token % 10) for token in tokens),
-        logprobs=[],
+        logprobs=(),
         ending=Ending("length", Usage(3, total, 2)) if end else None,
     )

@@ -137,7 +137,7 @@ def stream(world: World, submit: Submit) -> None:
 
 def logprobs(world: World, submit: Submit) -> None:
     new = decoded(submit, 100 * world.steps, list(range(100)))
-    new.logprobs = [TokenLogprobs(bytes(84), bytes(84))] * 100
+    new.logprobs = (TokenLogprobs(bytes(84), bytes(84)),) * 100
     new.text, new.text_offset = "", 0
     world.core.from_detokenizer(new)
 

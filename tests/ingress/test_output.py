@@ -31,7 +31,7 @@ class Truth(NamedTuple):
             text_offset=len("".join(self.texts[:start])),
             token_ids=pack(self.tokens[start:end]),
             text="".join(self.texts[start:end]),
-            logprobs=[logprobs(token) for token in self.tokens[start:end]],
+            logprobs=tuple(logprobs(token) for token in self.tokens[start:end]),
             ending=None,
         )
 
@@ -104,9 +104,9 @@ def test_the_answer_s_place_is_told_once(data: st.DataObject, truth: Truth, answ
 
 def test_text_that_comes_without_a_token() -> None:
     output = Output(b"", with_logprobs=False)
-    assert output.add(Decoded(1, 1, 0, 0, pack([5]), "", [], None))
-    assert output.add(Decoded(1, 1, 1, 0, b"", "é", [], None))
-    assert output.add(Decoded(1, 1, 1, 0, b"", "é!", [], None))
+    assert output.add(Decoded(1, 1, 0, 0, pack([5]), "", (), None))
+    assert output.add(Decoded(1, 1, 1, 0, b"", "é", (), None))
+    assert output.add(Decoded(1, 1, 1, 0, b"", "é!", (), None))
     delta = output.take("a")
     assert delta == Delta(id="a", offset=0, token_ids=[5], text="é!")
 
@@ -114,15 +114,15 @@ def test_text_that_comes_without_a_token() -> None:
 @pytest.mark.parametrize(
     "decoded",
     [
-        Decoded(1, 1, 3, 2, pack([1]), "a", [], None),
-        Decoded(1, 1, 2, 3, pack([1]), "a", [], None),
-        Decoded(1, 1, 2, 2, b"abc", "a", [], None),
+        Decoded(1, 1, 3, 2, pack([1]), "a", (), None),
+        Decoded(1, 1, 2, 3, pack([1]), "a", (), None),
+        Decoded(1, 1, 2, 2, b"abc", "a", (), None),
     ],
     ids=["tokens missing", "text missing", "torn"],
 )
 def test_a_gap_is_refused_whole(decoded: Decoded) -> None:
     output = Output(b"", with_logprobs=False)
-    output.add(Decoded(1, 1, 0, 0, pack([8, 9]), "xy", [], None))
+    output.add(Decoded(1, 1, 0, 0, pack([8, 9]), "xy", (), None))
     output.take("a")
     assert not output.add(decoded)
     assert output.take("a") is None
@@ -131,8 +131,8 @@ def test_a_gap_is_refused_whole(decoded: Decoded) -> None:
 
 def test_resumed_text_goes_on_where_the_first_delta_says() -> None:
     output = Output(pack([1, 2]), with_logprobs=False)
-    assert output.add(Decoded(1, 1, 2, 40, pack([3]), "abc", [], None))
-    assert output.add(Decoded(1, 2, 2, 40, pack([3, 4]), "abcd", [], None))
+    assert output.add(Decoded(1, 1, 2, 40, pack([3]), "abc", (), None))
+    assert output.add(Decoded(1, 2, 2, 40, pack([3, 4]), "abcd", (), None))
     assert output.take("a") == Delta(id="a", offset=2, token_ids=[3, 4], text="abcd")
     assert output.tokens == pack([1, 2, 3, 4])
 
@@ -152,7 +152,7 @@ def test_a_prompt_is_told_once_and_as_it_is(width: int) -> None:
     output = Output(b"", with_logprobs=False)
     for again in range(2):
         decoded = Truth([4, 5], ["a", "b"], 0).decoded(0, 1 + again)
-        decoded.prompt_parts = parts
+        decoded.prompt_parts = tuple(parts)
         output.add(decoded)
         told = msgspec.msgpack.decode(msgspec.msgpack.encode(output.take("id")), type=Delta)
         assert told.prompt_logprobs == (msgspec.UNSET if again else expected)
