@@ -39,8 +39,8 @@ from nanovllm.wording import counted
 log = logging.getLogger(__name__)
 
 # A wake-up handles so many client messages, or so many bytes of them, at most. More would delay
-# streams: to decode 8 MiB can take half a second.
-MESSAGES_PER_WAKE_UP = 128
+# streams, and the requests that a tokenizer has answered: to decode 8 MiB can take half a second.
+MESSAGES_PER_WAKE_UP = 16
 BYTES_PER_WAKE_UP = 1 << 20
 # Of all client queues.
 MAX_QUEUED_BYTES = 512 << 20
