@@ -28,7 +28,7 @@ import msgspec
 
 from nanovllm.checkpoint import ModelConfig, resolve_model
 from nanovllm.client.private_pipeline import PrivatePipeline
-from nanovllm.client.requests import Messages, Prompt, Tools, request_for
+from nanovllm.client.requests import Messages, Prompt, Tools, generate_message
 from nanovllm.client.results import PendingPing, PendingRequest, RequestError
 from nanovllm.client.thread import ConnectionThread
 from nanovllm.control import SchedulerStats
@@ -160,7 +160,7 @@ class LLM:
             raise RuntimeError("the LLM is closed")
         self._thread.connection.check_process()
         ask = partial(
-            request_for, stream=False, chat_template_kwargs=chat_template_kwargs, tools=tools
+            generate_message, stream=False, chat_template_kwargs=chat_template_kwargs, tools=tools
         )
         asks = asks_for(as_list(prompts), sampling_params, ask, return_errors)
         outputs: dict[int, LLMOutput | RequestError] = {}

@@ -89,7 +89,7 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         """
         message = generate_message(
             prompt,
-            sampling_params,
+            sampling_of(sampling_params),
             stream=stream,
             chat_template_kwargs=chat_template_kwargs,
             tools=tools,
@@ -140,36 +140,16 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         return self.generate(messages, sampling_params, chat_template_kwargs=kwargs, tools=tools)
 
 
-def generate_message(
-    prompt: Prompt,
-    sampling_params: SamplingParams | None = None,
-    *,
-    stream: bool,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    tools: Tools | None = None,
-    cache_salt: str | None = None,
-    traceparent: str | None = None,
-) -> Generate:
-    """The request for `prompt`, see `request_for`. Raises TypeError or ValueError also for
-    `sampling_params` that are not valid."""
-    if not isinstance(sampling_params, SamplingParams | None):
-        raise TypeError(
-            f"sampling_params is a SamplingParams, not {type(sampling_params).__name__}"
-        )
-    if sampling_params is not None and sampling_params.n != 1:
+def sampling_of(params: SamplingParams | None) -> Sampling:
+    """The parameters of one request. Raises TypeError or ValueError if these are not valid."""
+    if not isinstance(params, SamplingParams | None):
+        raise TypeError(f"sampling_params is a SamplingParams, not {type(params).__name__}")
+    if params is not None and params.n != 1:
         raise ValueError("n is for LLM.generate; ask n times, with seeds of your own")
-    return request_for(
-        prompt,
-        (sampling_params or SamplingParams()).to_wire(),
-        stream=stream,
-        chat_template_kwargs=chat_template_kwargs,
-        tools=tools,
-        cache_salt=cache_salt,
-        traceparent=traceparent,
-    )
+    return (params or SamplingParams()).to_wire()
 
 
-def request_for(
+def generate_message(
     prompt: Prompt,
     sampling: Sampling,
     *,

@@ -22,6 +22,7 @@ from nanovllm.protocol import (
     Generate,
     Ping,
     Pong,
+    Sampling,
 )
 from nanovllm.sampling_params import SamplingParams
 from tests.client.double import SEED, finish, output_of, text_of, whole_answer
@@ -41,7 +42,7 @@ class Harness:
         self.renewals = 0
 
     def submit(self, prompt: str = "abc", *, stream: bool = True, **params: Any) -> PendingRequest:
-        message = generate_message(prompt, SamplingParams(**params), stream=stream)
+        message = generate_message(prompt, SamplingParams(**params).to_wire(), stream=stream)
         return self.take(PendingRequest(message, lambda: None))
 
     def take(self, request: PendingRequest) -> PendingRequest:
@@ -110,7 +111,7 @@ def test_a_request_that_does_not_stream_gets_all_at_its_finish() -> None:
 
 def test_logprobs_that_came_in_deltas_need_not_be_kept() -> None:
     harness = Harness()
-    message = generate_message("abc", SamplingParams(logprobs=0), stream=True)
+    message = generate_message("abc", Sampling(logprobs=0), stream=True)
     request = harness.take(PendingRequest(message, lambda: None, keeps_logprobs=False))
     new = Delta(id=message.id, offset=0, token_ids=[5], text="5", logprobs=[[(5, -0.5)]])
     harness.step(0.1, accepted(request), new, finish(message))
@@ -283,7 +284,7 @@ def test_overloaded_is_the_end_of_a_new_request() -> None:
 
 def test_overloaded_means_later_for_a_patient_request() -> None:
     harness = Harness()
-    message = generate_message("abc", stream=False)
+    message = generate_message("abc", Sampling(), stream=False)
     request = harness.take(PendingRequest(message, lambda: None, patient=True))
     harness.step()
     assert not harness.sent(Generate, 0.1, error(request, "overloaded"))

@@ -1,16 +1,18 @@
 import enum
 from collections import UserDict
+from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from nanovllm.client.requests import generate_message
-from nanovllm.protocol import Generate
+from nanovllm.client.requests import generate_message, sampling_of
+from nanovllm.protocol import Generate, Sampling
 from nanovllm.sampling_params import SamplingParams
 
 HI = {"role": "user", "content": "hi"}
+ask = partial(generate_message, sampling=Sampling(), stream=True)
 
 
 class Role(enum.StrEnum):
@@ -18,14 +20,14 @@ class Role(enum.StrEnum):
 
 
 def test_text_token_ids_and_chat_messages() -> None:
-    assert generate_message("hello", stream=True).prompt == "hello"
-    assert generate_message([1, 2], stream=True).prompt_token_ids == [1, 2]
-    assert generate_message((1, 2), stream=True).prompt_token_ids == [1, 2]
+    assert ask("hello").prompt == "hello"
+    assert ask([1, 2]).prompt_token_ids == [1, 2]
+    assert ask((1, 2)).prompt_token_ids == [1, 2]
     array: Any = np.array([3, 4])
-    assert generate_message(array, stream=True).prompt_token_ids == [3, 4]
+    assert ask(array).prompt_token_ids == [3, 4]
     chat = generate_message(
         [{"role": "user", "content": "hi"}],
-        SamplingParams(max_tokens=3),
+        sampling_of(SamplingParams(max_tokens=3)),
         stream=False,
         chat_template_kwargs={"enable_thinking": False},
     )
@@ -46,15 +48,14 @@ def test_text_token_ids_and_chat_messages() -> None:
     ],
 )
 def test_a_prompt_is_taken_for_what_it_is(prompt: Any, meant: Any) -> None:
-    message = generate_message(prompt, stream=True)
+    message = ask(prompt)
     sent = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=Generate)
     assert meant in (sent.prompt, sent.prompt_token_ids, sent.messages)
 
 
 def test_other_arguments_are_taken_for_what_they_are() -> None:
-    message = generate_message(
+    message = ask(
         [{"role": "user", "content": "hi"}],
-        stream=True,
         chat_template_kwargs={"enable_thinking": np.False_, "tools": [np.str_("a"), np.int64(1)]},
         cache_salt=np.str_("salt"),
     )
@@ -87,18 +88,19 @@ def test_a_wrong_prompt_is_refused_and_named(
     prompt: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        generate_message(prompt, stream=True)
+        ask(prompt)
 
 
 def test_template_arguments_need_a_chat() -> None:
     with pytest.raises(ValueError, match="chat_template_kwargs"):
-        generate_message("text", stream=True, chat_template_kwargs={"a": 1})
+        ask("text", chat_template_kwargs={"a": 1})
 
 
 def test_parameters_are_sampling_params() -> None:
     params: Any = {"temperature": 1}
     with pytest.raises(TypeError, match="SamplingParams, not dict"):
-        generate_message("text", params, stream=True)
-    params = SamplingParams(stop="\ud800")
+        sampling_of(params)
+    with pytest.raises(ValueError, match="n is for LLM"):
+        sampling_of(SamplingParams(n=2))
     with pytest.raises(ValueError, match="not valid Unicode"):
-        generate_message([1], params, stream=True)
+        generate_message([1], Sampling(stop=["\ud800"]), stream=True)
