@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import msgspec
 
 from nanovllm.client.requests import Prompt
-from nanovllm.client.results import PendingRequest, RequestError
+from nanovllm.client.results import PendingRequest, RequestError, new_id
 from nanovllm.protocol import FinishReason, Generate, Logprobs, PromptLogprobs, Sampling
 from nanovllm.sampling_params import SamplingParams, following_seed
 from nanovllm.wording import counted
@@ -68,17 +68,22 @@ def asks_for(
     if not one_each:
         samplings *= len(prompts)
     asks: list[Ask] = []
-    for index, (prompt, of_outputs) in enumerate(zip(prompts, samplings, strict=True)):
-        for each in of_outputs:
-            try:
-                asks.append(Ask(index, ask(prompt, each)))
-            except (TypeError, ValueError) as error:
-                part = isinstance(prompt, Integral | Mapping)
-                hint = "; one prompt alone goes into a list, too: [prompt]" * part
-                reason = f"prompts[{index}]: {error}{hint}"
-                if not return_errors:
-                    raise type(error)(reason) from None
-                asks.append(Ask(index, RequestError("invalid_request", reason)))
+    for index, (prompt, (first, *others)) in enumerate(zip(prompts, samplings, strict=True)):
+        try:
+            message = ask(prompt, first)
+        except (TypeError, ValueError) as error:
+            part = isinstance(prompt, Integral | Mapping)
+            hint = "; one prompt alone goes into a list, too: [prompt]" * part
+            reason = f"prompts[{index}]: {error}{hint}"
+            if not return_errors:
+                raise type(error)(reason) from None
+            refused = Ask(index, RequestError("invalid_request", reason))
+            asks += [refused] * (1 + len(others))
+            continue
+        asks.append(Ask(index, message))
+        for sampling in others:
+            copy = msgspec.structs.replace(message, id=new_id(), sampling=sampling)
+            asks.append(Ask(index, copy))
     return asks
 
 

@@ -8,20 +8,45 @@ from typing import Any
 import msgspec
 
 _PLAIN = {int, str, float, bool, type(None)}
+TOO_DEEP = "nested too deeply"
 
 
 def plain(value: Any) -> Any:
-    """The value in built-in types.
+    """The value in built-in types; lists and dicts are new ones.
 
     Numbers and strings of subclasses, scalars and arrays (of numpy, torch and the like) become what
     they hold; mappings and structs become dicts, other iterables lists. Anything else is returned
     as it is.
+
+    Raises ValueError if the value is nested too deeply, or holds itself.
     """
-    if type(value) in _PLAIN or (type(value) is list and _PLAIN.issuperset(map(type, value))):
+    try:
+        return _plain(value)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+
+
+def check_sendable(value: Any) -> None:
+    """Raises ValueError if no message can hold the value, which is of built-in types."""
+    try:
+        msgspec.msgpack.encode(value)
+    except UnicodeEncodeError as error:
+        found = error.object[error.start]
+        raise ValueError(f"the text is not valid Unicode (UTF-8): it holds {found!r}") from None
+    except OverflowError:
+        raise ValueError("an integer has more than 64 bits") from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+
+
+def _plain(value: Any) -> Any:
+    if type(value) in _PLAIN:
         return value
+    if type(value) is list and _PLAIN.issuperset(map(type, value)):
+        return value.copy()
     if callable(tolist := getattr(value, "tolist", None)):
         held = tolist()
-        return held if type(held) is type(value) else plain(held)
+        return held if type(held) is type(value) else _plain(held)
     if isinstance(value, str):  # str() would give an enum's name
         return str.__str__(value)
     if isinstance(value, int):
@@ -31,7 +56,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, msgspec.Struct):
         value = msgspec.structs.asdict(value)
     if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, bytes | bytearray | memoryview):
-        return [item if type(item) in _PLAIN else plain(item) for item in value]
+        return [item if type(item) in _PLAIN else _plain(item) for item in value]
     return value

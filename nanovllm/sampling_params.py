@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.plain import plain
+from nanovllm.plain import check_sendable, plain
 from nanovllm.protocol import Sampling, StructuredOutputs
 from nanovllm.wording import key_and_reason
 
@@ -113,7 +113,7 @@ class SamplingParams:
             values["stop"] = [stop]
         outputs = values.get("structured_outputs")
         if isinstance(outputs, dict) and isinstance(outputs.get("json_schema"), dict | bool):
-            outputs["json_schema"] = msgspec.json.encode(outputs["json_schema"]).decode()
+            outputs["json_schema"] = _json(outputs["json_schema"])
         for name, value in values.items():
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"{name} is not a number")
@@ -121,12 +121,27 @@ class SamplingParams:
             # The pipeline cuts `max_tokens` to the model's length; no model is as long as this.
             values["max_tokens"] = min(max_tokens, 2**31 - 1)
         try:
-            return msgspec.convert(values, Sampling)
+            sampling = msgspec.convert(values, Sampling)
         except msgspec.ValidationError as error:
             key, reason = key_and_reason(error)
             name = re.split(r"[.\[]", key)[0]
             raise ValueError(f"{name}={given[name]!r}: {reason}") from None
+        for name in values.keys() & _WITH_TEXT:
+            try:
+                check_sendable(getattr(sampling, name))
+            except ValueError as error:
+                raise ValueError(f"{name}={given[name]!r}: {error}") from None
+        return sampling
+
+
+def _json(schema: Any) -> str:
+    """Raises ValueError if the schema, of built-in types, cannot be JSON."""
+    try:
+        return msgspec.json.encode(schema).decode()
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"structured_outputs: json_schema is no JSON: {error}") from None
 
 
 # The protocol has the same defaults, so a value that is its default is not converted.
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+_WITH_TEXT = {"stop", "bad_words", "structured_outputs"}

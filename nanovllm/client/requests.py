@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 import msgspec
 
 from nanovllm.client.results import new_id
-from nanovllm.plain import plain
+from nanovllm.plain import check_sendable, plain
 from nanovllm.protocol import Generate, Sampling
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.wording import mistake
@@ -179,13 +179,10 @@ def generate_message(
         message = msgspec.convert({"type": "generate", "id": new_id(), **values}, Generate)
     except msgspec.ValidationError as error:
         raise ValueError(mistake(error)) from None
+    if values.keys() != {"prompt_token_ids"}:
+        check_sendable(message)
     message.stream = stream
     message.sampling = sampling
-    try:
-        msgspec.msgpack.encode(message)  # only encoding finds text that is not valid Unicode
-    except UnicodeEncodeError as error:
-        found = error.object[error.start]
-        raise ValueError(f"the text is not valid Unicode (UTF-8): it holds {found!r}") from None
     return message
 
 

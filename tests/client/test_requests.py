@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from nanovllm.client.requests import generate_message, sampling_of
+from nanovllm.client.results import RequestError
+from nanovllm.llm_requests import asks_for
 from nanovllm.protocol import Generate, Sampling
 from nanovllm.sampling_params import SamplingParams
 
@@ -82,6 +84,7 @@ def test_other_arguments_are_taken_for_what_they_are() -> None:
         ({"role": "user", "content": "x"}, TypeError, "dict"),
         ("caf\udce9", ValueError, "not valid Unicode"),
         ([{"role": "user", "content": "caf\udce9"}], ValueError, "not valid Unicode"),
+        ([{"role": "user", "content": 2**64}], ValueError, "more than 64 bits"),
     ],
 )
 def test_a_wrong_prompt_is_refused_and_named(
@@ -89,6 +92,13 @@ def test_a_wrong_prompt_is_refused_and_named(
 ) -> None:
     with pytest.raises(error, match=message):
         ask(prompt)
+
+
+def test_a_prompt_that_holds_itself_is_refused() -> None:
+    content: list[Any] = []
+    content.append(content)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        ask([{"role": "user", "content": content}])
 
 
 def test_template_arguments_need_a_chat() -> None:
@@ -102,5 +112,29 @@ def test_parameters_are_sampling_params() -> None:
         sampling_of(params)
     with pytest.raises(ValueError, match="n is for LLM"):
         sampling_of(SamplingParams(n=2))
-    with pytest.raises(ValueError, match="not valid Unicode"):
-        generate_message([1], Sampling(stop=["\ud800"]), stream=True)
+
+
+def test_a_request_keeps_nothing_of_its_program() -> None:
+    """A client encodes a request again when it submits the request again."""
+    required, content, said = ["a"], ["x"], ["y"]
+    message = ask(
+        [{"role": "user", "content": content}],
+        tools=[{"type": "function", "function": {"name": "f", "parameters": {"r": required}}}],
+        chat_template_kwargs={"said": said},
+    )
+    before = msgspec.msgpack.encode(message)
+    for held in (required, content, said):
+        held.append("later")
+    assert msgspec.msgpack.encode(message) == before
+
+
+def test_n_requests_of_a_prompt_that_is_read_once() -> None:
+    params = SamplingParams(seed=7, n=3)
+    prompts: Any = [iter([1, 2]), "", "a"]
+    asks = asks_for(prompts, params, partial(generate_message, stream=False), return_errors=True)
+    assert [one.prompt for one in asks] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    sent = [one.message for one in asks if isinstance(one.message, Generate)]
+    assert [one.prompt_token_ids for one in sent] == [[1, 2]] * 3 + [None] * 3
+    assert [one.sampling.seed for one in sent] == [7, 8, 9] * 2
+    assert len({one.id for one in sent}) == 6
+    assert all(isinstance(one.message, RequestError) for one in asks[3:6])

@@ -98,6 +98,11 @@ def test_a_value_is_taken_for_what_it_is(name: str, value: Any, meant: Any) -> N
         ("min_tokens", 2**31),
         ("bad_words", "x"),
         ("bad_words", [[]]),
+        ("stop", ["a", "\ud800"]),
+        ("bad_words", ["\ud800"]),
+        ("structured_outputs", {"regex": "\ud800"}),
+        ("structured_outputs", {"json_schema": {"const": "\ud800"}}),
+        ("structured_outputs", {"json_schema": {"const": object()}}),
     ],
 )
 def test_a_parameter_out_of_range_is_named(name: str, value: Any) -> None:
