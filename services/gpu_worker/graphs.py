@@ -19,7 +19,13 @@ from torch import Tensor
 from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, columns
 from nanovllm.services.gpu_worker.steps import StepOutput
 
+# How many tokens of chunks the smallest mixed step has room for, and how far apart the next ones
+# are, up to WIDE_APART; from there on each has twice as many, since all of these run at start.
 FEWEST_CHUNK_TOKENS = 128
+CHUNK_TOKENS_APART = 256
+WIDE_APART = 2048
+# How many decodes a mixed step has room for, beside the most there can be.
+DECODES_BESIDE_CHUNKS = (8, 64, 128, 256, 384)
 # How many prefill chunks a replayed step may have: one for each TOKENS_PER_CHUNK tokens that the
 # step has room for, at least FEWEST_CHUNKS. A step with more chunks, of still shorter prompts, is
 # launched kernel by kernel, which takes the CPU longer than the device.
@@ -200,23 +206,28 @@ def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
     """The steps to capture.
 
     A padding row costs a few µs of a step, which at 64 rows takes thousands of µs. A graph costs
-    some hundredths of a second at start. So there are few graphs, and the larger, the fewer. Mixed
-    steps take longer, and are padded by up to as many tokens as they have.
+    some hundredths of a second at start. So there are few graphs, and the larger, the fewer. Of
+    mixed steps of large models each token counts, from some hundreds on.
     """
     decodes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
-    tokens = FEWEST_CHUNK_TOKENS
-    mixed: list[Layout] = []
-    while not mixed or tokens < 2 * max_prefill_tokens:
-        fitting = min(tokens, max_prefill_tokens)
-        # No slot decodes and has a chunk in one step, or has two chunks.
-        chunks = min(max(FEWEST_CHUNKS, fitting // TOKENS_PER_CHUNK), max_num_seqs)
-        mixed += [
-            Layout(rows, chunks, fitting, min(rows + chunks, max_num_seqs))
-            for rows in [*(r for r in (8, 64, 256) if r < max_num_seqs), max_num_seqs]
-        ]
-        tokens *= 2
     decodes = [size for size in decodes if size < max_num_seqs] + [max_num_seqs]
+    beside = [*(rows for rows in DECODES_BESIDE_CHUNKS if rows < max_num_seqs), max_num_seqs]
+    mixed: list[Layout] = []
+    for tokens in _chunk_tokens(max_prefill_tokens):
+        # No slot decodes and has a chunk in one step, or has two chunks.
+        chunks = min(max(FEWEST_CHUNKS, tokens // TOKENS_PER_CHUNK), max_num_seqs)
+        mixed += [Layout(rows, chunks, tokens, min(rows + chunks, max_num_seqs)) for rows in beside]
     return Sizes(decodes, mixed)
+
+
+def _chunk_tokens(most: int) -> list[int]:
+    """How many tokens of chunks mixed steps have room for, up to `most`."""
+    sizes = [FEWEST_CHUNK_TOKENS, *range(CHUNK_TOKENS_APART, WIDE_APART, CHUNK_TOKENS_APART)]
+    tokens = WIDE_APART
+    while tokens < most:
+        sizes.append(tokens)
+        tokens *= 2
+    return [*(size for size in sizes if size < most), most]
 
 
 def first_rows(output: StepOutput, rows: int) -> StepOutput:

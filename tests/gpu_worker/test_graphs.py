@@ -73,7 +73,8 @@ def test_a_step_is_hardly_padded(max_num_seqs: int, max_prefill_tokens: int) -> 
         assert size < larger <= max(size + 8, size * 1.25)
     tokens = sorted({layout.tokens for layout in sizes.mixed})
     assert tokens[-1] == max_prefill_tokens
-    assert all(larger <= 2 * size for size, larger in pairwise(tokens))
+    for size, larger in pairwise(tokens):
+        assert size < larger <= (2 * size if size >= 2048 else size + 256)
     for layout in sizes.mixed:
         asked = max(FEWEST_CHUNKS, layout.tokens // TOKENS_PER_CHUNK)
         assert layout.chunks == min(asked, max_num_seqs)
@@ -239,7 +240,7 @@ def test_the_smallest_graph_with_room_is_replayed() -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "length", "size"),
-    [(120, 17, 2048), (64, 16, 1024), (65, 15, 2048), (129, 15, None)],
+    [(120, 17, 2048), (64, 16, 1024), (65, 15, 1280), (129, 15, None)],
 )
 def test_many_short_prompts_are_computed_in_one_replay(
     prompts: int, length: int, size: int | None
