@@ -74,26 +74,28 @@ def with_tools(
 
 def _grammar(tools: Sequence[Function], *, forced: bool, several: bool) -> str:
     """Tool calls as `tool_calls` reads them; text before and behind calls, unless they are forced.
+    The first lines are two of each tool, so that an error's line tells which tool it is of.
 
     Args:
         several: whether there may be more than one call.
     """
-    if forced:
-        more = '("\\n" call)*' if several else ""
-        lines = [f"start: call {more}", f"open: {_quoted(OPEN)}"]
-    else:
-        lines = [
-            "start: call* text" if several else "start: text | call",
-            "text: TEXT",
-            "TEXT: /(.|\\n)*/",
-            f"open[lazy]: TEXT {_quoted(OPEN)}",
-        ]
-    lines.append("call: " + " | ".join(f"open call_{i}" for i in range(len(tools))))
+    lines: list[str] = []
     for i, tool in enumerate(tools):
         begin = f'\n{{"name": {_quoted(tool.name)}, "arguments": '
         lines += [
             f"call_{i}: {_quoted(begin)} arguments_{i} {_quoted(END_OF_CALL)}",
             f"arguments_{i}: %json {_arguments(tool)}",
+        ]
+    lines.append("call: " + " | ".join(f"open call_{i}" for i in range(len(tools))))
+    if forced:
+        more = '("\\n" call)*' if several else ""
+        lines += [f"start: call {more}", f"open: {_quoted(OPEN)}"]
+    else:
+        lines += [
+            "start: call* text" if several else "start: text | call",
+            "text: TEXT",
+            "TEXT: /(.|\\n)*/",
+            f"open[lazy]: TEXT {_quoted(OPEN)}",
         ]
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ _KEY: Final = re.compile(
     r"|allowed_token_ids|ignore_eos|response_format|structured_outputs|guided_\w+|prompt)"
     r"[\w.\[\]]*): "
 )
-
+_TOOL_LINE: Final = re.compile(r"^tools: at (\d+)\(\d+\): (failed to compile JSON schema: )?")
 
 TOO_DEEP: Final = "the body is nested too deeply"
 # The session is that of this server, which has many clients.
@@ -76,11 +76,17 @@ def api_error(
         message = message.replace("prompt_token_ids", "prompt", 1)  # over HTTP one key has both
     if message.startswith("structured_outputs: "):
         message = message.replace("structured_outputs", answer_key, 1)
+        message = _TOOL_LINE.sub(_tool_at, message)
     if _FULL.fullmatch(message):
         message = "the server holds as many requests as it may; try again later"
     found = _KEY.match(message)
     key = answer_key if message.startswith(f"{answer_key}: ") else found and found[1]
     return ApiError(_STATUS_OF[error.code], message, key, error.code)
+
+
+def _tool_at(found: re.Match[str]) -> str:
+    """A place in the grammar of tools, which has two lines of each: see `constraints`."""
+    return f"tools: the parameters of tool {(int(found[1]) + 1) // 2}: "
 
 
 def check_model(asked: str, served: str) -> None:

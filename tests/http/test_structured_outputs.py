@@ -207,7 +207,10 @@ def test_what_strict_and_forced_tools_allow() -> None:
             },
             "tool_choice",
         ),
-        ({"tools": [tool("a", {"not": {}}, strict=True)]}, "Unimplemented"),
+        (
+            {"tools": [tool("a", strict=True), tool("b", {"not": {}}, strict=True)]},
+            r"tools: the parameters of tool 2: Unimplemented keys: \[\"not\"\]",
+        ),
         ({"tools": [tool("a", {"type": "string"})], "tool_choice": "required"}, "type must be obj"),
         (
             {"tools": [tool("a")], "tool_choice": "required", "response_format": FORMAT},
