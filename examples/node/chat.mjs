@@ -39,6 +39,7 @@ class Client {
   #socket;
   #refused = false;
   #heardAt = Date.now();
+  #told = false; // that the connection has ended, since the last answer
   #pending = new Map(); // by id: the request, as it is to be sent again, and what has arrived
 
   constructor(endpoint, options) {
@@ -90,7 +91,8 @@ class Client {
   #reconnect(ended) {
     if (this.#socket !== ended || ended.closed) return;
     if (!this.#refused) {
-      console.error("[disconnected; going on]");
+      if (!this.#told) console.error("[disconnected; going on]");
+      this.#told = true;
       this.#connect();
       for (const { message } of this.#pending.values()) this.send(message);
     }
@@ -115,6 +117,7 @@ class Client {
       return;
     }
     this.#heardAt = Date.now();
+    this.#told = false;
     for (const message of decode(frame, { useBigInt64: true })) {
       const request = this.#pending.get(message.id);
       if (request === undefined) continue;

@@ -77,7 +77,7 @@ def test_with_a_key_it_goes_on_where_its_connection_was_cut(
         make_keys(tmp_path / "other", "node")
         others_key = str(tmp_path / "other" / "clients" / "node.key")
         script = (installed / "chat.mjs").read_text()
-        (installed / "hurried.mjs").write_text(script.replace("60_000", "300"))
+        (installed / "hurried.mjs").write_text(script.replace("60_000", "2_000"))
         first_use = "const client = new Client(endpoint, options);\n"
         pause = "await new Promise((done) => setTimeout(done, 300));\n"
         script = script.replace(first_use, first_use + pause)
@@ -104,6 +104,7 @@ def test_with_a_key_it_goes_on_where_its_connection_was_cut(
         assert "refuses this client's key" in ran.stderr
     assert others.returncode == 1
     assert others.stderr.endswith(", or it has another server-key\n")
+    assert others.stderr.count("[disconnected; going on]") == 1
 
 
 def test_it_says_when_nothing_answers(installed: Path, tmp_path: Path) -> None:
