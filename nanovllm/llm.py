@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 # Most unfinished requests besides the running: enough that a free slot always finds a next one.
 WINDOW: Final = 2048
-# The pipeline begins with so many requests while the next ones are encoded.
+# The pipeline is sent so many requests at once, and computes them while others are encoded.
 SENT_AT_ONCE: Final = 64
 CONNECT_TIMEOUT_S: Final = 10.0
 # The LLM's own pipeline is watched as a process, so silence may last.
@@ -246,9 +246,9 @@ class LLM:
         changed: queue.SimpleQueue[int],
     ) -> None:
         """Moves requests from `waiting` to `outstanding`; their changes go into `changed`."""
-        while waiting and len(outstanding) < self._window:
+        while (room := min(len(waiting), self._window - len(outstanding))) > 0:
             new: list[PendingRequest] = []
-            while waiting and len(outstanding) < self._window and len(new) < SENT_AT_ONCE:
+            for _ in range(min(room, SENT_AT_ONCE)):
                 index, message = waiting.popleft()
                 request = PendingRequest(message, partial(changed.put, index), patient=True)
                 outstanding[index] = request

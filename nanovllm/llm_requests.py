@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 
-from nanovllm.client.requests import Prompt
+from nanovllm.client.requests import Prompt, params_of
 from nanovllm.client.results import PendingRequest, RequestError, new_id
 from nanovllm.protocol import FinishReason, Generate, Logprobs, PromptLogprobs, Sampling
 from nanovllm.sampling_params import SamplingParams, following_seed
@@ -61,10 +61,7 @@ def asks_for(
             f"{counted(len(prompts), 'prompt')} but {len(params)} sampling_params: give one"
             " for each, or a single one for all"
         )
-    for one in params:
-        if not isinstance(one, SamplingParams | None):
-            raise TypeError(f"sampling_params is a SamplingParams, not {type(one).__name__}")
-    samplings = [_one_by_one(one or SamplingParams()) for one in params]
+    samplings = [_one_by_one(params_of(one)) for one in params]
     if not one_each:
         samplings *= len(prompts)
     asks: list[Ask] = []

@@ -335,8 +335,8 @@ class Decoded(Message, tag="decoded"):
     `prompt_parts`, if asked for, come with the output from token 0. `timings`, if wanted, come with
     each; without `decode_us` where a stop string ended the output.
 
-    There is one for each token: tuples, since an empty list is an object, which the garbage
-    collector looks at.
+    A detokenizer sends one for each token. So the sequences are tuples: each empty list would be
+    one more object for the garbage collector.
     """
 
     uid: int

@@ -42,7 +42,7 @@ def check_sendable(value: Any) -> None:
 def _plain(value: Any) -> Any:
     if type(value) in _PLAIN:
         return value
-    if type(value) is list and _PLAIN.issuperset(map(type, value)):
+    if type(value) is list and _PLAIN.issuperset(map(type, value)):  # token ids, most often
         return value.copy()
     if callable(tolist := getattr(value, "tolist", None)):
         held = tolist()

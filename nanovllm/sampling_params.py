@@ -105,7 +105,12 @@ class SamplingParams:
         }
         if type(n := plain(given.pop("n", 1))) is not int or n < 1:
             raise ValueError(f"n={n!r}: a number of outputs, 1 or more")
-        values = {name: plain(value) for name, value in given.items()}
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            try:
+                values[name] = plain(value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         for name in ("max_tokens", "stop", "stop_token_ids", "bad_words"):
             if values.get(name, ()) is None:
                 del values[name]
@@ -144,4 +149,5 @@ def _json(schema: Any) -> str:
 
 # The protocol has the same defaults, so a value that is its default is not converted.
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+# Text in these may be such that no message can hold it.
 _WITH_TEXT = {"stop", "bad_words", "structured_outputs"}

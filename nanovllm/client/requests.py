@@ -140,13 +140,19 @@ class GenerateCalls(ABC, Generic[WholeT, StreamT]):
         return self.generate(messages, sampling_params, chat_template_kwargs=kwargs, tools=tools)
 
 
-def sampling_of(params: SamplingParams | None) -> Sampling:
+def params_of(given: SamplingParams | None) -> SamplingParams:
+    """The parameters given, or the defaults. Raises TypeError for anything else."""
+    if not isinstance(given, SamplingParams | None):
+        raise TypeError(f"sampling_params is a SamplingParams, not {type(given).__name__}")
+    return given or SamplingParams()
+
+
+def sampling_of(given: SamplingParams | None) -> Sampling:
     """The parameters of one request. Raises TypeError or ValueError if these are not valid."""
-    if not isinstance(params, SamplingParams | None):
-        raise TypeError(f"sampling_params is a SamplingParams, not {type(params).__name__}")
-    if params is not None and params.n != 1:
+    params = params_of(given)
+    if params.n != 1:
         raise ValueError("n is for LLM.generate; ask n times, with seeds of your own")
-    return (params or SamplingParams()).to_wire()
+    return params.to_wire()
 
 
 def generate_message(
@@ -163,8 +169,8 @@ def generate_message(
 
     Raises:
         TypeError: the prompt is none of the three, or a parameter has another type.
-        ValueError: the prompt is empty or not valid Unicode, or a value in it is of the wrong type
-            or out of range.
+        ValueError: the prompt is empty, or no message can hold it; or a value in it is of the wrong
+            type or out of range.
     """
     values: dict[str, Any] = _prompt(plain(prompt))
     for name, value in (("chat_template_kwargs", chat_template_kwargs), ("tools", tools)):
@@ -179,8 +185,7 @@ def generate_message(
         message = msgspec.convert({"type": "generate", "id": new_id(), **values}, Generate)
     except msgspec.ValidationError as error:
         raise ValueError(mistake(error)) from None
-    if values.keys() != {"prompt_token_ids"}:
-        check_sendable(message)
+    check_sendable(message)
     message.stream = stream
     message.sampling = sampling
     return message

@@ -19,11 +19,12 @@ from torch import Tensor
 from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, columns
 from nanovllm.services.gpu_worker.steps import StepOutput
 
-# How many tokens of chunks the smallest mixed step has room for, and how far apart the next ones
-# are, up to WIDE_APART; from there on each has twice as many, since all of these run at start.
+# The smallest mixed step has room for FEWEST_CHUNK_TOKENS tokens of chunks, the next ones for
+# multiples of CHUNK_TOKENS_APART. From DOUBLING_FROM on each has room for twice as many as the one
+# before: each runs once at start, and large ones take long.
 FEWEST_CHUNK_TOKENS = 128
 CHUNK_TOKENS_APART = 256
-WIDE_APART = 2048
+DOUBLING_FROM = 2048
 # How many decodes a mixed step has room for, beside the most there can be.
 DECODES_BESIDE_CHUNKS = (8, 64, 128, 256, 384)
 # How many prefill chunks a replayed step may have: one for each TOKENS_PER_CHUNK tokens that the
@@ -206,15 +207,15 @@ def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
     """The steps to capture.
 
     A padding row costs a few µs of a step, which at 64 rows takes thousands of µs. A graph costs
-    some hundredths of a second at start. So there are few graphs, and the larger, the fewer. Of
-    mixed steps of large models each token counts, from some hundreds on.
+    some hundredths of a second at start. So there are few graphs, and the larger, the fewer. Mixed
+    steps have more sizes: with a large model and some hundreds of tokens, each padding token costs.
     """
     decodes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
     decodes = [size for size in decodes if size < max_num_seqs] + [max_num_seqs]
     beside = [*(rows for rows in DECODES_BESIDE_CHUNKS if rows < max_num_seqs), max_num_seqs]
     mixed: list[Layout] = []
     for tokens in _chunk_tokens(max_prefill_tokens):
-        # No slot decodes and has a chunk in one step, or has two chunks.
+        # In one step a slot decodes, or has one chunk.
         chunks = min(max(FEWEST_CHUNKS, tokens // TOKENS_PER_CHUNK), max_num_seqs)
         mixed += [Layout(rows, chunks, tokens, min(rows + chunks, max_num_seqs)) for rows in beside]
     return Sizes(decodes, mixed)
@@ -222,8 +223,8 @@ def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
 
 def _chunk_tokens(most: int) -> list[int]:
     """How many tokens of chunks mixed steps have room for, up to `most`."""
-    sizes = [FEWEST_CHUNK_TOKENS, *range(CHUNK_TOKENS_APART, WIDE_APART, CHUNK_TOKENS_APART)]
-    tokens = WIDE_APART
+    sizes = [FEWEST_CHUNK_TOKENS, *range(CHUNK_TOKENS_APART, DOUBLING_FROM, CHUNK_TOKENS_APART)]
+    tokens = DOUBLING_FROM
     while tokens < most:
         sizes.append(tokens)
         tokens *= 2

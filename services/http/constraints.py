@@ -74,7 +74,8 @@ def with_tools(
 
 def _grammar(tools: Sequence[Function], *, forced: bool, several: bool) -> str:
     """Tool calls as `tool_calls` reads them; text before and behind calls, unless they are forced.
-    The first lines are two of each tool, so that an error's line tells which tool it is of.
+    The grammar begins with two lines for each tool, so that the line of an error tells which tool
+    is wrong (see `errors.api_error`).
 
     Args:
         several: whether there may be more than one call.

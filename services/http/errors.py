@@ -85,7 +85,8 @@ def api_error(
 
 
 def _tool_at(found: re.Match[str]) -> str:
-    """A place in the grammar of tools, which has two lines of each: see `constraints`."""
+    """Names the tool of a line. A grammar of tools begins with two lines for each tool, see
+    `constraints`."""
     return f"tools: the parameters of tool {(int(found[1]) + 1) // 2}: "
 
 

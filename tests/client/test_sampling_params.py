@@ -9,6 +9,9 @@ import pytest
 from nanovllm import SamplingParams, StructuredOutputs
 from nanovllm.protocol import Sampling
 
+CYCLE: dict[str, Any] = {}
+CYCLE["json_schema"] = CYCLE
+
 
 def test_positional_order_is_nano_vllms() -> None:
     params = SamplingParams(0.6, 256, True)
@@ -100,6 +103,7 @@ def test_a_value_is_taken_for_what_it_is(name: str, value: Any, meant: Any) -> N
         ("bad_words", [[]]),
         ("stop", ["a", "\ud800"]),
         ("bad_words", ["\ud800"]),
+        ("structured_outputs", CYCLE),
         ("structured_outputs", {"regex": "\ud800"}),
         ("structured_outputs", {"json_schema": {"const": "\ud800"}}),
         ("structured_outputs", {"json_schema": {"const": object()}}),
