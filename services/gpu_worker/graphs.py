@@ -19,19 +19,20 @@ from torch import Tensor
 from nanovllm.services.gpu_worker.slots import Batch, Int32s, Layout, columns
 from nanovllm.services.gpu_worker.steps import StepOutput
 
-# The smallest mixed step has room for FEWEST_CHUNK_TOKENS tokens of chunks, the next ones for
-# multiples of CHUNK_TOKENS_APART. From DOUBLING_FROM on each has room for twice as many as the one
-# before: each runs once at start, and large ones take long.
+# Mixed steps have room for FEWEST_CHUNK_TOKENS tokens of chunks, or for a multiple of
+# CHUNK_TOKENS_APART. Beyond DOUBLING_FROM tokens, each size is twice the one before: each runs once
+# at start, and large ones take long.
 FEWEST_CHUNK_TOKENS = 128
 CHUNK_TOKENS_APART = 256
 DOUBLING_FROM = 2048
-# How many decodes a mixed step has room for, beside the most there can be.
+# Mixed steps have room for these numbers of decodes, and for as many as there are slots.
 DECODES_BESIDE_CHUNKS = (8, 64, 128, 256, 384)
-# How many prefill chunks a replayed step may have: one for each TOKENS_PER_CHUNK tokens that the
-# step has room for, at least FEWEST_CHUNKS. A step with more chunks, of still shorter prompts, is
-# launched kernel by kernel, which takes the CPU longer than the device.
+# Mixed steps have room for one chunk for each TOKENS_PER_CHUNK tokens, within these bounds. A step
+# with more chunks is launched kernel by kernel: the CPU launches it for longer than a small model
+# computes it.
+TOKENS_PER_CHUNK = 8
 FEWEST_CHUNKS = 32
-TOKENS_PER_CHUNK = 16
+MOST_CHUNKS = 128
 # How many rows that need whole logits a rank draws in a replay. With more, launching the kernels
 # takes less than the kernels do.
 WHOLE_SHARES = (1, 2, 4, 8, 16)
@@ -208,7 +209,7 @@ def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
 
     A padding row costs a few µs of a step, which at 64 rows takes thousands of µs. A graph costs
     some hundredths of a second at start. So there are few graphs, and the larger, the fewer. Mixed
-    steps have more sizes: with a large model and some hundreds of tokens, each padding token costs.
+    steps have more sizes: of some hundreds of tokens, each padding token takes a large model time.
     """
     decodes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
     decodes = [size for size in decodes if size < max_num_seqs] + [max_num_seqs]
@@ -216,7 +217,7 @@ def graph_sizes(max_num_seqs: int, max_prefill_tokens: int) -> Sizes:
     mixed: list[Layout] = []
     for tokens in _chunk_tokens(max_prefill_tokens):
         # In one step a slot decodes, or has one chunk.
-        chunks = min(max(FEWEST_CHUNKS, tokens // TOKENS_PER_CHUNK), max_num_seqs)
+        chunks = min(max(FEWEST_CHUNKS, tokens // TOKENS_PER_CHUNK), MOST_CHUNKS, max_num_seqs)
         mixed += [Layout(rows, chunks, tokens, min(rows + chunks, max_num_seqs)) for rows in beside]
     return Sizes(decodes, mixed)
 

@@ -24,6 +24,7 @@ from nanovllm.services.gpu_worker import startup
 from nanovllm.services.gpu_worker.executor import Executor
 from nanovllm.services.gpu_worker.graphs import (
     FEWEST_CHUNKS,
+    MOST_CHUNKS,
     TOKENS_PER_CHUNK,
     Sizes,
     StepGraphs,
@@ -77,7 +78,7 @@ def test_a_step_is_hardly_padded(max_num_seqs: int, max_prefill_tokens: int) -> 
         assert size < larger <= (2 * size if size >= 2048 else size + 256)
     for layout in sizes.mixed:
         asked = max(FEWEST_CHUNKS, layout.tokens // TOKENS_PER_CHUNK)
-        assert layout.chunks == min(asked, max_num_seqs)
+        assert layout.chunks == min(asked, MOST_CHUNKS, max_num_seqs)
         assert layout.samples == min(layout.decodes + layout.chunks, max_num_seqs)
     assert max_num_seqs in {layout.decodes for layout in sizes.mixed}
 
@@ -199,8 +200,8 @@ def test_processed_rows_are_drawn_again_in_a_replay_of_their_own(tmp_path: Path)
 def telling_graphs(
     sizes: Sizes, max_num_seqs: int, progress: Callable[[int, int], None], capture: RunAgain
 ) -> StepGraphs:
-    """The tokens of a replayed step tell which graph was replayed: the number of decodes, or of
-    mixed steps the room for tokens."""
+    """The tokens of a replayed step tell its graph: the number of decodes that the graph has room
+    for, or the number of chunk tokens if it is the graph of a mixed step."""
 
     def ran(rows: int, told: int) -> StepOutput:
         return StepOutput(torch.full((rows,), told), torch.empty(rows), torch.zeros(rows))
@@ -240,7 +241,7 @@ def test_the_smallest_graph_with_room_is_replayed() -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "length", "size"),
-    [(120, 17, 2048), (64, 16, 1024), (65, 15, 1280), (129, 15, None)],
+    [(120, 17, 2048), (64, 8, 512), (65, 15, 1024), (100, 5, 1024), (33, 2, 512), (129, 15, None)],
 )
 def test_many_short_prompts_are_computed_in_one_replay(
     prompts: int, length: int, size: int | None
