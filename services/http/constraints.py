@@ -55,9 +55,10 @@ def with_tools(
     """
     if choice == "none" or (not tools and choice in (None, "auto")):
         return answer
+    may_call: Sequence[Function | None] = tools
     if isinstance(choice, ToolName):
-        tools = [tool for tool in tools if tool.name == choice.name]
-        if not tools:
+        may_call = [tool if tool.name == choice.name else None for tool in tools]
+        if not any(may_call):
             message = f"tool_choice: there is no tool {choice.name!r}"
             raise ApiError(400, message, "tool_choice")
     elif not tools:
@@ -69,25 +70,30 @@ def with_tools(
     forced = choice not in (None, "auto")
     if not forced and several and not any(tool.strict for tool in tools):
         return answer
-    return answer_format("tools", grammar=_grammar(tools, forced=forced, several=several))
+    grammar = _grammar(may_call, forced=forced, several=several)
+    return answer_format("tools", grammar=grammar)
 
 
-def _grammar(tools: Sequence[Function], *, forced: bool, several: bool) -> str:
+def _grammar(tools: Sequence[Function | None], *, forced: bool, several: bool) -> str:
     """Tool calls as `tool_calls` reads them; text before and behind calls, unless they are forced.
     The grammar begins with two lines for each tool, so that the line of an error tells which tool
     is wrong (see `errors.api_error`).
 
     Args:
+        tools: None stands for one that is not to be called.
         several: whether there may be more than one call.
     """
     lines: list[str] = []
     for i, tool in enumerate(tools):
+        if tool is None:
+            lines += ["", ""]
+            continue
         begin = f'\n{{"name": {_quoted(tool.name)}, "arguments": '
         lines += [
             f"call_{i}: {_quoted(begin)} arguments_{i} {_quoted(END_OF_CALL)}",
             f"arguments_{i}: %json {_arguments(tool)}",
         ]
-    lines.append("call: " + " | ".join(f"open call_{i}" for i in range(len(tools))))
+    lines.append("call: " + " | ".join(f"open call_{i}" for i, tool in enumerate(tools) if tool))
     if forced:
         more = '("\\n" call)*' if several else ""
         lines += [f"start: call {more}", f"open: {_quoted(OPEN)}"]

@@ -85,9 +85,9 @@ def api_error(
 
 
 def _tool_at(found: re.Match[str]) -> str:
-    """Names the tool of a line. A grammar of tools begins with two lines for each tool, see
-    `constraints`."""
-    return f"tools: the parameters of tool {(int(found[1]) + 1) // 2}: "
+    """Which tool an error in the grammar is about. The grammar begins with two lines for each tool,
+    see `constraints`."""
+    return f"tools: the parameters of tools[{(int(found[1]) - 1) // 2}]: "
 
 
 def check_model(asked: str, served: str) -> None:

@@ -209,7 +209,14 @@ def test_what_strict_and_forced_tools_allow() -> None:
         ),
         (
             {"tools": [tool("a", strict=True), tool("b", {"not": {}}, strict=True)]},
-            r"tools: the parameters of tool 2: Unimplemented keys: \[\"not\"\]",
+            r"tools: the parameters of tools\[1\]: Unimplemented keys: \[\"not\"\]",
+        ),
+        (
+            {
+                "tools": [tool("a"), tool("b"), tool("c", {"not": {}}, strict=True)],
+                "tool_choice": {"type": "function", "function": {"name": "c"}},
+            },
+            r"tools\[2\]: Unimplemented",
         ),
         ({"tools": [tool("a", {"type": "string"})], "tool_choice": "required"}, "type must be obj"),
         (
