@@ -26,8 +26,21 @@ def plain(value: Any) -> Any:
         raise ValueError(TOO_DEEP) from None
 
 
+def sendable(name: str, value: Any) -> Any:
+    """The value of this parameter in built-in types. Raises ValueError, which names the parameter,
+    if the value cannot be made plain, or cannot be sent."""
+    try:
+        held = plain(value)
+        if isinstance(held, str | list | dict):
+            check_sendable(held)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    return held
+
+
 def check_sendable(value: Any) -> None:
-    """Raises ValueError if no message can hold the value, which is of built-in types."""
+    """Raises ValueError if a value of built-in types cannot be sent: its text is not valid Unicode,
+    one of its integers has more than 64 bits, or it is nested too deeply."""
     try:
         msgspec.msgpack.encode(value)
     except UnicodeEncodeError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.plain import check_sendable, plain
+from nanovllm.plain import plain, sendable
 from nanovllm.protocol import Sampling, StructuredOutputs
 from nanovllm.wording import key_and_reason
 
@@ -103,22 +103,17 @@ class SamplingParams:
             for name, default in _DEFAULTS.items()
             if (value := getattr(self, name)) is not default
         }
-        if type(n := plain(given.pop("n", 1))) is not int or n < 1:
+        if type(n := sendable("n", given.pop("n", 1))) is not int or n < 1:
             raise ValueError(f"n={n!r}: a number of outputs, 1 or more")
-        values: dict[str, Any] = {}
-        for name, value in given.items():
-            try:
-                values[name] = plain(value)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+        outputs = given.get("structured_outputs")
+        if isinstance(outputs, Mapping) and isinstance(outputs.get("json_schema"), Mapping | bool):
+            given["structured_outputs"] = {**outputs, "json_schema": _json(outputs["json_schema"])}
+        values = {name: sendable(name, value) for name, value in given.items()}
         for name in ("max_tokens", "stop", "stop_token_ids", "bad_words"):
             if values.get(name, ()) is None:
                 del values[name]
         if isinstance(stop := values.get("stop"), str):
             values["stop"] = [stop]
-        outputs = values.get("structured_outputs")
-        if isinstance(outputs, dict) and isinstance(outputs.get("json_schema"), dict | bool):
-            outputs["json_schema"] = _json(outputs["json_schema"])
         for name, value in values.items():
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"{name} is not a number")
@@ -126,28 +121,21 @@ class SamplingParams:
             # The pipeline cuts `max_tokens` to the model's length; no model is as long as this.
             values["max_tokens"] = min(max_tokens, 2**31 - 1)
         try:
-            sampling = msgspec.convert(values, Sampling)
+            return msgspec.convert(values, Sampling)
         except msgspec.ValidationError as error:
             key, reason = key_and_reason(error)
             name = re.split(r"[.\[]", key)[0]
             raise ValueError(f"{name}={given[name]!r}: {reason}") from None
-        for name in values.keys() & _WITH_TEXT:
-            try:
-                check_sendable(getattr(sampling, name))
-            except ValueError as error:
-                raise ValueError(f"{name}={given[name]!r}: {error}") from None
-        return sampling
 
 
 def _json(schema: Any) -> str:
-    """Raises ValueError if the schema, of built-in types, cannot be JSON."""
+    """The schema as JSON. Raises ValueError if it cannot be written as JSON."""
     try:
-        return msgspec.json.encode(schema).decode()
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"structured_outputs: json_schema is no JSON: {error}") from None
+        return msgspec.json.encode(plain(schema)).decode()
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = f"structured_outputs: json_schema cannot be written as JSON: {error}"
+        raise ValueError(reason) from None
 
 
 # The protocol has the same defaults, so a value that is its default is not converted.
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
-# Text in these may be such that no message can hold it.
-_WITH_TEXT = {"stop", "bad_words", "structured_outputs"}

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 import msgspec
 
 from nanovllm.client.results import new_id
-from nanovllm.plain import check_sendable, plain
+from nanovllm.plain import check_sendable, plain, sendable
 from nanovllm.protocol import Generate, Sampling
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.wording import mistake
@@ -169,23 +169,23 @@ def generate_message(
 
     Raises:
         TypeError: the prompt is none of the three, or a parameter has another type.
-        ValueError: the prompt is empty, or no message can hold it; or a value in it is of the wrong
-            type or out of range.
+        ValueError: the prompt is empty; or a value is of the wrong type, out of range, or cannot be
+            sent, see `check_sendable`.
     """
     values: dict[str, Any] = _prompt(plain(prompt))
+    check_sendable(values)
     for name, value in (("chat_template_kwargs", chat_template_kwargs), ("tools", tools)):
         if value is not None:
             if "messages" not in values:
                 raise ValueError(f"{name} go with chat messages only")
-            values[name] = plain(value)
+            values[name] = sendable(name, value)
     for name, text in (("cache_salt", cache_salt), ("traceparent", traceparent)):
         if text is not None:
-            values[name] = plain(text)
+            values[name] = sendable(name, text)
     try:
         message = msgspec.convert({"type": "generate", "id": new_id(), **values}, Generate)
     except msgspec.ValidationError as error:
         raise ValueError(mistake(error)) from None
-    check_sendable(message)
     message.stream = stream
     message.sampling = sampling
     return message

@@ -38,8 +38,8 @@ from nanovllm.wording import counted
 
 log = logging.getLogger(__name__)
 
-# A wake-up handles so many client messages, or so many bytes of them, at most. More would delay
-# streams, and the requests that a tokenizer has answered: to decode 8 MiB can take half a second.
+# A wake-up handles so many client messages at most, or so many bytes of them: to decode 8 MiB can
+# take half a second. More would delay streams, and requests that a tokenizer has answered.
 MESSAGES_PER_WAKE_UP = 16
 BYTES_PER_WAKE_UP = 1 << 20
 # Of all client queues.

@@ -106,6 +106,13 @@ def test_template_arguments_need_a_chat() -> None:
         ask("text", chat_template_kwargs={"a": 1})
 
 
+@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs", "cache_salt"])
+@pytest.mark.parametrize("value", ["\ud800", {"a": 2**64}, object()])
+def test_an_argument_that_cannot_be_sent_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        ask([HI], **{name: value})
+
+
 def test_parameters_are_sampling_params() -> None:
     params: Any = {"temperature": 1}
     with pytest.raises(TypeError, match="SamplingParams, not dict"):
